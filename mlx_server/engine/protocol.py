@@ -1,0 +1,210 @@
+"""The messages between the front process and an engine process, shared by both sides.
+
+Plain msgspec structs in MessagePack frames: a 4-byte big-endian length, then that many bytes.
+The engine speaks token ids only; text belongs to the front.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length"]
+HEADER = struct.Struct(">I")
+MAX_FRAME = 256 * 1024 * 1024
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token is drawn from the logits.
+
+    The order is: bias, penalties, temperature, top-k, top-p, min-p, draw. Temperature 0 takes the
+    most likely token. `repetition_penalty` looks at prompt and completion, `presence_penalty` and
+    `frequency_penalty` at the completion alone. The draw of step i depends on `seed` and i only.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+
+
+class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How an engine loads and runs its model."""
+
+    memory_limit: int | None = None
+    """Bytes for this engine's arrays; None takes 80 % of what the device reports."""
+    cache_limit: int | None = None
+    """Bytes of freed buffers that MLX may keep for reuse; None takes an eighth of the limit."""
+    dequantize: Literal["auto", "always", "never"] = "auto"
+    """`auto`: on a CPU device, to float32, when that fits the memory limit."""
+    openblas: str = "auto"
+    """`auto`, `off`, or the path of the library to load before MLX on a Linux CPU."""
+    max_batch: int = 32
+    prefill_chunk: int | None = None
+    """Prompt tokens computed per turn; None chooses by device."""
+    context_length: int | None = None
+    """Caps the model's own context."""
+    trust_remote_code: bool = False
+
+
+# front → engine
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """The first frame: load the model folder at `path`."""
+
+    path: str
+    options: LoadOptions
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
+    """Continue `prompt`. Its tokens come back in `Tokens` frames under `id`.
+
+    The last `generated` tokens of `prompt` were sampled by an earlier engine: they count as
+    completion for penalties and for the position in the random sequence.
+    `logprobs` asks for log-probabilities of each sampled token and of that many most likely ones;
+    `prompt_logprobs` asks the same of the prompt's tokens.
+    """
+
+    id: int
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    stop_tokens: list[int] = []
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    generated: int = 0
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Forget these requests; nothing more is sent for them."""
+
+    ids: list[int]
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """End the process."""
+
+
+# engine → front
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Bytes, as MLX counts them."""
+
+    active: int
+    peak: int
+    cache: int
+    limit: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The model is loaded."""
+
+    pid: int
+    device: str
+    model_type: str
+    context_length: int
+    vocab_size: int
+    weights_bytes: int
+    load_seconds: float
+    dequantized: bool
+    blas: str | None
+    memory: Memory
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
+    """The model could not be loaded; the process ends after this frame."""
+
+    message: str
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log-probabilities at one position, of the unmodified distribution."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """What one request got in one step.
+
+    `cached` is how many prompt tokens came from a cache, sent with a request's first row.
+    A stop token ends the tokens and is included in them.
+    """
+
+    id: int
+    tokens: list[int]
+    finish: FinishReason | None = None
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+    cached: int | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """One step's outcome for every request that got something."""
+
+    rows: list[Row]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """This request failed; the others go on."""
+
+    id: int
+    message: str
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    """The engine's own figures, sent while it works and when it falls idle."""
+
+    running: int
+    prefilling: int
+    waiting: int
+    step_seconds: float
+    kv_bytes: int
+    memory: Memory
+
+
+ToEngine = Load | Generate | Abort | Stop
+ToFront = Ready | LoadFailed | Tokens | Failed | Stats
+
+encoder = msgspec.msgpack.Encoder()
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
+
+
+def frame(message: ToEngine | ToFront) -> bytes:
+    """Encode `message` with its length in front.
+
+    Raises ValueError when it is larger than `MAX_FRAME`.
+    """
+    body = encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"a message of {len(body)} bytes exceeds the {MAX_FRAME} of a frame")
+    return HEADER.pack(len(body)) + body
+
+
+class FrameReader:
+    """Splits a byte stream into frames. Feed it what arrives; it yields whole bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self._buffer += data
+        start = 0
+        while len(self._buffer) - start >= HEADER.size:
+            (length,) = HEADER.unpack_from(self._buffer, start)
+            end = start + HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            yield bytes(self._buffer[start + HEADER.size : end])
+            start = end
+        del self._buffer[:start]

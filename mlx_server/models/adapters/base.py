@@ -1,0 +1,43 @@
+"""What a model family must tell the front: how prompts are rendered, where turns end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mlx_server.schemas.internal import ChatPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a model can be asked for, as far as its files tell."""
+
+    chat: bool
+    tools: bool
+    reasoning: bool
+    system_role: bool
+
+
+class Adapter(Protocol):
+    """The text side of one loaded model. Methods block and are safe to call from any thread."""
+
+    family: str
+    capabilities: Capabilities
+    stop_tokens: frozenset[int]
+    vocab_size: int
+    tokenizer: Any
+    """The `tokenizers.Tokenizer` behind it, for incremental decoding."""
+
+    def render(self, prompt: ChatPrompt) -> list[int]:
+        """Token ids of the conversation, ready to be continued.
+
+        Raises BadRequest when the model has no template or its template refuses the messages.
+        """
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a bare text, with the tokenizer's beginning-of-text token if it has one."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes that `token` stands for in running text; empty for special tokens."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special tokens left out."""
