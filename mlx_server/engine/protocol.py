@@ -37,10 +37,10 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """How an engine loads and runs its model."""
 
-    memory_limit: int | None = None
-    """Bytes for this engine's arrays; None takes 80 % of what the device reports."""
-    cache_limit: int | None = None
-    """Bytes of freed buffers that MLX may keep for reuse; None takes an eighth of the limit."""
+    memory_limit: str = "80%"
+    """For this engine's arrays: a share of what the device reports, or bytes such as "12GB"."""
+    cache_limit: str | None = None
+    """Freed buffers that MLX may keep for reuse; None takes an eighth of the memory limit."""
     dequantize: Literal["auto", "always", "never"] = "auto"
     """`auto`: on a CPU device, to float32, when that fits the memory limit."""
     openblas: str = "auto"

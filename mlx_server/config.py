@@ -1,0 +1,139 @@
+"""Every setting of the server. Flags win over `MLX_SERVER_*`, which win over the TOML file."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from mlx_server.engine.protocol import LoadOptions
+
+
+class Settings(BaseSettings):
+    """The server's settings; `Settings.load` reads them from all their sources."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MLX_SERVER_", extra="forbid", env_nested_delimiter="__"
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    models: list[str] = Field(
+        default_factory=list, description="Models to load at start: ids, aliases or paths."
+    )
+    home: Path = Field(
+        Path("~/.mlx-server"), description="Where pulled and converted models are kept."
+    )
+    model_dirs: list[Path] = Field(
+        default_factory=list, description="Further folders whose sub-folders are MLX models."
+    )
+    aliases: dict[str, str] = Field(
+        default_factory=dict, description="Other names for models: alias to id."
+    )
+    api_keys: list[SecretStr] = Field(
+        default_factory=list, description="Keys that callers must show; none means open."
+    )
+    allow_no_key: bool = Field(
+        False, description="Permit listening beyond loopback without an API key."
+    )
+    allowed_hosts: list[str] = Field(
+        default_factory=list,
+        description="Host header values accepted besides loopback names and the listening address.",
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list, description="Web origins whose pages may call this server."
+    )
+    max_body_bytes: int = Field(
+        8 * 1024 * 1024, ge=1024, description="Largest request body, in bytes."
+    )
+    max_choices: int = Field(16, ge=1, description="Largest `n` of a request.")
+    max_batch: int = Field(32, ge=1, le=512, description="Requests decoded together per model.")
+    prefill_chunk: int | None = Field(
+        None, ge=1, description="Prompt tokens computed per turn; chosen by device if unset."
+    )
+    context_length: int | None = Field(
+        None, ge=16, description="Caps every model's context, in tokens."
+    )
+    memory_limit: str = Field(
+        "80%",
+        pattern=r"^\s*\d+(\.\d+)?\s*(%|[KMGT]?i?B?)\s*$",
+        description="Memory for model arrays: a share of the device, or bytes such as `12GB`.",
+    )
+    cache_limit: str | None = Field(
+        None,
+        pattern=r"^\s*\d+(\.\d+)?\s*([KMGT]?i?B?)\s*$",
+        description="Freed buffers kept for reuse; an eighth of the memory limit if unset.",
+    )
+    dequantize: Literal["auto", "always", "never"] = Field(
+        "auto", description="Dequantize weights to float32 at load; `auto` does on a CPU device."
+    )
+    openblas: str = Field(
+        "auto", description="The OpenBLAS that a Linux CPU uses: `auto`, `off` or a path."
+    )
+    load_wait: float = Field(
+        30.0, gt=0, description="Seconds a request waits for its model to load before a 503."
+    )
+    load_timeout: float = Field(
+        600.0, gt=0, description="Seconds after which a load is given up."
+    )
+    ping_interval: float = Field(
+        15.0, gt=0, description="Seconds between keep-alive comments in a silent stream."
+    )
+    grace_period: float = Field(
+        30.0, ge=0, description="Seconds that running requests get to finish at shutdown."
+    )
+    trust_remote_code: list[str] = Field(
+        default_factory=list, description="Models whose own Python code may run."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log events shown."
+    )
+
+    @classmethod
+    def load(cls, config: Path | None = None, **flags: Any) -> "Settings":
+        """Settings from `flags` (None values left out), the environment and the file `config`.
+
+        Raises pydantic.ValidationError for a bad value and OSError for an unreadable file.
+        """
+
+        class WithFile(cls):  # type: ignore[valid-type, misc]
+            model_config = SettingsConfigDict(toml_file=config)
+
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                dotenv_settings: PydanticBaseSettingsSource,
+                file_secret_settings: PydanticBaseSettingsSource,
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+        if config is not None and not config.is_file():
+            raise FileNotFoundError(f"no settings file at {config}")
+        given = {name: value for name, value in flags.items() if value is not None}
+        return cls.model_validate(WithFile(**given).model_dump())
+
+    @property
+    def models_folder(self) -> Path:
+        """Where pulled models are kept."""
+        return self.home.expanduser() / "models"
+
+    def load_options(self, model_id: str) -> LoadOptions:
+        """What the engine of `model_id` is told."""
+        return LoadOptions(
+            memory_limit=self.memory_limit,
+            cache_limit=self.cache_limit,
+            dequantize=self.dequantize,
+            openblas=self.openblas,
+            max_batch=self.max_batch,
+            prefill_chunk=self.prefill_chunk,
+            context_length=self.context_length,
+            trust_remote_code=model_id in self.trust_remote_code,
+        )
