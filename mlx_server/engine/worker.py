@@ -1,0 +1,186 @@
+"""The engine process: `python -m mlx_server.engine.worker FD`, FD an open socket to the front.
+
+One thread owns every array and runs the loop; another reads the socket, so that an abort or the
+end of the front is noticed while the device works.
+"""
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_server.engine.blas import ADVICE, load_openblas
+from mlx_server.engine.protocol import (
+    Abort,
+    FrameReader,
+    Generate,
+    Load,
+    LoadFailed,
+    Ready,
+    Stop,
+    ToEngine,
+    ToFront,
+    decode_to_engine,
+    frame,
+)
+
+if TYPE_CHECKING:
+    from mlx_server.engine.scheduler import Scheduler
+
+STATS_INTERVAL = 1.0
+"""Seconds between statistics while the engine works."""
+RECEIVE_BYTES = 1 << 16
+
+log = logging.getLogger("mlx_server.engine")
+
+
+class Inbox:
+    """Messages from the front, read by a thread of its own."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._messages: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def wait(self) -> ToEngine:
+        """The next message, however long it takes."""
+        return self._messages.get()
+
+    def arrived(self) -> Iterator[ToEngine]:
+        """What has come in meanwhile, without waiting."""
+        while not self._messages.empty():
+            yield self._messages.get_nowait()
+
+    def _read(self) -> None:
+        frames = FrameReader()
+        while data := self._receive():
+            for body in frames.feed(data):
+                self._messages.put(decode_to_engine(body))
+        # The front is gone and nobody is left to compute for. A device in mid-step must not delay
+        # this, so the process ends here and now.
+        os._exit(0)
+
+    def _receive(self) -> bytes:
+        try:
+            return self._connection.recv(RECEIVE_BYTES)
+        except OSError:
+            return b""
+
+
+class Engine:
+    """The loop over one loaded model."""
+
+    def __init__(self, connection: socket.socket, inbox: Inbox, scheduler: "Scheduler") -> None:
+        self.connection = connection
+        self.inbox = inbox
+        self.scheduler = scheduler
+        self._stats_due = 0.0
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        while True:
+            messages = self.inbox.arrived() if self.scheduler.busy else [self.inbox.wait()]
+            for message in messages:
+                if isinstance(message, Stop):
+                    return
+                self._take(message)
+            if self.scheduler.busy:
+                self._turn()
+            self.scheduler.release()
+            self._report()
+
+    def _take(self, message: ToEngine) -> None:
+        if isinstance(message, Generate):
+            refusal = self.scheduler.add(message)
+            if refusal:
+                self._send(refusal)
+        elif isinstance(message, Abort):
+            self.scheduler.abort(message.ids)
+
+    def _turn(self) -> None:
+        try:
+            tokens = self.scheduler.turn()
+        except (RuntimeError, ValueError, MemoryError) as error:
+            # MLX raises these for a failed allocation or operation. The arrays of the running
+            # requests cannot be trusted any more; those that wait are unharmed.
+            log.exception("event=step_failed")
+            for failure in self.scheduler.fail_all(f"{type(error).__name__}: {error}"):
+                self._send(failure)
+            return
+        if tokens.rows:
+            self._send(tokens)
+
+    def _report(self) -> None:
+        """Send statistics when they are due, and always on falling idle."""
+        now = time.monotonic()
+        if now >= self._stats_due or not self.scheduler.busy:
+            self._stats_due = now + STATS_INTERVAL
+            self._send(self.scheduler.stats())
+
+    def _send(self, message: ToFront) -> None:
+        self.connection.sendall(frame(message))
+
+
+def load(message: Load) -> tuple["Scheduler", Ready]:
+    """Load the model that `message` names.
+
+    Raises ModelError when the folder does not hold a model that can run.
+    """
+    started = time.perf_counter()
+    options = message.options
+    blas = load_openblas(options.openblas)
+    # Only now: a BLAS loaded after MLX would never be used.
+    from mlx_server.engine.backend import Backend
+    from mlx_server.engine.scheduler import Scheduler
+    from mlx_server.utils.memory import DeviceMemory, device_name
+
+    memory = DeviceMemory(options.memory_limit, options.cache_limit)
+    device = device_name()
+    if device == "cpu" and sys.platform.startswith("linux"):
+        log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
+    backend = Backend(Path(message.path), options, memory)
+    ready = Ready(
+        pid=os.getpid(),
+        device=device,
+        model_type=backend.model_type,
+        context_length=backend.context_length,
+        vocab_size=backend.vocab_size,
+        weights_bytes=backend.weights_bytes,
+        load_seconds=time.perf_counter() - started,
+        dequantized=backend.dequantized,
+        blas=blas,
+        memory=memory.read(),
+    )
+    return Scheduler(backend, memory, options.max_batch, options.prefill_chunk), ready
+
+
+def main() -> None:
+    """Entry of the engine process."""
+    # Ctrl-C reaches the whole process group; the front decides when its engines end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    inbox = Inbox(connection)
+    message = inbox.wait()
+    if not isinstance(message, Load):
+        raise SystemExit(f"expected a load message first, got {type(message).__name__}")
+    try:
+        scheduler, ready = load(message)
+    except Exception as error:
+        # Whatever is wrong with a model folder, the front must hear of it.
+        log.exception("event=load_failed path=%s", message.path)
+        connection.sendall(frame(LoadFailed(str(error) or type(error).__name__)))
+        raise SystemExit(1) from error
+    connection.sendall(frame(ready))
+    Engine(connection, inbox, scheduler).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Device memory: read, limit, release. Engine side only."""
+
+import mlx.core as mx
+import psutil
+
+from mlx_server.engine.protocol import Memory
+from mlx_server.utils.units import parse_bytes
+
+
+def device_name() -> str:
+    """`metal`, `cuda` or `cpu`: where MLX computes by default."""
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def device_memory() -> int:
+    """Bytes that the default device has, as MLX or the system reports them."""
+    total = int(psutil.virtual_memory().total)
+    if device_name() == "cpu":
+        return total
+    info = mx.device_info()
+    return int(info.get("memory_size") or info.get("total_memory") or total)
+
+
+class DeviceMemory:
+    """The limits of this process and what it uses of them, in bytes."""
+
+    def __init__(self, limit: str, cache_limit: str | None) -> None:
+        whole = device_memory()
+        self.limit = parse_bytes(limit, whole)
+        self.cache_limit = parse_bytes(cache_limit, whole) if cache_limit else self.limit // 8
+        mx.set_memory_limit(self.limit)
+        mx.set_cache_limit(self.cache_limit)
+        if device_name() == "metal":
+            recommended = int(mx.device_info()["max_recommended_working_set_size"])
+            mx.set_wired_limit(min(self.limit, recommended))
+
+    def read(self) -> Memory:
+        """The present figures."""
+        return Memory(
+            active=mx.get_active_memory(),
+            peak=mx.get_peak_memory(),
+            cache=mx.get_cache_memory(),
+            limit=self.limit,
+        )
+
+    def release(self) -> None:
+        """Give freed buffers back to the system."""
+        mx.clear_cache()
