@@ -4,6 +4,7 @@ mlx-lm keeps the architectures and the cache classes; everything here that depen
 is pinned to the range in pyproject.toml.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def cache_bytes(cache: Cache) -> int:
 def _load(path: Path, options: LoadOptions) -> tuple[Any, dict[str, Any]]:
     try:
         model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"config.json is not valid JSON: {error}") from error
     except FileNotFoundError as error:
         raise ModelError(f"a file is missing: {error}") from error
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:

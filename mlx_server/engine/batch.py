@@ -98,6 +98,8 @@ class Prefill:
 
     def advance(self, budget: int) -> int:
         """Compute one chunk of about `budget` tokens over all rows; returns how many it was."""
+        if self.finished:  # prompts of one token
+            return 0
         if len(self.sequences) > 1:
             self._together()
             return self.length * len(self.sequences)

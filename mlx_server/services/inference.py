@@ -1,36 +1,200 @@
 """The one inference path: prompt → tokens → text events, the same for every protocol."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 
-from mlx_server.schemas.internal import Event, InferenceRequest
+import msgspec
 
+from mlx_server.config import Settings
+from mlx_server.engine.client import RowStream
+from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row
+from mlx_server.errors import BadRequest, ContextLengthExceeded
+from mlx_server.models.adapters.base import Adapter
+from mlx_server.models.pool import LoadedModel, ModelPoolManager
+from mlx_server.schemas.internal import (
+    ChatPrompt,
+    Event,
+    Finished,
+    InferenceRequest,
+    Prompt,
+    PromptScored,
+    TextDelta,
+    TextPrompt,
+    Usage,
+)
+from mlx_server.services.text import AlignedText, prompt_logprobs
+from mlx_server.telemetry import InferenceSpan, inference_span
 
-class Generation:
-    """A request that was accepted: its prompt fits and its model is held for it."""
-
-    model: str
-    """The id under which the model is known, which may differ from the alias asked for."""
-    prompt_tokens: int
-
-    def events(self) -> AsyncIterator[Event]:
-        """The choices' events, interleaved as they happen. Iterate once.
-
-        Raises EngineFailed when the engine ends, BadRequest when it refuses the request.
-        """
-        raise NotImplementedError
+SEED_BITS = 64
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Odd, so that the seeds of a request's choices differ: the golden ratio in 64 bits."""
 
 
 class InferenceService:
     """Turns internal requests into events."""
 
+    def __init__(self, pool: ModelPoolManager, settings: Settings) -> None:
+        self.pool = pool
+        self.settings = settings
+
     @asynccontextmanager
-    async def open(self, request: InferenceRequest) -> AsyncIterator[Generation]:
+    async def open(self, request: InferenceRequest) -> AsyncIterator["Generation"]:
         """Render and check the prompt, hold the model, and hand the generation to the caller.
 
-        Leaving the block aborts what is still running and lets the model go. Raises the errors a
-        client should see as a status: BadRequest, ContextLengthExceeded, ModelNotFound,
-        ModelLoading, ModelLoadFailed.
+        The engine begins at once. Leaving the block aborts what still runs and lets the model go.
+        Raises the errors a client should see as a status: BadRequest, ContextLengthExceeded,
+        ModelNotFound, ModelLoading, ModelLoadFailed.
         """
-        raise NotImplementedError
-        yield Generation()
+        with inference_span(request.model, request) as span:
+            async with self.pool.acquire(request.model) as model:
+                span.model(model.id)
+                tokens = await asyncio.to_thread(_tokenize, model.adapter, request.prompt)
+                _check(tokens, request, model)
+                with model.engine.generate(_engine_requests(tokens, request, model)) as stream:
+                    yield Generation(request, model, tokens, stream, span)
+
+
+class Generation:
+    """A request that was accepted: its prompt fits, its model is held, its engine works on it."""
+
+    def __init__(
+        self,
+        request: InferenceRequest,
+        model: LoadedModel,
+        tokens: list[int],
+        stream: RowStream,
+        span: InferenceSpan,
+    ) -> None:
+        self.model = model.id
+        """The id under which the model is known, which may differ from the alias asked for."""
+        self.prompt_tokens = len(tokens)
+        self._request = request
+        self._adapter = model.adapter
+        self._tokens = tokens
+        self._stream = stream
+        self._span = span
+
+    async def prompt_text(self) -> str:
+        """The prompt as text, special tokens left out."""
+        return await asyncio.to_thread(self._adapter.decode, self._tokens)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """The choices' events, interleaved as they happen. Iterate once.
+
+        Raises EngineFailed when the engine ends or fails the request.
+        """
+        choices = [
+            _Choice(index, self._adapter, self._request.stop, self.prompt_tokens)
+            for index in range(self._request.n)
+        ]
+        async for index, row in self._stream.rows():
+            if row.prompt_logprobs is not None and index == 0:
+                scored = await asyncio.to_thread(
+                    prompt_logprobs, self._adapter, self._tokens, row.prompt_logprobs
+                )
+                yield PromptScored(scored)
+            if row.tokens:
+                self._span.first_token()
+            for event in choices[index].take(row):
+                if isinstance(event, Finished):
+                    self._span.finished(event)
+                    if row.finish is None:  # a stop string, of which the engine knows nothing
+                        self._stream.abort(index)
+                yield event
+
+
+class _Choice:
+    """One choice's way from rows to events."""
+
+    def __init__(
+        self, index: int, adapter: Adapter, stops: tuple[str, ...], prompt_tokens: int
+    ) -> None:
+        self.index = index
+        self.text = AlignedText(adapter, stops)
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+
+    def take(self, row: Row) -> Iterator[TextDelta | Finished]:
+        """The events that `row` brings about."""
+        self.cached_tokens = row.cached or self.cached_tokens
+        logprobs: Sequence[Logprobs | None] = row.logprobs or [None] * len(row.tokens)
+        # A stop token ends the text and is no part of it.
+        spoken = len(row.tokens) - (row.finish == "stop")
+        for position, token in enumerate(row.tokens):
+            self.completion_tokens += 1
+            if position >= spoken:
+                break
+            text, entries = self.text.push(token, logprobs[position])
+            if text or entries:
+                yield TextDelta(self.index, text, entries)
+            if self.text.stopped:
+                yield self._finished("stop")
+                return
+        if row.finish is not None:
+            text, entries = self.text.finish()
+            if text or entries:
+                yield TextDelta(self.index, text, entries)
+            yield self._finished(row.finish)
+
+    def _finished(self, reason: FinishReason) -> Finished:
+        usage = Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+        return Finished(self.index, reason, usage)
+
+
+def _tokenize(adapter: Adapter, prompt: Prompt) -> list[int]:
+    match prompt:
+        case ChatPrompt():
+            return adapter.render(prompt)
+        case TextPrompt(text=text):
+            return adapter.encode(text)
+        case _:
+            return prompt.ids
+
+
+def _check(tokens: list[int], request: InferenceRequest, model: LoadedModel) -> None:
+    """Refuse what this model can never do."""
+    context, vocabulary = model.facts.context_length, model.facts.vocab_size
+    if not tokens:
+        raise BadRequest("The prompt holds no token.", param="prompt")
+    wanted = 1 if request.max_tokens is None else request.max_tokens
+    if len(tokens) + wanted > context:
+        raise ContextLengthExceeded(
+            f"This model's context holds {context} tokens. You asked for {len(tokens) + wanted}: "
+            f"{len(tokens)} in the prompt and at least {wanted} in the completion.",
+            param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
+        )
+    if not all(0 <= token < vocabulary for token in tokens):
+        raise BadRequest(
+            f"The prompt has a token id outside this model's vocabulary of {vocabulary}.",
+            param="prompt",
+        )
+    if not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
+        raise BadRequest(
+            f"A token id is outside this model's vocabulary of {vocabulary}.", param="logit_bias"
+        )
+
+
+def _engine_requests(
+    tokens: list[int], request: InferenceRequest, model: LoadedModel
+) -> list[Generate]:
+    """One engine request per choice; each has a seed of its own."""
+    room = model.facts.context_length - len(tokens)
+    seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
+    stop_tokens = [] if request.ignore_eos else sorted(model.adapter.stop_tokens)
+    return [
+        Generate(
+            id=0,  # the client gives the real one
+            prompt=tokens,
+            sampling=msgspec.structs.replace(
+                request.sampling, seed=(seed + index * SEED_STRIDE) % (1 << SEED_BITS)
+            ),
+            max_tokens=room if request.max_tokens is None else request.max_tokens,
+            stop_tokens=stop_tokens,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.prompt_logprobs if index == 0 else None,
+        )
+        for index in range(request.n)
+    ]

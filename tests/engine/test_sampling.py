@@ -109,7 +109,7 @@ def test_the_draw_depends_on_seed_and_position_alone() -> None:
     assert uniform(5, 3) == uniform(5, 3)
     values = np.array([uniform(seed, i) for seed in range(50) for i in range(200)])
     assert len(set(values)) > 9_900
-    assert 0 <= values.min()
+    assert values.min() >= 0
     assert values.max() < 1
     assert abs(values.mean() - 0.5) < 0.01
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
+
+from tokenizers import Tokenizer
 
 from mlx_server.schemas.internal import ChatPrompt
 
@@ -24,8 +26,8 @@ class Adapter(Protocol):
     capabilities: Capabilities
     stop_tokens: frozenset[int]
     vocab_size: int
-    tokenizer: Any
-    """The `tokenizers.Tokenizer` behind it, for incremental decoding."""
+    """One more than the largest token id that the tokenizer knows."""
+    tokenizer: Tokenizer
 
     def render(self, prompt: ChatPrompt) -> list[int]:
         """Token ids of the conversation, ready to be continued.
@@ -38,6 +40,9 @@ class Adapter(Protocol):
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that `token` stands for in running text; empty for special tokens."""
+
+    def token_name(self, token: int) -> str:
+        """What the vocabulary calls `token`: the way to show a special one."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, special tokens left out."""

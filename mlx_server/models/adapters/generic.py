@@ -1,0 +1,216 @@
+"""The adapter that works from what a model ships, and that the families specialise."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tokenizers import Tokenizer
+
+from mlx_server.errors import BadRequest, ModelLoadFailed
+from mlx_server.models.adapters.base import Capabilities
+from mlx_server.models.adapters.pieces import TokenBytes
+from mlx_server.schemas.internal import ChatPrompt
+
+# Arguments of the renderer itself: `chat_template` would let a client supply the program, the
+# others change what comes back.
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+PROBE = "a probe of the system role"
+MAX_REASON = 500
+
+
+class GenericAdapter:
+    """The text side of a model: template, tokenizer and stop tokens as found in its folder.
+
+    A family says by which `model_type` and name it is known, and which tokens end its turns.
+    """
+
+    family: str = "generic"
+    model_types: ClassVar[re.Pattern[str] | None] = None
+    names: ClassVar[re.Pattern[str] | None] = None
+    end_of_turn: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, path: Path, config: dict[str, Any], trust_remote_code: bool = False) -> None:
+        self._wrapper = load_tokenizer(path, trust_remote_code)
+        self.tokenizer: Tokenizer = self._wrapper.backend_tokenizer
+        # What tokenizer.json may have baked in; it would cut prompts short.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        self._token_bytes = TokenBytes(self.tokenizer)
+        self._beginning = self._find_beginning()
+        self.stop_tokens = self._find_stop_tokens(config, read_optional_config(path))
+        self.capabilities = self._find_capabilities()
+
+    def render(self, prompt: ChatPrompt) -> list[int]:
+        return self._encode(self._render_text(prompt))
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._encode(text)
+        if ids[: len(self._beginning)] == self._beginning:
+            return ids
+        return self._beginning + ids
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._token_bytes(token)
+
+    def token_name(self, token: int) -> str:
+        return self.tokenizer.id_to_token(token) or f"<{token}>"
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def _render_text(self, prompt: ChatPrompt) -> str:
+        self._check(prompt)
+        try:
+            rendered: str = self._wrapper.apply_chat_template(
+                prompt.messages,
+                tools=prompt.tools,
+                add_generation_prompt=not prompt.continue_final,
+                continue_final_message=prompt.continue_final,
+                tokenize=False,
+                **prompt.template_kwargs,
+            )
+        except Exception as error:
+            # A template is a program that runs on the client's data: whatever it raises, from
+            # raise_exception to a TypeError, is that data's fault.
+            raise BadRequest(
+                f"The model's chat template refuses these messages: {_reason(error)}",
+                param="messages",
+            ) from error
+        return rendered
+
+    def _check(self, prompt: ChatPrompt) -> None:
+        if not self._wrapper.has_chat_template:
+            raise BadRequest(
+                "This model has no chat template, so it cannot take messages; "
+                "send it a text with /v1/completions.",
+                param="messages",
+            )
+        if reserved := sorted(RESERVED_TEMPLATE_KWARGS & prompt.template_kwargs.keys()):
+            raise BadRequest(
+                f"These cannot be set for the chat template: {', '.join(reserved)}",
+                param="chat_template_kwargs",
+            )
+        if prompt.continue_final and not _ends_with_assistant_text(prompt.messages):
+            raise BadRequest(
+                "Only a last message of the assistant, with text, can be continued.",
+                param="messages",
+            )
+
+    def _encode(self, text: str) -> list[int]:
+        # Of the ways to encode, only those for batches let go of Python's lock.
+        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _find_beginning(self) -> list[int]:
+        """What the tokenizer puts in front of a text. What it puts behind would end the text."""
+        bare = self.tokenizer.encode("a", add_special_tokens=False).ids
+        whole: list[int] = self.tokenizer.encode("a", add_special_tokens=True).ids
+        return whole[: whole.index(bare[0])] if bare else []
+
+    def _find_stop_tokens(
+        self, config: dict[str, Any], generation_config: dict[str, Any]
+    ) -> frozenset[int]:
+        names = {self._wrapper.eos_token, *self.end_of_turn} - {None}
+        # By name: transformers answers for a missing token with the id of the unknown token.
+        ids = {self.tokenizer.token_to_id(str(name)) for name in names} - {None}
+        for settings in (config, config.get("text_config") or {}, generation_config):
+            ids |= _as_ids(settings.get("eos_token_id"))
+        return frozenset(i for i in ids if i is not None)
+
+    def _find_capabilities(self) -> Capabilities:
+        template = json.dumps(self._wrapper.chat_template or "")
+        return Capabilities(
+            chat=self._wrapper.has_chat_template,
+            tools=self._wrapper.has_tool_calling or "tools" in template,
+            reasoning=self._wrapper.has_thinking,
+            system_role=self._has_system_role(),
+        )
+
+    def _has_system_role(self) -> bool:
+        messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "Hello"}]
+        try:
+            return PROBE in self._render_text(ChatPrompt(messages))
+        except BadRequest:
+            return False
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    """mlx-lm's wrapper around the tokenizer in `path`. Raises ModelLoadFailed."""
+    # Imported here because it takes seconds, which commands without a model need not wait for.
+    # mlx_lm comes first: it silences advice that transformers gives when it is imported.
+    from mlx_lm import tokenizer_utils
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        wrapper = tokenizer_utils.load(
+            path,
+            {"trust_remote_code": trust_remote_code, "local_files_only": True},
+        )
+    except Exception as error:
+        # Broken files surface as whatever the parser in question raises; the Rust ones raise
+        # bare Exceptions.
+        raise ModelLoadFailed(
+            f"The tokenizer in {path.name} could not be loaded: {_reason(error)}"
+        ) from error
+    if not isinstance(getattr(wrapper, "backend_tokenizer", None), Tokenizer):
+        raise ModelLoadFailed(f"The tokenizer in {path.name} has no fast form (tokenizer.json).")
+    return wrapper
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The model's config.json. Raises ModelLoadFailed."""
+    return _read_json(path / "config.json")
+
+
+def read_optional_config(path: Path) -> dict[str, Any]:
+    """The model's generation_config.json, empty when there is none. Raises ModelLoadFailed."""
+    file = path / "generation_config.json"
+    return _read_json(file) if file.exists() else {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadFailed(
+            f"{file.name} of {file.parent.name} could not be read: {_reason(error)}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelLoadFailed(f"{file.name} of {file.parent.name} is not a JSON object.")
+    return content
+
+
+def _as_ids(value: Any) -> set[int]:
+    values = value if isinstance(value, list) else [value]
+    return {i for i in values if isinstance(i, int)}
+
+
+def _ends_with_assistant_text(messages: list[dict[str, Any]]) -> bool:
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant" and isinstance(last.get("content"), str)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line that an answer can carry."""
+    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__

@@ -1,0 +1,109 @@
+"""The bytes that a token stands for in running text, whatever kind of tokenizer it belongs to."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers import Tokenizer
+
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenBytes:
+    """Maps token ids to bytes that concatenate to the text; special and unknown ids to none.
+
+    Decoders that treat each token by itself (byte level; SentencePiece with or without byte
+    fallback) are followed step by step, since a token may end within a character. Of a decoder of
+    any other kind, a token's text is what it adds to the text of another token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._known = {token: b"" for token, details in added.items() if details.special}
+        steps = list(_steps(tokenizer))
+        kinds = [step["type"] for step in steps]
+        self._byte_level = kinds == ["ByteLevel"]
+        self._byte_fallback = "ByteFallback" in kinds
+        self._replacements = [_replacement(step) for step in steps if _replaces(step)]
+        self._by_itself = self._byte_level or (bool(kinds) and _treats_each_token_alone(steps))
+        self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+
+    def __call__(self, token: int) -> bytes:
+        known = self._known.get(token)
+        if known is None:
+            piece = self._tokenizer.id_to_token(token)
+            known = b"" if piece is None else self._bytes_of(token, piece)
+            self._known[token] = known
+        return known
+
+    def _bytes_of(self, token: int, piece: str) -> bytes:
+        if not self._by_itself:
+            return self._addition_of(token)
+        if self._byte_level:
+            return _byte_level(piece)
+        if self._byte_fallback and (match := BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
+        for old, new in self._replacements:
+            piece = piece.replace(old, new)
+        return piece.encode()
+
+    def _addition_of(self, token: int) -> bytes:
+        before = self._tokenizer.decode(self._anchor, skip_special_tokens=True)
+        after = self._tokenizer.decode([*self._anchor, token], skip_special_tokens=True)
+        return after.removeprefix(before).encode()
+
+
+def _steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """The decoder's steps as declared in tokenizer.json, sequences flattened."""
+    if tokenizer.decoder is None:
+        return
+    pending = [json.loads(tokenizer.decoder.__getstate__())]
+    while pending:
+        step = pending.pop(0)
+        if step["type"] == "Sequence":
+            pending = step["decoders"] + pending
+        else:
+            yield step
+
+
+def _replaces(step: dict[str, Any]) -> bool:
+    return step["type"] == "Metaspace" or (
+        step["type"] == "Replace" and "String" in step["pattern"]
+    )
+
+
+def _replacement(step: dict[str, Any]) -> tuple[str, str]:
+    if step["type"] == "Metaspace":
+        return step["replacement"], " "
+    return step["pattern"]["String"], step["content"]
+
+
+def _treats_each_token_alone(steps: list[dict[str, Any]]) -> bool:
+    """Whether a token's text depends on itself only, save for a strip at the ends of the whole."""
+    fused = False
+    for step in steps:
+        fused = fused or step["type"] == "Fuse"
+        known = step["type"] in ("ByteFallback", "Fuse") or _replaces(step)
+        if not known and not (fused and step["type"] == "Strip"):
+            return False
+    return True
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable Latin-1 as itself, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    alphabet = {chr(value): value for value in printable}
+    return alphabet | {chr(0x100 + i): value for i, value in enumerate(others)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
+
+
+def _byte_level(piece: str) -> bytes:
+    # An added token is plain text; the decoder tells it by a character outside the alphabet.
+    if all(character in BYTE_ALPHABET for character in piece):
+        return bytes(BYTE_ALPHABET[character] for character in piece)
+    return piece.encode()

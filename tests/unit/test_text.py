@@ -1,0 +1,315 @@
+"""Streaming text against plain references that see the whole text at once."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_server.engine.protocol import Logprobs
+from mlx_server.models.adapters.base import Adapter
+from mlx_server.models.adapters.registry import load_adapter
+from mlx_server.schemas.internal import TokenLogprob
+from mlx_server.services.text import (
+    AlignedText,
+    StopMatcher,
+    TokenDecoder,
+    prompt_logprobs,
+    token_text,
+)
+from tests.support.tiny import build_tiny_model, token_id
+
+TEXTS = st.text(st.sampled_from("ab \n.é日🦙👩‍👧▁\u200d\ufffd"), max_size=40)
+STOPS = st.lists(st.text(st.sampled_from("abc"), min_size=1, max_size=5), max_size=4)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("llama", "mistral", "gemma")}
+    return {name: load_tiny(folder, name) for name, folder in folders.items()}
+
+
+def load_tiny(folder: Path, family: str) -> Adapter:
+    return load_adapter(build_tiny_model(folder, family), family)
+
+
+def one_byte_tokens(adapter: Adapter, text: str) -> list[int]:
+    """`text` as tokens of one byte each."""
+    ids = {adapter.token_bytes(token): token for token in range(adapter.vocab_size)}
+    return [ids[bytes([value])] for value in text.encode()]
+
+
+def continuation(adapter: Adapter, text: str) -> list[int]:
+    """`text` in the tokenizer's own pieces, without what it puts in front."""
+    ids = adapter.tokenizer.encode("\n" + text, add_special_tokens=False).ids
+    start = next(i for i, token in enumerate(ids) if b"\n" in adapter.token_bytes(token))
+    alone = adapter.token_bytes(ids[start]) == b"\n"
+    return ids[start + 1 :] if alone else one_byte_tokens(adapter, text)
+
+
+def pieces_of(text: str, sizes: Sequence[int]) -> list[str]:
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(text[start : start + size])
+        start += size
+    return [*pieces, text[start:]]
+
+
+# characters
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
+@given(text=TEXTS)
+def test_streamed_tokens_join_to_the_text(
+    adapters: dict[str, Adapter], family: str, text: str
+) -> None:
+    adapter = adapters[family]
+    text = text.replace("▁", "_")
+    for tokens in (continuation(adapter, text), one_byte_tokens(adapter, text)):
+        decoder = TokenDecoder(adapter.token_bytes)
+        assert "".join(map(decoder.push, tokens)) == text
+        assert not decoder.inside_character
+
+
+@given(data=st.binary(max_size=60))
+def test_any_bytes_stream_as_they_decode_with_at_most_three_held_back(data: bytes) -> None:
+    decoder = TokenDecoder(lambda token: bytes([token]))
+    shown = ""
+    for count, value in enumerate(data, start=1):
+        shown += decoder.push(value)
+        # Each prefix that does not end inside a character is shown whole.
+        for held in range(4):
+            if shown == data[: count - held].decode(errors="replace"):
+                break
+        else:
+            pytest.fail(f"{data[:count]!r} shows {shown!r}")
+    expected = data.decode(errors="replace")
+    assert expected.removesuffix("\ufffd") in (shown, shown.removesuffix("\ufffd"))
+
+
+def test_a_character_appears_with_its_last_byte_and_never_in_part() -> None:
+    decoder = TokenDecoder(lambda token: bytes([token]))
+    assert [decoder.push(value) for value in "🦙é".encode()] == ["", "", "", "🦙", "", "é"]
+
+
+def test_what_is_whole_in_a_token_is_not_held_back_with_what_is_not() -> None:
+    decoder = TokenDecoder([b"ab\xf0", b"\x9f\xa6\x99 c"].__getitem__)
+    assert [decoder.push(0), decoder.push(1)] == ["ab", "🦙 c"]
+
+
+def test_a_model_that_says_only_invalid_bytes_still_streams() -> None:
+    decoder = TokenDecoder(lambda token: b"\x9f")
+    assert [decoder.push(0) for _ in range(5)] == ["\ufffd"] * 5
+
+
+def test_a_character_left_incomplete_is_dropped(adapters: dict[str, Adapter]) -> None:
+    text = AlignedText(adapters["llama"])
+    tokens = one_byte_tokens(adapters["llama"], "a🦙")[:-1]
+    assert [text.push(token)[0] for token in tokens] == ["a", "", "", ""]
+    assert text.finish() == ("", ())
+
+
+def test_the_first_token_of_an_answer_keeps_its_space(adapters: dict[str, Adapter]) -> None:
+    adapter = adapters["mistral"]
+    prompt = adapter.encode("The answer is")
+    answer = adapter.tokenizer.encode("fine.", add_special_tokens=False).ids
+    decoder = TokenDecoder(adapter.token_bytes)
+    streamed = "".join(map(decoder.push, answer))
+    assert streamed == adapter.decode(prompt + answer).removeprefix(adapter.decode(prompt))
+    assert streamed == " fine."
+
+
+# stop strings
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the stop string that ends first starts; the longest of those that end together."""
+    for end in range(1, len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return end - len(stop)
+    return None
+
+
+def longest_beginning(text: str, stops: Sequence[str]) -> int:
+    """How long the longest end of `text` is that begins a stop string."""
+    lengths = [n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])]
+    return max(lengths, default=0)
+
+
+@given(
+    text=st.text(st.sampled_from("abc"), max_size=40),
+    stops=STOPS,
+    sizes=st.lists(st.integers(0, 5), max_size=20),
+)
+def test_stops_are_found_however_the_text_is_cut(
+    text: str, stops: list[str], sizes: list[int]
+) -> None:
+    matcher = StopMatcher(stops)
+    cut = first_stop(text, stops)
+    seen = shown = ""
+    for piece in pieces_of(text, sizes):
+        seen += piece
+        more, stopped = matcher.push(piece)
+        shown += more
+        if stopped:
+            assert cut is not None
+            assert shown == text[:cut]
+            return
+        assert shown == seen[: len(seen) - longest_beginning(seen, stops)]
+    assert cut is None
+    assert shown + matcher.flush() == text
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "shown"),
+    [
+        (["STOP"], ["a S", "TO", "P b"], "a "),
+        (["\n\n"], ["a \n", " \n", "\nb"], "a \n "),
+        (["abcd", "bc"], ["xabcd"], "xa"),
+        (["bc", "abc"], ["xabc"], "x"),
+        (["aab"], ["aaab"], "a"),
+        (["🦙"], ["hi 🦙"], "hi "),
+        (["a.c", "["], ["abc ["], "abc "),
+        (["", "x"], ["a", "x"], "a"),
+    ],
+)
+def test_the_stop_that_ends_first_cuts_and_white_space_stays(
+    stops: list[str], pieces: list[str], shown: str
+) -> None:
+    matcher = StopMatcher(stops)
+    results = [matcher.push(piece) for piece in pieces]
+    assert "".join(text for text, _ in results) == shown
+    assert results[-1][1]
+
+
+def test_text_that_begins_no_stop_string_passes_at_once() -> None:
+    matcher = StopMatcher(["###", "\n\nUser:"])
+    assert matcher.push("a\n") == ("a", False)
+    assert matcher.push("\n") == ("", False)
+    assert matcher.push("Us#") == ("\n\nUs", False)
+    assert matcher.flush() == "#"
+
+
+def test_no_stop_strings_hold_nothing_back() -> None:
+    matcher = StopMatcher([])
+    assert matcher.push("anything") == ("anything", False)
+    assert matcher.flush() == ""
+
+
+def test_long_texts_of_near_misses_take_linear_time() -> None:
+    matcher = StopMatcher(["a" * 2000 + "b"])
+    started = time.process_time()
+    shown = sum(len(matcher.push("aaaa")[0]) for _ in range(50_000))
+    assert shown == 200_000 - 2000
+    assert time.process_time() - started < 10
+
+
+# log-probabilities
+
+
+def run(
+    adapter: Adapter, tokens: Sequence[int], stops: Sequence[str]
+) -> tuple[str, list[TokenLogprob]]:
+    """Push `tokens` with entries; at each moment the entries must tell the text so far."""
+    aligned, text = AlignedText(adapter, stops), ""
+    entries: list[TokenLogprob] = []
+    for token in tokens:
+        more, released = aligned.push(token, Logprobs(token, -1.0, [(token, -1.0)]))
+        text += more
+        entries += released
+        said = b"".join(entry.bytes for entry in entries)
+        # A token longer than what may be shown of it waits for the rest.
+        assert text.encode().startswith(said) or aligned.stopped
+    more, released = aligned.finish()
+    return text + more, entries + list(released)
+
+
+@given(before=TEXTS, after=TEXTS, stop=st.sampled_from(["<end>", "\n\n#", "🦙🦙!", "ab"]))
+def test_entries_join_to_the_text_when_a_stop_falls_on_a_token_boundary(
+    adapters: dict[str, Adapter], before: str, after: str, stop: str
+) -> None:
+    adapter = adapters["llama"]
+    tokens = one_byte_tokens(adapter, before + stop + after)
+    whole = before + stop + after
+    cut = first_stop(whole, [stop])
+    text, entries = run(adapter, tokens, [stop])
+    assert text == whole[:cut]
+    assert b"".join(entry.bytes for entry in entries) == text.encode()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
+@given(text=TEXTS)
+def test_each_entry_tells_where_its_token_begins(
+    adapters: dict[str, Adapter], family: str, text: str
+) -> None:
+    adapter = adapters[family]
+    text = text.replace("▁", "_")
+    tokens = continuation(adapter, text)
+    shown, entries = run(adapter, tokens, ["never said"])
+    assert shown == text
+    assert len(entries) == len(tokens)
+    said = b""
+    for entry in entries:
+        whole = said.decode(errors="ignore")
+        assert entry.offset == len(whole)
+        said += entry.bytes
+    assert said.decode() == text
+
+
+def test_the_entry_of_a_token_that_the_stop_divides_stays_and_later_ones_go(
+    adapters: dict[str, Adapter],
+) -> None:
+    adapter = adapters["llama"]
+    tokens = adapter.tokenizer.encode("Hello, world! How", add_special_tokens=False).ids
+    text, entries = run(adapter, tokens, ["lo, w"])
+    assert text == "Hel"
+    assert [entry.token for entry in entries] == ["H", "ello"]
+
+
+def test_nothing_follows_a_stop(adapters: dict[str, Adapter]) -> None:
+    adapter = adapters["llama"]
+    aligned = AlignedText(adapter, ["b"])
+    [token] = one_byte_tokens(adapter, "b")
+    assert aligned.push(token, Logprobs(token, -1.0, [])) == ("", ())
+    assert aligned.stopped
+    assert aligned.push(token) == ("", ())
+    assert aligned.finish() == ("", ())
+
+
+def test_the_scores_of_an_unfinished_character_are_not_lost(adapters: dict[str, Adapter]) -> None:
+    adapter = adapters["llama"]
+    tokens = one_byte_tokens(adapter, "🦙")[:2]
+    text, entries = run(adapter, tokens, [])
+    assert text == ""
+    assert b"".join(entry.bytes for entry in entries) == "🦙".encode()[:2]
+    assert [entry.token for entry in entries] == ["bytes:\\xf0", "bytes:\\x9f"]
+
+
+def test_a_special_token_has_a_name_to_show_and_no_bytes(adapters: dict[str, Adapter]) -> None:
+    adapter = adapters["llama"]
+    special = token_id(adapter.tokenizer, "<|python_tag|>")
+    assert token_text(adapter, special) == "<|python_tag|>"
+    _, [entry] = run(adapter, [special], [])
+    assert (entry.token, entry.bytes, entry.offset) == ("<|python_tag|>", b"", 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
+@pytest.mark.parametrize("text", ["Hello, world 日本🦙", " two  spaces", ""])
+def test_a_prompts_entries_point_into_its_text(
+    adapters: dict[str, Adapter], family: str, text: str
+) -> None:
+    adapter = adapters[family]
+    tokens = adapter.encode(text)
+    scores = [None, *(Logprobs(token, -2.0, [(token, -2.0)]) for token in tokens[1:])]
+    entries = prompt_logprobs(adapter, tokens, scores)
+    assert adapter.decode(tokens) == text
+    assert b"".join(entry.bytes for entry in entries) == text.encode()
+    assert entries[0].logprob is None
+    assert all(entry.logprob == -2.0 for entry in entries[1:])
+    for entry in entries:
+        assert text.encode()[len(text[: entry.offset].encode()) :].startswith(entry.bytes) or (
+            entry.token.startswith("bytes:")
+        )
