@@ -78,9 +78,7 @@ class Settings(BaseSettings):
     load_wait: float = Field(
         30.0, gt=0, description="Seconds a request waits for its model to load before a 503."
     )
-    load_timeout: float = Field(
-        600.0, gt=0, description="Seconds after which a load is given up."
-    )
+    load_timeout: float = Field(600.0, gt=0, description="Seconds after which a load is given up.")
     ping_interval: float = Field(
         15.0, gt=0, description="Seconds between keep-alive comments in a silent stream."
     )

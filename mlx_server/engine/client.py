@@ -30,6 +30,7 @@ from mlx_server.engine.protocol import (
     frame,
 )
 from mlx_server.errors import EngineFailed, ModelLoadFailed
+from mlx_server.telemetry import event
 
 RECEIVE_BYTES = 1 << 18
 KEPT_LOG_LINES = 50
@@ -79,6 +80,8 @@ class EngineClient:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
+                # A signal to the front's process group, as Ctrl-C sends, is not for engines.
+                start_new_session=True,
             )
         client = cls(model_id, process, front)
         try:
@@ -132,7 +135,7 @@ class EngineClient:
             async with asyncio.timeout(STOP_SECONDS):
                 await self.process.wait()
         except TimeoutError:
-            log.warning("event=engine_stop_timeout model=%s pid=%d", self.model_id, self.pid)
+            log.warning(event("engine_stop_timeout", model=self.model_id, pid=self.pid))
         await self.kill()
 
     async def kill(self) -> None:
@@ -168,7 +171,7 @@ class EngineClient:
                 for body in frames.feed(data):
                     self._deliver(decode_to_front(body))
         except ConnectionError as error:
-            log.info("event=engine_connection_lost model=%s error=%s", self.model_id, error)
+            log.info(event("engine_connection_lost", model=self.model_id, error=error))
         finally:
             await self._end()
 
@@ -212,7 +215,7 @@ class EngineClient:
         while line := await _next_line(stderr):
             text = line.decode(errors="replace").rstrip()
             self.last_lines.append(text)
-            log.info("engine=%s pid=%d %s", self.model_id, self.pid, text)
+            log.info(event("engine_log", model=self.model_id, pid=self.pid, line=text))
 
 
 class RowStream:

@@ -11,16 +11,17 @@ from collections.abc import Sequence as Many
 
 from mlx_server.engine.backend import Backend, cache_bytes
 from mlx_server.engine.batch import Batch, Prefill, Sequence
-from mlx_server.engine.protocol import Failed, Generate, Row, Stats, Tokens
+from mlx_server.engine.protocol import Failed, Generate, Row, Sampling, Stats, Tokens
 from mlx_server.utils.memory import DeviceMemory
 
-FIRST_CHUNK = 128
 SMALLEST_CHUNK = 32
 LARGEST_CHUNK = 2048
 IDLE_CHUNK_SECONDS = 1.0
 """How long a chunk may take while nothing decodes: what an abort may have to wait for."""
 STEPS_PER_CHUNK = 2.5
 """How many decode steps a chunk may last while streams run."""
+GATHER_STEPS = 10
+"""For how many steps' time a new batch may wait for prompts that are ready to join it."""
 MOST_PADDING = 1.5
 """Prompts prefill together while padding makes the work no more than this times as large."""
 
@@ -38,24 +39,26 @@ class Average:
 
 
 class Pace:
-    """How many prompt tokens a turn may compute."""
+    """How many prompt tokens a turn may compute, from how fast things have gone so far."""
 
-    def __init__(self, fixed: int | None) -> None:
-        self.fixed = fixed
+    def __init__(self, fixed_chunk: int | None) -> None:
+        self.fixed_chunk = fixed_chunk
         self.step_seconds = Average()
         self.prefill_rate = Average()
 
-    def budget(self, decoding: bool) -> int:
+    def chunk(self, decoding: bool) -> int:
         """Tokens for the next chunk."""
-        if self.fixed is not None:
-            return self.fixed
-        if self.prefill_rate.value is None:
-            return FIRST_CHUNK
+        if self.fixed_chunk is not None:
+            return self.fixed_chunk
         seconds = IDLE_CHUNK_SECONDS
-        if decoding and self.step_seconds.value is not None:
-            seconds = min(seconds, STEPS_PER_CHUNK * self.step_seconds.value)
-        tokens = int(self.prefill_rate.value * seconds)
+        if decoding:
+            seconds = min(seconds, STEPS_PER_CHUNK * (self.step_seconds.value or 0))
+        tokens = int((self.prefill_rate.value or 0) * seconds)
         return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
+
+    def gather_seconds(self) -> float:
+        """How long a new batch may wait for company."""
+        return GATHER_STEPS * (self.step_seconds.value or 0)
 
 
 class Scheduler:
@@ -71,6 +74,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefills: deque[Prefill] = deque()
         self.batch = Batch(model)
+        self._gathering_until = 0.0
 
     @property
     def busy(self) -> bool:
@@ -98,9 +102,17 @@ class Scheduler:
 
     def turn(self) -> Tokens:
         """One decode step and at most one chunk of prefill; returns what came out."""
-        rows = self._decode()
+        rows = [] if self._gathering() else self._decode()
         rows += self._prefill()
         return Tokens(rows)
+
+    def warm_up(self) -> None:
+        """Run a small request, so that kernels are compiled and the pace is known."""
+        prompt = [0] * (SMALLEST_CHUNK + 1)
+        self.add(Generate(id=0, prompt=prompt, sampling=Sampling(temperature=0), max_tokens=3))
+        while self.busy:
+            self.turn()
+        self.release()
 
     def fail_all(self, message: str) -> list[Failed]:
         """Give up every request that has begun; the waiting ones stay."""
@@ -143,6 +155,22 @@ class Scheduler:
                 return f"token {token} is not in the model's vocabulary of {len(known)}"
         return None
 
+    def _gathering(self) -> bool:
+        """Whether a batch that has not given a token yet should wait for prompts close behind.
+
+        Requests often come in bursts, and a step of a full batch costs little more than one of a
+        small batch.
+        """
+        if not self.batch.rows or any(row.reported for row in self.batch.rows):
+            return False
+        return time.perf_counter() < self._gathering_until and self._some_nearly_prefilled()
+
+    def _some_nearly_prefilled(self) -> bool:
+        chunk = self.pace.chunk(decoding=False)
+        if self.waiting and self._free_slots() > 0:
+            return len(self.waiting[0].request.prompt) <= chunk
+        return any(p.length - p.position <= chunk for p in self.prefills)
+
     def _decode(self) -> list[Row]:
         if not self.batch.busy:
             return []
@@ -154,7 +182,7 @@ class Scheduler:
 
     def _prefill(self) -> list[Row]:
         """Give the next prompt in rotation its chunk; sequences that are ready join the batch."""
-        budget = self.pace.budget(decoding=len(self.batch) > 0)
+        budget = self.pace.chunk(decoding=any(row.reported for row in self.batch.rows))
         self._admit(budget)
         if not self.prefills:
             return []
@@ -171,13 +199,18 @@ class Scheduler:
     def _start_decoding(self, prefill: Prefill) -> list[Row]:
         """Rows of requests that only wanted their prompt scored; all others join the batch."""
         if prefill.sequences[0].limit > prefill.sequences[0].launched:
+            if not self.batch.rows:
+                self._gathering_until = time.perf_counter() + self.pace.gather_seconds()
             self.batch.join(prefill)
             return []
         return [prefill.sequences[0].report([], "length")]
 
+    def _free_slots(self) -> int:
+        return self.max_batch - len(self.batch) - sum(len(p.sequences) for p in self.prefills)
+
     def _admit(self, budget: int) -> None:
         """Start prefilling what is waiting, as far as there are slots."""
-        free = self.max_batch - len(self.batch) - sum(len(p.sequences) for p in self.prefills)
+        free = self._free_slots()
         if free <= 0 or not self.waiting:
             return
         group = [self.waiting.popleft()]

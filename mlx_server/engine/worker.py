@@ -7,7 +7,6 @@ end of the front is noticed while the device works.
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -146,6 +145,8 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
     if device == "cpu" and sys.platform.startswith("linux"):
         log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
     backend = Backend(Path(message.path), options, memory)
+    scheduler = Scheduler(backend, memory, options.max_batch, options.prefill_chunk)
+    scheduler.warm_up()
     ready = Ready(
         pid=os.getpid(),
         device=device,
@@ -158,13 +159,11 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
         blas=blas,
         memory=memory.read(),
     )
-    return Scheduler(backend, memory, options.max_batch, options.prefill_chunk), ready
+    return scheduler, ready
 
 
 def main() -> None:
     """Entry of the engine process."""
-    # Ctrl-C reaches the whole process group; the front decides when its engines end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     connection = socket.socket(fileno=int(sys.argv[1]))
     inbox = Inbox(connection)

@@ -15,7 +15,7 @@ from mlx_server.errors import ModelLoadFailed, ModelLoading, ServerError, Unavai
 from mlx_server.models.adapters.base import Adapter
 from mlx_server.models.adapters.registry import load_adapter
 from mlx_server.models.catalog import Catalog, ModelEntry
-from mlx_server.telemetry import load_span
+from mlx_server.telemetry import event, load_span
 
 ModelState = Literal["absent", "loading", "ready", "failed"]
 SHORTEST_RETRY = 1.0
@@ -227,16 +227,18 @@ class _Slot:
         except OSError as error:
             self.reason = f"its engine could not be started: {error}"
         if self.model is None:
-            log.error("event=model_load_failed model=%s reason=%r", self.entry.id, self.reason)
+            log.error(event("model_load_failed", model=self.entry.id, reason=self.reason))
             return
         self.load_seconds = time.monotonic() - self._began
         log.info(
-            "event=model_loaded model=%s pid=%d device=%s seconds=%.1f weights_bytes=%d",
-            self.entry.id,
-            self.model.facts.pid,
-            self.model.facts.device,
-            self.load_seconds,
-            self.model.facts.weights_bytes,
+            event(
+                "model_loaded",
+                model=self.entry.id,
+                pid=self.model.facts.pid,
+                device=self.model.facts.device,
+                seconds=self.load_seconds,
+                weights_bytes=self.model.facts.weights_bytes,
+            )
         )
         self._watch = asyncio.create_task(self._await_end(self.model))
 
@@ -266,7 +268,7 @@ class _Slot:
     async def _await_end(self, model: LoadedModel) -> None:
         """Notice that the engine ended by itself, and replace it if it is to be kept."""
         await model.engine.closed.wait()
-        log.error("event=engine_ended model=%s pid=%d", model.id, model.facts.pid)
+        log.error(event("engine_ended", model=model.id, pid=model.facts.pid))
         if self.model is model:
             self.model = None
         await model.engine.kill()

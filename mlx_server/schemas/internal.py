@@ -57,7 +57,7 @@ class InferenceRequest:
     model: str
     prompt: Prompt
     caller: Caller
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()

@@ -1,0 +1,56 @@
+"""How bodies become Python objects: JSON whatever the content type says, big ones off the loop."""
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import anyio.to_thread
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mlx_server.errors import BadRequest
+
+OFF_LOOP_BYTES = 64 * 1024
+
+
+class JsonRequest(Request):
+    """A request whose JSON is read strictly: no NaN, no lone surrogates, bounded nesting."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        if len(body) > OFF_LOOP_BYTES:
+            return await anyio.to_thread.run_sync(_parse, body)
+        return _parse(body)
+
+
+class JsonRoute(APIRoute):
+    """A route that takes JSON of any declared content type."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            if "origin" in request.headers and not _declares_json(request):
+                # A web page may post text to anyone, but must ask first to post JSON.
+                raise BadRequest("Content-Type must be application/json for a request of a page.")
+            # Without a declared type the handler asks for JSON.
+            headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
+            return await handler(
+                JsonRequest({**request.scope, "headers": headers}, request.receive)
+            )
+
+        return handle
+
+
+def _declares_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return request.method == "GET" or kind == "application/json" or kind.endswith("+json")
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise json.JSONDecodeError(str(error), "", 0) from None

@@ -1,0 +1,50 @@
+"""`GET /v1/models`: every model that can be served."""
+
+import asyncio
+from collections.abc import Mapping
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from mlx_server.api.dependencies import CatalogDep, PoolDep, authenticated
+from mlx_server.api.errors import documented
+from mlx_server.models.catalog import ModelEntry
+from mlx_server.models.pool import ModelPoolManager
+from mlx_server.schemas.openai import Model, ModelList
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)])
+
+
+@router.get("/models", response_model=ModelList, responses=documented(401))
+async def list_models(catalog: CatalogDep, pool: PoolDep) -> Response:
+    """Every model that can be served, loaded or not."""
+    entries = await asyncio.to_thread(catalog.entries)
+    states = model_states(pool)
+    listed = ModelList(object="list", data=[_model(entry, states) for entry in entries])
+    return Response(listed.to_json(), media_type="application/json")
+
+
+@router.get("/models/{model_id:path}", response_model=Model, responses=documented(401, 404))
+async def get_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
+    """One model, by id or alias."""
+    entry = await asyncio.to_thread(catalog.find, model_id)
+    return Response(_model(entry, model_states(pool)).to_json(), media_type="application/json")
+
+
+def model_states(pool: ModelPoolManager) -> dict[str, str]:
+    """The state of every model that was asked for since the start."""
+    return {status.id: status.state for status in pool.statuses()}
+
+
+def _model(entry: ModelEntry, states: Mapping[str, str]) -> Model:
+    return Model(
+        id=entry.id,
+        object="model",
+        created=entry.created,
+        owned_by="mlx-server",
+        state=states.get(entry.id, "absent"),
+        size=entry.size,
+        context_length=entry.context_length,
+        model_type=entry.model_type,
+        aliases=list(entry.aliases),
+    )

@@ -1,0 +1,89 @@
+"""The FastAPI application: its parts, its routes, its start and stop."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from mlx_server import __version__
+from mlx_server.api import admin, errors, health
+from mlx_server.api.middleware import BodyLimit, HostCheck, RequestContext
+from mlx_server.api.v1 import chat, completions, models
+from mlx_server.config import Settings
+from mlx_server.models.catalog import Catalog
+from mlx_server.models.pool import ModelPoolManager
+from mlx_server.services.inference import InferenceService
+from mlx_server.telemetry import Metrics, setup_logging, setup_tracing, untraced
+
+# Request spans come from FastAPI itself: one per request, none per chunk of a stream, and neither
+# bodies nor arguments in them.
+REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)
+
+
+def create_app(settings: Settings | None = None, catalog: Catalog | None = None) -> FastAPI:
+    """The application. Without arguments it reads its settings, for ASGI servers' factories."""
+    if settings is None:
+        settings = Settings.load()
+        setup_logging(settings.log_level)
+    setup_tracing()
+    catalog = catalog or Catalog(settings)
+    metrics = Metrics()
+    app = FastAPI(
+        title="mlx-server",
+        version=__version__,
+        summary="An inference server for MLX language models.",
+        lifespan=_lifespan,
+        middleware=_middleware(settings, metrics),
+        redirect_slashes=False,
+        telemetry=REQUEST_SPANS,
+        # Also keeps out the 422 that FastAPI would document and this server never sends.
+        responses=errors.ANY_ERROR,
+    )
+    app.state.settings = settings
+    app.state.catalog = catalog
+    app.state.metrics = metrics
+    app.state.pool = ModelPoolManager(settings, catalog)
+    app.state.service = InferenceService(app.state.pool, settings)
+    metrics.registry.register(health.PoolCollector(app.state.pool))
+    errors.install(app)
+    for module in (chat, completions, models, admin, health):
+        app.include_router(module.router)
+    return app
+
+
+def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+    """From the outermost to the innermost."""
+    layers = [Middleware(RequestContext, metrics=metrics), Middleware(HostCheck, settings=settings)]
+    if settings.cors_origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        )
+    layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes))
+    return layers
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    catalog: Catalog = app.state.catalog
+    pool: ModelPoolManager = app.state.pool
+    lag = asyncio.create_task(app.state.metrics.loop_lag.run())
+    try:
+        wanted = [(await asyncio.to_thread(catalog.add, name)).id for name in settings.models]
+        await pool.start(wanted)
+        yield
+    finally:
+        await pool.stop()
+        lag.cancel()
+        with suppress(asyncio.CancelledError):
+            await lag

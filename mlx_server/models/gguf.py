@@ -1,0 +1,477 @@
+"""GGUF files → MLX model folders, for Llama models with a byte-level BPE tokenizer.
+
+`import_gguf` is for the front: it converts in a process of its own, so that arrays never enter the
+front. That process runs this module (`python -m mlx_server.models.gguf SOURCE FOLDER`).
+"""
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_server.errors import BadRequest, ServerError, Unavailable
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    from tokenizers import Tokenizer
+
+    Arrays = dict[str, mx.array]
+
+PARTIAL = ".partial"
+"""Suffix of a folder that is still being written; such a folder is never served."""
+ORIGIN = "origin.json"
+"""The file in an imported folder that says what it was made from."""
+REFUSED = 3
+"""Exit status of the converting process when the file is not one that it supports."""
+GROUP_SIZE = 32
+"""Weights per scale in the GGUF types Q4_0, Q4_1 and Q8_0."""
+
+# Values of `tokenizer.ggml.token_type`.
+CONTROL_TOKEN = 3
+USER_TOKEN = 4
+
+TOP_LEVEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+TIKTOKEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS: dict[str, list[str]] = {
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", WORDS, r"\p{N}+", "[0-9][0-9][0-9]"],
+    "gpt-2": [WORDS],
+    "smollm": [r"\p{N}", WORDS],
+    "llama-bpe": [TIKTOKEN.format(numbers=r"\p{N}{1,3}")],
+    "qwen2": [TIKTOKEN.format(numbers=r"\p{N}")],
+}
+"""How each pre-tokenizer that GGUF names cuts a text: one expression after the other."""
+
+
+def import_into(source: Path, models_folder: Path) -> Path:
+    """The MLX folder below `models_folder` for the GGUF file `source`, made if it is not there.
+
+    Raises BadRequest when another model has that name already.
+    """
+    name = source.stem
+    if name.startswith(".") or name.endswith(PARTIAL):
+        raise BadRequest(f"{source.name} is no name for a model")
+    folder = models_folder / name
+    with exclusive(folder):
+        if folder.exists():
+            return _imported_before(source, folder)
+        import_gguf(source, folder)
+        return folder
+
+
+def _imported_before(source: Path, folder: Path) -> Path:
+    """`folder`, after making sure that it came from `source` as that file is now."""
+    try:
+        origin = json.loads((folder / ORIGIN).read_bytes())
+    except (OSError, ValueError):
+        origin = None
+    if origin == _origin(source):
+        return folder
+    if not isinstance(origin, dict) or origin.get("path") != str(source.resolve()):
+        raise BadRequest(
+            f"another model is called {folder.name} already ({folder}): rename {source.name}"
+        )
+    import_gguf(source, folder)
+    return folder
+
+
+def _origin(source: Path) -> dict[str, Any]:
+    """What tells the file that a folder was made from, and a later version of it, apart."""
+    status = source.stat()
+    return {
+        "path": str(source.resolve()),
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+    }
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Let one process at a time make `folder`, and clear what an interrupted one left of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        # The system drops the lock with the process, however that ends.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for step in ("new", "old"):
+            shutil.rmtree(_partial(folder, step), ignore_errors=True)
+        yield
+
+
+def _partial(folder: Path, step: str) -> Path:
+    return folder.with_name(f"{folder.name}.{step}{PARTIAL}")
+
+
+def import_gguf(source: Path, folder: Path) -> None:
+    """Convert the GGUF file `source` into the MLX model `folder`; call it within `exclusive`.
+
+    The folder appears, or is replaced, complete or not at all. Raises BadRequest for a file that
+    is not supported and ServerError when the conversion breaks off.
+    """
+    if not source.is_file():
+        raise BadRequest(f"there is no GGUF file at {source}")
+    check_space(folder.parent, source.stat().st_size)
+    new, old = _partial(folder, "new"), _partial(folder, "old")
+    new.mkdir()
+    try:
+        _run_conversion(source, new)
+        _write_json(new / ORIGIN, _origin(source))
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise Unavailable when the disk of `folder` has not `needed` bytes free."""
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise Unavailable(
+            f"{folder} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free",
+            code="insufficient_storage",
+        )
+
+
+def _run_conversion(source: Path, folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, str(source), str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode == 0:
+        return
+    lines = done.stderr.strip().splitlines()
+    reason = lines[-1] if lines else f"the process ended with status {done.returncode}"
+    if done.returncode == REFUSED:
+        raise BadRequest(f"cannot import {source.name}: {reason}")
+    raise ServerError(f"importing {source.name} failed: {reason}")
+
+
+def main(arguments: list[str]) -> int:
+    """The converting process: `arguments` are the GGUF file and an existing folder."""
+    source, folder = map(Path, arguments)
+    try:
+        convert(source, folder)
+    except BadRequest as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+def convert(source: Path, folder: Path) -> None:
+    """Write the MLX form of `source` into `folder`. Imports MLX: for a process of its own."""
+    import mlx.core as mx
+
+    tensors, metadata = _read(source)
+    _check_supported(metadata)
+    weights = _rename(tensors)
+    _match_norms(weights)
+    quantization = _quantization(weights)
+    config = _model_config(metadata, weights) | _rope_scaling(metadata, tensors)
+    if quantization:
+        config["quantization"] = quantization
+    tokenizer = _tokenizer(metadata)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata))
+    _write_json(folder / "generation_config.json", _token_ids(metadata))
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read(source: Path) -> tuple["Arrays", dict[str, Any]]:
+    """The file's arrays, and its metadata as plain Python values."""
+    import mlx.core as mx
+
+    with source.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BadRequest("it is not a GGUF file")
+    try:
+        loaded: Any = mx.load(str(source), format="gguf", return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        # MLX reads the legacy and K types alone and says so in its own words.
+        raise BadRequest(f"MLX cannot read it ({error})") from error
+    tensors, metadata = loaded
+    plain = {
+        key: value.tolist() if isinstance(value, mx.array) else value
+        for key, value in metadata.items()
+    }
+    return tensors, plain
+
+
+def _check_supported(metadata: dict[str, Any]) -> None:
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise BadRequest(f"its architecture is {architecture!r}; only 'llama' is supported")
+    if metadata.get("llama.expert_count", 0):
+        raise BadRequest("mixtures of experts are not supported")
+    if metadata.get("split.count", 1) > 1:
+        raise BadRequest("it is one part of several; join them with gguf-split first")
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise BadRequest(f"its tokenizer is {kind!r}; only byte-level BPE ('gpt2') is supported")
+    rule = _pre_tokenizer(metadata)
+    if rule not in SPLITS:
+        raise BadRequest(f"its pre-tokenizer {rule!r} is none of {', '.join(sorted(SPLITS))}")
+
+
+# weights
+
+
+def _rename(tensors: "Arrays") -> "Arrays":
+    """The arrays under the names that mlx-lm's Llama gives them."""
+    renamed = {}
+    for name, array in tensors.items():
+        if name == "rope_freqs.weight":
+            continue
+        stem, _, kind = name.rpartition(".")
+        target = _module_name(stem)
+        # A quantized layer's offsets are called `biases`; `bias` would be a layer's own.
+        if target is None or kind not in ("weight", "scales", "biases"):
+            raise BadRequest(f"it has a tensor that a Llama model has not: {name}")
+        renamed[f"{target}.{kind}"] = array
+    return renamed
+
+
+def _module_name(stem: str) -> str | None:
+    match stem.split("."):
+        case ["blk", number, part] if number.isdecimal() and part in IN_LAYER:
+            return f"model.layers.{number}.{IN_LAYER[part]}"
+        case [part]:
+            return TOP_LEVEL.get(part)
+    return None
+
+
+def _match_norms(weights: "Arrays") -> None:
+    """Give norms the type of the other weights.
+
+    GGUF keeps norms in float32, and a float32 norm would make every activation float32.
+    """
+    embedding = "model.embed_tokens"
+    like = weights.get(f"{embedding}.scales", weights.get(f"{embedding}.weight"))
+    if like is None:
+        raise BadRequest("it has no token embedding")
+    for name, array in weights.items():
+        if name.endswith("norm.weight"):
+            weights[name] = array.astype(like.dtype)
+
+
+def _quantization(weights: "Arrays") -> dict[str, Any]:
+    """The config's `quantization`: the commonest width, and the layers that have another."""
+    bits = {
+        name.removesuffix(".scales"): 32
+        * weights[name.replace(".scales", ".weight")].shape[-1]
+        // (GROUP_SIZE * scales.shape[-1])
+        for name, scales in weights.items()
+        if name.endswith(".scales")
+    }
+    if not bits:
+        return {}
+    widths = list(bits.values())
+    usual = max(set(widths), key=widths.count)
+    return {"group_size": GROUP_SIZE, "bits": usual} | {
+        module: {"group_size": GROUP_SIZE, "bits": width}
+        for module, width in sorted(bits.items())
+        if width != usual
+    }
+
+
+# configuration
+
+
+def _model_config(metadata: dict[str, Any], weights: "Arrays") -> dict[str, Any]:
+    def value(key: str) -> Any:
+        found = metadata.get(f"llama.{key}")
+        if found is None or isinstance(found, list):
+            raise BadRequest(f"its metadata has no usable llama.{key}")
+        return found
+
+    heads = value("attention.head_count")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": value("embedding_length"),
+        "num_hidden_layers": value("block_count"),
+        "intermediate_size": value("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
+        "head_dim": metadata.get("llama.attention.key_length", value("embedding_length") // heads),
+        # As decimal text and back: 1e-5, not the float32 next to it.
+        "rms_norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
+        "vocab_size": weights["model.embed_tokens.weight"].shape[0],
+        "max_position_embeddings": value("context_length"),
+        "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
+        # GGUF stores the rows of Llama's q and k projections in the interleaved order.
+        "rope_traditional": True,
+        "tie_word_embeddings": "lm_head.weight" not in weights,
+    } | _token_ids(metadata)
+
+
+def _rope_scaling(metadata: dict[str, Any], tensors: "Arrays") -> dict[str, Any]:
+    """The config's `rope_scaling`, if the model has one.
+
+    Llama 3.1 and later ship the divisor of each frequency; mlx-lm wants the formula behind them.
+    """
+    kind = metadata.get("llama.rope.scaling.type", "none")
+    if "rope_freqs.weight" in tensors:
+        divisors: Any = tensors["rope_freqs.weight"].tolist()
+        return {"rope_scaling": _llama3_scaling(divisors, metadata)}
+    if kind == "none":
+        return {}
+    if kind == "linear":
+        factor = metadata.get("llama.rope.scaling.factor", 1.0)
+        return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+    raise BadRequest(f"its position scaling {kind!r} is not supported")
+
+
+def _llama3_scaling(divisors: list[float], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Llama 3's scaling whose divisors are these. Its published values are the only ones known."""
+    factor = round(max(divisors), 3)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    base = metadata.get("llama.rope.freq_base", 10000.0)
+    expected = list(_llama3_divisors(factor, base, len(divisors)))
+    if any(abs(a - b) > 0.01 * b for a, b in zip(divisors, expected, strict=True)):
+        raise BadRequest("its rope_freqs are not those of Llama 3's position scaling")
+    return scaling
+
+
+def _llama3_divisors(factor: float, base: float, count: int) -> Iterator[float]:
+    """Meta's formula: long wavelengths are stretched by `factor`, short ones not, smoothly."""
+    for index in range(count):
+        rotations = 8192 / (6.283185307179586 * base ** (index / count))
+        smooth = min(max((rotations - 1.0) / (4.0 - 1.0), 0.0), 1.0)
+        yield 1 / ((1 - smooth) / factor + smooth)
+
+
+def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The `*_token_id` entries of config.json and generation_config.json."""
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    found = {
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": sorted({end for end in ends if end is not None}) or None,
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# tokenizer
+
+
+def _pre_tokenizer(metadata: dict[str, Any]) -> str:
+    rule = str(metadata.get("tokenizer.ggml.pre", "default"))
+    return "llama-bpe" if rule in ("llama3", "llama-v3") else rule
+
+
+def _adds_bos(metadata: dict[str, Any]) -> bool:
+    # Llama 3 files that leave it out mean yes.
+    return bool(
+        metadata.get("tokenizer.ggml.add_bos_token", _pre_tokenizer(metadata) == "llama-bpe")
+    )
+
+
+def _tokenizer(metadata: dict[str, Any]) -> "Tokenizer":
+    """A byte-level BPE tokenizer out of the file's vocabulary, merges and pre-tokenizer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    rule = _pre_tokenizer(metadata)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=merges,
+            ignore_merges=rule == "llama-bpe",
+        )
+    )
+    if rule == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _split_rule(rule)
+    tokenizer.decoder = decoders.ByteLevel()
+    if _adds_bos(metadata):
+        tokenizer.post_processor = _bos_in_front(metadata)
+    kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind == CONTROL_TOKEN:
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kind == USER_TOKEN:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    return tokenizer
+
+
+def _split_rule(rule: str) -> Any:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    splits: list[Any] = [Split(Regex(expression), "isolated") for expression in SPLITS[rule]]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _bos_in_front(metadata: dict[str, Any]) -> Any:
+    from tokenizers.processors import TemplateProcessing
+
+    token = _named_token(metadata, "bos")
+    if token is None:
+        raise BadRequest("its metadata names no beginning-of-text token, and asks to add it")
+    identity = metadata["tokenizer.ggml.bos_token_id"]
+    return TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, identity)]
+    )
+
+
+def _named_token(metadata: dict[str, Any], name: str) -> str | None:
+    """The text of the token that the file calls `name`."""
+    index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    return tokens[index] if index is not None and index < len(tokens) else None
+
+
+def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+    texts = {key: _named_token(metadata, name) for name, key in names.items()}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": _adds_bos(metadata),
+        "add_prefix_space": False,
+        "model_max_length": metadata.get("llama.context_length"),
+        "chat_template": metadata.get("tokenizer.chat_template"),
+    } | texts
+    return {key: value for key, value in config.items() if value is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

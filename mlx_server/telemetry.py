@@ -1,0 +1,308 @@
+"""What the server tells its operator: log events, OpenTelemetry spans, Prometheus metrics.
+
+No prompt and no completion text passes through here.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import logfire
+from opentelemetry import trace
+from opentelemetry.trace import Span, StatusCode
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from mlx_server import __version__
+from mlx_server.schemas.internal import ChatPrompt, Finished, InferenceRequest, Usage
+
+# Asked for by machines every few seconds: spans of these would drown the others.
+UNTRACED_PATHS = frozenset({"/health", "/ready", "/metrics"})
+
+SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+    *(10.0, 30.0, 60.0, 120.0, 300.0),
+)
+LAG_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+# logging
+
+
+def event(name: str, **fields: object) -> str:
+    """The message of a log event: `event=name key=value …`, None values left out."""
+    given = {"event": name} | {key: value for key, value in fields.items() if value is not None}
+    return " ".join(f"{key}={_value(value)}" for key, value in given.items())
+
+
+def _value(value: object) -> str:
+    """`value` as one word, or quoted when it is none."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    if text and all(char.isprintable() and char not in ' "=' for char in text):
+        return text
+    return '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
+
+
+class EventFormatter(logging.Formatter):
+    """One line per event; what other libraries write as sentences becomes an event too."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            fmt="%(asctime)s.%(msecs)03dZ level=%(levelname)s %(message)s",
+            datefmt="%Y-%m-%dT%H:%M:%S",
+        )
+        self.converter = time.gmtime
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if not record.message.startswith("event="):
+            record.message = event("log", logger=record.name, message=record.message)
+        return super().formatMessage(record)
+
+
+def setup_logging(level: str) -> None:
+    """Send every logger's events to standard error, from `level` on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(EventFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    # The request event says the same and more.
+    logging.getLogger("uvicorn.access").propagate = False
+    # At debug level this one logs every chunk, which is the completion's text.
+    logging.getLogger("sse_starlette").setLevel(logging.INFO)
+
+
+# spans
+
+
+def setup_tracing() -> None:
+    """Configure Logfire: spans leave the process only with a token or an OTLP endpoint set."""
+    logfire.configure(
+        send_to_logfire="if-token-present",
+        console=False,
+        service_name="mlx-server",
+        service_version=__version__,
+        inspect_arguments=False,
+        # A caller's trace goes on here.
+        distributed_tracing=True,
+    )
+
+
+def untraced(scope: MutableMapping[str, Any]) -> bool:
+    """Whether the request of this ASGI scope gets no span."""
+    return scope.get("path") in UNTRACED_PATHS
+
+
+class InferenceSpan:
+    """The span of one inference, with the GenAI semantic conventions' attributes."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self._started = time.perf_counter()
+        self._waiting = True
+        self._reasons: list[str] = []
+        self._output_tokens = 0
+
+    def model(self, model: str) -> None:
+        """The model that answers, once it is known under its own name."""
+        self._span.set_attribute("gen_ai.response.model", model)
+
+    def first_token(self) -> None:
+        """Call at each token or at the first: the first call counts."""
+        if self._waiting:
+            self._waiting = False
+            seconds = time.perf_counter() - self._started
+            self._span.set_attribute("gen_ai.server.time_to_first_token", seconds)
+
+    def finished(self, choice: Finished) -> None:
+        """Call once per choice."""
+        self._reasons.append(choice.reason)
+        self._output_tokens += choice.usage.completion_tokens
+        self._span.set_attributes(
+            {
+                "gen_ai.usage.input_tokens": choice.usage.prompt_tokens,
+                "gen_ai.usage.cache_read.input_tokens": choice.usage.cached_tokens,
+                "gen_ai.usage.output_tokens": self._output_tokens,
+                "gen_ai.response.finish_reasons": tuple(self._reasons),
+            }
+        )
+
+
+@contextmanager
+def inference_span(model: str, request: InferenceRequest) -> Iterator[InferenceSpan]:
+    """A span around one inference. It need not be left in the task that entered it."""
+    operation = "chat" if isinstance(request.prompt, ChatPrompt) else "text_completion"
+    attributes: dict[str, str | int | float] = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "mlx_server",
+        "gen_ai.request.model": model,
+        "gen_ai.request.temperature": request.sampling.temperature,
+        "gen_ai.request.top_p": request.sampling.top_p,
+        "gen_ai.request.top_k": request.sampling.top_k,
+        "gen_ai.request.frequency_penalty": request.sampling.frequency_penalty,
+        "gen_ai.request.presence_penalty": request.sampling.presence_penalty,
+        "gen_ai.request.choice.count": request.n,
+        "mlx_server.request_id": request.caller.request_id,
+    }
+    if request.max_tokens is not None:
+        attributes["gen_ai.request.max_tokens"] = request.max_tokens
+    if request.seed is not None:
+        attributes["gen_ai.request.seed"] = request.seed
+    with _span(f"{operation} {model}", attributes) as span:
+        yield InferenceSpan(span)
+
+
+class LoadSpan:
+    """The span of one model load."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+
+    def loaded(self, **attributes: str | int | float) -> None:
+        """What was loaded, such as `weights_bytes` or `device`."""
+        self._span.set_attributes({f"mlx_server.{key}": v for key, v in attributes.items()})
+
+
+@contextmanager
+def load_span(model: str) -> Iterator[LoadSpan]:
+    """A span around the loading of `model`."""
+    with _span(f"load {model}", {"gen_ai.request.model": model}) as span:
+        yield LoadSpan(span)
+
+
+@contextmanager
+def _span(name: str, attributes: dict[str, str | int | float]) -> Iterator[Span]:
+    """A span that is ended on leaving, and is not made current: contexts may differ by then."""
+    span = trace.get_tracer("mlx_server", __version__).start_span(name, attributes=attributes)
+    try:
+        yield span
+    except Exception as error:
+        span.set_status(StatusCode.ERROR)
+        span.set_attribute("error.type", type(error).__qualname__)
+        raise
+    finally:
+        span.end()
+
+
+# metrics
+
+
+class Metrics:
+    """This application's Prometheus metrics, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            "mlx_server_requests",
+            "HTTP requests answered.",
+            ["method", "route", "status"],
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "mlx_server_requests_in_flight", "HTTP requests in work.", registry=self.registry
+        )
+        self.prompt_tokens = self._tokens("prompt_tokens", "Prompt tokens of finished requests.")
+        self.cached_tokens = self._tokens(
+            "prompt_tokens_cached", "Prompt tokens of finished requests that a cache held."
+        )
+        self.generation_tokens = self._tokens(
+            "generation_tokens", "Completion tokens of finished requests."
+        )
+        self.time_to_first_token = self._seconds(
+            "time_to_first_token_seconds", "From a request's arrival to its first text."
+        )
+        self.inter_token_latency = self._seconds(
+            "inter_token_latency_seconds", "Between successive pieces of a choice's text."
+        )
+        self.e2e_latency = self._seconds(
+            "e2e_request_latency_seconds", "From a request's arrival to its end."
+        )
+        self.loop_lag = LoopLag(self.registry)
+
+    def _tokens(self, name: str, help: str) -> Counter:
+        return Counter(f"mlx_server_{name}", help, ["model"], registry=self.registry)
+
+    def _seconds(self, name: str, help: str) -> Histogram:
+        return Histogram(
+            f"mlx_server_{name}", help, ["model"], buckets=SECONDS, registry=self.registry
+        )
+
+
+class RequestTimer:
+    """Times one inference request from its arrival."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._started = time.perf_counter()
+        self._last: dict[int, float] = {}
+        self._model = ""
+        self._gaps: Histogram | None = None
+
+    def opened(self, model: str) -> None:
+        """The request was accepted; `model` answers it."""
+        self._model = model
+        self._gaps = self._metrics.inter_token_latency.labels(model)
+
+    def text(self, choice: int) -> None:
+        """A piece of a choice's text arrived."""
+        now = time.perf_counter()
+        last = self._last.get(choice)
+        if last is not None and self._gaps is not None:
+            self._gaps.observe(now - last)
+        elif not self._last:
+            self._metrics.time_to_first_token.labels(self._model).observe(now - self._started)
+        self._last[choice] = now
+
+    def finished(self, usage: Usage) -> None:
+        """The request is complete, having used this."""
+        seconds = time.perf_counter() - self._started
+        self._metrics.e2e_latency.labels(self._model).observe(seconds)
+        self._metrics.prompt_tokens.labels(self._model).inc(usage.prompt_tokens)
+        self._metrics.cached_tokens.labels(self._model).inc(usage.cached_tokens)
+        self._metrics.generation_tokens.labels(self._model).inc(usage.completion_tokens)
+
+
+class LoopLag:
+    """How late the event loop wakes a 20 ms tick: whatever blocks the loop shows up here."""
+
+    TICK = 0.02
+    WINDOW = 3000
+    """Ticks that `quantile` looks back on: a minute of them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._window: deque[float] = deque(maxlen=self.WINDOW)
+        self._histogram = Histogram(
+            "mlx_server_event_loop_lag_seconds",
+            "How late the event loop wakes a tick.",
+            buckets=LAG_SECONDS,
+            registry=registry,
+        )
+        p99 = Gauge(
+            "mlx_server_event_loop_lag_p99_seconds",
+            "The 99th percentile of the loop's lag over the last minute.",
+            registry=registry,
+        )
+        p99.set_function(lambda: self.quantile(0.99))
+
+    async def run(self) -> None:
+        """Measure until cancelled."""
+        while True:
+            # Not the loop's own clock, which may count in whole milliseconds.
+            due = time.perf_counter() + self.TICK
+            await asyncio.sleep(self.TICK)
+            lag = max(0.0, time.perf_counter() - due)
+            self._window.append(lag)
+            self._histogram.observe(lag)
+
+    def quantile(self, q: float) -> float:
+        """The `q` quantile over the last minute, in seconds; 0 before the first tick."""
+        ordered = sorted(self._window)
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0

@@ -1,0 +1,391 @@
+"""Processes that end, clients that vanish, models that load: nothing leaks and nobody is stuck."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.server import (
+    CHAT,
+    TEXT,
+    Answer,
+    Server,
+    ask,
+    chat,
+    read_stream,
+    serving,
+    until,
+)
+from tests.support.tiny import build_tiny_model
+
+CONTEXT = 4096
+ENDLESS = {"max_tokens": CONTEXT - 100, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("lifecycle"), "--model", str(model)) as server:
+        yield server
+
+
+@asynccontextmanager
+async def streams(server: Server, count: int) -> AsyncIterator[list[asyncio.Task[Answer]]]:
+    """Streams that all run, and that do not end by themselves for a long while."""
+    async with server.client() as client, asyncio.TaskGroup() as group:
+        bodies = [chat("tiny", stream=True, **ENDLESS) for _ in range(count)]
+        tasks = [group.create_task(read_stream(client, CHAT, body)) for body in bodies]
+
+        async def running() -> bool:
+            return bool((await server.models())["tiny"]["running"] == count)
+
+        await until(running, 10)
+        yield tasks
+        for task in tasks:
+            task.cancel()
+
+
+async def gone(processes: list[psutil.Process], seconds: float) -> float:
+    """Wait until none of `processes` lives; returns how long that took."""
+
+    async def dead() -> bool:
+        return not any(_lives(process) for process in processes)
+
+    return await until(dead, seconds, lambda: f"still there: {processes}")
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+# ends
+
+
+async def test_a_killed_front_leaves_no_engine(tmp_path: Path, model: Path) -> None:
+    with serving(tmp_path, "--model", str(model)) as server:
+        engines = server.engines()
+        assert len(engines) == 1
+        with pytest.raises((ExceptionGroup, httpx.TransportError)):
+            async with streams(server, 2):
+                server.process.kill()
+                print(f"engines ended after {await gone(engines, 2.0):.2f} s")
+
+
+async def test_sigterm_ends_an_idle_server_with_success_and_no_engine(
+    tmp_path: Path, model: Path
+) -> None:
+    with serving(tmp_path, "--model", str(model)) as server:
+        engines = server.engines()
+        server.process.terminate()
+        took = await gone([psutil.Process(server.process.pid)], 3.0)
+        assert server.process.wait() == 0
+        await gone(engines, 0.5)
+        print(f"ended after {took:.2f} s")
+
+
+async def test_sigterm_while_loading_ends_the_server_at_once(tmp_path: Path, model: Path) -> None:
+    with serving(tmp_path, "--model", str(model), ready=False) as server:
+        server.process.terminate()
+        await gone([psutil.Process(server.process.pid)], 3.0)
+        assert server.process.wait() == 0
+
+
+async def test_sigterm_lets_running_requests_finish(tmp_path: Path, model: Path) -> None:
+    with serving(tmp_path, "--model", str(model)) as server:
+        async with server.client() as client:
+            body = chat("tiny", max_tokens=300, ignore_eos=True, stream=True)
+            answer = asyncio.create_task(ask(client, CHAT, body))
+
+            async def running() -> bool:
+                return bool((await server.models())["tiny"]["running"])
+
+            await until(running, 10)
+            server.process.terminate()
+            finished = await answer
+        assert (finished.reason, finished.done) == ("length", True)
+        await gone([psutil.Process(server.process.pid)], 3.0)
+        assert server.process.wait() == 0
+
+
+@asynccontextmanager
+async def watched(server: Server, path: str) -> AsyncIterator[list[int]]:
+    """The statuses that `path` answers with while the block runs, repeats left out."""
+    seen: list[int] = []
+
+    async def watch() -> None:
+        async with server.client() as client:
+            while True:
+                status = (await client.get(path)).status_code
+                if seen[-1:] != [status]:
+                    seen.append(status)
+                await asyncio.sleep(0.01)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield seen
+    finally:
+        watcher.cancel()
+        await asyncio.wait([watcher])
+
+
+async def test_a_dead_engine_tells_every_open_request_and_is_replaced(server: Server) -> None:
+    before = (await server.models())["tiny"]["pid"]
+    async with (
+        watched(server, "/health") as health,
+        watched(server, "/ready") as ready,
+        server.client() as client,
+        streams(server, 3) as open_streams,
+    ):
+        wholes = [
+            asyncio.create_task(client.post(path, json=body | ENDLESS))
+            for path, body in ((CHAT, chat("tiny")), (TEXT, {"model": "tiny", "prompt": "a"}))
+        ]
+
+        async def all_running() -> bool:
+            return bool((await server.models())["tiny"]["running"] == 5)
+
+        await until(all_running, 5)
+        psutil.Process(before).kill()
+        killed = time.monotonic()
+        answers = await asyncio.wait_for(asyncio.gather(*open_streams), 2)
+        failures = await asyncio.wait_for(asyncio.gather(*wholes), 2)
+        print(f"everybody was told after {time.monotonic() - killed:.2f} s")
+        for answer in answers:
+            assert not answer.done
+            assert answer.error is not None
+            assert answer.error["code"] == "engine_failed"
+        for failure in failures:
+            assert failure.status_code == 500
+            assert failure.json()["error"]["code"] == "engine_failed"
+        assert (await ask(client, CHAT, chat("tiny", max_tokens=3))).reason == "length"
+        print(f"the next request was answered after {time.monotonic() - killed:.2f} s")
+
+        async def ready_again() -> bool:
+            return ready[-1] == 200
+
+        await until(ready_again, 5)
+    assert (ready, health) == ([200, 503, 200], [200])
+    after = (await server.idle("tiny"))["pid"]
+    assert [engine.pid for engine in server.engines()] == [after]
+    assert after != before
+
+
+async def test_the_next_request_gets_a_fresh_engine_of_a_model_loaded_on_demand(
+    tmp_path: Path, model: Path
+) -> None:
+    with serving(tmp_path, model_dirs=[str(model.parent)]) as server:
+        async with server.client() as client:
+            assert not server.engines()
+            for _ in range(2):
+                await ask(client, CHAT, chat("tiny", max_tokens=2))
+                [engine] = server.engines()
+                engine.kill()
+                await gone([engine], 2)
+
+
+# clients that vanish
+
+
+@dataclass
+class Load:
+    """Mixed requests against one model, a quarter of them dropped by the client."""
+
+    server: Server
+    random: random.Random
+    answered: int = 0
+    dropped: int = 0
+
+    async def run(self, count: int, concurrency: int = 8) -> None:
+        left = iter(range(count))
+        async with self.server.client() as client, asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(self._worker(client, left))
+
+    async def _worker(self, client: httpx.AsyncClient, left: Iterator[int]) -> None:
+        for number in left:
+            path, body = self._request()
+            if number % 4:
+                await ask(client, path, body)
+                self.answered += 1
+            else:
+                await self._drop(client, path, body | {"ignore_eos": True, "max_tokens": 400})
+                self.dropped += 1
+
+    def _request(self) -> tuple[str, dict[str, Any]]:
+        choose = self.random
+        body: dict[str, Any] = {
+            "model": "tiny",
+            "stream": choose.random() < 0.5,
+            "n": choose.choice([1, 1, 1, 2, 3]),
+            "max_tokens": choose.randint(1, 40),
+            "temperature": choose.choice([0, 0.7, 1.2]),
+            "top_p": choose.choice([1, 0.9]),
+            "seed": choose.randrange(1000),
+            "stop": choose.choice([None, "e", ["th", "xyz"]]),
+            "repetition_penalty": choose.choice([1, 1.1]),
+        }
+        words = " ".join(["word"] * choose.choice([1, 5, 30, 200]))
+        if choose.random() < 0.5:
+            return TEXT, body | {"prompt": words, "logprobs": choose.choice([None, 0, 2])}
+        top = choose.choice([{}, {"logprobs": True, "top_logprobs": 2}])
+        return CHAT, body | {"messages": [{"role": "user", "content": words}]} | top
+
+    async def _drop(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+        match self.random.randrange(3):
+            case 0:
+                await self._hang_up(path, body)
+            case 1:
+                await self._leave_stream(client, path, body | {"stream": True})
+            case _:
+                await self._give_up(client, path, body)
+
+    async def _hang_up(self, path: str, body: dict[str, Any]) -> None:
+        """Send a request and close the connection without reading a byte."""
+        url = httpx.URL(self.server.url)
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(data)}\r\n\r\n"
+        _, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(head.encode() + data)
+        await writer.drain()
+        await asyncio.sleep(self.random.choice([0, 0, 0.005]))
+        writer.close()
+        await writer.wait_closed()
+
+    async def _leave_stream(
+        self, client: httpx.AsyncClient, path: str, body: dict[str, Any]
+    ) -> None:
+        """Read some of a stream."""
+        enough = self.random.randint(1, 20)
+        async with client.stream("POST", path, json=body) as response:
+            async for _ in response.aiter_lines():
+                enough -= 1
+                if not enough:
+                    return
+
+    async def _give_up(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+        """Wait for an answer, streamed or not, and lose patience."""
+        try:
+            async with asyncio.timeout(self.random.uniform(0.001, 0.2)):
+                await client.post(path, json=body)
+        except TimeoutError:
+            return
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes: what the engine's arrays take, and each process's resident memory."""
+
+    active: int
+    front: int
+    engine: int
+
+    @classmethod
+    async def of(cls, server: Server) -> "Footprint":
+        state = await server.idle("tiny")
+        [engine] = server.engines()
+        front = psutil.Process(server.process.pid)
+        return cls(state["memory"]["active"], front.memory_info().rss, engine.memory_info().rss)
+
+
+GROWTH = 1.03
+"""What resident memory may grow by."""
+
+
+async def test_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
+    load = Load(server, random.Random(2))
+    await load.run(50)
+    warm = await Footprint.of(server)
+    await load.run(150)
+    await _assert_unchanged(server, warm)
+    assert (load.answered, load.dropped) == (149, 51)
+
+
+@pytest.mark.soak
+async def test_thousands_of_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
+    load = Load(server, random.Random(3))
+    await load.run(200)
+    warm = await Footprint.of(server)
+    for _ in range(9):
+        await load.run(200)
+        await _assert_unchanged(server, warm)
+
+
+async def _assert_unchanged(server: Server, before: Footprint) -> None:
+    after = await Footprint.of(server)
+    print(
+        f"active {before.active} → {after.active}, "
+        f"front {after.front / before.front - 1:+.2%}, engine {after.engine / before.engine - 1:+.2%}"
+    )
+    assert after.active == pytest.approx(before.active, rel=0.01)
+    assert after.front <= before.front * GROWTH
+    assert after.engine <= before.engine * GROWTH
+
+
+# loading
+
+
+async def test_streams_and_the_event_loop_go_on_while_models_load(
+    tmp_path: Path, model: Path
+) -> None:
+    names = [f"large-{number}" for number in range(3)]
+    for name in names:
+        _with_large_vocabulary(build_tiny_model(tmp_path / "models" / name))
+    with serving(tmp_path, "--model", str(model)) as server:
+        async with server.client() as client, streams(server, 8) as running:
+            before = await _lag_counts(client)
+            for name in names:
+                body = {"model": name, "prompt": [5, 6, 7], "max_tokens": 2}
+                await ask(client, TEXT, body)
+            after = await _lag_counts(client)
+            assert not any(task.done() for task in running)
+            answer = await client.get("/admin/stats")
+            print(answer.text)
+    late = {bound: after[bound] - before[bound] for bound in after}
+    print({bound: late["+Inf"] - count for bound, count in late.items()})
+    assert late["0.05"] >= 0.99 * late["+Inf"]
+    assert answer.json()["event_loop_lag_seconds"]["p99"] < 0.05
+
+
+async def _lag_counts(client: httpx.AsyncClient) -> dict[str, float]:
+    """How many ticks of the loop were at most so late, by upper bound in seconds."""
+    answer = await client.get("/metrics")
+    return {
+        sample.labels["le"]: sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+        if sample.name == "mlx_server_event_loop_lag_seconds_bucket"
+    }
+
+
+def _with_large_vocabulary(folder: Path, size: int = 128_000) -> None:
+    """Give the tokenizer in `folder` pieces and merges as numerous as those of a large model."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    free = 1 + max([*vocab.values(), *(token["id"] for token in content["added_tokens"])])
+    pieces = list(vocab)
+    pairs = ((left, right) for left in pieces for right in pieces)
+    while len(vocab) < size:
+        left, right = next(pairs)
+        if left + right not in vocab:
+            vocab[left + right] = free
+            merges.append([left, right])
+            free += 1
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

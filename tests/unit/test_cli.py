@@ -1,0 +1,226 @@
+"""The command line: quick help, one clear line per mistake, and a server that really starts."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mlx_server import __version__
+from tests.support.hub import Hub, running
+
+COMMAND = [sys.executable, "-m", "mlx_server"]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The environment of a user who has nothing yet."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MLX_SERVER_")}
+    return kept | {
+        "MLX_SERVER_HOME": str(tmp_path / "home"),
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "COLUMNS": "200",
+    }
+
+
+def run(environment: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def refusal(environment: dict[str, str], *arguments: str) -> str:
+    """The one line that a mistake gets."""
+    done = run(environment, *arguments)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def make_model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 4096}')
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_the_version_is_told(environment: dict[str, str]) -> None:
+    assert run(environment, "--version").stdout == f"mlx-server {__version__}\n"
+
+
+def test_help_names_every_command(environment: dict[str, str]) -> None:
+    text = run(environment, "--help").stdout
+    assert all(command in text for command in ("serve", "pull", "list"))
+
+
+def test_help_loads_nothing_heavy(environment: dict[str, str]) -> None:
+    script = (
+        "import sys, mlx_server.cli;"
+        "heavy = {'mlx', 'pydantic', 'fastapi', 'uvicorn', 'huggingface_hub', 'transformers'};"
+        "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting"),
+    [
+        (("--port", "99999"), "port"),
+        (("--max-batch", "0"), "max_batch"),
+        (("--memory-limit", "lots"), "memory_limit"),
+        (("--dequantize", "perhaps"), "dequantize"),
+        (("--log-level", "loud"), "log_level"),
+        (("--context-length", "1"), "context_length"),
+        (("--host", "not an address"), "host"),
+        (("--api-key", ""), "api_keys"),
+    ],
+)
+def test_a_bad_setting_is_named(
+    environment: dict[str, str], arguments: tuple[str, ...], setting: str
+) -> None:
+    assert f"setting {setting}" in refusal(environment, "serve", *arguments)
+
+
+def test_a_bad_variable_is_named(environment: dict[str, str]) -> None:
+    environment["MLX_SERVER_MAX_BATCH"] = "many"
+    assert "setting max_batch" in refusal(environment, "list")
+
+
+def test_a_variable_that_is_no_list_is_named(environment: dict[str, str]) -> None:
+    environment["MLX_SERVER_MODELS"] = "a,b"
+    assert "models" in refusal(environment, "list")
+
+
+def test_a_missing_settings_file_is_reported(environment: dict[str, str], tmp_path: Path) -> None:
+    assert "nowhere.toml" in refusal(
+        environment, "list", "--config", str(tmp_path / "nowhere.toml")
+    )
+
+
+def test_an_unreadable_settings_file_is_reported(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("port = = 3")
+    assert "settings cannot be read" in refusal(environment, "list", "--config", str(file))
+
+
+def test_an_unknown_setting_in_the_file_is_named(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("prot = 3")
+    assert "setting prot" in refusal(environment, "list", "--config", str(file))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_listening_beyond_this_machine_demands_a_key(
+    environment: dict[str, str], host: str
+) -> None:
+    assert "--api-key" in refusal(environment, "serve", "--host", host, "--port", "0")
+
+
+def test_a_port_in_use_is_reported_before_anything_is_loaded(environment: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        line = refusal(environment, "serve", "--port", port, "--model", "nothing")
+    assert port in line
+    assert "in use" in line
+
+
+def test_an_unknown_model_is_reported(environment: dict[str, str], tmp_path: Path) -> None:
+    make_model(tmp_path / "home" / "models" / "llama-tiny")
+    line = refusal(environment, "serve", "--port", "0", "--model", "lama-tiny")
+    assert "llama-tiny" in line
+
+
+def test_a_folder_that_is_no_model_is_reported(environment: dict[str, str], tmp_path: Path) -> None:
+    line = refusal(environment, "serve", "--port", "0", "--model", str(tmp_path))
+    assert "config.json" in line
+
+
+def test_the_list_shows_what_can_be_served(environment: dict[str, str], tmp_path: Path) -> None:
+    make_model(tmp_path / "home" / "models" / "mine")
+    text = run(environment, "list").stdout
+    assert re.search(r"mine +folder +llama +0\.00 GB +4,096", text)
+
+
+def test_an_empty_list_tells_what_to_do(environment: dict[str, str]) -> None:
+    assert "mlx-server pull smollm2-135m" in run(environment, "list").stdout
+
+
+def test_a_model_is_pulled_and_listed(environment: dict[str, str]) -> None:
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights" * 1000}
+    with running(Hub({"tiny/llama": files})) as hub:
+        environment["HF_ENDPOINT"] = hub.endpoint
+        done = run(environment, "pull", "tiny/llama")
+    assert done.returncode == 0, done.stderr
+    assert "tiny/llama is ready" in done.stdout
+    assert "tiny/llama" in run(environment, "list").stdout
+
+
+def test_a_failed_pull_is_one_line(environment: dict[str, str]) -> None:
+    done = run(environment, "pull", "tiny/llama")
+    assert done.returncode != 0
+    assert "cannot reach the hub" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@contextmanager
+def server(environment: dict[str, str], *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """A server process, ended in the end."""
+    process = subprocess.Popen(
+        [*COMMAND, "serve", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def greeted_address(process: "subprocess.Popen[str]") -> tuple[str, int]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://(\S+):(\d+)", line)
+    assert found, line + (process.stderr.read() if process.stderr else "")
+    return found[1], int(found[2])
+
+
+def test_the_server_starts_without_a_model_and_lists_the_catalog(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    make_model(tmp_path / "home" / "models" / "mine")
+    with server(environment, "--port", "0") as process:
+        host, port = greeted_address(process)
+        with urllib.request.urlopen(f"http://{host}:{port}/v1/models", timeout=30) as answer:
+            models = json.load(answer)["data"]
+            assert answer.headers["Server"] is None
+    assert [model["id"] for model in models] == ["mine"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_with_success(environment: dict[str, str], number: int) -> None:
+    with server(environment, "--port", "0") as process:
+        greeted_address(process)
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0
+        assert time.monotonic() - begun < 10
