@@ -27,6 +27,8 @@ class Adapter(Protocol):
     stop_tokens: frozenset[int]
     vocab_size: int
     """One more than the largest token id that the tokenizer knows."""
+    longest_piece: int
+    """Characters of the longest entry of the vocabulary: no token stands for more."""
     tokenizer: Tokenizer
 
     def render(self, prompt: ChatPrompt) -> list[int]:

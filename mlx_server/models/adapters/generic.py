@@ -55,7 +55,9 @@ class GenericAdapter:
         # What tokenizer.json may have baked in; it would cut prompts short.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        vocabulary = self.tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.longest_piece = max(map(len, vocabulary), default=1)
         self._token_bytes = TokenBytes(self.tokenizer)
         self._beginning = self._find_beginning()
         self.stop_tokens = self._find_stop_tokens(config, read_optional_config(path))

@@ -1,0 +1,60 @@
+# Works with GNU make 3.81, the one macOS ships. Everything lives in .venv and needs only Python.
+# PYTHON=/path/to/python3 and EXTRA=cpu|cuda12|cuda13 override what scripts/install.sh chooses.
+
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := smollm2-135m
+INSTALL := PYTHON="$(PYTHON)" EXTRA="$(EXTRA)" scripts/install.sh
+SOURCES := pyproject.toml constraints.txt scripts/install.sh
+
+# HOST counts on make's command line only: some shells export the machine's name under it.
+SERVE_FLAGS := --model $(MODEL)
+ifeq ($(origin HOST),command line)
+SERVE_FLAGS += --host $(HOST)
+endif
+ifneq ($(PORT),)
+SERVE_FLAGS += --port $(PORT)
+endif
+
+.PHONY: help install serve test soak bench clean
+.NOTPARALLEL:
+
+help:
+	@echo "make serve    install, then serve $(MODEL) (HOST=, PORT=, MODEL=, ARGS=)"
+	@echo "make install  only install, into $(VENV)"
+	@echo "make test     linters, type checks and tests"
+	@echo "make soak     the long forms of the tests"
+	@echo "make bench    compare speeds with mlx-lm (ARGS=)"
+	@echo "make clean    remove everything that make has created"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(SOURCES)
+	@$(INSTALL)
+	@touch $@
+
+# The development install holds the plain one.
+$(VENV)/.installed-dev: $(SOURCES)
+	@$(INSTALL) dev
+	@touch $(VENV)/.installed $@
+
+serve: install
+	@exec $(BIN)/mlx-server serve $(SERVE_FLAGS) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p mlx_server -p benchmarks
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m soak --timeout=7200 $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info benchmarks/out
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find mlx_server benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Measurements of mlx-server beside its peers. Not part of the installed package."""
