@@ -1,7 +1,7 @@
 """Every setting of the server. Flags win over `MLX_SERVER_*`, which win over the TOML file."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import (
@@ -12,6 +12,9 @@ from pydantic_settings import (
 )
 
 from mlx_server.engine.protocol import LoadOptions
+from mlx_server.utils.units import parse_seconds
+
+_DURATION = r"^\s*(-1|\d+(\.\d+)?\s*(s|m|h|d)?)\s*$"
 
 
 class Settings(BaseSettings):
@@ -75,6 +78,36 @@ class Settings(BaseSettings):
     openblas: str = Field(
         "auto", description="The OpenBLAS that a Linux CPU uses: `auto`, `off` or a path."
     )
+    kv_cache: str | None = Field(
+        None,
+        pattern=r"^\s*\d+(\.\d+)?\s*(%|[KMGT]?i?B?)\s*$",
+        description="Memory for each model's KV caches, within the memory limit: a share of it or "
+        "bytes; a quarter if unset, or less where that holds `max_batch` full contexts.",
+    )
+    max_queue: int = Field(
+        256, ge=0, description="Requests that may wait for a place in a model's batch."
+    )
+    pinned: list[str] = Field(
+        default_factory=list, description="Models that are never unloaded to make room for others."
+    )
+    keep_alive: str = Field(
+        "30m",
+        pattern=_DURATION,
+        description="How long an unused model stays loaded, such as `90s`, `5m`, `1h`; `-1` for "
+        "good. Models loaded at start stay unless room is needed.",
+    )
+    keep_alive_by_model: dict[str, Annotated[str, Field(pattern=_DURATION)]] = Field(
+        default_factory=dict, description="The same for single models: id to duration."
+    )
+    swap_interval: float = Field(
+        2.0,
+        ge=0,
+        description="Seconds a model that is in use stays loaded before it makes room for another "
+        "that waits.",
+    )
+    max_load_waiters: int = Field(
+        512, ge=1, description="Requests that may wait for one model to load."
+    )
     load_wait: float = Field(
         30.0, gt=0, description="Seconds a request waits for its model to load before a 503."
     )
@@ -117,6 +150,10 @@ class Settings(BaseSettings):
             raise FileNotFoundError(f"no settings file at {config}")
         given = {name: value for name, value in flags.items() if value is not None}
         return cls.model_validate(WithFile(**given).model_dump())
+
+    def keep_alive_of(self, model_id: str) -> float | None:
+        """Seconds that `model_id` stays loaded unused; None for good."""
+        return parse_seconds(self.keep_alive_by_model.get(model_id, self.keep_alive))
 
     @property
     def models_folder(self) -> Path:

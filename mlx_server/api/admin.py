@@ -10,7 +10,7 @@ from starlette.responses import Response
 from mlx_server.api.dependencies import CatalogDep, MetricsDep, PoolDep, authenticated
 from mlx_server.api.errors import documented
 from mlx_server.models.catalog import ModelEntry
-from mlx_server.models.pool import ModelStatus
+from mlx_server.models.slot import ModelStatus
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(authenticated)])
 

@@ -4,14 +4,15 @@ mlx-lm keeps the architectures and the cache classes; everything here that depen
 is pinned to the range in pyproject.toml.
 """
 
+import bisect
 import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import dequantize_model, get_total_parameters, load_model
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.utils import dequantize_model, get_total_parameters, load_adapters, load_model
 
 from mlx_server.engine.protocol import LoadOptions
 from mlx_server.utils.memory import DeviceMemory, device_name
@@ -33,8 +34,16 @@ class Backend:
     `context_length` is in tokens, `weights_bytes` what the parameters take in memory.
     """
 
-    def __init__(self, path: Path, options: LoadOptions, memory: DeviceMemory) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: LoadOptions,
+        memory: DeviceMemory,
+        adapter_path: Path | None = None,
+    ) -> None:
         self.model, config = _load(path, options)
+        if adapter_path is not None:
+            self.model = _with_adapter(self.model, adapter_path)
         self.model_type = str(config.get("model_type", "unknown"))
         self.context_length = _context_length(config, options.context_length)
         self.dequantized = _wants_float32(options, self.model, memory)
@@ -44,9 +53,11 @@ class Backend:
         mx.eval(self.model.parameters())
         arrays: dict[str, mx.array] = dict(tree_flatten(self.model.parameters()))
         self.weights_bytes = sum(array.nbytes for array in arrays.values())
-        # The width of the output, which may differ from the tokenizer's vocabulary. Lazy: only
-        # the shape is ever asked for.
-        self.vocab_size = int(self.forward(mx.array([[0]]), self.new_cache()).shape[-1])
+        # One token, never computed: only shapes are asked for. The output's width may differ from
+        # the tokenizer's vocabulary.
+        cache = self.new_cache()
+        self.vocab_size = int(self.forward(mx.array([[0]]), cache).shape[-1])
+        self.kv_cost = KvCost(cache)
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence."""
@@ -61,6 +72,42 @@ class Backend:
         """Compute `tokens` (batch, tokens) into `cache`; the output projection is never run."""
         self.forward(tokens, cache)
         mx.eval([layer.state for layer in cache])
+
+
+class KvCost:
+    """What KV caches take in memory, derived from a cache that holds one token."""
+
+    STEP = 256
+    """Tokens by which mlx-lm's caches grow."""
+
+    def __init__(self, cache: Cache) -> None:
+        parts = [part for layer in cache for part in _parts(layer)]
+        self.fixed = sum(fixed for fixed, _, _ in parts)
+        self._growing = [(size, window) for _, size, window in parts if size]
+
+    def bytes(self, rows: int, tokens: int) -> int:
+        """Bytes of a batch cache of `rows`, the longest of which holds `tokens`."""
+        room = -(-tokens // self.STEP) * self.STEP
+        growing = sum(size * min(room, window or room) for size, window in self._growing)
+        return rows * (self.fixed + growing)
+
+    def longest(self, limit: int, context_length: int) -> int:
+        """The most tokens, up to `context_length`, that one sequence can hold in `limit` bytes."""
+        if self.bytes(1, context_length) <= limit:
+            return context_length
+        steps = range(0, context_length, self.STEP)
+        fitting = bisect.bisect_right(steps, limit, key=lambda tokens: self.bytes(1, tokens))
+        return steps[fitting - 1] if fitting else 0
+
+
+def _parts(layer: Any) -> list[tuple[int, int, int | None]]:
+    """Fixed bytes, bytes a token, and window in tokens, of each part of a layer's cache."""
+    if isinstance(layer, CacheList):
+        return [part for inner in layer.caches for part in _parts(inner)]
+    if isinstance(layer, KVCache | RotatingKVCache) and layer.keys is not None:
+        per_token = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[2]
+        return [(0, per_token, getattr(layer, "max_size", None))]
+    return [(int(layer.nbytes), 0, None)]
 
 
 def merge(caches: list[Cache]) -> Cache:
@@ -123,6 +170,18 @@ def _load(path: Path, options: LoadOptions) -> tuple[Any, dict[str, Any]]:
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise ModelError(f"{type(error).__name__}: {error}") from error
     return model, config
+
+
+def _with_adapter(model: Any, path: Path) -> Any:
+    """`model` with the LoRA weights in `path` on top of its own."""
+    try:
+        adapted = load_adapters(model, str(path))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise ModelError(
+            f"the adapter in {path.name} cannot be applied: {type(error).__name__}: {error}"
+        ) from error
+    adapted.eval()
+    return adapted
 
 
 def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory) -> bool:

@@ -1,16 +1,20 @@
 """The requests of an engine as they run: prompts being prefilled, and the decoding batch."""
 
+import copy
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
+import msgspec
 
 from mlx_server.engine import backend
 from mlx_server.engine.backend import Backend, Cache
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row, Sampling
 from mlx_server.engine.sampling import BatchSampler, LogprobReader, token_logprobs
 
+EXPECTED_TOKENS = 256
+"""Completion tokens that admission makes room for; what gets longer may be preempted."""
 SCORING_CHUNK = 128
 """Prompt positions scored at once: their logits (positions, vocab) are held in memory."""
 
@@ -43,6 +47,29 @@ class Sequence:
     @property
     def position(self) -> int:
         return self.launched
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache once what is launched has been computed."""
+        return len(self.prompt) + self.launched
+
+    @property
+    def expected_length(self) -> int:
+        """How long the sequence may well get: an early end is likelier than its limit."""
+        return self.length + min(EXPECTED_TOKENS, self.limit - self.launched)
+
+    def anew(self) -> "Sequence":
+        """The same request with nothing computed, to go on after the tokens read back so far."""
+        self.done = True  # whatever is in flight is drawn again, and comes out the same
+        again = copy.copy(self)
+        again.request = msgspec.structs.replace(
+            self.request,
+            prompt=self.prompt + self.completion,
+            generated=len(self.completion),
+        )
+        again.launched = len(self.completion)
+        again.in_flight = again.done = False
+        return again
 
     def accept(self, token: int, logprobs: Logprobs | None) -> Row:
         """Take note of the next token read back; says what to report of it."""

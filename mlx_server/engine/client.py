@@ -63,7 +63,9 @@ class EngineClient:
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def start(cls, model_id: str, path: Path, options: LoadOptions) -> "EngineClient":
+    async def start(
+        cls, model_id: str, path: Path, options: LoadOptions, adapter_path: Path | None = None
+    ) -> "EngineClient":
         """Start an engine with a fresh interpreter and wait until it has loaded `path`.
 
         Raises ModelLoadFailed when it cannot. However this ends, by cancellation too, no process
@@ -86,7 +88,7 @@ class EngineClient:
         client = cls(model_id, process, front)
         try:
             await client._open()
-            client._send(Load(str(path), options))
+            client._send(Load(str(path), options, str(adapter_path) if adapter_path else None))
             client.ready = await client._loaded
         except BaseException:
             await client.kill()

@@ -41,6 +41,8 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """For this engine's arrays: a share of what the device reports, or bytes such as "12GB"."""
     cache_limit: str | None = None
     """Freed buffers that MLX may keep for reuse; None takes an eighth of the memory limit."""
+    kv_limit: int | None = None
+    """Bytes for all KV caches together; None takes what the memory limit leaves."""
     dequantize: Literal["auto", "always", "never"] = "auto"
     """`auto`: on a CPU device, to float32, when that fits the memory limit."""
     openblas: str = "auto"
@@ -61,6 +63,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 
     path: str
     options: LoadOptions
+    adapter_path: str | None = None
+    """A folder of LoRA adapters to apply."""
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
@@ -80,6 +84,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     generated: int = 0
+    caller: str = ""
+    priority: int = 0
+    """Requests with lower numbers are admitted first; callers take turns within a priority."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -93,6 +100,13 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 # engine → front
+
+
+class Device(msgspec.Struct, frozen=True):
+    """Where MLX computes: `metal`, `cuda` or `cpu`, and its memory in bytes."""
+
+    name: str
+    memory: int
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -113,6 +127,9 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     context_length: int
     vocab_size: int
     weights_bytes: int
+    kv_limit: int
+    longest_sequence: int
+    """Tokens that the KV limit holds for one request, at most the context length."""
     load_seconds: float
     dequantized: bool
     blas: str | None
@@ -169,6 +186,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     waiting: int
     step_seconds: float
     kv_bytes: int
+    preempted: int
+    """How often a request had to give up its place and start over, since the engine began."""
     memory: Memory
 
 

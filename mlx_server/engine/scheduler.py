@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 from mlx_server.engine.backend import Backend, cache_bytes
 from mlx_server.engine.batch import Batch, Prefill, Sequence
 from mlx_server.engine.protocol import Failed, Generate, Row, Sampling, Stats, Tokens
+from mlx_server.engine.waiting import WaitingQueue
 from mlx_server.utils.memory import DeviceMemory
 
 SMALLEST_CHUNK = 32
@@ -65,13 +66,22 @@ class Scheduler:
     """Owns every request of an engine from its arrival to its last token."""
 
     def __init__(
-        self, model: Backend, memory: DeviceMemory, max_batch: int, prefill_chunk: int | None
+        self,
+        model: Backend,
+        memory: DeviceMemory,
+        *,
+        max_batch: int,
+        kv_limit: int,
+        prefill_chunk: int | None,
     ) -> None:
         self.model = model
         self.memory = memory
         self.max_batch = max_batch
+        self.kv_limit = kv_limit
+        self.longest_sequence = model.kv_cost.longest(kv_limit, model.context_length)
         self.pace = Pace(prefill_chunk)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
+        self.preempted = 0
         self.prefills: deque[Prefill] = deque()
         self.batch = Batch(model)
         self._gathering_until = 0.0
@@ -85,13 +95,13 @@ class Scheduler:
         problem = self._problem(request)
         if problem:
             return Failed(request.id, problem)
-        self.waiting.append(Sequence(request, self.model.context_length))
+        self.waiting.add(Sequence(request, self.longest_sequence))
         return None
 
     def abort(self, ids: Many[int]) -> None:
         """Forget these requests and free what they hold."""
         gone = frozenset(ids)
-        self.waiting = deque(s for s in self.waiting if s.id not in gone)
+        self.waiting.remove(gone)
         for prefill in self.prefills:
             prefill.drop(gone)
         self.prefills = deque(p for p in self.prefills if p.sequences)
@@ -138,16 +148,17 @@ class Scheduler:
             waiting=len(self.waiting),
             step_seconds=self.pace.step_seconds.value or 0.0,
             kv_bytes=sum(cache_bytes(cache) for cache in caches),
+            preempted=self.preempted,
             memory=self.memory.read(),
         )
 
     def _problem(self, request: Generate) -> str | None:
         if not request.prompt:
             return "the prompt holds no token"
-        if len(request.prompt) + min(request.max_tokens, 1) > self.model.context_length:
+        if len(request.prompt) + min(request.max_tokens, 1) > self.longest_sequence:
             return (
-                f"a prompt of {len(request.prompt)} tokens leaves no room in the model's context "
-                f"of {self.model.context_length}"
+                f"a prompt of {len(request.prompt)} tokens leaves no room in the "
+                f"{self.longest_sequence} that the context and the KV cache hold"
             )
         known = range(self.model.vocab_size)
         for token in (*request.prompt, *request.sampling.logit_bias):
@@ -168,12 +179,13 @@ class Scheduler:
     def _some_nearly_prefilled(self) -> bool:
         chunk = self.pace.chunk(decoding=False)
         if self.waiting and self._free_slots() > 0:
-            return len(self.waiting[0].request.prompt) <= chunk
+            return len(self.waiting.peek().request.prompt) <= chunk
         return any(p.length - p.position <= chunk for p in self.prefills)
 
     def _decode(self) -> list[Row]:
         if not self.batch.busy:
             return []
+        self._make_room()
         started = time.perf_counter()
         rows = self.batch.step()
         if rows:
@@ -209,14 +221,45 @@ class Scheduler:
         return self.max_batch - len(self.batch) - sum(len(p.sequences) for p in self.prefills)
 
     def _admit(self, budget: int) -> None:
-        """Start prefilling what is waiting, as far as there are slots."""
-        free = self._free_slots()
-        if free <= 0 or not self.waiting:
-            return
-        group = [self.waiting.popleft()]
-        while self.waiting and len(group) < free and _fits(group, self.waiting[0], budget):
-            group.append(self.waiting.popleft())
-        self.prefills.appendleft(Prefill(self.model, group))
+        """Start prefilling what is waiting, as far as slots and memory allow."""
+        group: list[Sequence] = []
+        while self.waiting and len(group) < self._free_slots():
+            sequence = self.waiting.peek()
+            if group and not _fits(group, sequence, budget):
+                break
+            if not self._room_for([*group, sequence]):
+                break
+            group.append(self.waiting.pop())
+        if group:
+            self.prefills.appendleft(Prefill(self.model, group))
+
+    def _room_for(self, new: list[Sequence]) -> bool:
+        """Whether `new` can be expected to fit the KV limit beside what is admitted."""
+        admitted = self._admitted()
+        longest = max(s.expected_length for s in (*admitted, *new))
+        needed = self.model.kv_cost.bytes(len(admitted) + len(new), longest)
+        return needed <= self.kv_limit or not (admitted or len(new) > 1)
+
+    def _admitted(self) -> list[Sequence]:
+        return [*self.batch.rows, *(s for prefill in self.prefills for s in prefill.sequences)]
+
+    def _make_room(self) -> None:
+        """Take the newest requests back out while the next step might exceed the KV limit.
+
+        They keep their tokens, start over when there is room, and come out the same.
+        """
+        while len(admitted := self._admitted()) > 1:
+            longest = max(sequence.length for sequence in admitted) + 1
+            if self.model.kv_cost.bytes(len(admitted), longest) <= self.kv_limit:
+                return
+            self._preempt_newest()
+
+    def _preempt_newest(self) -> None:
+        newest = self.prefills.pop().sequences if self.prefills else self.batch.rows[-1:]
+        self.preempted += len(newest)
+        for sequence in reversed(newest):
+            self.waiting.put_back(sequence.anew())
+        self.batch.leave(newest)
 
 
 def _fits(group: list[Sequence], more: Sequence, budget: int) -> bool:

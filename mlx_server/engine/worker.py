@@ -22,6 +22,7 @@ from mlx_server.engine.protocol import (
     Generate,
     Load,
     LoadFailed,
+    LoadOptions,
     Ready,
     Stop,
     ToEngine,
@@ -31,7 +32,9 @@ from mlx_server.engine.protocol import (
 )
 
 if TYPE_CHECKING:
+    from mlx_server.engine.backend import Backend
     from mlx_server.engine.scheduler import Scheduler
+    from mlx_server.utils.memory import DeviceMemory
 
 STATS_INTERVAL = 1.0
 """Seconds between statistics while the engine works."""
@@ -144,8 +147,15 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
     device = device_name()
     if device == "cpu" and sys.platform.startswith("linux"):
         log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
-    backend = Backend(Path(message.path), options, memory)
-    scheduler = Scheduler(backend, memory, options.max_batch, options.prefill_chunk)
+    adapter = Path(message.adapter_path) if message.adapter_path else None
+    backend = Backend(Path(message.path), options, memory, adapter)
+    scheduler = Scheduler(
+        backend,
+        memory,
+        max_batch=options.max_batch,
+        kv_limit=_kv_limit(options, memory, backend),
+        prefill_chunk=options.prefill_chunk,
+    )
     scheduler.warm_up()
     ready = Ready(
         pid=os.getpid(),
@@ -154,12 +164,28 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
         context_length=backend.context_length,
         vocab_size=backend.vocab_size,
         weights_bytes=backend.weights_bytes,
+        kv_limit=scheduler.kv_limit,
+        longest_sequence=scheduler.longest_sequence,
         load_seconds=time.perf_counter() - started,
         dequantized=backend.dequantized,
         blas=blas,
         memory=memory.read(),
     )
     return scheduler, ready
+
+
+def _kv_limit(options: LoadOptions, memory: "DeviceMemory", backend: "Backend") -> int:
+    """Bytes that KV caches may take. Raises ModelError when that leaves room for no request."""
+    left = memory.limit - backend.weights_bytes
+    limit = left if options.kv_limit is None else min(options.kv_limit, left)
+    if backend.kv_cost.longest(limit, backend.context_length) == 0:
+        from mlx_server.engine.backend import ModelError
+
+        raise ModelError(
+            f"its weights take {backend.weights_bytes:,} of the {memory.limit:,} bytes that it may "
+            "use, which leaves too little for a KV cache"
+        )
+    return limit
 
 
 def main() -> None:

@@ -58,6 +58,8 @@ class ModelEntry:
     created: int = 0
     model_type: str | None = None
     context_length: int | None = None
+    adapter_path: Path | None = None
+    """A folder of LoRA adapters to apply to the model in `path`."""
 
 
 @dataclass(frozen=True, slots=True)

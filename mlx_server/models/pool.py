@@ -1,94 +1,94 @@
-"""The models that are loaded: one engine process each, shared by all requests for it."""
+"""The models that are loaded: one engine process each, within one memory budget.
+
+`acquire` is the one way to a model. Everything about loading, waiting, limits, eviction and
+replacement is behind it; `models.slot` holds the life of a single model.
+"""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 from mlx_server.config import Settings
-from mlx_server.engine.client import EngineClient
-from mlx_server.engine.protocol import Memory, Ready
-from mlx_server.errors import ModelLoadFailed, ModelLoading, ServerError, Unavailable
-from mlx_server.models.adapters.base import Adapter
-from mlx_server.models.adapters.registry import load_adapter
-from mlx_server.models.catalog import Catalog, ModelEntry
-from mlx_server.telemetry import event, load_span
+from mlx_server.engine.protocol import Device
+from mlx_server.errors import (
+    BadRequest,
+    InsufficientMemory,
+    ModelLoading,
+    ServerError,
+    Unavailable,
+)
+from mlx_server.models.catalog import Catalog
+from mlx_server.models.device import find_device
+from mlx_server.models.slot import LoadedModel, ModelStatus, Slot
+from mlx_server.telemetry import event
+from mlx_server.utils.units import parse_bytes
 
-ModelState = Literal["absent", "loading", "ready", "failed"]
 SHORTEST_RETRY = 1.0
-"""Seconds a client is told to wait at least before it asks again for a loading model."""
+"""Seconds a client is told to wait at least before it asks again."""
 
 log = logging.getLogger("mlx_server.pool")
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model that can generate: its engine for the tokens, its adapter for the text."""
-
-    id: str
-    engine: EngineClient
-    adapter: Adapter
-    facts: Ready
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStatus:
-    """What an operator sees of one model. Times are in seconds, memory in bytes."""
-
-    id: str
-    state: ModelState
-    reason: str | None = None
-    pid: int | None = None
-    device: str | None = None
-    context_length: int | None = None
-    memory: Memory | None = None
-    load_seconds: float | None = None
-    in_flight: int = 0
-    running: int = 0
-    waiting: int = 0
-    last_used: float | None = None
-
-
 class ModelPoolManager:
-    """Loads models on demand, shares them, and ends their engines.
+    """Loads models on demand, shares them, and evicts those that are idle when room is needed.
 
-    `acquire` is the one way to a model.
+    Who waits for a model that does not fit stands in a line: the model asked for first is made
+    room for first. Idle models go first, the least recently used before others. A model in use is
+    left alone for `settings.swap_interval` seconds after it was loaded; then it takes no new
+    request, finishes what it has, and makes room. Its later requests join the line, so that
+    traffic alternating between models is served in groups.
     """
 
     def __init__(self, settings: Settings, catalog: Catalog) -> None:
         self.settings = settings
         self.catalog = catalog
-        self._slots: dict[str, _Slot] = {}
+        self.device: Device | None = None
+        self.budget = 0
+        self._slots: dict[str, Slot] = {}
+        self._line: list[Slot] = []
         self._wanted: list[str] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._stopping = False
 
     async def start(self, models: list[str]) -> None:
-        """Begin to load `models` in the background and keep them loaded from now on."""
+        """Learn the budget and begin to load `models` in the background.
+
+        Raises ServerError when MLX cannot be used here at all.
+        """
+        self.device = await find_device()
+        self.budget = parse_bytes(self.settings.memory_limit, self.device.memory)
+        log.info(event("budget", device=self.device.name, bytes=self.budget))
+        for name in self.settings.pinned:
+            (await self._slot(name)).pinned = True
         for model_id in models:
             slot = await self._slot(model_id)
-            slot.keep = True
             self._wanted.append(slot.entry.id)
-            slot.begin_loading()
+            with contextlib.suppress(ServerError):  # the slot keeps it for `not_ready_reason`
+                await slot.measure(self.device, self.budget)
+                self._line.append(slot)
+        self._arrange()
 
     async def stop(self) -> None:
         """End every engine. Loads under way are given up."""
         self._stopping = True
+        if self._timer is not None:
+            self._timer.cancel()
         await asyncio.gather(*(slot.stop() for slot in self._slots.values()))
 
     @property
     def ready(self) -> bool:
-        """Whether all models named at the start can generate."""
-        return not self._stopping and all(self._slots[id_].model for id_ in self._wanted)
+        """Whether all models named at the start have been loaded and none of them is failing."""
+        return not self._stopping and all(self._slots[id_].proven for id_ in self._wanted)
 
     @property
     def not_ready_reason(self) -> str | None:
         """Which models cannot generate yet, and why; None when all can."""
         if self._stopping:
             return "The server is stopping."
-        missing = [slot for id_ in self._wanted if (slot := self._slots[id_]).model is None]
+        missing = [slot for id_ in self._wanted if not (slot := self._slots[id_]).proven]
         if not missing:
             return None
         return " ".join(
@@ -101,176 +101,184 @@ class ModelPoolManager:
         """The models that were asked for since the start."""
         return [slot.status() for slot in self._slots.values()]
 
+    @property
+    def reserved(self) -> int:
+        """Bytes promised to the models that are loaded, loading or on their way out."""
+        return sum(slot.need for slot in self._slots.values() if slot.holds_memory)
+
     @asynccontextmanager
-    async def acquire(self, model_id: str) -> AsyncIterator[LoadedModel]:
+    async def acquire(
+        self, model_id: str, keep_alive: float | None = None
+    ) -> AsyncIterator[LoadedModel]:
         """The model of that id or alias, loaded and kept loaded as long as the block lasts.
 
-        Raises ModelNotFound, ModelLoading when it does not load within `settings.load_wait`
-        seconds, and ModelLoadFailed.
+        `keep_alive` is how many seconds it stays loaded afterwards, None as long as the settings
+        say. Raises ModelNotFound, ModelLoading when it does not load within `settings.load_wait`
+        seconds, ModelLoadFailed, and InsufficientMemory when it can never fit.
         """
-        if self._stopping:
-            raise Unavailable("The server is stopping.", retry_after=SHORTEST_RETRY)
         slot = await self._slot(model_id)
-        model = slot.model
-        if model is None or not model.engine.alive:
-            model = await self._loaded(slot)
-        slot.in_use += 1
+        model = slot.offer() or await self._wait_for(slot)
+        slot.take()
         try:
             yield model
         finally:
-            slot.in_use -= 1
-            slot.last_used = time.time()
+            slot.let_go(self._keep_alive(slot, keep_alive))
+            self._arrange()
 
-    async def _slot(self, model_id: str) -> "_Slot":
+    async def load(self, model_id: str) -> ModelStatus:
+        """Load a model now, however long that takes. Raises as `acquire` does."""
+        slot = await self._slot(model_id)
+        if slot.offer() is None:
+            await self._wait_for(slot, self.settings.load_timeout)
+        return slot.status()
+
+    async def unload(self, model_id: str) -> ModelStatus:
+        """Let a model finish what it has, then end its engine; returns when that has happened."""
+        slot = await self._slot(model_id)
+        if slot.loading:
+            raise BadRequest(f"The model `{slot.entry.id}` is still loading.", param="model")
+        await slot.unload()
+        self._arrange()
+        return slot.status()
+
+    async def _slot(self, model_id: str) -> Slot:
+        if self._stopping:
+            raise Unavailable("The server is stopping.", retry_after=SHORTEST_RETRY)
         entry = await asyncio.to_thread(self.catalog.find, model_id)
-        if entry.id not in self._slots:
-            self._slots[entry.id] = _Slot(entry, self.settings)
-        return self._slots[entry.id]
+        slot = self._slots.get(entry.id)
+        if slot is None:
+            slot = self._slots[entry.id] = Slot(entry, self.settings, self._arrange)
+        slot.entry = entry  # its folder may have been replaced
+        return slot
 
-    async def _loaded(self, slot: "_Slot") -> LoadedModel:
-        """Wait for the load that is under way, or begin one."""
-        wait = self.settings.load_wait
-        loading = slot.begin_loading()
-        done, _ = await asyncio.wait([loading], timeout=wait)
-        if not done:
+    def _keep_alive(self, slot: Slot, asked: float | None) -> float | None:
+        """Seconds that an unused model stays loaded; None for as long as there is room."""
+        if asked is not None:
+            return asked if asked >= 0 else None
+        kept = slot.pinned or slot.entry.id in self._wanted
+        return None if kept else self.settings.keep_alive_of(slot.entry.id)
+
+    async def _wait_for(self, slot: Slot, seconds: float | None = None) -> LoadedModel:
+        """Stand in line for `slot` until it is loaded."""
+        seconds = self.settings.load_wait if seconds is None else seconds
+        if slot.waiters >= self.settings.max_load_waiters:
             raise ModelLoading(
-                f"The model `{slot.entry.id}` is still loading after {wait:g} seconds. "
-                "The load goes on; ask again.",
+                f"{slot.waiters} requests wait for the model `{slot.entry.id}` already.",
                 retry_after=slot.remaining_load_seconds(),
             )
-        if slot.model is None:
-            raise ModelLoadFailed(
-                f"The model `{slot.entry.id}` could not be loaded: {slot.reason}",
-                retry_after=SHORTEST_RETRY,
-            )
-        return slot.model
-
-
-class _Slot:
-    """One model's place in the pool, whether it is loaded or not."""
-
-    def __init__(self, entry: ModelEntry, settings: Settings) -> None:
-        self.entry = entry
-        self.settings = settings
-        self.keep = False
-        self.model: LoadedModel | None = None
-        self.reason: str | None = None
-        self.in_use = 0
-        self.last_used: float | None = None
-        self.load_seconds: float | None = None
-        self._loading: asyncio.Task[None] | None = None
-        self._began = 0.0
-        self._watch: asyncio.Task[None] | None = None
-
-    @property
-    def state(self) -> ModelState:
-        if self.model is not None:
-            return "ready"
-        if self._loading is not None and not self._loading.done():
-            return "loading"
-        return "failed" if self.reason else "absent"
-
-    def begin_loading(self) -> asyncio.Task[None]:
-        """The load under way, or a new one. It never raises: `model` or `reason` tells."""
-        if self._loading is None or self._loading.done():
-            self._began = time.monotonic()
-            self._loading = asyncio.create_task(self._load(), name=f"load {self.entry.id}")
-        return self._loading
-
-    def remaining_load_seconds(self) -> float:
-        """A guess at how much longer the load under way takes."""
-        elapsed = time.monotonic() - self._began
-        usual = self.load_seconds if self.load_seconds is not None else 2 * elapsed
-        return max(SHORTEST_RETRY, usual - elapsed)
-
-    def status(self) -> ModelStatus:
-        if self.model is None:
-            return ModelStatus(
-                self.entry.id, self.state, self.reason, load_seconds=self.load_seconds
-            )
-        engine, facts, stats = self.model.engine, self.model.facts, self.model.engine.stats
-        return ModelStatus(
-            id=self.entry.id,
-            state=self.state,
-            pid=facts.pid,
-            device=facts.device,
-            context_length=facts.context_length,
-            memory=stats.memory if stats else facts.memory,
-            load_seconds=self.load_seconds,
-            in_flight=engine.in_flight,
-            running=stats.running + stats.prefilling if stats else 0,
-            waiting=stats.waiting if stats else 0,
-            last_used=self.last_used,
-        )
-
-    async def stop(self) -> None:
-        """Give up a load under way and end the engine."""
-        self.keep = False
-        tasks = [task for task in (self._loading, self._watch) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        model, self.model = self.model, None
-        if model is not None:
-            await model.engine.stop()
-
-    async def _load(self) -> None:
-        self.reason = None
+        failures = slot.failures
+        slot.waiters += 1
         try:
-            with load_span(self.entry.id):
-                async with asyncio.timeout(self.settings.load_timeout):
-                    self.model = await self._start()
-        except TimeoutError:
-            self.reason = f"not loaded within {self.settings.load_timeout:g} seconds"
-        except ServerError as error:
-            self.reason = error.message
-        except OSError as error:
-            self.reason = f"its engine could not be started: {error}"
-        if self.model is None:
-            log.error(event("model_load_failed", model=self.entry.id, reason=self.reason))
+            async with asyncio.timeout(seconds):
+                return await self._loaded(slot, failures)
+        except TimeoutError as error:
+            raise ModelLoading(
+                f"The model `{slot.entry.id}` is not loaded after {seconds:g} seconds "
+                f"({slot.state}). Ask again.",
+                retry_after=slot.remaining_load_seconds(),
+            ) from error
+        finally:
+            slot.waiters -= 1
+
+    async def _loaded(self, slot: Slot, failures: int) -> LoadedModel:
+        while (model := slot.offer()) is None:
+            if slot.failures > failures:
+                raise slot.failure()
+            if slot not in self._line and not slot.loading:
+                assert self.device is not None
+                await slot.measure(self.device, self.budget)
+                self._join_line(slot)
+            else:
+                await slot.changed()
+        return model
+
+    def _join_line(self, slot: Slot) -> None:
+        """Stand `slot` in line, unless that has happened while its files were read."""
+        if slot not in self._line and not slot.loading:
+            self._line.append(slot)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Load what stands first in line, after making room for it. Safe to call at any time."""
+        if self._stopping:
             return
-        self.load_seconds = time.monotonic() - self._began
-        log.info(
-            event(
-                "model_loaded",
-                model=self.entry.id,
-                pid=self.model.facts.pid,
-                device=self.model.facts.device,
-                seconds=self.load_seconds,
-                weights_bytes=self.model.facts.weights_bytes,
-            )
-        )
-        self._watch = asyncio.create_task(self._await_end(self.model))
+        self._recall_lost()
+        self._end_expired()
+        while self._line and self._serve_first(self._line[0]):
+            pass
+        self._set_timer()
 
-    async def _start(self) -> LoadedModel:
-        """Load text side and engine side at once; neither is left behind when the other fails."""
-        path = self.entry.path
-        if path is None:
-            raise ModelLoadFailed("it has not been pulled yet")
-        options = self.settings.load_options(self.entry.id)
-        trusted = options.trust_remote_code
-        adapter_task = asyncio.create_task(
-            asyncio.to_thread(load_adapter, path, self.entry.id, trusted)
-        )
-        engine: EngineClient | None = None
-        try:
-            engine = await EngineClient.start(self.entry.id, path, options)
-            adapter = await adapter_task
-        except BaseException:
-            adapter_task.cancel()
-            await asyncio.gather(adapter_task, return_exceptions=True)
-            if engine is not None:
-                await engine.kill()
-            raise
-        assert engine.ready is not None
-        return LoadedModel(self.entry.id, engine, adapter, engine.ready)
+    def _serve_first(self, slot: Slot) -> bool:
+        """Do what can be done now for the first in line; says whether it has left the line."""
+        wanted = slot.waiters > 0 or (slot.entry.id in self._wanted and not slot.proven)
+        if slot.offer() is None and wanted:
+            if slot.model is not None or slot.ending:
+                if not slot.draining or slot.ending:
+                    return False  # on its way out; it comes back after that
+                slot.resume()
+            elif self.reserved + slot.need > self.budget:
+                self._make_room(slot)
+                return False
+            else:
+                slot.begin_loading()
+        self._line.pop(0)
+        return True
 
-    async def _await_end(self, model: LoadedModel) -> None:
-        """Notice that the engine ended by itself, and replace it if it is to be kept."""
-        await model.engine.closed.wait()
-        log.error(event("engine_ended", model=model.id, pid=model.facts.pid))
-        if self.model is model:
-            self.model = None
-        await model.engine.kill()
-        if self.keep:
-            self.begin_loading()
+    def _make_room(self, slot: Slot) -> None:
+        """Let go of as many models as `slot` needs: the idle first, then those in use."""
+        others = [other for other in self._slots.values() if other is not slot]
+        leaving = sum(other.need for other in others if other.ending or other.draining)
+        lacking = self.reserved - leaving + slot.need - self.budget
+        for other in sorted(others, key=lambda other: other.last_used or 0):
+            if lacking > 0 and other.idle and not other.draining:
+                lacking -= other.need
+                other.drain()
+        for other in sorted(others, key=lambda other: other.loaded_at):
+            if lacking > 0 and other.in_use and not other.draining and not other.pinned:
+                if time.monotonic() < other.loaded_at + self.settings.swap_interval:
+                    break
+                lacking -= other.need
+                other.drain()
+        for other in others:
+            if other.draining and other.idle:
+                other.begin_ending()
+        if lacking > 0 and not any(self._may_leave(other) for other in others):
+            slot.fail(self._blocked(slot, others))
+            self._line.remove(slot)
+
+    def _may_leave(self, other: Slot) -> bool:
+        return other.holds_memory and not other.pinned and not other.draining
+
+    def _blocked(self, slot: Slot, others: list[Slot]) -> InsufficientMemory:
+        pinned = sum(other.need for other in others if other.pinned and other.holds_memory)
+        return InsufficientMemory(
+            f"it needs {slot.need:,} bytes of memory, and of the {self.budget:,} for all models "
+            f"pinned ones hold {pinned:,}"
+        )
+
+    def _recall_lost(self) -> None:
+        """Load again what was named at the start and whose engine ended by itself."""
+        for id_ in self._wanted:
+            slot = self._slots[id_]
+            if slot.lost and slot not in self._line and not slot.holds_memory:
+                self._line.append(slot)
+
+    def _end_expired(self) -> None:
+        now = time.monotonic()
+        for slot in self._slots.values():
+            if slot.idle and slot.expires_at is not None and slot.expires_at <= now:
+                slot.begin_ending()
+
+    def _set_timer(self) -> None:
+        """Come back when the next idle model expires or the next one in use may be interrupted."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        times = [s.expires_at for s in self._slots.values() if s.idle and s.expires_at is not None]
+        if self._line:
+            interval = self.settings.swap_interval
+            times += [s.loaded_at + interval for s in self._slots.values() if s.in_use]
+        now = time.monotonic()
+        if later := [moment for moment in times if moment > now]:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(min(later) - now, self._arrange)

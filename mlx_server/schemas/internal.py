@@ -65,6 +65,9 @@ class InferenceRequest:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    priority: int = 0
+    keep_alive: float | None = None
+    """Seconds that the model stays loaded after this request; None leaves it to the settings."""
 
 
 @dataclass(frozen=True, slots=True)

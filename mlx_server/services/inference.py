@@ -12,7 +12,8 @@ from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row
 from mlx_server.errors import BadRequest, ContextLengthExceeded
 from mlx_server.models.adapters.base import Adapter
-from mlx_server.models.pool import LoadedModel, ModelPoolManager
+from mlx_server.models.pool import ModelPoolManager
+from mlx_server.models.slot import LoadedModel
 from mlx_server.schemas.internal import (
     ChatPrompt,
     Event,
@@ -51,7 +52,7 @@ class InferenceService:
         ModelNotFound, ModelLoading, ModelLoadFailed.
         """
         with inference_span(request.model, request) as span:
-            async with self.pool.acquire(request.model) as model:
+            async with self.pool.acquire(request.model, request.keep_alive) as model:
                 span.model(model.id)
                 _check_text(request.prompt, model)
                 tokens = await asyncio.to_thread(_tokenize, model.adapter, request.prompt)
@@ -179,6 +180,7 @@ def _check_text(prompt: Prompt, model: LoadedModel) -> None:
 def _check(tokens: list[int], request: InferenceRequest, model: LoadedModel) -> None:
     """Refuse what this model can never do."""
     context, vocabulary = model.facts.context_length, model.facts.vocab_size
+    longest = model.facts.longest_sequence
     if not tokens:
         raise BadRequest("The prompt holds no token.", param="prompt")
     wanted = 1 if request.max_tokens is None else request.max_tokens
@@ -187,6 +189,13 @@ def _check(tokens: list[int], request: InferenceRequest, model: LoadedModel) -> 
             f"This model's context holds {context} tokens. You asked for {len(tokens) + wanted}: "
             f"{len(tokens)} in the prompt and at least {wanted} in the completion.",
             param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
+        )
+    if len(tokens) + wanted > longest:
+        raise BadRequest(
+            f"{len(tokens)} tokens of prompt and {wanted} of completion can never fit: the KV "
+            f"cache of {model.facts.kv_limit:,} bytes holds {longest} tokens of one request.",
+            param="max_tokens",
+            code="insufficient_memory",
         )
     if not all(0 <= token < vocabulary for token in tokens):
         raise BadRequest(
@@ -203,7 +212,7 @@ def _engine_requests(
     tokens: list[int], request: InferenceRequest, model: LoadedModel
 ) -> list[Generate]:
     """One engine request per choice; each has a seed of its own."""
-    room = model.facts.context_length - len(tokens)
+    room = model.facts.longest_sequence - len(tokens)
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
     stop_tokens = [] if request.ignore_eos else sorted(model.adapter.stop_tokens)
     return [
@@ -217,6 +226,8 @@ def _engine_requests(
             stop_tokens=stop_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs if index == 0 else None,
+            caller=request.caller.key,
+            priority=request.priority,
         )
         for index in range(request.n)
     ]

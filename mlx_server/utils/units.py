@@ -11,3 +11,17 @@ def parse_bytes(text: str, whole: int) -> int:
     number = text.rstrip("KMGTIB ")
     unit = text[len(number) :].strip().rstrip("B").rstrip("I")
     return int(float(number) * _UNITS[unit])
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_seconds(text: str) -> float | None:
+    """Seconds meant by `text`: "90", "90s", "5m", "1h", "2d"; None for a negative number.
+
+    Raises ValueError when it is no duration.
+    """
+    text = text.strip()
+    unit = _SECONDS.get(text[-1:])
+    seconds = float(text[:-1]) * unit if unit else float(text)
+    return seconds if seconds >= 0 else None

@@ -1,0 +1,149 @@
+"""What a model will take in memory, told from its files' headers before anything is loaded."""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_server.errors import ModelLoadFailed
+from mlx_server.models.adapters.generic import read_config
+from mlx_server.models.catalog import WEIGHTS
+
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+}
+FLOAT32_BYTES = 4
+KV_BYTES = 2
+"""Bytes of a number in a KV cache on a device that computes in half precision."""
+SAMPLING_COPIES = 4
+LARGEST_HEADER = 100_000_000
+HEADER = struct.Struct("<Q")
+
+
+LARGEST_CHUNK = 2048
+"""Tokens whose activations are in memory at once, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of memory: the weights once loaded, and the KV cache per token of one sequence."""
+
+    weights: int
+    kv_per_token: int
+    context_length: int
+    vocabulary: int
+    activations_per_token: int
+
+    def working(self, max_batch: int) -> int:
+        """Room to compute in: a chunk's activations, and a batch's logits while sampling."""
+        logits = max_batch * self.vocabulary * FLOAT32_BYTES
+        return LARGEST_CHUNK * self.activations_per_token + SAMPLING_COPIES * logits
+
+
+def read_footprint(path: Path, device: str, dequantize: str) -> Footprint:
+    """Estimate the model folder `path` on `device` under the setting `dequantize`.
+
+    Raises ModelLoadFailed for files that are damaged.
+    """
+    config = read_config(path)
+    tensors = [tensor for file in sorted(path.glob(WEIGHTS)) for tensor in _tensors(file)]
+    if not tensors:
+        raise ModelLoadFailed(f"{path.name} has no {WEIGHTS} file.")
+    stored = sum(tensor.bytes for tensor in tensors)
+    float32 = dequantize == "always" or (dequantize == "auto" and device == "cpu")
+    weights = _parameters(tensors, config) * FLOAT32_BYTES if float32 else stored
+    number = FLOAT32_BYTES if float32 else KV_BYTES
+    return Footprint(
+        weights=weights,
+        kv_per_token=_kv_numbers_per_token(config) * number,
+        context_length=_number(config, "max_position_embeddings", 4096),
+        vocabulary=_number(config, "vocab_size", 0),
+        activations_per_token=number
+        * (8 * _number(config, "hidden_size", 0) + 4 * _number(config, "intermediate_size", 0)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    name: str
+    elements: int
+    bytes: int
+
+
+def _tensors(file: Path) -> list[_Tensor]:
+    """What the safetensors file holds, after checking that all of it is there."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = HEADER.unpack(stream.read(HEADER.size))
+            if length > LARGEST_HEADER:
+                raise ValueError("its header is implausibly large")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = [_tensor(name, entry) for name, entry in header.items()]
+        size = file.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+        raise ModelLoadFailed(f"{file.name} is no readable safetensors file: {error}") from error
+    expected = HEADER.size + length + end
+    if size < expected:
+        raise ModelLoadFailed(
+            f"{file.name} is truncated: it has {size:,} of {expected:,} bytes. Pull it again."
+        )
+    return tensors
+
+
+def _tensor(name: str, entry: dict[str, Any]) -> _Tensor:
+    elements = 1
+    for size in entry["shape"]:
+        elements *= size
+    return _Tensor(name, elements, elements * BITS.get(entry["dtype"], 16) // 8)
+
+
+def _parameters(tensors: list[_Tensor], config: dict[str, Any]) -> int:
+    """Parameters after dequantization: packed weights unpack, their scales and biases go."""
+    quantized = {t.name.removesuffix(".scales") for t in tensors if t.name.endswith(".scales")}
+    settings = config.get("quantization") or {}
+    total = 0
+    for tensor in tensors:
+        base, _, part = tensor.name.rpartition(".")
+        if base not in quantized:
+            total += tensor.elements
+        elif part == "weight":
+            own = settings.get(base)
+            bits = (own if isinstance(own, dict) else settings).get("bits", 4)
+            total += tensor.bytes * 8 // int(bits)
+    return total
+
+
+def _number(config: dict[str, Any], name: str, default: int) -> int:
+    """A size from the configuration, or from its text part in a multimodal model."""
+    value = config.get(name)
+    if value is None and isinstance(text := config.get("text_config"), dict):
+        value = text.get(name)
+    if isinstance(value, list) and value:
+        value = max(value)  # one for each layer
+    return value if isinstance(value, int) and value >= 0 else default
+
+
+def _kv_numbers_per_token(config: dict[str, Any]) -> int:
+    """Keys and values of all layers; families with a cheaper cache are overestimated."""
+    layers = _number(config, "num_hidden_layers", 0)
+    heads = max(1, _number(config, "num_attention_heads", 1))
+    kv_heads = _number(config, "num_key_value_heads", heads)
+    head_dim = _number(config, "head_dim", _number(config, "hidden_size", 0) // heads)
+    return layers * 2 * kv_heads * head_dim

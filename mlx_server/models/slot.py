@@ -1,0 +1,430 @@
+"""The life of one model in the pool: absent, loading, ready, draining, failed."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mlx_server.config import Settings
+from mlx_server.engine.client import EngineClient
+from mlx_server.engine.protocol import Device, LoadOptions, Memory, Ready
+from mlx_server.errors import InsufficientMemory, ModelLoadFailed, ServerError
+from mlx_server.models.adapters.base import Adapter
+from mlx_server.models.adapters.registry import load_adapter
+from mlx_server.models.catalog import ModelEntry
+from mlx_server.models.footprint import Footprint, read_footprint
+from mlx_server.models.locks import ModelLock
+from mlx_server.telemetry import event, load_span
+from mlx_server.utils.units import parse_bytes
+
+ModelState = Literal["absent", "downloading", "loading", "ready", "draining", "failed"]
+SHORTEST_RETRY = 1.0
+"""Seconds a client is told to wait at least before it asks again for a model."""
+KV_SHARE = 0.25
+"""Of the budget: what one model's KV caches get unless the settings say otherwise."""
+SMALLEST_KV_TOKENS = 2048
+"""A model is not loaded where its KV cache could not hold one sequence of this many tokens."""
+
+log = logging.getLogger("mlx_server.pool")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that can generate: its engine for the tokens, its adapter for the text."""
+
+    id: str
+    engine: EngineClient
+    adapter: Adapter
+    facts: Ready
+    lock: ModelLock
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """What an operator sees of one model. Times are in seconds, memory in bytes.
+
+    `in_flight` counts the requests that hold the model, `waiting_to_load` those in line for it;
+    `need` is the memory reserved for it, or that it would take.
+    """
+
+    id: str
+    state: ModelState
+    reason: str | None = None
+    pid: int | None = None
+    device: str | None = None
+    context_length: int | None = None
+    memory: Memory | None = None
+    need: int | None = None
+    load_seconds: float | None = None
+    loads: int = 0
+    in_flight: int = 0
+    running: int = 0
+    waiting: int = 0
+    waiting_to_load: int = 0
+    pinned: bool = False
+    last_used: float | None = None
+    expires: float | None = None
+    """When it will be unloaded if nobody uses it, in seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that a model is promised: its weights, its KV caches, and room to compute."""
+
+    weights: int
+    kv: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.working
+
+
+class Slot:
+    """One model's place in the pool, whether it is loaded or not.
+
+    `on_change` is called whenever memory may have become free or a load has ended.
+    """
+
+    def __init__(
+        self, entry: ModelEntry, settings: Settings, on_change: Callable[[], None]
+    ) -> None:
+        self.entry = entry
+        self.settings = settings
+        self.model: LoadedModel | None = None
+        self.draining = False
+        self.lost = False
+        """Its engine ended by itself and nobody has asked for the model since."""
+        self.pinned = False
+        self.proven = False
+        self.in_use = 0
+        self.waiters = 0
+        self.failures = 0
+        self.loads = 0
+        self.last_used: float | None = None
+        self.load_seconds: float | None = None
+        self.loaded_at = 0.0
+        self.expires_at: float | None = None
+        self._on_change = on_change
+        self._error: ServerError | None = None
+        self._need: Need | None = None
+        self._measured_weights: int | None = None
+        self._began = 0.0
+        self._loading: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    # what others ask of it
+
+    @property
+    def loading(self) -> bool:
+        return self._loading is not None and not self._loading.done()
+
+    @property
+    def ending(self) -> bool:
+        return self._ending is not None and not self._ending.done()
+
+    @property
+    def idle(self) -> bool:
+        """Loaded, used by nobody, and free to be ended."""
+        return self.model is not None and self.in_use == 0 and not self.ending and not self.pinned
+
+    @property
+    def holds_memory(self) -> bool:
+        return self.loading or self.ending or self.model is not None
+
+    @property
+    def need(self) -> int:
+        """Bytes reserved for it, or that it would take; 0 as long as that is unknown."""
+        return self._need.total if self._need else 0
+
+    @property
+    def reason(self) -> str | None:
+        """Why it could not be loaded."""
+        return self._error.message if self._error else None
+
+    @property
+    def state(self) -> ModelState:
+        if self.loading:
+            return "loading"
+        if self.ending or self.draining:
+            return "draining"
+        if self.model is not None:
+            return "ready"
+        return "failed" if self._error else "absent"
+
+    def status(self) -> ModelStatus:
+        known = {
+            "id": self.entry.id,
+            "state": self.state,
+            "reason": self.reason,
+            "need": self.need or None,
+            "load_seconds": self.load_seconds,
+            "loads": self.loads,
+            "in_flight": self.in_use,
+            "waiting_to_load": self.waiters,
+            "pinned": self.pinned,
+            "last_used": self.last_used,
+        }
+        if self.model is None:
+            return ModelStatus(**known)  # type: ignore[arg-type]
+        facts, stats = self.model.facts, self.model.engine.stats
+        return ModelStatus(
+            **known,  # type: ignore[arg-type]
+            pid=facts.pid,
+            device=facts.device,
+            context_length=facts.context_length,
+            memory=stats.memory if stats else facts.memory,
+            running=stats.running + stats.prefilling if stats else 0,
+            waiting=stats.waiting if stats else 0,
+            expires=self._expiry_time(),
+        )
+
+    async def changed(self) -> None:
+        """Wait until something about the slot has changed."""
+        await self._changed.wait()
+
+    # use
+
+    def offer(self) -> LoadedModel | None:
+        """The model, if a new request may use it now."""
+        if self.model is None or self.draining or self.ending or not self.model.engine.alive:
+            return None
+        return self.model
+
+    def take(self) -> None:
+        """A request begins to use the model."""
+        self.in_use += 1
+        self.expires_at = None
+
+    def let_go(self, keep_alive: float | None) -> None:
+        """A request has ended; the model is kept for `keep_alive` seconds, None for good."""
+        self.in_use -= 1
+        self.last_used = time.time()
+        self._notify()
+        if self.in_use == 0 and keep_alive is not None:
+            self.expires_at = time.monotonic() + keep_alive
+
+    def drain(self) -> None:
+        """Take no new request until `resume`."""
+        self.draining = True
+
+    def resume(self) -> None:
+        """Take requests again."""
+        self.draining = False
+        self._notify()
+
+    # memory
+
+    async def measure(self, device: Device, budget: int) -> None:
+        """Find out what the model needs, from its files or from its last run.
+
+        Raises ModelLoadFailed for damaged files, and InsufficientMemory when the need is beyond
+        `budget` bytes.
+        """
+        if self.holds_memory:
+            return
+        try:
+            if self.entry.path is None:
+                raise ModelLoadFailed("it has not been pulled yet")
+            footprint = await asyncio.to_thread(
+                read_footprint, self.entry.path, device.name, self.settings.dequantize
+            )
+            self._need = self._needed(footprint, budget)
+        except ServerError as error:
+            self.fail(error)
+            raise self.failure() from error
+
+    def _needed(self, footprint: Footprint, budget: int) -> Need:
+        settings = self.settings
+        weights = self._measured_weights or footprint.weights
+        context = min(footprint.context_length, settings.context_length or footprint.context_length)
+        full = settings.max_batch * context * footprint.kv_per_token
+        share = settings.kv_cache or f"{KV_SHARE:.0%}"
+        least = min(context, SMALLEST_KV_TOKENS) * footprint.kv_per_token
+        working = footprint.working(settings.max_batch)
+        if weights + working + least > budget:
+            raise InsufficientMemory(
+                f"it needs {weights + working + least:,} bytes of memory and all models together "
+                f"may take {budget:,}"
+            )
+        kv = min(full, max(least, parse_bytes(share, budget)), budget - weights - working)
+        return Need(weights, kv, working)
+
+    # load and end
+
+    def begin_loading(self) -> None:
+        """Start to load; what comes of it shows in `model` or `reason`."""
+        self._began = time.monotonic()
+        self._error = None
+        self.lost = False
+        self.loads += 1
+        self._loading = asyncio.create_task(self._load(), name=f"load {self.entry.id}")
+
+    def begin_ending(self) -> None:
+        """Start to end the engine and give its memory back."""
+        if self.model is not None and not self.ending:
+            self._ending = asyncio.create_task(self._end(self.model), name=f"end {self.entry.id}")
+
+    async def unload(self) -> None:
+        """Let requests finish, then end the engine."""
+        if self.model is None:
+            return
+        self.drain()
+        while self.in_use:
+            await self.changed()
+        self.begin_ending()
+        if self._ending is not None:
+            await self._ending
+
+    async def stop(self) -> None:
+        """Give up a load under way and end the engine at once."""
+        tasks = [task for task in (self._loading, self._ending, self._watch) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        model, self.model = self.model, None
+        if model is not None:
+            await model.engine.stop()
+            model.lock.release()
+
+    def fail(self, error: ServerError) -> None:
+        """Tell those who wait that the model cannot be loaded."""
+        self._error = error
+        self.failures += 1
+        self.proven = False
+        log.error(event("model_load_failed", model=self.entry.id, reason=error.message))
+        self._notify()
+
+    def failure(self) -> ServerError:
+        """What to tell a request for a model that could not be loaded."""
+        error = self._error or ModelLoadFailed("unknown reason")
+        kind = InsufficientMemory if isinstance(error, InsufficientMemory) else ModelLoadFailed
+        return kind(
+            f"The model `{self.entry.id}` could not be loaded: {error.message}",
+            param="model",
+            retry_after=SHORTEST_RETRY,
+        )
+
+    def remaining_load_seconds(self) -> float:
+        """A guess at how much longer a load takes, from the last one."""
+        elapsed = time.monotonic() - self._began if self.loading else 0.0
+        usual = self.load_seconds if self.load_seconds is not None else 2 * elapsed
+        return max(SHORTEST_RETRY, usual - elapsed)
+
+    async def _load(self) -> None:
+        try:
+            with load_span(self.entry.id) as span:
+                async with asyncio.timeout(self.settings.load_timeout):
+                    model = await self._start()
+                span.loaded(device=model.facts.device, weights_bytes=model.facts.weights_bytes)
+        except TimeoutError:
+            seconds = self.settings.load_timeout
+            self.fail(ModelLoadFailed(f"it did not load within {seconds:g} seconds"))
+        except ServerError as error:
+            self.fail(error)
+        except OSError as error:
+            self.fail(ModelLoadFailed(f"its engine could not be started: {error}"))
+        else:
+            self._loaded(model)
+        finally:
+            # By the next turn of the loop this task is done and the slot's memory is free again.
+            asyncio.get_running_loop().call_soon(self._on_change)
+
+    def _loaded(self, model: LoadedModel) -> None:
+        self.model = model
+        self.draining = False
+        self.proven = True
+        self.loaded_at = time.monotonic()
+        self.load_seconds = self.loaded_at - self._began
+        self._measured_weights = model.facts.weights_bytes
+        if self._need is not None:
+            self._need = Need(model.facts.weights_bytes, model.facts.kv_limit, self._need.working)
+        log.info(
+            event(
+                "model_loaded",
+                model=self.entry.id,
+                pid=model.facts.pid,
+                device=model.facts.device,
+                seconds=self.load_seconds,
+                weights_bytes=model.facts.weights_bytes,
+                reserved_bytes=self.need,
+            )
+        )
+        self._watch = asyncio.create_task(self._await_end(model), name=f"watch {self.entry.id}")
+        self._notify()
+
+    async def _start(self) -> LoadedModel:
+        path = self.entry.path
+        if path is None or self._need is None:
+            raise ModelLoadFailed("it has not been pulled yet")
+        options = msgspec.structs.replace(
+            self.settings.load_options(self.entry.id),
+            memory_limit=str(self._need.total),
+            kv_limit=self._need.kv,
+        )
+        lock = ModelLock(self.settings.home, path)
+        try:
+            engine, adapter = await self._start_both(path, options)
+        except BaseException:
+            lock.release()
+            raise
+        assert engine.ready is not None
+        return LoadedModel(self.entry.id, engine, adapter, engine.ready, lock)
+
+    async def _start_both(self, path: Path, options: LoadOptions) -> tuple[EngineClient, Adapter]:
+        """Load text side and engine side at once; neither is left behind when the other fails."""
+        text = asyncio.create_task(
+            asyncio.to_thread(load_adapter, path, self.entry.id, options.trust_remote_code)
+        )
+        engine: EngineClient | None = None
+        try:
+            engine = await EngineClient.start(self.entry.id, path, options, self.entry.adapter_path)
+            return engine, await text
+        except BaseException:
+            # A thread cannot be cancelled; it ends by itself and what it returns is dropped.
+            await asyncio.wait([text])
+            if engine is not None:
+                await engine.kill()
+            raise
+
+    async def _end(self, model: LoadedModel) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        await model.engine.stop()
+        self._gone(model)
+        log.info(event("model_unloaded", model=self.entry.id, pid=model.facts.pid))
+
+    async def _await_end(self, model: LoadedModel) -> None:
+        """Notice that the engine ended by itself."""
+        await model.engine.closed.wait()
+        log.error(event("engine_ended", model=model.id, pid=model.facts.pid))
+        await model.engine.kill()
+        self.lost = True
+        self.proven = False
+        self._gone(model)
+
+    def _gone(self, model: LoadedModel) -> None:
+        """The engine has ended and its memory is free."""
+        model.lock.release()
+        self.model = None
+        self.draining = False
+        self.expires_at = None
+        self._notify()
+        asyncio.get_running_loop().call_soon(self._on_change)
+
+    def _expiry_time(self) -> float | None:
+        if self.expires_at is None:
+            return None
+        return time.time() + self.expires_at - time.monotonic()
+
+    def _notify(self) -> None:
+        """Wake everybody who waits for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
