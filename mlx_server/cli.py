@@ -1,4 +1,4 @@
-"""The command line: `serve`, `pull`, `list`.
+"""The command line: `serve`, `pull`, `list`, `ps`, `rm`.
 
 Only reads flags, prints, and puts the parts together. What is slow to import is imported by the
 command that needs it, so that help comes at once.
@@ -176,6 +176,49 @@ def list_models(config: ConfigOption = None) -> None:
     Console().print(table)
 
 
+@app.command()
+def ps(
+    host: Annotated[str | None, typer.Option(help="Where the server listens.")] = None,
+    port: Annotated[int | None, typer.Option(help="Its port.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="An admin key, if it asks for one.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show the models that a running server holds."""
+    from rich.console import Console
+
+    from mlx_server import ps as running
+
+    settings = _settings(config, host=host, port=port)
+    models = [model for model in running.ask(settings, api_key) if model["state"] != "absent"]
+    if not models:
+        print("No model is loaded.")
+        return
+    Console().print(running.table(models))
+
+
+@app.command()
+def rm(
+    model: Annotated[str, typer.Argument(metavar="ID", help="As `mlx-server list` shows it.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Remove a model from the disk, unless a server has it loaded."""
+    from mlx_server.models.catalog import Catalog
+    from mlx_server.models.removal import plan_removal, remove
+
+    settings = _settings(config)
+    entry = Catalog(settings).find(model)
+    removal = plan_removal(entry, settings)
+    if not yes and sys.stdin.isatty():
+        typer.confirm(
+            f"Remove {entry.id} ({_gigabytes(entry.size)}) in {removal.place}?", abort=True
+        )
+    remove(removal, settings)
+    print(f"{entry.id} is removed.")
+
+
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
@@ -268,6 +311,8 @@ def _require_key(settings: "Settings", addresses: list[Address]) -> None:
     keys = [key.get_secret_value().strip() for key in settings.api_keys]
     if not all(keys):
         raise CommandError("setting api_keys: a key must not be empty")
+    if not all(key.get_secret_value().strip() for key in settings.admin_keys):
+        raise CommandError("setting admin_keys: a key must not be empty")
     local = all(ip_address(str(address[0]).split("%")[0]).is_loopback for _, address in addresses)
     if local or keys or settings.allow_no_key:
         return

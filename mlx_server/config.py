@@ -12,9 +12,7 @@ from pydantic_settings import (
 )
 
 from mlx_server.engine.protocol import LoadOptions
-from mlx_server.utils.units import parse_seconds
-
-_DURATION = r"^\s*(-1|\d+(\.\d+)?\s*(s|m|h|d)?)\s*$"
+from mlx_server.utils.units import DURATION, parse_seconds
 
 
 class Settings(BaseSettings):
@@ -38,8 +36,17 @@ class Settings(BaseSettings):
     aliases: dict[str, str] = Field(
         default_factory=dict, description="Other names for models: alias to id."
     )
+    adapters: dict[str, Path] = Field(
+        default_factory=dict,
+        description="LoRA adapters: `base@name` to a folder. Those in `home`/adapters/BASE/NAME "
+        "are found by themselves.",
+    )
     api_keys: list[SecretStr] = Field(
         default_factory=list, description="Keys that callers must show; none means open."
+    )
+    admin_keys: list[SecretStr] = Field(
+        default_factory=list,
+        description="Keys for `/admin`, good for everything else too; if none, `api_keys` serve.",
     )
     allow_no_key: bool = Field(
         False, description="Permit listening beyond loopback without an API key."
@@ -92,11 +99,11 @@ class Settings(BaseSettings):
     )
     keep_alive: str = Field(
         "30m",
-        pattern=_DURATION,
+        pattern=DURATION,
         description="How long an unused model stays loaded, such as `90s`, `5m`, `1h`; `-1` for "
         "good. Models loaded at start stay unless room is needed.",
     )
-    keep_alive_by_model: dict[str, Annotated[str, Field(pattern=_DURATION)]] = Field(
+    keep_alive_by_model: dict[str, Annotated[str, Field(pattern=DURATION)]] = Field(
         default_factory=dict, description="The same for single models: id to duration."
     )
     swap_interval: float = Field(
@@ -159,6 +166,11 @@ class Settings(BaseSettings):
     def models_folder(self) -> Path:
         """Where pulled models are kept."""
         return self.home.expanduser() / "models"
+
+    @property
+    def adapters_folder(self) -> Path:
+        """Where LoRA adapters are found: BASE/NAME, the base's id being one or two levels."""
+        return self.home.expanduser() / "adapters"
 
     def load_options(self, model_id: str) -> LoadOptions:
         """What the engine of `model_id` is told."""

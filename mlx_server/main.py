@@ -10,12 +10,13 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from mlx_server import __version__
-from mlx_server.api import admin, errors, health
+from mlx_server.api import admin, errors, health, pulls
 from mlx_server.api.middleware import BodyLimit, HostCheck, RequestContext
 from mlx_server.api.v1 import chat, completions, models
 from mlx_server.config import Settings
 from mlx_server.models.catalog import Catalog
 from mlx_server.models.pool import ModelPoolManager
+from mlx_server.models.pulls import PullManager
 from mlx_server.services.inference import InferenceService
 from mlx_server.telemetry import Metrics, setup_logging, setup_tracing, untraced
 
@@ -47,10 +48,11 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.state.catalog = catalog
     app.state.metrics = metrics
     app.state.pool = ModelPoolManager(settings, catalog)
+    app.state.pulls = PullManager(settings, catalog)
     app.state.service = InferenceService(app.state.pool, settings)
     metrics.registry.register(health.PoolCollector(app.state.pool))
     errors.install(app)
-    for module in (chat, completions, models, admin, health):
+    for module in (chat, completions, models, admin, pulls, health):
         app.include_router(module.router)
     return app
 
@@ -83,6 +85,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await pool.start(wanted)
         yield
     finally:
+        await app.state.pulls.stop()
         await pool.stop()
         lag.cancel()
         with suppress(asyncio.CancelledError):

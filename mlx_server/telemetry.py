@@ -77,6 +77,9 @@ def setup_logging(level: str) -> None:
     logging.getLogger("uvicorn.access").propagate = False
     # At debug level this one logs every chunk, which is the completion's text.
     logging.getLogger("sse_starlette").setLevel(logging.INFO)
+    # These log the addresses of downloads, which may be signed and so as good as a key.
+    for name in ("httpx2", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 # spans

@@ -1,31 +1,78 @@
-"""What an operator asks for: the models with their engines and memory, and the loop's lag."""
+"""What an operator asks for: load, unload and remove models, see their state, the loop's lag."""
 
 import asyncio
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.responses import Response
 
-from mlx_server.api.dependencies import CatalogDep, MetricsDep, PoolDep, authenticated
+from mlx_server.api.dependencies import (
+    AdminDep,
+    CatalogDep,
+    MetricsDep,
+    PoolDep,
+    PullsDep,
+    SettingsDep,
+)
 from mlx_server.api.errors import documented
-from mlx_server.models.catalog import ModelEntry
+from mlx_server.api.requests import JsonRoute
+from mlx_server.api.streaming import WholeAnswer
+from mlx_server.models.catalog import Catalog, ModelEntry
+from mlx_server.models.pulls import PullStatus
+from mlx_server.models.removal import plan_removal, remove
 from mlx_server.models.slot import ModelStatus
 
-router = APIRouter(prefix="/admin", dependencies=[Depends(authenticated)])
+router = APIRouter(
+    prefix="/admin", dependencies=[AdminDep], route_class=JsonRoute, strict_content_type=False
+)
 
 
-@router.get("/models", responses=documented(401))
-async def list_models(catalog: CatalogDep, pool: PoolDep) -> Response:
-    """Every model that can be served, with its state, process, memory and requests."""
-    entries = await asyncio.to_thread(catalog.entries)
+@router.get("/models", responses=documented(401, 403))
+async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Response:
+    """Every model that can be served, is being pulled, or has failed: its state, process, memory
+    and requests."""
+    entries = {entry.id: entry for entry in await asyncio.to_thread(catalog.entries)}
     statuses = {status.id: status for status in pool.statuses()}
+    pulled = {pull.model: pull for pull in pulls.statuses()}
+    # A model that was removed is of no interest unless something of it is left.
+    asked = [id_ for id_, status in statuses.items() if status.state != "absent"]
+    ids = dict.fromkeys((*entries, *asked, *pulled))
     return _json(
-        {"models": [_described(entry, statuses.get(entry.id)) for entry in entries]},
+        {"models": [_described(i, entries.get(i), statuses.get(i), pulled.get(i)) for i in ids]}
     )
 
 
-@router.get("/stats", responses=documented(401))
+@router.post("/models/{model_id:path}/load", responses=documented(400, 401, 403, 404, 503))
+async def load_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
+    """Load a model, making room for it; answers when it can generate."""
+
+    async def loaded() -> bytes:
+        return await _encoded(catalog, await pool.load(model_id))
+
+    return WholeAnswer(loaded)
+
+
+@router.post("/models/{model_id:path}/unload", responses=documented(400, 401, 403, 404))
+async def unload_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
+    """Let a model finish its requests, then end it; answers when its memory is free."""
+    body = await _encoded(catalog, await pool.unload(model_id))
+    return Response(body, media_type="application/json")
+
+
+@router.delete("/models/{model_id:path}", responses=documented(400, 401, 403, 404))
+async def remove_model(model_id: str, catalog: CatalogDep, settings: SettingsDep) -> Response:
+    """Remove a model from the disk, unless a server has it loaded."""
+    entry = await asyncio.to_thread(catalog.find, model_id)
+    removal = await asyncio.to_thread(plan_removal, entry, settings)
+    try:
+        await asyncio.to_thread(remove, removal, settings)
+    finally:
+        catalog.refresh()
+    return _json({"id": entry.id, "deleted": True})
+
+
+@router.get("/stats", responses=documented(401, 403))
 async def stats(metrics: MetricsDep) -> Response:
     """How late the event loop is, in seconds, over the last minute."""
     lag = metrics.loop_lag
@@ -40,19 +87,34 @@ async def stats(metrics: MetricsDep) -> Response:
     )
 
 
-def _described(entry: ModelEntry, status: ModelStatus | None) -> dict[str, Any]:
-    """What the catalog knows of a model, and over it what its engine does."""
-    known = {
-        "aliases": entry.aliases,
-        "source": entry.source,
-        "path": str(entry.path) if entry.path else None,
-        "size": entry.size,
-        "model_type": entry.model_type,
+async def _encoded(catalog: Catalog, status: ModelStatus) -> bytes:
+    entry = await asyncio.to_thread(catalog.find, status.id)
+    return msgspec.json.encode(_described(entry.id, entry, status, None))
+
+
+def _described(
+    id_: str, entry: ModelEntry | None, status: ModelStatus | None, pull: PullStatus | None
+) -> dict[str, Any]:
+    """What is known of a model: by its engine, the catalog, and the download of it."""
+    facts: dict[str, Any] = msgspec.to_builtins(status or ModelStatus(id=id_, state="absent"))
+    facts |= {
+        "aliases": entry.aliases if entry else (),
+        "source": entry.source if entry else None,
+        "path": str(entry.path) if entry and entry.path else None,
+        "size": entry.size if entry else None,
+        "model_type": entry.model_type if entry else None,
     }
-    status = status or ModelStatus(id=entry.id, state="absent")
-    facts: dict[str, Any] = msgspec.to_builtins(status) | known
-    facts["context_length"] = status.context_length or entry.context_length
+    facts["context_length"] = facts["context_length"] or (entry and entry.context_length)
+    facts["download"] = _download(pull) if pull and not pull.error else None
+    if pull and facts["state"] == "absent" and not (pull.error and entry):
+        facts["state"] = "failed" if pull.error else "downloading"
+        facts["reason"] = pull.error
     return facts
+
+
+def _download(pull: PullStatus) -> dict[str, Any]:
+    progress = pull.progress
+    return {"status": progress.stage, "completed": progress.done, "total": progress.total}
 
 
 def _json(value: Any) -> Response:

@@ -46,7 +46,7 @@ class StreamedAnswer(Response):
     """Streams what `opened` yields: server-sent events, already encoded.
 
     An error raised while opening is an ordinary answer with its status; one raised by the stream
-    becomes its last event.
+    becomes its last event. A server that stops cuts the stream after `grace` seconds.
     """
 
     def __init__(
@@ -54,11 +54,14 @@ class StreamedAnswer(Response):
         opened: AbstractAsyncContextManager[AsyncIterator[bytes]],
         settings: Settings,
         request_id: str,
+        grace: float | None = None,
     ) -> None:
         super().__init__(media_type="text/event-stream")
         self._opened = opened
         self._settings = settings
         self._request_id = request_id
+        # A little before the HTTP server's own end of patience, to have the last word.
+        self._grace = settings.grace_period - STOP_MARGIN if grace is None else grace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with while_connected(receive) as stop_watching, self._opened as events:
@@ -85,8 +88,7 @@ class StreamedAnswer(Response):
             self._with_errors(events),
             ping=self._settings.ping_interval,
             sep="\n",
-            # A little before the HTTP server's own end of patience, to have the last word.
-            shutdown_grace_period=max(0.0, self._settings.grace_period - STOP_MARGIN),
+            shutdown_grace_period=max(0.0, self._grace),
         )
         await response(scope, _never, send_and_note)
         if not complete:

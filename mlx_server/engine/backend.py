@@ -87,7 +87,8 @@ class KvCost:
 
     def bytes(self, rows: int, tokens: int) -> int:
         """Bytes of a batch cache of `rows`, the longest of which holds `tokens`."""
-        room = -(-tokens // self.STEP) * self.STEP
+        # A cache grows from where it is, which after a merge is at any length.
+        room = tokens + self.STEP - 1
         growing = sum(size * min(room, window or room) for size, window in self._growing)
         return rows * (self.fixed + growing)
 
@@ -95,9 +96,9 @@ class KvCost:
         """The most tokens, up to `context_length`, that one sequence can hold in `limit` bytes."""
         if self.bytes(1, context_length) <= limit:
             return context_length
-        steps = range(0, context_length, self.STEP)
-        fitting = bisect.bisect_right(steps, limit, key=lambda tokens: self.bytes(1, tokens))
-        return steps[fitting - 1] if fitting else 0
+        lengths = range(context_length)
+        fitting = bisect.bisect_right(lengths, limit, key=lambda tokens: self.bytes(1, tokens))
+        return max(0, fitting - 1)
 
 
 def _parts(layer: Any) -> list[tuple[int, int, int | None]]:

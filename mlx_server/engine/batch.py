@@ -62,11 +62,14 @@ class Sequence:
         """The same request with nothing computed, to go on after the tokens read back so far."""
         self.done = True  # whatever is in flight is drawn again, and comes out the same
         again = copy.copy(self)
+        scored = None if self.reported else self.request.prompt_logprobs
         again.request = msgspec.structs.replace(
             self.request,
             prompt=self.prompt + self.completion,
             generated=len(self.completion),
+            prompt_logprobs=scored,
         )
+        again.prompt_logprobs = None if scored is None else [None]
         again.launched = len(self.completion)
         again.in_flight = again.done = False
         return again

@@ -73,18 +73,11 @@ class EngineClient:
         """
         front, engine = socket.socketpair()
         with engine:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "mlx_server.engine.worker",
-                str(engine.fileno()),
-                pass_fds=[engine.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                # A signal to the front's process group, as Ctrl-C sends, is not for engines.
-                start_new_session=True,
-            )
+            try:
+                process = await _spawn(engine)
+            except BaseException:
+                front.close()
+                raise
         client = cls(model_id, process, front)
         try:
             await client._open()
@@ -150,7 +143,10 @@ class EngineClient:
             self._writer.close()
         else:
             self._connection.close()
-        await asyncio.gather(*self._tasks)
+        ended = await asyncio.gather(*self._tasks, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, Exception):
+                log.error(event("engine_protocol", model=self.model_id, error=repr(error)))
 
     async def _open(self) -> None:
         self._connection.setblocking(False)
@@ -178,6 +174,8 @@ class EngineClient:
             await self._end()
 
     def _deliver(self, message: ToFront) -> None:
+        if isinstance(message, Ready | LoadFailed) and self._loaded.done():
+            return  # whoever started the engine has given up
         match message:
             case Tokens(rows=rows):
                 for row in rows:
@@ -264,6 +262,21 @@ class RowStream:
             if item.finish is not None:
                 self._open.discard(item.id)
             yield item.id - self._ids.start, item
+
+
+async def _spawn(connection: socket.socket) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "mlx_server.engine.worker",
+        str(connection.fileno()),
+        pass_fds=[connection.fileno()],
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        # A signal to the front's process group, as Ctrl-C sends, is not for engines.
+        start_new_session=True,
+    )
 
 
 async def _next_line(stream: asyncio.StreamReader) -> bytes:

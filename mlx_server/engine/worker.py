@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_server.engine.blas import ADVICE, load_openblas
+from mlx_server.engine.imports import leave_out_text_side
 from mlx_server.engine.protocol import (
     Abort,
     FrameReader,
@@ -138,6 +139,8 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
     started = time.perf_counter()
     options = message.options
     blas = load_openblas(options.openblas)
+    if not options.trust_remote_code:  # a model's own code may well read text
+        leave_out_text_side()
     # Only now: a BLAS loaded after MLX would never be used.
     from mlx_server.engine.backend import Backend
     from mlx_server.engine.scheduler import Scheduler

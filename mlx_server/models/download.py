@@ -49,16 +49,25 @@ def pull(model_id: str, settings: Settings, on_progress: OnProgress) -> Path:
     these; never a path or an address. `on_progress` is called from this and other threads, one
     call at a time; what it raises ends the download. Raises ServerError's family.
     """
-    target = settings.aliases.get(model_id, model_id)
+    target = pull_target(model_id, settings)
     if target == DEMO:
         return _pull_demo(settings.models_folder, on_progress)
+    return _pull_repo(target, on_progress)
+
+
+def pull_target(model_id: str, settings: Settings) -> str:
+    """The name of what `pull` fetches for `model_id`. Raises ServerError's family for no name."""
+    target = settings.aliases.get(model_id, model_id)
     if "://" in target:
-        raise BadRequest("Models are pulled by name, such as ORG/NAME, not by address.")
-    if is_repo_id(target):
-        return _pull_repo(target, on_progress)
-    raise ModelNotFound(
-        f"{target[:200]!r} is neither {DEMO} nor a hub model of the form ORG/NAME", param="model"
-    )
+        raise BadRequest(
+            "Models are pulled by name, such as ORG/NAME, not by address.", param="model"
+        )
+    if target != DEMO and not is_repo_id(target):
+        raise ModelNotFound(
+            f"{target[:200]!r} is neither {DEMO} nor a hub model of the form ORG/NAME",
+            param="model",
+        )
+    return target
 
 
 def can_pull(model_id: str, settings: Settings) -> bool:
@@ -211,6 +220,9 @@ MAX_HTTP_BYTES = 50_000_000_000
 ATTEMPTS = 5
 PARALLEL = 4
 CHUNK = 1 << 16
+HASHED_CHUNK = 1 << 20
+SILENCE = 20.0
+"""Seconds without data after which a connection is given up and made anew."""
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -367,7 +379,7 @@ def _fetch(blob: _Blob, target: Path, meter: _Meter) -> None:
     part = _part(target)
     for _ in range(2):
         _continue(blob, part, meter)
-        if _sha256(part) == blob.sha256:
+        if _metered_sha256(part, meter) == blob.sha256:
             part.rename(target)
             return
         part.unlink()
@@ -376,6 +388,16 @@ def _fetch(blob: _Blob, target: Path, meter: _Meter) -> None:
         f"{blob.url} arrived twice with another checksum than the hub gives for it:"
         " something on the way changes the data"
     )
+
+
+def _metered_sha256(file: Path, meter: _Meter) -> str:
+    """The checksum of a large file, given up when the download is cancelled."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(HASHED_CHUNK):
+            digest.update(chunk)
+            meter.add(0)
+    return digest.hexdigest()
 
 
 def _continue(blob: _Blob, part: Path, meter: _Meter) -> None:
@@ -418,7 +440,9 @@ def _append(blob: _Blob, part: Path, have: int, meter: _Meter) -> None:
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    with get_session().stream("GET", blob.url, headers=headers, follow_redirects=True) as response:
+    with get_session().stream(
+        "GET", blob.url, headers=headers, follow_redirects=True, timeout=SILENCE
+    ) as response:
         hf_raise_for_status(response)
         # A server that ignores the range sends everything again.
         mode = "ab" if response.status_code == 206 else "wb"

@@ -1,6 +1,7 @@
 """What a model will take in memory, told from its files' headers before anything is loaded."""
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.adapters.generic import read_config
 from mlx_server.models.catalog import WEIGHTS
+from mlx_server.models.lora import WEIGHTS as ADAPTER_WEIGHTS
 
 BITS = {
     "BOOL": 8,
@@ -30,24 +32,36 @@ BITS = {
 FLOAT32_BYTES = 4
 KV_BYTES = 2
 """Bytes of a number in a KV cache on a device that computes in half precision."""
+PACKED_BITS = (2, 3, 4, 5, 6, 8)
+"""Sizes of quantized weights that MLX knows."""
 SAMPLING_COPIES = 4
 LARGEST_HEADER = 100_000_000
 HEADER = struct.Struct("<Q")
 
 
+KV_STEP = 256
+"""Tokens by which caches grow, so that one may hold room for as many more than it needs."""
 LARGEST_CHUNK = 2048
 """Tokens whose activations are in memory at once, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of memory: the weights once loaded, and the KV cache per token of one sequence."""
+    """Bytes of memory: the weights once loaded, and the KV cache per token of one sequence.
 
+    `float32` says that the weights are dequantized to that.
+    """
+
+    float32: bool
     weights: int
     kv_per_token: int
     context_length: int
     vocabulary: int
     activations_per_token: int
+
+    def kv(self, tokens: int) -> int:
+        """The KV cache of one sequence."""
+        return (tokens + KV_STEP) * self.kv_per_token
 
     def working(self, max_batch: int) -> int:
         """Room to compute in: a chunk's activations, and a batch's logits while sampling."""
@@ -55,20 +69,24 @@ class Footprint:
         return LARGEST_CHUNK * self.activations_per_token + SAMPLING_COPIES * logits
 
 
-def read_footprint(path: Path, device: str, dequantize: str) -> Footprint:
-    """Estimate the model folder `path` on `device` under the setting `dequantize`.
+def read_footprint(path: Path, float32: bool, adapter: Path | None = None) -> Footprint:
+    """Estimate the model folder `path` with the LoRA weights in the folder `adapter`.
 
+    The weights are dequantized to float32, or stay as they are stored.
     Raises ModelLoadFailed for files that are damaged.
     """
     config = read_config(path)
     tensors = [tensor for file in sorted(path.glob(WEIGHTS)) for tensor in _tensors(file)]
     if not tensors:
         raise ModelLoadFailed(f"{path.name} has no {WEIGHTS} file.")
-    stored = sum(tensor.bytes for tensor in tensors)
-    float32 = dequantize == "always" or (dequantize == "auto" and device == "cpu")
-    weights = _parameters(tensors, config) * FLOAT32_BYTES if float32 else stored
-    number = FLOAT32_BYTES if float32 else KV_BYTES
+    added = _tensors(adapter / ADAPTER_WEIGHTS) if adapter else []
+    stored = sum(tensor.bytes for tensor in (*tensors, *added))
+    parameters = _parameters(tensors, config) + sum(tensor.elements for tensor in added)
+    weights = parameters * FLOAT32_BYTES if float32 else stored
+    wide = sum(tensor.bytes for tensor in tensors if tensor.dtype == "F32") > stored / 2
+    number = FLOAT32_BYTES if float32 or wide else KV_BYTES
     return Footprint(
+        float32=float32,
         weights=weights,
         kv_per_token=_kv_numbers_per_token(config) * number,
         context_length=_number(config, "max_position_embeddings", 4096),
@@ -81,6 +99,7 @@ def read_footprint(path: Path, device: str, dequantize: str) -> Footprint:
 @dataclass(frozen=True, slots=True)
 class _Tensor:
     name: str
+    dtype: str
     elements: int
     bytes: int
 
@@ -92,7 +111,9 @@ def _tensors(file: Path) -> list[_Tensor]:
             (length,) = HEADER.unpack(stream.read(HEADER.size))
             if length > LARGEST_HEADER:
                 raise ValueError("its header is implausibly large")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise TypeError("its header is no object")
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         tensors = [_tensor(name, entry) for name, entry in header.items()]
@@ -108,16 +129,19 @@ def _tensors(file: Path) -> list[_Tensor]:
 
 
 def _tensor(name: str, entry: dict[str, Any]) -> _Tensor:
-    elements = 1
-    for size in entry["shape"]:
-        elements *= size
-    return _Tensor(name, elements, elements * BITS.get(entry["dtype"], 16) // 8)
+    elements = math.prod(entry["shape"])
+    begin, end = entry["data_offsets"]
+    bits = BITS.get(entry["dtype"])
+    if bits is not None and elements * bits != (end - begin) * 8:
+        raise ValueError(f"the shape of {name} does not match its size")
+    return _Tensor(name, entry["dtype"], elements, end - begin)
 
 
 def _parameters(tensors: list[_Tensor], config: dict[str, Any]) -> int:
     """Parameters after dequantization: packed weights unpack, their scales and biases go."""
     quantized = {t.name.removesuffix(".scales") for t in tensors if t.name.endswith(".scales")}
-    settings = config.get("quantization") or {}
+    settings = config.get("quantization")
+    settings = settings if isinstance(settings, dict) else {}
     total = 0
     for tensor in tensors:
         base, _, part = tensor.name.rpartition(".")
@@ -125,8 +149,8 @@ def _parameters(tensors: list[_Tensor], config: dict[str, Any]) -> int:
             total += tensor.elements
         elif part == "weight":
             own = settings.get(base)
-            bits = (own if isinstance(own, dict) else settings).get("bits", 4)
-            total += tensor.bytes * 8 // int(bits)
+            bits = (own if isinstance(own, dict) else settings).get("bits")
+            total += tensor.bytes * 8 // (bits if bits in PACKED_BITS else 4)
     return total
 
 
@@ -135,8 +159,8 @@ def _number(config: dict[str, Any], name: str, default: int) -> int:
     value = config.get(name)
     if value is None and isinstance(text := config.get("text_config"), dict):
         value = text.get(name)
-    if isinstance(value, list) and value:
-        value = max(value)  # one for each layer
+    if isinstance(value, list):  # one for each layer
+        value = max((size for size in value if isinstance(size, int)), default=None)
     return value if isinstance(value, int) and value >= 0 else default
 
 

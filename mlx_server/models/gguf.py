@@ -109,12 +109,17 @@ def _origin(source: Path) -> dict[str, Any]:
 def exclusive(folder: Path) -> Iterator[None]:
     """Let one process at a time make `folder`, and clear what an interrupted one left of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+    with making_lock(folder).open("w") as lock:
         # The system drops the lock with the process, however that ends.
         fcntl.flock(lock, fcntl.LOCK_EX)
         for step in ("new", "old"):
             shutil.rmtree(_partial(folder, step), ignore_errors=True)
         yield
+
+
+def making_lock(folder: Path) -> Path:
+    """The file that whoever makes `folder` holds locked."""
+    return folder.parent / f".{folder.name}.lock"
 
 
 def _partial(folder: Path, step: str) -> Path:

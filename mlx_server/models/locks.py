@@ -37,7 +37,7 @@ class RemovalLock:
         except OSError as error:
             self._file.close()
             raise BadRequest(
-                f"{folder.name} is loaded by a running server; unload it first.", param="model"
+                "The model is loaded by a running server; unload it first.", param="model"
             ) from error
 
     def __enter__(self) -> "RemovalLock":

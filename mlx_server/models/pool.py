@@ -49,7 +49,6 @@ class ModelPoolManager:
         self.budget = 0
         self._slots: dict[str, Slot] = {}
         self._line: list[Slot] = []
-        self._wanted: list[str] = []
         self._timer: asyncio.TimerHandle | None = None
         self._stopping = False
 
@@ -65,7 +64,7 @@ class ModelPoolManager:
             (await self._slot(name)).pinned = True
         for model_id in models:
             slot = await self._slot(model_id)
-            self._wanted.append(slot.entry.id)
+            slot.resident = True
             with contextlib.suppress(ServerError):  # the slot keeps it for `not_ready_reason`
                 await slot.measure(self.device, self.budget)
                 self._line.append(slot)
@@ -81,14 +80,14 @@ class ModelPoolManager:
     @property
     def ready(self) -> bool:
         """Whether all models named at the start have been loaded and none of them is failing."""
-        return not self._stopping and all(self._slots[id_].proven for id_ in self._wanted)
+        return not self._stopping and all(slot.proven for slot in self._residents)
 
     @property
     def not_ready_reason(self) -> str | None:
         """Which models cannot generate yet, and why; None when all can."""
         if self._stopping:
             return "The server is stopping."
-        missing = [slot for id_ in self._wanted if not (slot := self._slots[id_]).proven]
+        missing = [slot for slot in self._residents if not slot.proven]
         if not missing:
             return None
         return " ".join(
@@ -102,6 +101,11 @@ class ModelPoolManager:
         return [slot.status() for slot in self._slots.values()]
 
     @property
+    def _residents(self) -> list[Slot]:
+        """The models named at the start."""
+        return [slot for slot in self._slots.values() if slot.resident]
+
+    @property
     def reserved(self) -> int:
         """Bytes promised to the models that are loaded, loading or on their way out."""
         return sum(slot.need for slot in self._slots.values() if slot.holds_memory)
@@ -112,17 +116,20 @@ class ModelPoolManager:
     ) -> AsyncIterator[LoadedModel]:
         """The model of that id or alias, loaded and kept loaded as long as the block lasts.
 
-        `keep_alive` is how many seconds it stays loaded afterwards, None as long as the settings
-        say. Raises ModelNotFound, ModelLoading when it does not load within `settings.load_wait`
-        seconds, ModelLoadFailed, and InsufficientMemory when it can never fit.
+        `keep_alive` is how many seconds it stays loaded afterwards, negative for as long as there
+        is room, None as the settings say. Raises ModelNotFound, ModelLoading when it does not load
+        within `settings.load_wait` seconds, ModelLoadFailed, and InsufficientMemory when it can
+        never fit.
         """
         slot = await self._slot(model_id)
         model = slot.offer() or await self._wait_for(slot)
         slot.take()
+        if self._line:
+            self._arrange()
         try:
             yield model
         finally:
-            slot.let_go(self._keep_alive(slot, keep_alive))
+            slot.let_go(keep_alive)
             self._arrange()
 
     async def load(self, model_id: str) -> ModelStatus:
@@ -137,8 +144,10 @@ class ModelPoolManager:
         slot = await self._slot(model_id)
         if slot.loading:
             raise BadRequest(f"The model `{slot.entry.id}` is still loading.", param="model")
-        await slot.unload()
-        self._arrange()
+        try:
+            await slot.unload()
+        finally:
+            self._arrange()
         return slot.status()
 
     async def _slot(self, model_id: str) -> Slot:
@@ -150,13 +159,6 @@ class ModelPoolManager:
             slot = self._slots[entry.id] = Slot(entry, self.settings, self._arrange)
         slot.entry = entry  # its folder may have been replaced
         return slot
-
-    def _keep_alive(self, slot: Slot, asked: float | None) -> float | None:
-        """Seconds that an unused model stays loaded; None for as long as there is room."""
-        if asked is not None:
-            return asked if asked >= 0 else None
-        kept = slot.pinned or slot.entry.id in self._wanted
-        return None if kept else self.settings.keep_alive_of(slot.entry.id)
 
     async def _wait_for(self, slot: Slot, seconds: float | None = None) -> LoadedModel:
         """Stand in line for `slot` until it is loaded."""
@@ -179,17 +181,21 @@ class ModelPoolManager:
             ) from error
         finally:
             slot.waiters -= 1
+            if slot.offer() is None:
+                self._arrange()  # it may hold up the line and not be wanted any more
 
     async def _loaded(self, slot: Slot, failures: int) -> LoadedModel:
         while (model := slot.offer()) is None:
             if slot.failures > failures:
                 raise slot.failure()
-            if slot not in self._line and not slot.loading:
+            if self._stopping:
+                raise Unavailable("The server is stopping.", retry_after=SHORTEST_RETRY)
+            if slot in self._line or slot.loading or slot.measuring or slot.leaving:
+                await slot.changed()
+            else:
                 assert self.device is not None
                 await slot.measure(self.device, self.budget)
                 self._join_line(slot)
-            else:
-                await slot.changed()
         return model
 
     def _join_line(self, slot: Slot) -> None:
@@ -206,16 +212,20 @@ class ModelPoolManager:
         self._end_expired()
         while self._line and self._serve_first(self._line[0]):
             pass
+        if not self._line:
+            self._resume_all()
         self._set_timer()
 
     def _serve_first(self, slot: Slot) -> bool:
         """Do what can be done now for the first in line; says whether it has left the line."""
-        wanted = slot.waiters > 0 or (slot.entry.id in self._wanted and not slot.proven)
-        if slot.offer() is None and wanted:
-            if slot.model is not None or slot.ending:
-                if not slot.draining or slot.ending:
-                    return False  # on its way out; it comes back after that
+        wanted = slot.waiters > 0 or (slot.resident and not slot.proven)
+        if wanted and not slot.unloaders and slot.offer() is None:
+            if slot.leaving:
+                return False  # it comes back after that, which is soon
+            if slot.model is not None:
                 slot.resume()
+            elif self._pinned_beside(slot) + slot.need > self.budget:
+                slot.fail(self._blocked(slot))
             elif self.reserved + slot.need > self.budget:
                 self._make_room(slot)
                 return False
@@ -227,14 +237,14 @@ class ModelPoolManager:
     def _make_room(self, slot: Slot) -> None:
         """Let go of as many models as `slot` needs: the idle first, then those in use."""
         others = [other for other in self._slots.values() if other is not slot]
-        leaving = sum(other.need for other in others if other.ending or other.draining)
-        lacking = self.reserved - leaving + slot.need - self.budget
-        for other in sorted(others, key=lambda other: other.last_used or 0):
+        going = sum(other.need for other in others if other.draining or other.leaving)
+        lacking = self.reserved - going + slot.need - self.budget
+        for other in sorted(others, key=lambda other: other.used_at):
             if lacking > 0 and other.idle and not other.draining:
                 lacking -= other.need
                 other.drain()
         for other in sorted(others, key=lambda other: other.loaded_at):
-            if lacking > 0 and other.in_use and not other.draining and not other.pinned:
+            if lacking > 0 and other.interruptible:
                 if time.monotonic() < other.loaded_at + self.settings.swap_interval:
                     break
                 lacking -= other.need
@@ -242,24 +252,27 @@ class ModelPoolManager:
         for other in others:
             if other.draining and other.idle:
                 other.begin_ending()
-        if lacking > 0 and not any(self._may_leave(other) for other in others):
-            slot.fail(self._blocked(slot, others))
-            self._line.remove(slot)
 
-    def _may_leave(self, other: Slot) -> bool:
-        return other.holds_memory and not other.pinned and not other.draining
+    def _resume_all(self) -> None:
+        """Nobody waits for room any more: what was to make some stays."""
+        for slot in self._slots.values():
+            if slot.draining and not slot.leaving:
+                slot.resume()
 
-    def _blocked(self, slot: Slot, others: list[Slot]) -> InsufficientMemory:
-        pinned = sum(other.need for other in others if other.pinned and other.holds_memory)
+    def _pinned_beside(self, slot: Slot) -> int:
+        """Bytes that can never be made free for `slot`."""
+        others = [other for other in self._slots.values() if other is not slot]
+        return sum(o.need for o in others if o.pinned and o.holds_memory and not o.leaving)
+
+    def _blocked(self, slot: Slot) -> InsufficientMemory:
         return InsufficientMemory(
             f"it needs {slot.need:,} bytes of memory, and of the {self.budget:,} for all models "
-            f"pinned ones hold {pinned:,}"
+            f"pinned ones hold {self._pinned_beside(slot):,}"
         )
 
     def _recall_lost(self) -> None:
         """Load again what was named at the start and whose engine ended by itself."""
-        for id_ in self._wanted:
-            slot = self._slots[id_]
+        for slot in self._residents:
             if slot.lost and slot not in self._line and not slot.holds_memory:
                 self._line.append(slot)
 
@@ -277,7 +290,7 @@ class ModelPoolManager:
         times = [s.expires_at for s in self._slots.values() if s.idle and s.expires_at is not None]
         if self._line:
             interval = self.settings.swap_interval
-            times += [s.loaded_at + interval for s in self._slots.values() if s.in_use]
+            times += [s.loaded_at + interval for s in self._slots.values() if s.interruptible]
         now = time.monotonic()
         if later := [moment for moment in times if moment > now]:
             loop = asyncio.get_running_loop()

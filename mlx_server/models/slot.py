@@ -97,7 +97,12 @@ class Slot:
         self.entry = entry
         self.settings = settings
         self.model: LoadedModel | None = None
+        self.resident = False
+        """Whether it was named at the start, and so stays loaded unless room is needed."""
         self.draining = False
+        self.unloaders = 0
+        """How many wait for its requests to finish, to end it then."""
+        self.measuring = False
         self.lost = False
         """Its engine ended by itself and nobody has asked for the model since."""
         self.pinned = False
@@ -109,11 +114,15 @@ class Slot:
         self.last_used: float | None = None
         self.load_seconds: float | None = None
         self.loaded_at = 0.0
+        self.used_at = 0.0
         self.expires_at: float | None = None
         self._on_change = on_change
         self._error: ServerError | None = None
         self._need: Need | None = None
-        self._measured_weights: int | None = None
+        self._footprint: Footprint | None = None
+        self._float32 = False
+        self._measured: dict[Footprint, int] = {}
+        """What the weights took when they were loaded, by what was estimated of the same files."""
         self._began = 0.0
         self._loading: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -133,7 +142,24 @@ class Slot:
     @property
     def idle(self) -> bool:
         """Loaded, used by nobody, and free to be ended."""
-        return self.model is not None and self.in_use == 0 and not self.ending and not self.pinned
+        if self.model is None or self.in_use or self.ending or self.pinned:
+            return False
+        # Those who wait for a model that takes requests are about to have it.
+        return self.draining or not self.waiters
+
+    @property
+    def interruptible(self) -> bool:
+        """Loaded and in use, and free to make room once its requests have finished."""
+        if self.model is None or self.ending or self.draining or self.pinned:
+            return False
+        return self.in_use > 0
+
+    @property
+    def leaving(self) -> bool:
+        """Loaded, and certain to be gone soon: nobody needs to make that happen."""
+        if self.model is None:
+            return False
+        return self.ending or self.unloaders > 0 or not self.model.engine.alive
 
     @property
     def holds_memory(self) -> bool:
@@ -153,10 +179,8 @@ class Slot:
     def state(self) -> ModelState:
         if self.loading:
             return "loading"
-        if self.ending or self.draining:
-            return "draining"
         if self.model is not None:
-            return "ready"
+            return "draining" if self.draining or self.leaving else "ready"
         return "failed" if self._error else "absent"
 
     def status(self) -> ModelStatus:
@@ -194,9 +218,7 @@ class Slot:
 
     def offer(self) -> LoadedModel | None:
         """The model, if a new request may use it now."""
-        if self.model is None or self.draining or self.ending or not self.model.engine.alive:
-            return None
-        return self.model
+        return None if self.draining or self.leaving else self.model
 
     def take(self) -> None:
         """A request begins to use the model."""
@@ -204,12 +226,15 @@ class Slot:
         self.expires_at = None
 
     def let_go(self, keep_alive: float | None) -> None:
-        """A request has ended; the model is kept for `keep_alive` seconds, None for good."""
+        """A request has ended; the model stays for `keep_alive` seconds, None as the settings say.
+
+        Negative seconds keep it for as long as there is room.
+        """
         self.in_use -= 1
         self.last_used = time.time()
         self._notify()
-        if self.in_use == 0 and keep_alive is not None:
-            self.expires_at = time.monotonic() + keep_alive
+        if self.in_use == 0 and self.model is not None:
+            self._begin_idling(self._usual_keep_alive() if keep_alive is None else keep_alive)
 
     def drain(self) -> None:
         """Take no new request until `resume`."""
@@ -230,24 +255,39 @@ class Slot:
         """
         if self.holds_memory:
             return
+        self.measuring = True
         try:
-            if self.entry.path is None:
-                raise ModelLoadFailed("it has not been pulled yet")
-            footprint = await asyncio.to_thread(
-                read_footprint, self.entry.path, device.name, self.settings.dequantize
-            )
-            self._need = self._needed(footprint, budget)
+            await self._measure(device, budget)
         except ServerError as error:
             self.fail(error)
             raise self.failure() from error
+        finally:
+            self.measuring = False
+            self._notify()
+
+    async def _measure(self, device: Device, budget: int) -> None:
+        path, adapter, mode = self.entry.path, self.entry.adapter_path, self.settings.dequantize
+        if path is None:
+            raise ModelLoadFailed("it has not been pulled yet")
+        float32 = mode == "always" or (mode == "auto" and device.name == "cpu")
+        footprint = await asyncio.to_thread(read_footprint, path, float32, adapter)
+        try:
+            self._need = self._needed(footprint, budget)
+        except InsufficientMemory:
+            if not float32 or mode == "always":
+                raise
+            # Slower as it is stored, but it runs.
+            footprint = await asyncio.to_thread(read_footprint, path, False, adapter)
+            self._need = self._needed(footprint, budget)
+        self._float32 = footprint.float32
 
     def _needed(self, footprint: Footprint, budget: int) -> Need:
         settings = self.settings
-        weights = self._measured_weights or footprint.weights
+        weights = self._measured.get(footprint, footprint.weights)
         context = min(footprint.context_length, settings.context_length or footprint.context_length)
-        full = settings.max_batch * context * footprint.kv_per_token
+        full = settings.max_batch * footprint.kv(context)
         share = settings.kv_cache or f"{KV_SHARE:.0%}"
-        least = min(context, SMALLEST_KV_TOKENS) * footprint.kv_per_token
+        least = footprint.kv(min(context, SMALLEST_KV_TOKENS))
         working = footprint.working(settings.max_batch)
         if weights + working + least > budget:
             raise InsufficientMemory(
@@ -255,6 +295,7 @@ class Slot:
                 f"may take {budget:,}"
             )
         kv = min(full, max(least, parse_bytes(share, budget)), budget - weights - working)
+        self._footprint = footprint
         return Need(weights, kv, working)
 
     # load and end
@@ -273,15 +314,21 @@ class Slot:
             self._ending = asyncio.create_task(self._end(self.model), name=f"end {self.entry.id}")
 
     async def unload(self) -> None:
-        """Let requests finish, then end the engine."""
-        if self.model is None:
+        """Let requests finish, then end the engine. It stays if this is cancelled before that."""
+        model = self.model
+        if model is None:
             return
-        self.drain()
-        while self.in_use:
-            await self.changed()
-        self.begin_ending()
+        self.unloaders += 1
+        try:
+            while self.in_use and self.model is model:
+                await self.changed()
+        finally:
+            self.unloaders -= 1
+            self._notify()
+        if self.model is model:
+            self.begin_ending()
         if self._ending is not None:
-            await self._ending
+            await asyncio.wait([self._ending])  # which goes on if this is cancelled
 
     async def stop(self) -> None:
         """Give up a load under way and end the engine at once."""
@@ -293,6 +340,7 @@ class Slot:
         if model is not None:
             await model.engine.stop()
             model.lock.release()
+        self._notify()
 
     def fail(self, error: ServerError) -> None:
         """Tell those who wait that the model cannot be loaded."""
@@ -331,6 +379,10 @@ class Slot:
             self.fail(error)
         except OSError as error:
             self.fail(ModelLoadFailed(f"its engine could not be started: {error}"))
+        except Exception as error:
+            # Whatever is wrong with a model folder, those who wait must hear of it.
+            log.exception(event("model_load_crashed", model=self.entry.id))
+            self.fail(ModelLoadFailed(f"{type(error).__name__}: {error}"))
         else:
             self._loaded(model)
         finally:
@@ -343,9 +395,8 @@ class Slot:
         self.proven = True
         self.loaded_at = time.monotonic()
         self.load_seconds = self.loaded_at - self._began
-        self._measured_weights = model.facts.weights_bytes
-        if self._need is not None:
-            self._need = Need(model.facts.weights_bytes, model.facts.kv_limit, self._need.working)
+        self._begin_idling(self._usual_keep_alive())
+        self._correct_need(model.facts)
         log.info(
             event(
                 "model_loaded",
@@ -360,6 +411,15 @@ class Slot:
         self._watch = asyncio.create_task(self._await_end(model), name=f"watch {self.entry.id}")
         self._notify()
 
+    def _correct_need(self, facts: Ready) -> None:
+        """Replace estimates by what was measured, never beyond what the engine was allowed."""
+        if self._need is None or self._footprint is None:
+            return
+        self._measured[self._footprint] = facts.weights_bytes
+        left = self._need.total - facts.weights_bytes - facts.kv_limit
+        working = max(0, min(self._need.working, left))
+        self._need = Need(facts.weights_bytes, facts.kv_limit, working)
+
     async def _start(self) -> LoadedModel:
         path = self.entry.path
         if path is None or self._need is None:
@@ -368,6 +428,7 @@ class Slot:
             self.settings.load_options(self.entry.id),
             memory_limit=str(self._need.total),
             kv_limit=self._need.kv,
+            dequantize="always" if self._float32 else "never",
         )
         lock = ModelLock(self.settings.home, path)
         try:
@@ -380,17 +441,19 @@ class Slot:
 
     async def _start_both(self, path: Path, options: LoadOptions) -> tuple[EngineClient, Adapter]:
         """Load text side and engine side at once; neither is left behind when the other fails."""
+        start = asyncio.create_task(
+            EngineClient.start(self.entry.id, path, options, self.entry.adapter_path)
+        )
+        # A thread cannot be cancelled: if it must, it ends by itself and its result is dropped.
         text = asyncio.create_task(
             asyncio.to_thread(load_adapter, path, self.entry.id, options.trust_remote_code)
         )
-        engine: EngineClient | None = None
         try:
-            engine = await EngineClient.start(self.entry.id, path, options, self.entry.adapter_path)
-            return engine, await text
+            return await asyncio.gather(start, text)
         except BaseException:
-            # A thread cannot be cancelled; it ends by itself and what it returns is dropped.
-            await asyncio.wait([text])
-            if engine is not None:
+            start.cancel()
+            engine, _ = await asyncio.gather(start, text, return_exceptions=True)
+            if isinstance(engine, EngineClient):
                 await engine.kill()
             raise
 
@@ -418,6 +481,17 @@ class Slot:
         self.expires_at = None
         self._notify()
         asyncio.get_running_loop().call_soon(self._on_change)
+
+    def _usual_keep_alive(self) -> float:
+        """Seconds that it stays loaded unused; negative for as long as there is room."""
+        kept = self.pinned or self.resident
+        seconds = None if kept else self.settings.keep_alive_of(self.entry.id)
+        return -1.0 if seconds is None else seconds
+
+    def _begin_idling(self, keep_alive: float) -> None:
+        self.used_at = time.monotonic()
+        expires = keep_alive >= 0 and not self.pinned
+        self.expires_at = self.used_at + keep_alive if expires else None
 
     def _expiry_time(self) -> float | None:
         if self.expires_at is None:

@@ -6,6 +6,7 @@ A response model is sent with what was set on it and nothing else, so that a key
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -21,11 +22,14 @@ from pydantic import (
 
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import TokenLogprob
+from mlx_server.utils.units import DURATION, parse_seconds
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
 MAX_STOPS = 16
 MAX_PROMPTS = 256
+MAX_KEEP_ALIVE = 10**9
+FOR_GOOD = -1.0
 LOWEST_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON cannot say."""
 
@@ -135,6 +139,23 @@ LogitBias = Annotated[
 ]
 
 
+def _seconds(value: Any) -> Any:
+    """Seconds from a number, or from a text such as '5m'; negative means for good."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("must be a number of seconds or a text such as '5m'")
+    if isinstance(value, str):
+        if not re.fullmatch(DURATION, value) or len(value) > 32:
+            raise ValueError("must be a number of seconds or a text such as '90s', '5m', '-1'")
+        seconds = parse_seconds(value)
+        value = FOR_GOOD if seconds is None else seconds
+    if value > MAX_KEEP_ALIVE:
+        raise ValueError(f"must be at most {MAX_KEEP_ALIVE} seconds; -1 means for good")
+    return float(value) if value >= 0 else FOR_GOOD
+
+
+KeepAlive = Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | str)]
+
+
 class GenerationRequest(Lenient):
     """What chat completions and completions have in common."""
 
@@ -153,6 +174,14 @@ class GenerationRequest(Lenient):
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     ignore_eos: bool = Field(False, description="Go on past the model's own stop tokens.")
+    keep_alive: KeepAlive | None = Field(
+        None,
+        description="How long the model stays loaded afterwards: seconds, or a text such as `5m`; "
+        "-1 for good.",
+    )
+    priority: int = Field(
+        0, ge=-INT32_MAX, le=INT32_MAX, description="Lower ones are admitted first."
+    )
 
     @property
     def stops(self) -> tuple[str, ...]:

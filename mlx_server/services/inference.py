@@ -2,15 +2,16 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import msgspec
 
 from mlx_server.config import Settings
 from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row
-from mlx_server.errors import BadRequest, ContextLengthExceeded
+from mlx_server.errors import BadRequest, ContextLengthExceeded, TooManyRequests
 from mlx_server.models.adapters.base import Adapter
 from mlx_server.models.pool import ModelPoolManager
 from mlx_server.models.slot import LoadedModel
@@ -36,12 +37,20 @@ NORMALISATION_GAIN = 4
 """By how much a tokenizer's normaliser may shorten a text, such as by composing characters."""
 
 
+SHORTEST_RETRY = 1.0
+LONGEST_RETRY = 60.0
+"""Seconds between which a client is told to wait when a model's queue is full."""
+NEWEST_WEIGHT = 0.1
+"""Of the latest request in the average of how long requests take."""
+
+
 class InferenceService:
     """Turns internal requests into events."""
 
     def __init__(self, pool: ModelPoolManager, settings: Settings) -> None:
         self.pool = pool
         self.settings = settings
+        self._usual_seconds: dict[str, float] = {}
 
     @asynccontextmanager
     async def open(self, request: InferenceRequest) -> AsyncIterator["Generation"]:
@@ -49,16 +58,65 @@ class InferenceService:
 
         The engine begins at once. Leaving the block aborts what still runs and lets the model go.
         Raises the errors a client should see as a status: BadRequest, ContextLengthExceeded,
-        ModelNotFound, ModelLoading, ModelLoadFailed.
+        ModelNotFound, ModelLoading, ModelLoadFailed, TooManyRequests.
         """
-        with inference_span(request.model, request) as span:
-            async with self.pool.acquire(request.model, request.keep_alive) as model:
+        async with self.open_all([request]) as [generation]:
+            yield generation
+
+    @asynccontextmanager
+    async def open_all(
+        self, requests: Sequence[InferenceRequest]
+    ) -> AsyncIterator[list["Generation"]]:
+        """Do the same for several requests for one model, which begin together or not at all.
+
+        The model is taken once: whoever held it and asked again could wait for a model that makes
+        room, and that waits for them.
+        """
+        first = requests[0]
+        async with AsyncExitStack() as stack:
+            spans = [stack.enter_context(inference_span(one.model, one)) for one in requests]
+            model = await stack.enter_async_context(
+                self.pool.acquire(first.model, first.keep_alive)
+            )
+            prompts = [await _prepare(one, model) for one in requests]
+            self._check_queue(model, sum(one.n for one in requests))
+            stack.enter_context(self._timed(model.id))
+            generations = []
+            for request, tokens, span in zip(requests, prompts, spans, strict=True):
                 span.model(model.id)
-                _check_text(request.prompt, model)
-                tokens = await asyncio.to_thread(_tokenize, model.adapter, request.prompt)
-                _check(tokens, request, model)
-                with model.engine.generate(_engine_requests(tokens, request, model)) as stream:
-                    yield Generation(request, model, tokens, stream, span)
+                sent = model.engine.generate(_engine_requests(tokens, request, model))
+                stream = stack.enter_context(sent)
+                generations.append(Generation(request, model, tokens, stream, span))
+            yield generations
+
+    def _check_queue(self, model: LoadedModel, new: int) -> None:
+        """Refuse `new` sequences that find no place in the batch nor in the queue before it."""
+        places = self.settings.max_batch + self.settings.max_queue
+        if new > places:
+            raise BadRequest(
+                f"You asked for {new} completions at once; this server takes {places}.",
+                code="too_many_completions",
+            )
+        lacking = model.engine.in_flight + new - places
+        if lacking > 0:
+            usual = self._usual_seconds.get(model.id, 0.0)
+            wait = usual * lacking / self.settings.max_batch
+            raise TooManyRequests(
+                f"The queue of the model `{model.id}` is full: {model.engine.in_flight} "
+                f"completions run or wait, and there are {places} places.",
+                retry_after=min(max(wait, SHORTEST_RETRY), LONGEST_RETRY),
+            )
+
+    @contextmanager
+    def _timed(self, model_id: str) -> Iterator[None]:
+        """Learn how long the requests of a model take."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            taken = time.monotonic() - started
+            usual = self._usual_seconds.get(model_id, taken)
+            self._usual_seconds[model_id] = usual + NEWEST_WEIGHT * (taken - usual)
 
 
 class Generation:
@@ -147,6 +205,14 @@ class _Choice:
     def _finished(self, reason: FinishReason) -> Finished:
         usage = Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
         return Finished(self.index, reason, usage)
+
+
+async def _prepare(request: InferenceRequest, model: LoadedModel) -> list[int]:
+    """The prompt's tokens. Raises what is wrong with the request."""
+    _check_text(request.prompt, model)
+    tokens = await asyncio.to_thread(_tokenize, model.adapter, request.prompt)
+    _check(tokens, request, model)
+    return tokens
 
 
 def _tokenize(adapter: Adapter, prompt: Prompt) -> list[int]:

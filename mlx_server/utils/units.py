@@ -13,6 +13,8 @@ def parse_bytes(text: str, whole: int) -> int:
     return int(float(number) * _UNITS[unit])
 
 
+DURATION = r"^\s*(-1|[0-9]+(\.[0-9]+)?\s*(s|m|h|d)?)\s*$"
+"""What `parse_seconds` understands, for those who check it beforehand."""
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

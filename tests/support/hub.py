@@ -3,8 +3,9 @@
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
+PIECE = 50_000
 LARGE_SUFFIXES = (".safetensors", "tokenizer.json")
 
 
@@ -26,9 +28,27 @@ class Hub:
     corrupt: int = 0
     """How many of the next downloads of a large file arrive damaged."""
     ignore_ranges: bool = False
+    claimed_size: int | None = None
+    """What it says every large file's size is."""
+    hold_at: int | None = None
+    """After how many bytes of the next downloads of large files they wait for `release`."""
+    pace: float = 0.0
+    """Seconds between the pieces of a large file."""
+    sent: list[int] = field(default_factory=list)
+    """Bytes sent in each download of a large file."""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path and Range header of what was asked."""
     endpoint: str = ""
+    _released: threading.Event = field(default_factory=threading.Event)
+
+    def release(self) -> None:
+        """Let held downloads go on, and hold none from now on."""
+        self.hold_at = None
+        self._released.set()
+
+    def wait_for_release(self) -> None:
+        """Hold a download."""
+        self._released.wait()
 
     def downloads(self, file: str) -> list[str | None]:
         """The Range headers of the downloads of `file` so far."""
@@ -53,6 +73,7 @@ def running(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.release()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -105,11 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
         for name, content in self.state.repos[repo].items():
             sibling = {"rfilename": name, "size": len(content), "blobId": _git_id(content)}
             if is_large(name):
-                sibling["lfs"] = {
-                    "sha256": _sha256(content),
-                    "size": len(content),
-                    "pointerSize": 134,
-                }
+                size = self.state.claimed_size or len(content)
+                sibling["size"] = size
+                sibling["lfs"] = {"sha256": _sha256(content), "size": size, "pointerSize": 134}
             siblings.append(sibling)
         self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings})
 
@@ -153,7 +172,28 @@ class _Handler(BaseHTTPRequestHandler):
         if large and self.state.cuts:
             content = content[: self.state.cuts.pop(0)]
             self.close_connection = True
-        self.wfile.write(content)
+        if not large:
+            self.wfile.write(content)
+            return
+        number = len(self.state.sent)
+        self.state.sent.append(0)
+        with suppress(ConnectionError):  # the client has gone
+            for part in self._pieces(content):
+                self.wfile.write(part)
+                self.state.sent[number] += len(part)
+
+    def _pieces(self, content: bytes) -> Iterator[bytes]:
+        """The content, with a wait in it where one was asked for."""
+        at = self.state.hold_at
+        if at is not None and at < len(content):
+            yield content[:at]
+            self.wfile.flush()
+            self.state.wait_for_release()
+            content = content[at:]
+        size = PIECE if self.state.pace else max(1, len(content))
+        for start in range(0, len(content), size):
+            yield content[start : start + size]
+            time.sleep(self.state.pace)
 
     def _json(self, content: object) -> None:
         body = json.dumps(content).encode()

@@ -13,7 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import _get_classes, load_model
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -110,6 +111,25 @@ def build_scripted_model(
     _save_weights(
         folder, _scripted_weights(config, [token_id(tokenizer, piece) for piece in script])
     )
+    return folder
+
+
+def build_tiny_adapter(base: Path, folder: Path, *, seed: int = 1) -> Path:
+    """Write random LoRA weights for the model in `base` to `folder`, as mlx-lm's trainer does."""
+    lora = {"rank": 4, "scale": 10.0, "dropout": 0.1}
+    model, _ = load_model(base)
+    model.freeze()
+    linear_to_lora_layers(model, len(model.layers), lora)
+    shapes = {name: weight.shape for name, weight in tree_flatten(model.trainable_parameters())}
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    weights = {
+        name: 0.1 * mx.random.normal(shape, key=key)
+        for (name, shape), key in zip(shapes.items(), keys, strict=True)
+    }
+    folder.mkdir(parents=True)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": lora}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -62,7 +63,7 @@ def test_the_version_is_told(environment: dict[str, str]) -> None:
 
 def test_help_names_every_command(environment: dict[str, str]) -> None:
     text = run(environment, "--help").stdout
-    assert all(command in text for command in ("serve", "pull", "list"))
+    assert all(command in text for command in ("serve", "pull", "list", "ps", "rm"))
 
 
 def test_help_loads_nothing_heavy(environment: dict[str, str]) -> None:
@@ -177,6 +178,61 @@ def test_a_failed_pull_is_one_line(environment: dict[str, str]) -> None:
     assert done.returncode != 0
     assert "cannot reach the hub" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_is_removed(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "home" / "models" / "mine")
+    done = run(environment, "rm", "mine", "--yes")
+    assert (done.returncode, done.stdout) == (0, "mine is removed.\n")
+    assert not folder.exists()
+    assert "mine" in refusal(environment, "rm", "mine", "--yes")
+
+
+def test_a_pulled_model_is_removed(environment: dict[str, str], tmp_path: Path) -> None:
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights" * 1000}
+    with running(Hub({"tiny/llama": files})) as hub:
+        environment["HF_ENDPOINT"] = hub.endpoint
+        run(environment, "pull", "tiny/llama")
+    assert run(environment, "rm", "tiny/llama", "--yes").returncode == 0
+    assert "tiny/llama" not in run(environment, "list").stdout
+    assert not (tmp_path / "cache" / "models--tiny--llama").exists()
+
+
+@pytest.mark.parametrize(("answer", "removed"), [(b"n\n", False), (b"y\n", True)])
+def test_removing_is_asked_about_on_a_terminal(
+    environment: dict[str, str], tmp_path: Path, answer: bytes, removed: bool
+) -> None:
+    folder = make_model(tmp_path / "home" / "models" / "mine")
+    ours, theirs = pty.openpty()
+    try:
+        os.write(ours, answer)
+        done = subprocess.run(
+            [*COMMAND, "rm", "mine"], env=environment, stdin=theirs, capture_output=True, timeout=60
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert b"Remove mine" in done.stdout
+    assert (done.returncode == 0) == removed
+    assert folder.exists() != removed
+
+
+def test_a_folder_of_the_user_is_not_removed(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "mine" / "theirs")
+    environment["MLX_SERVER_MODEL_DIRS"] = json.dumps([str(tmp_path / "mine")])
+    assert "Remove its folder yourself" in refusal(environment, "rm", "theirs", "--yes")
+    assert folder.exists()
+
+
+def test_ps_without_a_server_is_one_line(environment: dict[str, str]) -> None:
+    line = refusal(environment, "ps", "--port", "9")
+    assert "no server answers at http://127.0.0.1:9" in line
+
+
+def test_ps_tells_a_stranger_from_a_server(environment: dict[str, str]) -> None:
+    with running(Hub({})) as hub:
+        line = refusal(environment, "ps", "--port", hub.endpoint.rpartition(":")[2])
+    assert "is no mlx-server" in line
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, Forbidden, ModelNotFound, ServerError, Unavailable
+from mlx_server.models import download
 from mlx_server.models.catalog import Catalog
 from mlx_server.models.download import Progress, pull
 from tests.support.hub import COMMIT, Hub, running
@@ -99,6 +100,17 @@ def test_an_interrupted_pull_is_resumed_by_the_next_one(hub: Hub, settings: Sett
     folder = pull(REPO, settings, ignore)
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert hub.downloads("model.safetensors")[-1] is not None
+
+
+def test_a_connection_that_falls_silent_is_made_anew(
+    hub: Hub, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "SILENCE", 0.3)
+    hub.repos[REPO].pop("tokenizer.json")
+    hub.hold_at = 1_000_000
+    folder = pull(REPO, settings, ignore)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert len(hub.downloads("model.safetensors")) == 2
 
 
 def test_a_server_that_ignores_ranges_does_no_harm(hub: Hub, settings: Settings) -> None:

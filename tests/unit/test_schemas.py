@@ -53,6 +53,46 @@ def translated(**fields: Any) -> InferenceRequest:
     return chat.to_inference(chat_request(**fields), CALLER, Settings())
 
 
+@pytest.mark.parametrize(
+    ("keep_alive", "seconds"),
+    [
+        (90, 90.0),
+        (0, 0.0),
+        (0.5, 0.5),
+        ("90", 90.0),
+        ("90s", 90.0),
+        ("5m", 300.0),
+        (" 1.5 h ", 5400.0),
+        (-1, -1.0),
+        (-0.5, -1.0),
+        ("-1", -1.0),
+        (None, None),
+    ],
+)
+def test_keep_alive_is_a_number_of_seconds_or_a_duration(
+    keep_alive: object, seconds: float | None
+) -> None:
+    assert translated(keep_alive=keep_alive).keep_alive == seconds
+    body = completion_request(keep_alive=keep_alive)
+    (request,) = completions.to_inference(body, CALLER, Settings())
+    assert request.keep_alive == seconds
+
+
+@pytest.mark.parametrize(
+    "keep_alive", ["", "soon", "-5m", "5 weeks", "1e3", "inf", "٣m", "9" * 400, 10**400, True, [5]]
+)
+def test_a_keep_alive_that_is_no_duration_is_refused(keep_alive: object) -> None:
+    with pytest.raises(ValidationError):
+        chat_request(keep_alive=keep_alive)
+
+
+def test_priority_is_passed_on() -> None:
+    assert translated().priority == 0
+    assert translated(priority=-3).priority == -3
+    (request,) = completions.to_inference(completion_request(priority=7), CALLER, Settings())
+    assert request.priority == 7
+
+
 def messages_of(*messages: dict[str, Any]) -> ChatPrompt:
     prompt = translated(messages=list(messages)).prompt
     assert isinstance(prompt, ChatPrompt)

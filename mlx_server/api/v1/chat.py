@@ -80,6 +80,8 @@ def to_inference(
         n=body.n,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         ignore_eos=body.ignore_eos,
+        priority=body.priority,
+        keep_alive=body.keep_alive,
     )
 
 

@@ -87,6 +87,8 @@ def to_inference(
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
             ignore_eos=body.ignore_eos,
+            priority=body.priority,
+            keep_alive=body.keep_alive,
         )
         for prompt in body.prompts
     ]

@@ -204,7 +204,7 @@ async def opened(
 ) -> AsyncIterator[tuple[Sequence[Generation], AsyncIterator[IndexedEvent]]]:
     """Hold a generation per request; yields them and the events of all."""
     async with AsyncExitStack() as stack:
-        generations = [await stack.enter_async_context(service.open(one)) for one in requests]
+        generations = await stack.enter_async_context(service.open_all(requests))
         sources = [generation.events() for generation in generations]
         events: AsyncIterator[IndexedEvent]
         if len(sources) == 1:

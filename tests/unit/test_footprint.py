@@ -1,0 +1,109 @@
+"""What a model will take, told from its files' headers, against what it then takes."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_model
+
+from mlx_server.engine.backend import KvCost
+from mlx_server.errors import ModelLoadFailed
+from mlx_server.models.footprint import read_footprint
+from tests.support.tiny import build_tiny_model
+
+
+def bytes_of(model: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", hidden=128, context=1000)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_are_counted_exactly_as_stored_and_dequantized(
+    tiny: Path, tmp_path: Path, bits: int
+) -> None:
+    model, config = load_model(tiny)
+    model, config = quantize_model(model, config, group_size=32, bits=bits)
+    save_model(tmp_path, model)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_footprint(tmp_path, False).weights == bytes_of(model)
+    model = dequantize_model(model)
+    model.set_dtype(mx.float32)
+    assert read_footprint(tmp_path, True).weights == bytes_of(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen", "mistral", "phi", "generic", "gemma"])
+def test_weights_and_caches_are_never_underestimated(tmp_path: Path, family: str) -> None:
+    path = build_tiny_model(tmp_path / family, family, context=3000)
+    footprint = read_footprint(path, True)
+    model, _ = load_model(path)
+    model.set_dtype(mx.float32)
+    assert footprint.weights == bytes_of(model)
+    cache = list(make_prompt_cache(model))
+    model(mx.array([[0]]), cache=cache)
+    cost = KvCost(cache)
+    for tokens in (1, 255, 256, 257, 3000):
+        assert footprint.kv(tokens) >= cost.bytes(1, tokens)
+    if family != "gemma":  # whose sliding windows make for a smaller cache
+        assert footprint.kv(3000) <= 1.01 * cost.bytes(1, 3000)
+    assert footprint.context_length == 3000
+
+
+def test_room_to_compute_grows_with_the_batch(tiny: Path) -> None:
+    footprint = read_footprint(tiny, True)
+    assert footprint.working(1) < footprint.working(64) < 100 * footprint.working(1)
+
+
+def with_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite the header of a safetensors file."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header = change(header) or header
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def widen(header: dict[str, Any]) -> None:
+    header["lm_head.weight"]["shape"][0] *= 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda file: os.truncate(file, file.stat().st_size - 1), "truncated"),
+        (lambda file: os.truncate(file, 100), "safetensors"),
+        (lambda file: os.truncate(file, 3), "safetensors"),
+        (lambda file: file.write_bytes(b"\xff" * 64), "implausibly"),
+        (lambda file: file.write_bytes(b"version https://git-lfs.example/v1\n" * 3), "implausibly"),
+        (lambda file: file.unlink(), "no model"),
+        (lambda file: with_header(file, widen), "shape"),
+        (lambda file: with_header(file, lambda _: [1]), "no object"),
+        (lambda file: with_header(file, lambda _: {"a": 1}), "safetensors"),
+        (lambda file: with_header(file, lambda _: {"a": {"shape": ["x"]}}), "safetensors"),
+    ],
+)
+def test_damaged_weights_are_named(tmp_path: Path, damage: Any, says: str) -> None:
+    path = build_tiny_model(tmp_path / "model")
+    damage(path / "model.safetensors")
+    with pytest.raises(ModelLoadFailed, match=says):
+        read_footprint(path, True)
+
+
+@pytest.mark.parametrize("value", [None, "many", -1, [], {}, [3, "x"]])
+def test_odd_values_in_the_config_are_survived(tmp_path: Path, value: object) -> None:
+    path = build_tiny_model(tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    for name in ("num_hidden_layers", "head_dim", "num_attention_heads", "quantization"):
+        (path / "config.json").write_text(json.dumps(config | {name: value}))
+        assert read_footprint(path, True).weights > 0

@@ -1,0 +1,146 @@
+"""Removing models: what is ours and nothing else, and never what a server has loaded."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from mlx_server.config import Settings
+from mlx_server.errors import BadRequest
+from mlx_server.models.catalog import Catalog
+from mlx_server.models.gguf import exclusive
+from mlx_server.models.locks import ModelLock
+from mlx_server.models.removal import plan_removal, remove
+from tests.support.hub import COMMIT as REAL_COMMIT
+from tests.unit.test_catalog import COMMIT, OLDER, ids, make_model, make_snapshot
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "hub-cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home", model_dirs=[tmp_path / "more"])
+
+
+def rm(name: str, settings: Settings) -> None:
+    remove(plan_removal(Catalog(settings).find(name), settings), settings)
+
+
+def make_cached(cache: Path, repo: str, commit: str, ref: str = "main") -> Path:
+    """A snapshot as the hub's library writes it: links to blobs."""
+    snapshot = make_snapshot(cache, repo, commit, ref)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(exist_ok=True)
+    for file in list(snapshot.iterdir()):
+        blob = file.rename(blobs / f"{commit[:4]}-{file.name}")
+        file.symlink_to(f"../../blobs/{blob.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("name", ["one", "org/one"])
+def test_a_folder_of_ours_is_removed(settings: Settings, name: str) -> None:
+    folder = make_model(settings.models_folder / name)
+    make_model(settings.models_folder / "two")
+    rm(name, settings)
+    assert not folder.exists()
+    assert ids(settings) == ["two"]
+
+
+def test_a_cached_repo_is_removed_with_all_its_revisions(settings: Settings, cache: Path) -> None:
+    make_cached(cache, "org/name", COMMIT)
+    make_cached(cache, "org/name", OLDER, ref="v1")
+    make_cached(cache, "org/other", COMMIT)
+    rm("org/name", settings)
+    assert ids(settings) == ["org/other"]
+    assert not (cache / "models--org--name").exists()
+
+
+def test_one_revision_is_removed_alone(settings: Settings, cache: Path) -> None:
+    make_cached(cache, "org/name", COMMIT)
+    make_cached(cache, "org/name", OLDER, ref="v1")
+    rm("org/name@v1", settings)
+    assert ids(settings) == ["org/name"]
+    blobs = (cache / "models--org--name" / "blobs").iterdir()
+    assert {blob.name.partition("-")[0] for blob in blobs} == {COMMIT[:4]}
+
+
+def test_a_repo_with_an_unfinished_update_is_removed_whole(settings: Settings, cache: Path) -> None:
+    make_cached(cache, "org/name", COMMIT)
+    broken = cache / "models--org--name" / "snapshots" / REAL_COMMIT
+    broken.mkdir()
+    (broken / "model.safetensors").symlink_to("../../blobs/not-here-yet")
+    rm("org/name", settings)
+    assert not (cache / "models--org--name").exists()
+
+
+def test_a_folder_of_the_user_is_never_removed(settings: Settings, tmp_path: Path) -> None:
+    folder = make_model(settings.model_dirs[0] / "theirs")
+    with pytest.raises(BadRequest, match="Remove its folder yourself"):
+        rm("theirs", settings)
+    elsewhere = make_model(tmp_path / "elsewhere" / "mine")
+    catalog = Catalog(settings)
+    with pytest.raises(BadRequest, match="Remove its folder yourself"):
+        plan_removal(catalog.add(str(elsewhere)), settings)
+    assert folder.exists()
+    assert elsewhere.exists()
+
+
+def test_a_link_out_of_our_folder_is_not_followed(settings: Settings, tmp_path: Path) -> None:
+    target = make_model(tmp_path / "elsewhere" / "mine")
+    settings.models_folder.mkdir(parents=True)
+    (settings.models_folder / "link").symlink_to(target)
+    with pytest.raises(BadRequest, match="Remove its folder yourself"):
+        rm("link", settings)
+    assert target.exists()
+
+
+def test_an_adapter_is_not_removed_with_its_base_in_its_place(settings: Settings) -> None:
+    base = make_model(settings.models_folder / "one")
+    adapter = settings.adapters_folder / "one" / "legal"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapters.safetensors").write_bytes(b"")
+    with pytest.raises(BadRequest, match="adapter"):
+        rm("one@legal", settings)
+    assert base.exists()
+    assert adapter.exists()
+
+
+def test_a_loaded_model_is_refused_until_it_is_unloaded(settings: Settings, cache: Path) -> None:
+    for name, folder in (
+        ("one", make_model(settings.models_folder / "one")),
+        ("org/name", make_cached(cache, "org/name", COMMIT)),
+    ):
+        lock = ModelLock(settings.home, folder)
+        with pytest.raises(BadRequest, match="unload it first"):
+            rm(name, settings)
+        assert folder.exists()
+        lock.release()
+        rm(name, settings)
+        assert not folder.exists()
+
+
+def test_a_repo_is_refused_while_any_of_its_revisions_is_loaded(
+    settings: Settings, cache: Path
+) -> None:
+    make_cached(cache, "org/name", COMMIT)
+    lock = ModelLock(settings.home, make_cached(cache, "org/name", OLDER, ref="v1"))
+    with pytest.raises(BadRequest, match="unload it first"):
+        rm("org/name", settings)
+    assert ids(settings) == ["org/name", "org/name@v1"]
+    lock.release()
+
+
+def test_a_model_that_is_being_pulled_is_refused(settings: Settings, cache: Path) -> None:
+    make_cached(cache, "org/name", COMMIT)
+    with (
+        exclusive(cache / "models--org--name"),
+        pytest.raises(BadRequest, match="being pulled"),
+    ):
+        rm("org/name", settings)
+    assert ids(settings) == ["org/name"]

@@ -1,0 +1,75 @@
+"""The order in which waiting requests are admitted."""
+
+import pytest
+
+from mlx_server.engine.batch import Sequence
+from mlx_server.engine.protocol import Generate, Sampling
+from mlx_server.engine.waiting import WaitingQueue
+
+
+def sequence(id_: int, caller: str = "", priority: int = 0) -> Sequence:
+    request = Generate(id_, [1, 2], Sampling(), 5, caller=caller, priority=priority)
+    return Sequence(request, 100)
+
+
+def queue_of(*sequences: Sequence) -> WaitingQueue:
+    queue = WaitingQueue()
+    for one in sequences:
+        queue.add(one)
+    return queue
+
+
+def drained(queue: WaitingQueue) -> list[int]:
+    ids = []
+    while queue:
+        first = queue.peek()
+        assert queue.pop() is first
+        ids.append(first.id)
+    assert len(queue) == 0
+    return ids
+
+
+def test_one_caller_is_served_in_the_order_of_arrival() -> None:
+    assert drained(queue_of(*(sequence(i) for i in range(5)))) == [0, 1, 2, 3, 4]
+
+
+def test_callers_take_turns_however_many_requests_each_has() -> None:
+    flood = [sequence(i, "a") for i in range(4)]
+    queue = queue_of(*flood, sequence(10, "b"), sequence(11, "c"), sequence(12, "b"))
+    assert drained(queue) == [0, 10, 11, 1, 12, 2, 3]
+
+
+def test_a_caller_that_comes_late_waits_one_round_at_most() -> None:
+    queue = queue_of(*(sequence(i, "a") for i in range(40)))
+    assert queue.pop().id == 0
+    queue.add(sequence(100, "b"))
+    assert [queue.pop().id, queue.pop().id] == [1, 100]
+
+
+def test_lower_priority_numbers_come_first_whoever_asks() -> None:
+    queue = queue_of(sequence(1, "a", 5), sequence(2, "b", 0), sequence(3, "a", -1))
+    assert drained(queue) == [3, 2, 1]
+
+
+def test_what_was_put_back_comes_out_first_and_in_its_old_order() -> None:
+    queue = queue_of(*(sequence(i) for i in range(4)))
+    taken = [queue.pop(), queue.pop()]
+    for one in reversed(taken):
+        queue.put_back(one)
+    assert len(queue) == 4
+    assert drained(queue) == [0, 1, 2, 3]
+
+
+def test_removed_requests_leave_the_others_order_alone() -> None:
+    queue = queue_of(
+        *(sequence(i, "a") for i in range(3)),
+        *(sequence(i, "b") for i in range(10, 13)),
+        sequence(20, "b", 1),
+    )
+    back = queue.pop()
+    queue.put_back(back)
+    queue.remove(frozenset([back.id, 11, 20, 999]))
+    assert sorted(one.id for one in queue) == [1, 2, 10, 12]
+    assert drained(queue) == [10, 1, 12, 2]
+    with pytest.raises(IndexError):
+        queue.peek()
