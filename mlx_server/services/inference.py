@@ -31,8 +31,8 @@ SEED_BITS = 64
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd, so that the seeds of a request's choices differ: the golden ratio in 64 bits."""
 
-NORMALISATION_GAIN = 4
-"""By how much a tokenizer's normaliser may shorten a text, such as by composing characters."""
+LONG_TOKEN = 8
+"""Characters per token from which on a text is looked at in parts first."""
 
 
 class InferenceService:
@@ -53,7 +53,7 @@ class InferenceService:
         with inference_span(request.model, request) as span:
             async with self.pool.acquire(request.model) as model:
                 span.model(model.id)
-                _check_text(request.prompt, model)
+                await _check_text(request.prompt, model)
                 tokens = await asyncio.to_thread(_tokenize, model.adapter, request.prompt)
                 _check(tokens, request, model)
                 with model.engine.generate(_engine_requests(tokens, request, model)) as stream:
@@ -158,21 +158,24 @@ def _tokenize(adapter: Adapter, prompt: Prompt) -> list[int]:
             return prompt.ids
 
 
-def _check_text(prompt: Prompt, model: LoadedModel) -> None:
-    """Refuse a text that cannot fit the context before the time it takes to tokenize it."""
+async def _check_text(prompt: Prompt, model: LoadedModel) -> None:
+    """Refuse a text far beyond the context before the time it takes to tokenize all of it."""
     match prompt:
         case TextPrompt(text=text):
-            characters = len(text)
+            param = "prompt"
         case ChatPrompt(messages=messages):
-            characters = sum(len(message.get("content") or "") for message in messages)
+            param = "messages"
+            text = max((message.get("content") or "" for message in messages), key=len)
         case _:
             return
     context = model.facts.context_length
-    if characters > context * model.adapter.longest_piece * NORMALISATION_GAIN:
+    if len(text) < context * LONG_TOKEN:
+        return
+    if await asyncio.to_thread(model.adapter.surely_exceeds, text, context):
         raise ContextLengthExceeded(
-            f"This model's context holds {context} tokens; a text of {characters} characters "
-            "cannot fit.",
-            param="messages" if isinstance(prompt, ChatPrompt) else "prompt",
+            f"This model's context holds {context} tokens; your text of {len(text)} characters "
+            "has more.",
+            param=param,
         )
 
 

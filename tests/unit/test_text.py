@@ -37,7 +37,7 @@ def load_tiny(folder: Path, family: str) -> Adapter:
 
 def one_byte_tokens(adapter: Adapter, text: str) -> list[int]:
     """`text` as tokens of one byte each."""
-    ids = {adapter.token_bytes(token): token for token in range(adapter.vocab_size)}
+    ids = {adapter.token_bytes(token): token for token in range(adapter.tokenizer.get_vocab_size())}
     return [ids[bytes([value])] for value in text.encode()]
 
 
