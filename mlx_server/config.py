@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     openblas: str = Field(
         "auto", description="The OpenBLAS that a Linux CPU uses: `auto`, `off` or a path."
     )
+    prompt_timeout: float = Field(
+        60.0, gt=0, description="Seconds that rendering and tokenizing one prompt may take."
+    )
     load_wait: float = Field(
         30.0, gt=0, description="Seconds a request waits for its model to load before a 503."
     )

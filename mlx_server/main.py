@@ -14,7 +14,6 @@ from mlx_server.api import admin, errors, health
 from mlx_server.api.middleware import BodyLimit, HostCheck, RequestContext
 from mlx_server.api.v1 import chat, completions, models
 from mlx_server.config import Settings
-from mlx_server.models.adapters.generic import import_tokenizers
 from mlx_server.models.catalog import Catalog
 from mlx_server.models.pool import ModelPoolManager
 from mlx_server.services.inference import InferenceService
@@ -78,8 +77,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     catalog: Catalog = app.state.catalog
     pool: ModelPoolManager = app.state.pool
-    # Before anything is served: nothing may block the loop from now on.
-    import_tokenizers()
     lag = asyncio.create_task(app.state.metrics.loop_lag.run())
     try:
         wanted = [(await asyncio.to_thread(catalog.add, name)).id for name in settings.models]

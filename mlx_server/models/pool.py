@@ -12,9 +12,8 @@ from mlx_server.config import Settings
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Memory, Ready
 from mlx_server.errors import ModelLoadFailed, ModelLoading, ServerError, Unavailable
-from mlx_server.models.adapters.base import Adapter
-from mlx_server.models.adapters.registry import load_adapter
 from mlx_server.models.catalog import Catalog, ModelEntry
+from mlx_server.models.text.client import ModelText, TextProcess
 from mlx_server.telemetry import event, load_span
 
 ModelState = Literal["absent", "loading", "ready", "failed"]
@@ -26,11 +25,11 @@ log = logging.getLogger("mlx_server.pool")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that can generate: its engine for the tokens, its adapter for the text."""
+    """A model that can generate: its engine for the tokens, its text side for the rest."""
 
     id: str
     engine: EngineClient
-    adapter: Adapter
+    text: ModelText
     facts: Ready
 
 
@@ -61,6 +60,7 @@ class ModelPoolManager:
     def __init__(self, settings: Settings, catalog: Catalog) -> None:
         self.settings = settings
         self.catalog = catalog
+        self._texts = TextProcess(settings.prompt_timeout)
         self._slots: dict[str, _Slot] = {}
         self._wanted: list[str] = []
         self._stopping = False
@@ -77,6 +77,7 @@ class ModelPoolManager:
         """End every engine. Loads under way are given up."""
         self._stopping = True
         await asyncio.gather(*(slot.stop() for slot in self._slots.values()))
+        await self._texts.kill()
 
     @property
     def ready(self) -> bool:
@@ -124,7 +125,7 @@ class ModelPoolManager:
     async def _slot(self, model_id: str) -> "_Slot":
         entry = await asyncio.to_thread(self.catalog.find, model_id)
         if entry.id not in self._slots:
-            self._slots[entry.id] = _Slot(entry, self.settings)
+            self._slots[entry.id] = _Slot(entry, self.settings, self._texts)
         return self._slots[entry.id]
 
     async def _loaded(self, slot: "_Slot") -> LoadedModel:
@@ -149,9 +150,10 @@ class ModelPoolManager:
 class _Slot:
     """One model's place in the pool, whether it is loaded or not."""
 
-    def __init__(self, entry: ModelEntry, settings: Settings) -> None:
+    def __init__(self, entry: ModelEntry, settings: Settings, texts: TextProcess) -> None:
         self.entry = entry
         self.settings = settings
+        self.texts = texts
         self.keep = False
         self.model: LoadedModel | None = None
         self.reason: str | None = None
@@ -249,26 +251,25 @@ class _Slot:
             raise ModelLoadFailed("it has not been pulled yet")
         options = self.settings.load_options(self.entry.id)
         trusted = options.trust_remote_code
-        adapter_task = asyncio.create_task(
-            asyncio.to_thread(load_adapter, path, self.entry.id, trusted)
-        )
+        opening = asyncio.create_task(self.texts.open(path, self.entry.id, trusted))
         engine: EngineClient | None = None
         try:
             engine = await EngineClient.start(self.entry.id, path, options)
-            adapter = await adapter_task
+            text = await opening
         except BaseException:
-            adapter_task.cancel()
-            await asyncio.gather(adapter_task, return_exceptions=True)
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
             if engine is not None:
                 await engine.kill()
             raise
         assert engine.ready is not None
-        return LoadedModel(self.entry.id, engine, adapter, engine.ready)
+        return LoadedModel(self.entry.id, engine, text, engine.ready)
 
     async def _await_end(self, model: LoadedModel) -> None:
         """Notice that the engine ended by itself, and replace it if it is to be kept."""
         await model.engine.closed.wait()
         log.error(event("engine_ended", model=model.id, pid=model.facts.pid))
+        model.text.close()
         if self.model is model:
             self.model = None
         await model.engine.kill()

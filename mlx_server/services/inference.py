@@ -11,28 +11,22 @@ from mlx_server.config import Settings
 from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row
 from mlx_server.errors import BadRequest, ContextLengthExceeded
-from mlx_server.models.adapters.base import Adapter
 from mlx_server.models.pool import LoadedModel, ModelPoolManager
 from mlx_server.schemas.internal import (
     ChatPrompt,
     Event,
     Finished,
     InferenceRequest,
-    Prompt,
     PromptScored,
     TextDelta,
-    TextPrompt,
     Usage,
 )
-from mlx_server.services.text import AlignedText, prompt_logprobs
+from mlx_server.services.text import AlignedText, TokenTexts, prompt_logprobs
 from mlx_server.telemetry import InferenceSpan, inference_span
 
 SEED_BITS = 64
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd, so that the seeds of a request's choices differ: the golden ratio in 64 bits."""
-
-LONG_TOKEN = 8
-"""Characters per token from which on a text is looked at in parts first."""
 
 
 class InferenceService:
@@ -53,8 +47,7 @@ class InferenceService:
         with inference_span(request.model, request) as span:
             async with self.pool.acquire(request.model) as model:
                 span.model(model.id)
-                await _check_text(request.prompt, model)
-                tokens = await asyncio.to_thread(_tokenize, model.adapter, request.prompt)
+                tokens = await model.text.tokenize(request.prompt, model.facts.context_length)
                 _check(tokens, request, model)
                 with model.engine.generate(_engine_requests(tokens, request, model)) as stream:
                     yield Generation(request, model, tokens, stream, span)
@@ -75,14 +68,14 @@ class Generation:
         """The id under which the model is known, which may differ from the alias asked for."""
         self.prompt_tokens = len(tokens)
         self._request = request
-        self._adapter = model.adapter
+        self._text = model.text
         self._tokens = tokens
         self._stream = stream
         self._span = span
 
     async def prompt_text(self) -> str:
         """The prompt as text, special tokens left out."""
-        return await asyncio.to_thread(self._adapter.decode, self._tokens)
+        return await self._text.decode(self._tokens)
 
     async def events(self) -> AsyncIterator[Event]:
         """The choices' events, interleaved as they happen. Iterate once.
@@ -90,13 +83,14 @@ class Generation:
         Raises EngineFailed when the engine ends or fails the request.
         """
         choices = [
-            _Choice(index, self._adapter, self._request.stop, self.prompt_tokens)
+            _Choice(index, self._text, self._request.stop, self.prompt_tokens)
             for index in range(self._request.n)
         ]
         async for index, row in self._stream.rows():
             if row.prompt_logprobs is not None and index == 0:
+                decoded = await self.prompt_text()
                 scored = await asyncio.to_thread(
-                    prompt_logprobs, self._adapter, self._tokens, row.prompt_logprobs
+                    prompt_logprobs, self._text, self._tokens, row.prompt_logprobs, decoded
                 )
                 yield PromptScored(scored)
             if row.tokens:
@@ -113,10 +107,10 @@ class _Choice:
     """One choice's way from rows to events."""
 
     def __init__(
-        self, index: int, adapter: Adapter, stops: tuple[str, ...], prompt_tokens: int
+        self, index: int, texts: TokenTexts, stops: tuple[str, ...], prompt_tokens: int
     ) -> None:
         self.index = index
-        self.text = AlignedText(adapter, stops)
+        self.text = AlignedText(texts, stops)
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.cached_tokens = 0
@@ -148,37 +142,6 @@ class _Choice:
         return Finished(self.index, reason, usage)
 
 
-def _tokenize(adapter: Adapter, prompt: Prompt) -> list[int]:
-    match prompt:
-        case ChatPrompt():
-            return adapter.render(prompt)
-        case TextPrompt(text=text):
-            return adapter.encode(text)
-        case _:
-            return prompt.ids
-
-
-async def _check_text(prompt: Prompt, model: LoadedModel) -> None:
-    """Refuse a text far beyond the context before the time it takes to tokenize all of it."""
-    match prompt:
-        case TextPrompt(text=text):
-            param = "prompt"
-        case ChatPrompt(messages=messages):
-            param = "messages"
-            text = max((message.get("content") or "" for message in messages), key=len)
-        case _:
-            return
-    context = model.facts.context_length
-    if len(text) < context * LONG_TOKEN:
-        return
-    if await asyncio.to_thread(model.adapter.surely_exceeds, text, context):
-        raise ContextLengthExceeded(
-            f"This model's context holds {context} tokens; your text of {len(text)} characters "
-            "has more.",
-            param=param,
-        )
-
-
 def _check(tokens: list[int], request: InferenceRequest, model: LoadedModel) -> None:
     """Refuse what this model can never do."""
     context, vocabulary = model.facts.context_length, model.facts.vocab_size
@@ -208,7 +171,7 @@ def _engine_requests(
     """One engine request per choice; each has a seed of its own."""
     room = model.facts.context_length - len(tokens)
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
-    stop_tokens = [] if request.ignore_eos else sorted(model.adapter.stop_tokens)
+    stop_tokens = [] if request.ignore_eos else sorted(model.text.stop_tokens)
     return [
         Generate(
             id=0,  # the client gives the real one

@@ -86,26 +86,26 @@ def _lives(process: psutil.Process) -> bool:
 # ends
 
 
-async def test_a_killed_front_leaves_no_engine(tmp_path: Path, model: Path) -> None:
+async def test_a_killed_front_leaves_no_process(tmp_path: Path, model: Path) -> None:
     with serving(tmp_path, "--model", str(model)) as server:
-        engines = server.engines()
-        assert len(engines) == 1
+        assert len(server.engines()) == 1
         async with streams(server, 2) as open_streams:
+            children = server.children()
             server.process.kill()
-            print(f"engines ended after {await gone(engines, 2.0):.2f} s")
+            print(f"children ended after {await gone(children, 2.0):.2f} s")
             cut = await asyncio.gather(*open_streams, return_exceptions=True)
         assert all(isinstance(end, httpx.TransportError) for end in cut)
 
 
-async def test_sigterm_ends_an_idle_server_with_success_and_no_engine(
+async def test_sigterm_ends_an_idle_server_with_success_and_all_its_processes(
     tmp_path: Path, model: Path
 ) -> None:
     with serving(tmp_path, "--model", str(model)) as server:
-        engines = server.engines()
+        children = server.children()
         server.process.terminate()
         took = await gone([psutil.Process(server.process.pid)], 3.0)
         assert server.process.wait() == 0
-        await gone(engines, 0.5)
+        await gone(children, 0.5)
         print(f"ended after {took:.2f} s")
 
 
@@ -402,3 +402,32 @@ def _with_large_vocabulary(folder: Path, size: int = 49_152) -> None:
             merges.append([left, right])
             free += 1
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+# the text process
+
+
+async def test_a_dead_text_process_is_replaced(server: Server) -> None:
+    [text] = [p for p in server.children() if p not in server.engines()]
+    async with server.client() as client, streams(server, 2) as running:
+        text.kill()
+        await gone([text], 2)
+        answer = await ask(client, CHAT, chat("tiny", max_tokens=3))
+        assert answer.status == 200
+        assert not any(task.done() for task in running)
+
+
+async def test_a_template_that_runs_on_and_on_ends_its_own_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = "{% if messages[0].content == 'loop' %}" + endless + "{% endif %}"
+    path = build_tiny_model(tmp_path / "looping", template=template + "{{ messages[0].content }}")
+    with serving(tmp_path, "--model", str(path), prompt_timeout=2) as server:
+        async with server.client() as client:
+            body = {"model": "looping", "messages": [{"role": "user", "content": "loop"}]}
+            answer = await client.post(CHAT, json=body)
+            assert answer.status_code == 400
+            assert "2 seconds" in answer.json()["error"]["message"]
+            body["messages"][0]["content"] = "Hello"
+            assert (await client.post(CHAT, json=body | {"max_tokens": 3})).status_code == 200

@@ -304,8 +304,8 @@ def test_a_prompts_entries_point_into_its_text(
     adapter = adapters[family]
     tokens = adapter.encode(text)
     scores = [None, *(Logprobs(token, -2.0, [(token, -2.0)]) for token in tokens[1:])]
-    entries = prompt_logprobs(adapter, tokens, scores)
     assert adapter.decode(tokens) == text
+    entries = prompt_logprobs(adapter, tokens, scores, text)
     assert b"".join(entry.bytes for entry in entries) == text.encode()
     assert entries[0].logprob is None
     assert all(entry.logprob == -2.0 for entry in entries[1:])
