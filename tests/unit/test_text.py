@@ -86,7 +86,8 @@ def test_any_bytes_stream_as_they_decode_with_at_most_three_held_back(data: byte
         else:
             pytest.fail(f"{data[:count]!r} shows {shown!r}")
     expected = data.decode(errors="replace")
-    assert expected.removesuffix("\ufffd") in (shown, shown.removesuffix("\ufffd"))
+    # What is left over at the end and can be no character any more is dropped.
+    assert expected.rstrip("\ufffd") == shown.rstrip("\ufffd")
 
 
 def test_a_character_appears_with_its_last_byte_and_never_in_part() -> None:
