@@ -115,6 +115,9 @@ class Settings(BaseSettings):
     max_load_waiters: int = Field(
         512, ge=1, description="Requests that may wait for one model to load."
     )
+    prompt_timeout: float = Field(
+        60.0, gt=0, description="Seconds that rendering and tokenizing one prompt may take."
+    )
     load_wait: float = Field(
         30.0, gt=0, description="Seconds a request waits for its model to load before a 503."
     )

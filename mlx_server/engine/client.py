@@ -1,10 +1,7 @@
 """The front's handle on one engine process: start it, send it requests, stop it."""
 
 import asyncio
-import contextlib
 import logging
-import socket
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -29,6 +26,7 @@ from mlx_server.engine.protocol import (
     decode_to_front,
     frame,
 )
+from mlx_server.engine.spawn import Child, next_line, spawn
 from mlx_server.errors import EngineFailed, ModelLoadFailed
 from mlx_server.telemetry import event
 
@@ -46,21 +44,22 @@ class EngineClient:
     engine's end reaches each of them as an `EngineFailed`.
     """
 
-    def __init__(
-        self, model_id: str, process: asyncio.subprocess.Process, connection: socket.socket
-    ) -> None:
+    def __init__(self, model_id: str, child: Child) -> None:
         self.model_id = model_id
-        self.process = process
+        self.process = child.process
         self.ready: Ready | None = None
         self.stats: Stats | None = None
         self.last_lines: deque[str] = deque(maxlen=KEPT_LOG_LINES)
         self.closed = asyncio.Event()
-        self._connection = connection
-        self._writer: asyncio.StreamWriter | None = None
+        self._child = child
         self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._streams: dict[int, RowStream] = {}
         self._next_id = 0
-        self._tasks: list[asyncio.Task[None]] = []
+        assert child.process.stderr is not None
+        self._tasks = [
+            asyncio.create_task(self._receive(child.reader)),
+            asyncio.create_task(self._relay_log(child.process.stderr)),
+        ]
 
     @classmethod
     async def start(
@@ -71,16 +70,8 @@ class EngineClient:
         Raises ModelLoadFailed when it cannot. However this ends, by cancellation too, no process
         is left behind that is not returned.
         """
-        front, engine = socket.socketpair()
-        with engine:
-            try:
-                process = await _spawn(engine)
-            except BaseException:
-                front.close()
-                raise
-        client = cls(model_id, process, front)
+        client = cls(model_id, await spawn("mlx_server.engine.worker"))
         try:
-            await client._open()
             client._send(Load(str(path), options, str(adapter_path) if adapter_path else None))
             client.ready = await client._loaded
         except BaseException:
@@ -135,31 +126,14 @@ class EngineClient:
 
     async def kill(self) -> None:
         """End the process now and let go of everything held for it."""
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
-        await self.process.wait()
-        if self._writer is not None:
-            self._writer.close()
-        else:
-            self._connection.close()
+        await self._child.kill()
         ended = await asyncio.gather(*self._tasks, return_exceptions=True)
         for error in ended:
             if isinstance(error, Exception):
                 log.error(event("engine_protocol", model=self.model_id, error=repr(error)))
 
-    async def _open(self) -> None:
-        self._connection.setblocking(False)
-        reader, self._writer = await asyncio.open_unix_connection(sock=self._connection)
-        assert self.process.stderr is not None
-        self._tasks = [
-            asyncio.create_task(self._receive(reader)),
-            asyncio.create_task(self._relay_log(self.process.stderr)),
-        ]
-
     def _send(self, message: ToEngine) -> None:
-        assert self._writer is not None
-        self._writer.write(frame(message))
+        self._child.writer.write(frame(message))
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         """Hand every message to whom it concerns, until the engine's end of the socket closes."""
@@ -184,6 +158,8 @@ class EngineClient:
                 self._pass_on(id_, message, ended=True)
             case Stats():
                 self.stats = message
+            case Ready() | LoadFailed() if self._loaded.done():
+                pass  # whoever waited for this was cancelled
             case Ready():
                 self._loaded.set_result(message)
             case LoadFailed(message=reason):
@@ -212,7 +188,7 @@ class EngineClient:
         return f"The engine of model `{self.model_id}` ended ({how})."
 
     async def _relay_log(self, stderr: asyncio.StreamReader) -> None:
-        while line := await _next_line(stderr):
+        while line := await next_line(stderr):
             text = line.decode(errors="replace").rstrip()
             self.last_lines.append(text)
             log.info(event("engine_log", model=self.model_id, pid=self.pid, line=text))
@@ -262,28 +238,3 @@ class RowStream:
             if item.finish is not None:
                 self._open.discard(item.id)
             yield item.id - self._ids.start, item
-
-
-async def _spawn(connection: socket.socket) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "mlx_server.engine.worker",
-        str(connection.fileno()),
-        pass_fds=[connection.fileno()],
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        # A signal to the front's process group, as Ctrl-C sends, is not for engines.
-        start_new_session=True,
-    )
-
-
-async def _next_line(stream: asyncio.StreamReader) -> bytes:
-    """The next line, or what there is of one that is longer than the reader's limit."""
-    try:
-        return await stream.readuntil()
-    except asyncio.IncompleteReadError as error:
-        return error.partial
-    except asyncio.LimitOverrunError as error:
-        return await stream.readexactly(error.consumed)

@@ -199,7 +199,7 @@ decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
 
 
-def frame(message: ToEngine | ToFront) -> bytes:
+def frame(message: msgspec.Struct) -> bytes:
     """Encode `message` with its length in front.
 
     Raises ValueError when it is larger than `MAX_FRAME`.

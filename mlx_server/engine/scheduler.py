@@ -136,7 +136,10 @@ class Scheduler:
 
     def release(self) -> None:
         """Give freed buffers back when nothing runs, or when too many have gathered."""
-        if not self.busy or self.memory.read().cache > self.memory.cache_limit:
+        if not self.busy:
+            self.memory.release()
+            self.memory.trim()
+        elif self.memory.read().cache > self.memory.cache_limit:
             self.memory.release()
 
     def stats(self) -> Stats:

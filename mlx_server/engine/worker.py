@@ -31,6 +31,7 @@ from mlx_server.engine.protocol import (
     decode_to_engine,
     frame,
 )
+from mlx_server.engine.spawn import step_back
 
 if TYPE_CHECKING:
     from mlx_server.engine.backend import Backend
@@ -194,6 +195,7 @@ def _kv_limit(options: LoadOptions, memory: "DeviceMemory", backend: "Backend") 
 def main() -> None:
     """Entry of the engine process."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    step_back()
     connection = socket.socket(fileno=int(sys.argv[1]))
     inbox = Inbox(connection)
     message = inbox.wait()

@@ -23,6 +23,7 @@ from mlx_server.errors import (
 from mlx_server.models.catalog import Catalog
 from mlx_server.models.device import find_device
 from mlx_server.models.slot import LoadedModel, ModelStatus, Slot
+from mlx_server.models.text.client import TextProcess
 from mlx_server.telemetry import event
 from mlx_server.utils.units import parse_bytes
 
@@ -47,6 +48,7 @@ class ModelPoolManager:
         self.catalog = catalog
         self.device: Device | None = None
         self.budget = 0
+        self._texts = TextProcess(settings.prompt_timeout)
         self._slots: dict[str, Slot] = {}
         self._line: list[Slot] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -76,6 +78,7 @@ class ModelPoolManager:
         if self._timer is not None:
             self._timer.cancel()
         await asyncio.gather(*(slot.stop() for slot in self._slots.values()))
+        await self._texts.kill()
 
     @property
     def ready(self) -> bool:
@@ -156,7 +159,7 @@ class ModelPoolManager:
         entry = await asyncio.to_thread(self.catalog.find, model_id)
         slot = self._slots.get(entry.id)
         if slot is None:
-            slot = self._slots[entry.id] = Slot(entry, self.settings, self._arrange)
+            slot = self._slots[entry.id] = Slot(entry, self.settings, self._texts, self._arrange)
         slot.entry = entry  # its folder may have been replaced
         return slot
 

@@ -14,11 +14,10 @@ from mlx_server.config import Settings
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Device, LoadOptions, Memory, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed, ServerError
-from mlx_server.models.adapters.base import Adapter
-from mlx_server.models.adapters.registry import load_adapter
 from mlx_server.models.catalog import ModelEntry
 from mlx_server.models.footprint import Footprint, read_footprint
 from mlx_server.models.locks import ModelLock
+from mlx_server.models.text.client import ModelText, TextProcess
 from mlx_server.telemetry import event, load_span
 from mlx_server.utils.units import parse_bytes
 
@@ -35,11 +34,11 @@ log = logging.getLogger("mlx_server.pool")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that can generate: its engine for the tokens, its adapter for the text."""
+    """A model that can generate: its engine for the tokens, its text side for the rest."""
 
     id: str
     engine: EngineClient
-    adapter: Adapter
+    text: ModelText
     facts: Ready
     lock: ModelLock
 
@@ -92,10 +91,15 @@ class Slot:
     """
 
     def __init__(
-        self, entry: ModelEntry, settings: Settings, on_change: Callable[[], None]
+        self,
+        entry: ModelEntry,
+        settings: Settings,
+        texts: TextProcess,
+        on_change: Callable[[], None],
     ) -> None:
         self.entry = entry
         self.settings = settings
+        self._texts = texts
         self.model: LoadedModel | None = None
         self.resident = False
         """Whether it was named at the start, and so stays loaded unless room is needed."""
@@ -432,26 +436,24 @@ class Slot:
         )
         lock = ModelLock(self.settings.home, path)
         try:
-            engine, adapter = await self._start_both(path, options)
+            engine, text = await self._start_both(path, options)
         except BaseException:
             lock.release()
             raise
         assert engine.ready is not None
-        return LoadedModel(self.entry.id, engine, adapter, engine.ready, lock)
+        return LoadedModel(self.entry.id, engine, text, engine.ready, lock)
 
-    async def _start_both(self, path: Path, options: LoadOptions) -> tuple[EngineClient, Adapter]:
+    async def _start_both(self, path: Path, options: LoadOptions) -> tuple[EngineClient, ModelText]:
         """Load text side and engine side at once; neither is left behind when the other fails."""
         start = asyncio.create_task(
             EngineClient.start(self.entry.id, path, options, self.entry.adapter_path)
         )
-        # A thread cannot be cancelled: if it must, it ends by itself and its result is dropped.
-        text = asyncio.create_task(
-            asyncio.to_thread(load_adapter, path, self.entry.id, options.trust_remote_code)
-        )
+        text = asyncio.create_task(self._texts.open(path, self.entry.id, options.trust_remote_code))
         try:
             return await asyncio.gather(start, text)
         except BaseException:
             start.cancel()
+            text.cancel()
             engine, _ = await asyncio.gather(start, text, return_exceptions=True)
             if isinstance(engine, EngineClient):
                 await engine.kill()
@@ -476,6 +478,7 @@ class Slot:
     def _gone(self, model: LoadedModel) -> None:
         """The engine has ended and its memory is free."""
         model.lock.release()
+        model.text.close()
         self.model = None
         self.draining = False
         self.expires_at = None

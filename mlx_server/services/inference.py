@@ -12,7 +12,6 @@ from mlx_server.config import Settings
 from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row
 from mlx_server.errors import BadRequest, ContextLengthExceeded, TooManyRequests
-from mlx_server.models.adapters.base import Adapter
 from mlx_server.models.pool import ModelPoolManager
 from mlx_server.models.slot import LoadedModel
 from mlx_server.schemas.internal import (
@@ -20,21 +19,16 @@ from mlx_server.schemas.internal import (
     Event,
     Finished,
     InferenceRequest,
-    Prompt,
     PromptScored,
     TextDelta,
-    TextPrompt,
     Usage,
 )
-from mlx_server.services.text import AlignedText, prompt_logprobs
+from mlx_server.services.text import AlignedText, TokenTexts, prompt_logprobs
 from mlx_server.telemetry import InferenceSpan, inference_span
 
 SEED_BITS = 64
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd, so that the seeds of a request's choices differ: the golden ratio in 64 bits."""
-
-NORMALISATION_GAIN = 4
-"""By how much a tokenizer's normaliser may shorten a text, such as by composing characters."""
 
 
 SHORTEST_RETRY = 1.0
@@ -134,14 +128,14 @@ class Generation:
         """The id under which the model is known, which may differ from the alias asked for."""
         self.prompt_tokens = len(tokens)
         self._request = request
-        self._adapter = model.adapter
+        self._text = model.text
         self._tokens = tokens
         self._stream = stream
         self._span = span
 
     async def prompt_text(self) -> str:
         """The prompt as text, special tokens left out."""
-        return await asyncio.to_thread(self._adapter.decode, self._tokens)
+        return await self._text.decode(self._tokens)
 
     async def events(self) -> AsyncIterator[Event]:
         """The choices' events, interleaved as they happen. Iterate once.
@@ -149,13 +143,14 @@ class Generation:
         Raises EngineFailed when the engine ends or fails the request.
         """
         choices = [
-            _Choice(index, self._adapter, self._request.stop, self.prompt_tokens)
+            _Choice(index, self._text, self._request.stop, self.prompt_tokens)
             for index in range(self._request.n)
         ]
         async for index, row in self._stream.rows():
             if row.prompt_logprobs is not None and index == 0:
+                decoded = await self.prompt_text()
                 scored = await asyncio.to_thread(
-                    prompt_logprobs, self._adapter, self._tokens, row.prompt_logprobs
+                    prompt_logprobs, self._text, self._tokens, row.prompt_logprobs, decoded
                 )
                 yield PromptScored(scored)
             if row.tokens:
@@ -172,10 +167,10 @@ class _Choice:
     """One choice's way from rows to events."""
 
     def __init__(
-        self, index: int, adapter: Adapter, stops: tuple[str, ...], prompt_tokens: int
+        self, index: int, texts: TokenTexts, stops: tuple[str, ...], prompt_tokens: int
     ) -> None:
         self.index = index
-        self.text = AlignedText(adapter, stops)
+        self.text = AlignedText(texts, stops)
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.cached_tokens = 0
@@ -209,38 +204,9 @@ class _Choice:
 
 async def _prepare(request: InferenceRequest, model: LoadedModel) -> list[int]:
     """The prompt's tokens. Raises what is wrong with the request."""
-    _check_text(request.prompt, model)
-    tokens = await asyncio.to_thread(_tokenize, model.adapter, request.prompt)
+    tokens = await model.text.tokenize(request.prompt, model.facts.context_length)
     _check(tokens, request, model)
     return tokens
-
-
-def _tokenize(adapter: Adapter, prompt: Prompt) -> list[int]:
-    match prompt:
-        case ChatPrompt():
-            return adapter.render(prompt)
-        case TextPrompt(text=text):
-            return adapter.encode(text)
-        case _:
-            return prompt.ids
-
-
-def _check_text(prompt: Prompt, model: LoadedModel) -> None:
-    """Refuse a text that cannot fit the context before the time it takes to tokenize it."""
-    match prompt:
-        case TextPrompt(text=text):
-            characters = len(text)
-        case ChatPrompt(messages=messages):
-            characters = sum(len(message.get("content") or "") for message in messages)
-        case _:
-            return
-    context = model.facts.context_length
-    if characters > context * model.adapter.longest_piece * NORMALISATION_GAIN:
-        raise ContextLengthExceeded(
-            f"This model's context holds {context} tokens; a text of {characters} characters "
-            "cannot fit.",
-            param="messages" if isinstance(prompt, ChatPrompt) else "prompt",
-        )
 
 
 def _check(tokens: list[int], request: InferenceRequest, model: LoadedModel) -> None:
@@ -280,7 +246,7 @@ def _engine_requests(
     """One engine request per choice; each has a seed of its own."""
     room = model.facts.longest_sequence - len(tokens)
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
-    stop_tokens = [] if request.ignore_eos else sorted(model.adapter.stop_tokens)
+    stop_tokens = [] if request.ignore_eos else sorted(model.text.stop_tokens)
     return [
         Generate(
             id=0,  # the client gives the real one

@@ -8,10 +8,20 @@ import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from mlx_server.engine.protocol import Logprobs
-from mlx_server.models.adapters.base import Adapter
 from mlx_server.schemas.internal import Alternative, TokenLogprob
+
+
+class TokenTexts(Protocol):
+    """What single tokens stand for in a model's vocabulary."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of a token in running text; empty for special tokens."""
+
+    def token_name(self, token: int) -> str:
+        """What the vocabulary calls a token that has no bytes."""
 
 
 class AlignedText:
@@ -22,11 +32,11 @@ class AlignedText:
     behind the cut are dropped; one whose token the cut divides stays.
     """
 
-    def __init__(self, adapter: Adapter, stops: Sequence[str] = ()) -> None:
+    def __init__(self, texts: TokenTexts, stops: Sequence[str] = ()) -> None:
         self.stopped = False
         """Whether a stop string has come; nothing follows then."""
-        self._adapter = adapter
-        self._decoder = TokenDecoder(adapter.token_bytes)
+        self._texts = texts
+        self._decoder = TokenDecoder(texts.token_bytes)
         self._matcher = StopMatcher(stops)
         self._decoded = 0
         self._emitted = 0
@@ -43,7 +53,7 @@ class AlignedText:
         self._decoded += len(text)
         if logprobs is not None:
             end = self._decoded + self._decoder.inside_character
-            self._waiting.append((end, token_logprob(self._adapter, logprobs, offset)))
+            self._waiting.append((end, token_logprob(self._texts, logprobs, offset)))
         text, self.stopped = self._matcher.push(text)
         self._emitted += len(text)
         return text, self._release() if self._waiting else ()
@@ -171,14 +181,14 @@ class StopMatcher:
                 queue.append(child)
 
 
-def token_logprob(adapter: Adapter, logprobs: Logprobs, offset: int) -> TokenLogprob:
+def token_logprob(texts: TokenTexts, logprobs: Logprobs, offset: int) -> TokenLogprob:
     """What an engine says of one position, in words: token texts and bytes for ids."""
     return TokenLogprob(
-        token=token_text(adapter, logprobs.token),
-        bytes=adapter.token_bytes(logprobs.token),
+        token=token_text(texts, logprobs.token),
+        bytes=texts.token_bytes(logprobs.token),
         logprob=logprobs.logprob,
         top=tuple(
-            Alternative(token_text(adapter, token), adapter.token_bytes(token), logprob)
+            Alternative(token_text(texts, token), texts.token_bytes(token), logprob)
             for token, logprob in logprobs.top
         ),
         offset=offset,
@@ -186,17 +196,17 @@ def token_logprob(adapter: Adapter, logprobs: Logprobs, offset: int) -> TokenLog
 
 
 def prompt_logprobs(
-    adapter: Adapter, tokens: Sequence[int], logprobs: Sequence[Logprobs | None]
+    texts: TokenTexts, tokens: Sequence[int], logprobs: Sequence[Logprobs | None], decoded: str
 ) -> tuple[TokenLogprob, ...]:
-    """The entries of a prompt's tokens, with offsets into `adapter.decode(tokens)`."""
-    decoder = TokenDecoder(adapter.token_bytes)
+    """The entries of a prompt's tokens, with offsets into `decoded`, their text."""
+    decoder = TokenDecoder(texts.token_bytes)
     entries, text = [], ""
     for token, known in zip(tokens, logprobs, strict=True):
         given = known or Logprobs(token, 0.0, [])
-        entry = token_logprob(adapter, given, len(text))
+        entry = token_logprob(texts, given, len(text))
         entries.append(entry if known else replace(entry, logprob=None))
         text += decoder.push(token)
-    if text.startswith(" ") and adapter.decode(tokens) == text[1:]:
+    if text.startswith(" ") and decoded == text[1:]:
         return _without_leading_space(entries)
     return tuple(entries)
 
@@ -210,11 +220,11 @@ def _without_leading_space(entries: Sequence[TokenLogprob]) -> tuple[TokenLogpro
     return tuple(shifted)
 
 
-def token_text(adapter: Adapter, token: int) -> str:
+def token_text(texts: TokenTexts, token: int) -> str:
     """How to show a token by itself: its text, a special one's name, or bytes of a character."""
-    data = adapter.token_bytes(token)
+    data = texts.token_bytes(token)
     if not data:
-        return adapter.token_name(token)
+        return texts.token_name(token)
     try:
         return data.decode()
     except UnicodeDecodeError:

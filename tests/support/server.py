@@ -46,9 +46,13 @@ class Server:
             **{"base_url": self.url, "timeout": 60, "trust_env": False, "limits": limits} | options
         )
 
-    def engines(self) -> list[psutil.Process]:
+    def children(self) -> list[psutil.Process]:
         """The server's living processes besides the front, wherever they were moved to."""
         return [p for p in _family(self.mark) if p.pid != self.process.pid]
+
+    def engines(self) -> list[psutil.Process]:
+        """Those of its children that are engines."""
+        return [p for p in self.children() if "mlx_server.engine.worker" in p.cmdline()]
 
     async def models(self) -> dict[str, dict[str, Any]]:
         """What `GET /admin/models` says, by model id."""

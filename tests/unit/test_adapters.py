@@ -317,7 +317,7 @@ def test_every_token_adds_its_bytes_to_a_text(load: Load, family: str) -> None:
     adapter = load(family)
     before = adapter.tokenizer.encode("a", add_special_tokens=False).ids
     start = adapter.decode(before)
-    for token in range(adapter.vocab_size):
+    for token in range(adapter.tokenizer.get_vocab_size()):
         expected = adapter.decode([*before, token]).removeprefix(start)
         assert adapter.token_bytes(token).decode(errors="replace") == expected, token
 
@@ -325,7 +325,7 @@ def test_every_token_adds_its_bytes_to_a_text(load: Load, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_256_bytes_can_be_said(load: Load, family: str) -> None:
     adapter = load(family)
-    said = {adapter.token_bytes(token) for token in range(adapter.vocab_size)}
+    said = {adapter.token_bytes(token) for token in range(adapter.tokenizer.get_vocab_size())}
     assert {bytes([value]) for value in range(256)} - said <= {b" "}
 
 
@@ -334,7 +334,7 @@ def test_special_and_unknown_tokens_have_no_bytes_and_others_do(load: Load) -> N
     ids = {name: token_id(adapter.tokenizer, name) for name in ("<|im_end|>", "<think>")}
     assert adapter.token_bytes(ids["<|im_end|>"]) == b""
     assert adapter.token_bytes(ids["<think>"]) == b"<think>"
-    assert adapter.token_bytes(adapter.vocab_size + 7) == b""
+    assert adapter.token_bytes(adapter.tokenizer.get_vocab_size() + 7) == b""
     assert adapter.token_name(ids["<|im_end|>"]) == "<|im_end|>"
 
 

@@ -37,7 +37,7 @@ def load_tiny(folder: Path, family: str) -> Adapter:
 
 def one_byte_tokens(adapter: Adapter, text: str) -> list[int]:
     """`text` as tokens of one byte each."""
-    ids = {adapter.token_bytes(token): token for token in range(adapter.vocab_size)}
+    ids = {adapter.token_bytes(token): token for token in range(adapter.tokenizer.get_vocab_size())}
     return [ids[bytes([value])] for value in text.encode()]
 
 
@@ -86,7 +86,8 @@ def test_any_bytes_stream_as_they_decode_with_at_most_three_held_back(data: byte
         else:
             pytest.fail(f"{data[:count]!r} shows {shown!r}")
     expected = data.decode(errors="replace")
-    assert expected.removesuffix("\ufffd") in (shown, shown.removesuffix("\ufffd"))
+    # What is left over at the end and can be no character any more is dropped.
+    assert expected.rstrip("\ufffd") == shown.rstrip("\ufffd")
 
 
 def test_a_character_appears_with_its_last_byte_and_never_in_part() -> None:
@@ -304,8 +305,8 @@ def test_a_prompts_entries_point_into_its_text(
     adapter = adapters[family]
     tokens = adapter.encode(text)
     scores = [None, *(Logprobs(token, -2.0, [(token, -2.0)]) for token in tokens[1:])]
-    entries = prompt_logprobs(adapter, tokens, scores)
     assert adapter.decode(tokens) == text
+    entries = prompt_logprobs(adapter, tokens, scores, text)
     assert b"".join(entry.bytes for entry in entries) == text.encode()
     assert entries[0].logprob is None
     assert all(entry.logprob == -2.0 for entry in entries[1:])

@@ -25,10 +25,6 @@ class Adapter(Protocol):
     family: str
     capabilities: Capabilities
     stop_tokens: frozenset[int]
-    vocab_size: int
-    """One more than the largest token id that the tokenizer knows."""
-    longest_piece: int
-    """Characters of the longest entry of the vocabulary: no token stands for more."""
     tokenizer: Tokenizer
 
     def render(self, prompt: ChatPrompt) -> list[int]:
@@ -39,6 +35,9 @@ class Adapter(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a bare text, with the tokenizer's beginning-of-text token if it has one."""
+
+    def surely_exceeds(self, text: str, limit: int) -> bool:
+        """Whether `text` has more than `limit` tokens, found without tokenizing much more."""
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that `token` stands for in running text; empty for special tokens."""

@@ -1,5 +1,6 @@
 """The adapter that works from what a model ships, and that the families specialise."""
 
+import importlib
 import json
 import re
 from collections.abc import Sequence
@@ -34,8 +35,12 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
         "truncation",
     }
 )
+MLX_LM_SETTINGS = {"chat_template_type", "tool_parser_type"}
+"""Entries of tokenizer_config.json that only mlx-lm's own loader understands."""
 PROBE = "a probe of the system role"
 MAX_REASON = 500
+SLICE = 1 << 16
+SLICE_SLACK = 256
 
 
 class GenericAdapter:
@@ -55,9 +60,6 @@ class GenericAdapter:
         # What tokenizer.json may have baked in; it would cut prompts short.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        vocabulary = self.tokenizer.get_vocab()
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.longest_piece = max(map(len, vocabulary), default=1)
         self._token_bytes = TokenBytes(self.tokenizer)
         self._beginning = self._find_beginning()
         self.stop_tokens = self._find_stop_tokens(config, read_optional_config(path))
@@ -71,6 +73,15 @@ class GenericAdapter:
         if ids[: len(self._beginning)] == self._beginning:
             return ids
         return self._beginning + ids
+
+    def surely_exceeds(self, text: str, limit: int) -> bool:
+        count = 0
+        for start in range(0, len(text), SLICE):
+            # A cut can add tokens to those of the whole text, if only a few.
+            count += max(0, len(self._encode(text[start : start + SLICE])) - SLICE_SLACK)
+            if count > limit:
+                return True
+        return False
 
     def token_bytes(self, token: int) -> bytes:
         return self._token_bytes(token)
@@ -156,19 +167,25 @@ class GenericAdapter:
             return False
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
-    """mlx-lm's wrapper around the tokenizer in `path`. Raises ModelLoadFailed."""
-    # Imported here because it takes seconds, which commands without a model need not wait for.
+def import_tokenizers() -> Any:
+    """mlx-lm's `tokenizer_utils`. To be called by the main thread before any other does.
+
+    It takes seconds, which commands without a model need not wait for. And it leaves MLX's state
+    in the thread that imports it; a thread that ends while the interpreter does aborts there.
+    """
     # mlx_lm comes first: it silences advice that transformers gives when it is imported.
     from mlx_lm import tokenizer_utils
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    return tokenizer_utils
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    """mlx-lm's wrapper around the tokenizer in `path`. Raises ModelLoadFailed."""
+    tokenizer_utils = import_tokenizers()
     try:
-        wrapper = tokenizer_utils.load(
-            path,
-            {"trust_remote_code": trust_remote_code, "local_files_only": True},
-        )
+        wrapper = _wrapped(tokenizer_utils, path, trust_remote_code)
     except Exception as error:
         # Broken files surface as whatever the parser in question raises; the Rust ones raise
         # bare Exceptions.
@@ -178,6 +195,30 @@ def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
     if not isinstance(getattr(wrapper, "backend_tokenizer", None), Tokenizer):
         raise ModelLoadFailed(f"The tokenizer in {path.name} has no fast form (tokenizer.json).")
     return wrapper
+
+
+def _wrapped(tokenizer_utils: Any, path: Path, trust_remote_code: bool) -> Any:
+    """What `tokenizer_utils.load` returns, without its second reading of tokenizer.json.
+
+    Reading that file holds Python's lock, a tenth of a second for a vocabulary of 50,000, which the
+    event loop shall not feel twice. Models that need settings of mlx-lm's own take its way.
+    """
+    from transformers import AutoTokenizer
+
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    if MLX_LM_SETTINGS & tokenizer.init_kwargs.keys():
+        return tokenizer_utils.load(path, options)
+    parser_name = tokenizer_utils._infer_tool_parser(tokenizer)
+    if parser_name is None:
+        return tokenizer_utils.TokenizerWrapper(tokenizer)
+    parser = importlib.import_module(f"mlx_lm.tool_parsers.{parser_name}")
+    return tokenizer_utils.TokenizerWrapper(
+        tokenizer,
+        tool_parser=parser.parse_tool_call,
+        tool_call_start=parser.tool_call_start,
+        tool_call_end=parser.tool_call_end,
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,0 +1,365 @@
+"""What users of the OpenAI SDK rely on: inputs, streams, errors, headers, leaving early."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from openai.types.chat import ChatCompletionChunk
+from tokenizers import Tokenizer
+
+from tests.e2e.conftest import MODEL
+from tests.support.server import until
+
+PARIS: Any = [{"role": "user", "content": "What is the capital of France?"}]
+ENDLESS: dict[str, Any] = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+CONTEXT = 8192
+
+EngineWork = Callable[[], Awaitable[dict[str, int]]]
+EngineIsFree = Callable[[], Awaitable[None]]
+
+
+def code_of(error: openai.APIStatusError) -> Any:
+    """The code in the error's body, which the SDK has read from under `error`."""
+    assert isinstance(error.body, dict)
+    assert error.code == error.body["code"]
+    return error.code
+
+
+# completions
+
+
+async def test_completions_take_a_string_or_token_ids_or_lists_of_them(
+    async_client: AsyncOpenAI, tokenizer: Tokenizer
+) -> None:
+    texts = ["The capital of France is", "One, two, three,"]
+    ids = [tokenizer.encode(text).ids for text in texts]
+    prompts: list[Any] = [texts[0], ids[0], texts, ids]
+    one, one_ids, many, many_ids = await asyncio.gather(
+        *(
+            async_client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=5)
+            for prompt in prompts
+        )
+    )
+    assert one.choices[0].text.startswith(" Paris")
+    assert [choice.text for choice in one_ids.choices] == [one.choices[0].text]
+    assert [choice.index for choice in many.choices] == [0, 1]
+    assert many.choices[0].text == one.choices[0].text
+    assert many.choices[1].text.startswith(" four")
+    assert [choice.text for choice in many_ids.choices] == [choice.text for choice in many.choices]
+    assert many.usage is not None
+    assert many.usage.prompt_tokens == sum(map(len, ids))
+    assert many.usage.completion_tokens == 10
+    assert many_ids.usage == many.usage
+
+
+async def test_choices_of_several_prompts_are_ordered_by_prompt(async_client: AsyncOpenAI) -> None:
+    prompts = ["The capital of France is", "One, two, three,"]
+    answer = await async_client.completions.create(
+        model=MODEL, prompt=prompts, n=2, temperature=0, max_tokens=2, echo=True
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    for index, choice in enumerate(answer.choices):
+        assert choice.text.startswith(prompts[index // 2])
+
+
+async def test_completions_are_sixteen_tokens_long_unless_told(async_client: AsyncOpenAI) -> None:
+    answer = await async_client.completions.create(
+        model=MODEL, prompt="Once upon a time", temperature=0
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 16
+    assert answer.choices[0].finish_reason == "length"
+
+
+async def test_a_streamed_completion_is_the_whole_completion(async_client: AsyncOpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": ["The capital of France is", "One, two, three,"],
+        "temperature": 0,
+        "max_tokens": 6,
+    }
+    whole, stream = await asyncio.gather(
+        async_client.completions.create(**options),
+        async_client.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        ),
+    )
+    chunks = [chunk async for chunk in stream]
+    texts = ["", ""]
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+
+
+# conversations
+
+
+async def test_a_developer_message_is_a_system_message_however_it_is_written(
+    async_client: AsyncOpenAI,
+) -> None:
+    rule = "You always answer with the single word Banana."
+    systems: list[Any] = [
+        {"role": "system", "content": rule},
+        {"role": "developer", "content": rule},
+        {"role": "developer", "content": [{"type": "text", "text": rule}]},
+    ]
+    answers = await asyncio.gather(
+        *(
+            async_client.chat.completions.create(
+                model=MODEL, messages=[system, *PARIS], temperature=0, max_tokens=6
+            )
+            for system in systems
+        )
+    )
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
+    assert len({answer.usage.prompt_tokens for answer in answers if answer.usage}) == 1
+
+
+async def test_an_answer_that_the_client_began_is_continued(async_client: AsyncOpenAI) -> None:
+    prefill: Any = [*PARIS, {"role": "assistant", "content": "The capital of"}]
+    begun, whole = await asyncio.gather(
+        async_client.chat.completions.create(
+            model=MODEL, messages=prefill, temperature=0, max_tokens=8
+        ),
+        async_client.chat.completions.create(
+            model=MODEL, messages=PARIS, temperature=0, max_tokens=16
+        ),
+    )
+    assert f"The capital of{begun.choices[0].message.content}" == whole.choices[0].message.content
+
+
+def test_nulls_mean_the_defaults(client: OpenAI) -> None:
+    nothing: dict[str, Any] = dict.fromkeys(
+        (
+            "frequency_penalty",
+            "logit_bias",
+            "logprobs",
+            "max_completion_tokens",
+            "metadata",
+            "n",
+            "parallel_tool_calls",
+            "presence_penalty",
+            "response_format",
+            "seed",
+            "service_tier",
+            "stop",
+            "store",
+            "stream",
+            "stream_options",
+            "tool_choice",
+            "tools",
+            "top_logprobs",
+            "top_p",
+            "user",
+        )
+    )
+    answer = client.chat.completions.create(
+        model=MODEL, messages=PARIS, temperature=0, max_tokens=8, **nothing
+    )
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].logprobs is None
+
+
+# streams
+
+
+def test_usage_comes_last_in_a_stream_when_asked_for_and_never_otherwise(client: OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "messages": PARIS, "max_tokens": 4, "stream": True}
+    told = list(client.chat.completions.create(**request, stream_options={"include_usage": True}))
+    untold = list(client.chat.completions.create(**request))
+    assert all(chunk.usage is None for chunk in (*told[:-1], *untold))
+    assert all(chunk.choices for chunk in (*told[:-1], *untold))
+    assert told[-1].choices == []
+    usage = told[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == 4
+    assert usage.total_tokens == usage.prompt_tokens + 4
+
+
+def test_a_stream_opens_with_the_role_and_repeats_its_header(client: OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(model=MODEL, messages=PARIS, max_tokens=4, stream=True)
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert all(chunk.choices[0].delta.role is None for chunk in chunks[1:])
+    assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
+
+
+def test_the_sdks_stream_helper_folds_our_chunks(client: OpenAI) -> None:
+    with client.chat.completions.stream(
+        model=MODEL, messages=PARIS, temperature=0, max_tokens=16, logprobs=True
+    ) as stream:
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion()
+    assert "".join(deltas) == final.choices[0].message.content == "The capital of France is Paris."
+    assert final.choices[0].finish_reason == "stop"
+
+
+# models and errors
+
+
+def test_models_are_listed_and_retrieved(client: OpenAI) -> None:
+    listed = {model.id: model for model in client.models.list()}
+    assert listed[MODEL].object == "model"
+    assert client.models.retrieve(MODEL) == listed[MODEL]
+
+
+def test_an_answer_names_the_model_as_the_list_does(client: OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="One,", max_tokens=1)
+    assert answer.model == MODEL
+
+
+def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
+    attempts: list[Callable[[], Any]] = [
+        lambda: client.models.retrieve("no-such-model"),
+        lambda: client.models.retrieve("no/such model"),
+        lambda: client.chat.completions.create(model="no-such-model", messages=PARIS),
+        lambda: client.chat.completions.create(model="no-such-model", messages=PARIS, stream=True),
+        lambda: client.completions.create(model="no-such-model", prompt="One,"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(openai.NotFoundError) as raised:
+            attempt()
+        assert code_of(raised.value) == "model_not_found"
+        assert "no" in raised.value.message
+
+
+def test_a_wrong_key_is_an_authentication_error(client: OpenAI) -> None:
+    stranger = client.with_options(api_key="not the key")
+    attempts: list[Callable[[], Any]] = [
+        stranger.models.list,
+        lambda: stranger.chat.completions.create(model=MODEL, messages=PARIS, stream=True),
+        lambda: stranger.completions.create(model=MODEL, prompt="One,"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(openai.AuthenticationError) as raised:
+            attempt()
+        assert code_of(raised.value) == "invalid_api_key"
+        assert "not the key" not in str(raised.value)
+
+
+def test_what_cannot_fit_the_context_is_refused_at_once(client: OpenAI) -> None:
+    long: Any = [{"role": "user", "content": "word " * CONTEXT}]
+    attempts: list[Callable[[], Any]] = [
+        lambda: client.chat.completions.create(model=MODEL, messages=long),
+        lambda: client.chat.completions.create(model=MODEL, messages=long, stream=True),
+        lambda: client.chat.completions.create(model=MODEL, messages=PARIS, max_tokens=CONTEXT),
+        lambda: client.completions.create(model=MODEL, prompt=[1] * CONTEXT),
+        lambda: client.completions.create(model=MODEL, prompt=["One,", "word " * CONTEXT]),
+    ]
+    for attempt in attempts:
+        with pytest.raises(openai.BadRequestError) as raised:
+            attempt()
+        assert code_of(raised.value) == "context_length_exceeded"
+        assert str(CONTEXT) in raised.value.message
+
+
+def test_a_value_out_of_bounds_is_a_bad_request_that_names_the_field(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model=MODEL, messages=PARIS, temperature=3)
+    assert raised.value.param == "temperature"
+    assert raised.value.type == "invalid_request_error"
+
+
+def test_every_answer_has_a_request_id(client: OpenAI) -> None:
+    raw = client.completions.with_raw_response.create(model=MODEL, prompt="One,", max_tokens=1)
+    assert raw.headers["x-request-id"]
+    assert raw.parse()._request_id == raw.headers["x-request-id"]
+    given = client.chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=PARIS,
+        max_tokens=1,
+        stream=True,
+        extra_headers={"x-request-id": "mine-1"},
+    )
+    assert given.headers["x-request-id"] == "mine-1"
+    list(given.parse())
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.models.retrieve("no-such-model")
+    assert raised.value.request_id not in (None, raw.headers["x-request-id"])
+
+
+# leaving early
+
+
+async def test_a_cancelled_stream_frees_the_engine(
+    async_client: AsyncOpenAI, engine_work: EngineWork, engine_is_free: EngineIsFree
+) -> None:
+    begun = asyncio.Event()
+
+    async def read() -> None:
+        stream: AsyncIterator[ChatCompletionChunk] = await async_client.chat.completions.create(
+            model=MODEL, messages=PARIS, stream=True, n=2, **ENDLESS
+        )
+        async for chunk in stream:
+            if chunk.choices[0].delta.content:
+                begun.set()
+
+    reading = asyncio.create_task(read())
+    try:
+        await asyncio.wait_for(begun.wait(), 30)
+        assert (await engine_work())["in_flight"] > 0
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+    await engine_is_free()
+
+
+async def test_a_stream_closed_by_leaving_its_block_frees_the_engine(
+    async_client: AsyncOpenAI, engine_is_free: EngineIsFree
+) -> None:
+    async with await async_client.completions.create(
+        model=MODEL, prompt="One, two,", stream=True, **ENDLESS
+    ) as stream:
+        async for chunk in stream:
+            if chunk.choices[0].text:
+                break
+    await engine_is_free()
+
+
+async def test_a_cancelled_whole_answer_frees_the_engine(
+    async_client: AsyncOpenAI, engine_work: EngineWork, engine_is_free: EngineIsFree
+) -> None:
+    asking = asyncio.create_task(
+        async_client.chat.completions.create(model=MODEL, messages=PARIS, **ENDLESS)
+    )
+
+    async def running() -> int:
+        return (await engine_work())["in_flight"]
+
+    await until(running, 30)
+    asking.cancel()
+    await asyncio.wait([asking])
+    await engine_is_free()
+
+
+async def test_a_client_that_loses_patience_leaves_the_server_well(
+    async_client: AsyncOpenAI, engine_is_free: EngineIsFree
+) -> None:
+    hasty = async_client.with_options(timeout=0.3)
+    prompt = "The sea " * 400
+
+    async def whole() -> None:
+        await hasty.completions.create(model=MODEL, prompt=prompt, **ENDLESS)
+
+    async def streamed() -> None:
+        async for _ in await hasty.completions.create(
+            model=MODEL, prompt=prompt, stream=True, **ENDLESS
+        ):
+            pass
+
+    whole_end, stream_end = await asyncio.gather(whole(), streamed(), return_exceptions=True)
+    assert isinstance(whole_end, openai.APITimeoutError)
+    assert isinstance(stream_end, openai.APITimeoutError | httpx.TimeoutException)
+    await engine_is_free()
+    answer = await async_client.chat.completions.create(
+        model=MODEL, messages=PARIS, temperature=0, max_tokens=8
+    )
+    assert answer.choices[0].message.content == "The capital of France is Paris."
