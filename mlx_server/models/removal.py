@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_server.config import Settings
@@ -85,7 +85,10 @@ def _remove_revisions(removal: Removal) -> None:
     from huggingface_hub import scan_cache_dir
 
     everything = removal.revisions == _commits(removal.place)
-    scan_cache_dir(removal.place.parent).delete_revisions(*removal.revisions).execute()
+    cache = scan_cache_dir(removal.place.parent)
+    # Of this repo alone: a fork has the same commits.
+    cache = replace(cache, repos=frozenset(r for r in cache.repos if r.repo_path == removal.place))
+    cache.delete_revisions(*removal.revisions).execute()
     if everything and removal.place.exists():
         # The library passes over a repo with a damaged revision, such as an unfinished update.
         shutil.rmtree(removal.place)
