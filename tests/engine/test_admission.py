@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
+import msgspec
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from mlx_server.engine.backend import KvCost, cache_bytes, extend, keep_rows, merge
+from mlx_server.engine.backend import Backend, KvCost, cache_bytes, extend, keep_rows, merge
 from mlx_server.engine.batch import Sequence
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling, Stats
+from mlx_server.engine.scheduler import Scheduler
 from mlx_server.errors import EngineFailed, ModelLoadFailed
+from mlx_server.utils.memory import DeviceMemory
 from tests.engine.conftest import request, rows_of, started, tokens_of
 from tests.support.tiny import build_tiny_model
 
@@ -68,7 +71,7 @@ async def watched(engine: EngineClient) -> AsyncIterator[Watch]:
 
 
 def crowd(count: int, long: int) -> list[Generate]:
-    """Requests of different lengths and settings, all seeded; the first `long` take 330 tokens."""
+    """Requests of different lengths and settings, all seeded; the first `long` take 450 tokens."""
     settings = [
         {"temperature": 1.0},
         {"temperature": 0.8, "top_p": 0.9},
@@ -80,7 +83,7 @@ def crowd(count: int, long: int) -> list[Generate]:
     return [
         request(
             [(7 * i * j + 3) % 400 for j in range(1, 20 + (37 * i) % 120)],
-            330 if i < long else 5 + (31 * i) % 30,
+            450 if i < long else 5 + (31 * i) % 30,
             Sampling(seed=i, **settings[i % len(settings)]),
             logprobs=2 if i % 3 == 0 else None,
             prompt_logprobs=1 if i % 11 == 0 else None,
@@ -108,7 +111,7 @@ async def test_a_crowd_that_fits_eight_at_a_time_finishes_within_the_limit_and_u
     model: Path, cost: KvCost
 ) -> None:
     limit = cost.bytes(PLACES, EXPECTED)
-    requests = crowd(64, 12)
+    requests = crowd(64, 10)
     async with started(model, max_batch=64, kv_limit=limit) as engine:
         expected = await alone(engine, requests)
         async with watched(engine) as watch:
@@ -209,3 +212,23 @@ def test_a_prompt_that_starts_over_is_scored_once() -> None:
     assert again.prompt_logprobs == [None]
     again.report([7], None)
     assert again.anew().request.prompt_logprobs is None
+
+
+def test_the_limit_holds_after_every_single_turn(model: Path, cost: KvCost) -> None:
+    memory = DeviceMemory("50%", None)
+    limit = cost.bytes(4, EXPECTED)
+    scheduler = Scheduler(
+        Backend(model, LoadOptions(), memory),
+        memory,
+        max_batch=16,
+        kv_limit=limit,
+        prefill_chunk=64,
+    )
+    for number, one in enumerate(crowd(20, 6)):
+        assert scheduler.add(msgspec.structs.replace(one, id=number)) is None
+    ended = 0
+    while scheduler.busy:
+        ended += sum(row.finish is not None for row in scheduler.turn().rows)
+        assert scheduler.stats().kv_bytes <= limit
+    assert ended == 20
+    assert scheduler.stats().preempted > 0
