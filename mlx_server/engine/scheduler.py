@@ -1,8 +1,8 @@
 """What an engine does next: admit, decode one step, prefill one bounded chunk, report.
 
-First come, first served. A turn holds at most one chunk of prefill, sized from measured speed so
-that running streams are never delayed by more than a few of their own steps, and prompts take
-their chunks in rotation, so that a short one does not wait behind a long one.
+First come, first served, in turns between callers. A turn holds at most one chunk of prefill, sized
+from measured speed so that running streams are never delayed by more than a few of their own steps,
+and prompts take their chunks in rotation, so that a short one does not wait behind a long one.
 """
 
 import time
@@ -17,35 +17,41 @@ from mlx_server.utils.memory import DeviceMemory
 
 SMALLEST_CHUNK = 32
 LARGEST_CHUNK = 2048
-IDLE_CHUNK_SECONDS = 1.0
+IDLE_CHUNK_SECONDS = 2.0
 """How long a chunk may take while nothing decodes: what an abort may have to wait for."""
-STEPS_PER_CHUNK = 2.5
+STEPS_PER_CHUNK = 2.0
 """How many decode steps a chunk may last while streams run."""
 GATHER_STEPS = 10
 """For how many steps' time a new batch may wait for prompts that are ready to join it."""
+LONGEST_BURST_SECONDS = 0.01
+STEP_WEIGHT = 0.2
+RATE_WEIGHT = 0.1
 MOST_PADDING = 1.5
 """Prompts prefill together while padding makes the work no more than this times as large."""
 
 
-class Average:
-    """An exponential moving average that starts at its first sample."""
-
-    def __init__(self, weight: float = 0.2) -> None:
-        self.weight = weight
-        self.value: float | None = None
-
-    def add(self, sample: float) -> None:
-        previous = sample if self.value is None else self.value
-        self.value = previous + self.weight * (sample - previous)
-
-
 class Pace:
-    """How many prompt tokens a turn may compute, from how fast things have gone so far."""
+    """How many prompt tokens a turn may compute, from how fast things have gone so far.
+
+    `step_seconds` is a moving average over decode steps. `prefill_rate`, in tokens a second,
+    follows the best chunks at once and worse ones slowly: small chunks are slow for their size and
+    tell little about what a large one would take.
+    """
 
     def __init__(self, fixed_chunk: int | None) -> None:
         self.fixed_chunk = fixed_chunk
-        self.step_seconds = Average()
-        self.prefill_rate = Average()
+        self.step_seconds = 0.0
+        self.prefill_rate = 0.0
+
+    def stepped(self, seconds: float) -> None:
+        """A decode step took this long."""
+        previous = self.step_seconds or seconds
+        self.step_seconds = previous + STEP_WEIGHT * (seconds - previous)
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """A chunk of so many tokens took this long."""
+        rate = tokens / seconds
+        self.prefill_rate = max(rate, self.prefill_rate + RATE_WEIGHT * (rate - self.prefill_rate))
 
     def chunk(self, decoding: bool) -> int:
         """Tokens for the next chunk."""
@@ -53,13 +59,17 @@ class Pace:
             return self.fixed_chunk
         seconds = IDLE_CHUNK_SECONDS
         if decoding:
-            seconds = min(seconds, STEPS_PER_CHUNK * (self.step_seconds.value or 0))
-        tokens = int((self.prefill_rate.value or 0) * seconds)
+            seconds = min(seconds, STEPS_PER_CHUNK * self.step_seconds)
+        tokens = int(self.prefill_rate * seconds)
         return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
 
     def gather_seconds(self) -> float:
         """How long a new batch may wait for company."""
-        return GATHER_STEPS * (self.step_seconds.value or 0)
+        return GATHER_STEPS * self.step_seconds
+
+    def burst_seconds(self) -> float:
+        """How long an idle engine waits for a request to follow another."""
+        return min(LONGEST_BURST_SECONDS, self.step_seconds / 4)
 
 
 class Scheduler:
@@ -85,6 +95,7 @@ class Scheduler:
         self.prefills: deque[Prefill] = deque()
         self.batch = Batch(model)
         self._gathering_until = 0.0
+        self._newcomers_next = False
 
     @property
     def busy(self) -> bool:
@@ -149,7 +160,7 @@ class Scheduler:
             running=len(self.batch),
             prefilling=sum(len(prefill.sequences) for prefill in self.prefills),
             waiting=len(self.waiting),
-            step_seconds=self.pace.step_seconds.value or 0.0,
+            step_seconds=self.pace.step_seconds,
             kv_bytes=sum(cache_bytes(cache) for cache in caches),
             preempted=self.preempted,
             memory=self.memory.read(),
@@ -192,24 +203,34 @@ class Scheduler:
         started = time.perf_counter()
         rows = self.batch.step()
         if rows:
-            self.pace.step_seconds.add(time.perf_counter() - started)
+            self.pace.stepped(time.perf_counter() - started)
         return rows
 
     def _prefill(self) -> list[Row]:
-        """Give the next prompt in rotation its chunk; sequences that are ready join the batch."""
+        """Compute one chunk of prompt; sequences that are ready join the batch."""
         budget = self.pace.chunk(decoding=any(row.reported for row in self.batch.rows))
-        self._admit(budget)
-        if not self.prefills:
+        prefill = self._next_prefill(budget)
+        if prefill is None:
             return []
-        prefill = self.prefills.popleft()
         started = time.perf_counter()
         tokens = prefill.advance(budget)
         if tokens:
-            self.pace.prefill_rate.add(tokens / (time.perf_counter() - started))
+            self.pace.prefilled(tokens, time.perf_counter() - started)
         if not prefill.finished:
             self.prefills.append(prefill)
             return []
         return self._start_decoding(prefill)
+
+    def _next_prefill(self, budget: int) -> Prefill | None:
+        """What gets this turn's chunk: prompts that wait and prompts begun take turns.
+
+        So short prompts do not wait for a long one to end, nor a long one for short ones to stop
+        coming. Several prompts admitted together take their only chunk at once.
+        """
+        self._newcomers_next = not self._newcomers_next
+        if self.prefills and not self._newcomers_next:
+            return self.prefills.popleft()
+        return self._admit(budget) or (self.prefills.popleft() if self.prefills else None)
 
     def _start_decoding(self, prefill: Prefill) -> list[Row]:
         """Rows of requests that only wanted their prompt scored; all others join the batch."""
@@ -223,8 +244,8 @@ class Scheduler:
     def _free_slots(self) -> int:
         return self.max_batch - len(self.batch) - sum(len(p.sequences) for p in self.prefills)
 
-    def _admit(self, budget: int) -> None:
-        """Start prefilling what is waiting, as far as slots and memory allow."""
+    def _admit(self, budget: int) -> Prefill | None:
+        """The first of what waits, as far as slots and memory allow; None if nothing can start."""
         group: list[Sequence] = []
         while self.waiting and len(group) < self._free_slots():
             sequence = self.waiting.peek()
@@ -233,8 +254,7 @@ class Scheduler:
             if not self._room_for([*group, sequence]):
                 break
             group.append(self.waiting.pop())
-        if group:
-            self.prefills.appendleft(Prefill(self.model, group))
+        return Prefill(self.model, group) if group else None
 
     def _room_for(self, new: list[Sequence]) -> bool:
         """Whether `new` can be expected to fit the KV limit beside what is admitted."""

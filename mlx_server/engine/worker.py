@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 STATS_INTERVAL = 1.0
 """Seconds between statistics while the engine works."""
 RECEIVE_BYTES = 1 << 16
+LONGEST_BURST = 64
+"""Messages that an idle engine takes before it begins to work."""
 
 log = logging.getLogger("mlx_server.engine")
 
@@ -56,6 +58,15 @@ class Inbox:
     def wait(self) -> ToEngine:
         """The next message, however long it takes."""
         return self._messages.get()
+
+    def burst(self, quiet: float) -> Iterator[ToEngine]:
+        """The next message, and those that follow within `quiet` seconds of each other."""
+        yield self.wait()
+        for _ in range(LONGEST_BURST):
+            try:
+                yield self._messages.get(timeout=quiet)
+            except queue.Empty:
+                return
 
     def arrived(self) -> Iterator[ToEngine]:
         """What has come in meanwhile, without waiting."""
@@ -90,8 +101,7 @@ class Engine:
     def run(self) -> None:
         """Serve until told to stop."""
         while True:
-            messages = self.inbox.arrived() if self.scheduler.busy else [self.inbox.wait()]
-            for message in messages:
+            for message in self._messages():
                 if isinstance(message, Stop):
                     return
                 self._take(message)
@@ -99,6 +109,12 @@ class Engine:
                 self._turn()
             self.scheduler.release()
             self._report()
+
+    def _messages(self) -> Iterator[ToEngine]:
+        if self.scheduler.busy:
+            return self.inbox.arrived()
+        # Requests that come together are best prefilled together.
+        return self.inbox.burst(self.scheduler.pace.burst_seconds())
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Generate):

@@ -210,6 +210,23 @@ async def test_a_long_prompt_lets_running_streams_go_on(tmp_path: Path) -> None:
         assert order.index("long") > 80, "some 100 chunks of prefill, a token of the other each"
 
 
+async def test_short_prompts_and_a_long_one_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "long", context=20_000)
+    async with started(path, prefill_chunk=64, max_batch=8) as engine:
+        served = 0
+
+        async def keep_asking() -> None:
+            nonlocal served
+            while not long.done():
+                await tokens_of(engine, request(PROMPTS[1], 1))
+                served += 1
+
+        long = asyncio.create_task(tokens_of(engine, request([3] * 6_400, 1)))
+        await asyncio.gather(*(keep_asking() for _ in range(3)))
+        await long
+        assert served > 50, "about 100 chunks of prefill, and a short prompt after each"
+
+
 async def test_a_dead_engine_reaches_every_waiting_request(tiny_model: Path) -> None:
     async with started(tiny_model) as engine:
         requests = [

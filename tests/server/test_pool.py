@@ -6,8 +6,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,54 +17,29 @@ import psutil
 import pytest
 
 from mlx_server.models.footprint import read_footprint
-from tests.support.server import CHAT, TEXT, Answer, Server, ask, chat, read_stream, serving, until
+from tests.support.pool import (
+    BATCH,
+    LIVELY,
+    NAMES,
+    SWAP_INTERVAL,
+    long,
+    need_of,
+    pool,
+    short,
+    three_models,
+)
+from tests.support.server import CHAT, TEXT, Answer, Server, ask, read_stream, until
 from tests.support.tiny import build_tiny_model
-
-KV = 2 * 1024 * 1024
-BATCH = 8
-NAMES = ("a", "b", "c")
-SWAP_INTERVAL = 0.3
-LIVELY = 30.0
-"""Seconds within which anything at all must have ended, loads on a busy machine included."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models of one size in a folder."""
-    folder = tmp_path_factory.mktemp("pool") / "models"
-    for seed, name in enumerate(NAMES):
-        build_tiny_model(folder / name, seed=seed)
-    return folder
+    return three_models(tmp_path_factory.mktemp("pool") / "models")
 
 
 @pytest.fixture(scope="module")
 def need(models: Path) -> int:
-    """Bytes that one of them is promised under the settings here."""
-    footprint = read_footprint(models / "a", True)
-    return footprint.weights + KV + footprint.working(BATCH)
-
-
-@contextmanager
-def pool(folder: Path, models: Path, budget: float, *flags: str, **more: Any) -> Iterator[Server]:
-    """A server that finds `models` and may use `budget` bytes for those it loads."""
-    settings = {
-        "model_dirs": [str(models)],
-        "memory_limit": str(int(budget)),
-        "kv_cache": str(KV),
-        "max_batch": BATCH,
-        "swap_interval": SWAP_INTERVAL,
-        "dequantize": "always",
-    }
-    with serving(folder, *flags, **settings | more) as server:
-        yield server
-
-
-def short(model: str, **more: Any) -> dict[str, Any]:
-    return chat(model, max_tokens=4, ignore_eos=True) | more
-
-
-def long(model: str, tokens: int = 1500, **more: Any) -> dict[str, Any]:
-    return chat(model, max_tokens=tokens, ignore_eos=True, stream=True) | more
+    return need_of(models / "a")
 
 
 def loads(states: dict[str, dict[str, Any]]) -> int:
