@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_server.errors import ModelLoadFailed
-from mlx_server.models.adapters.generic import read_config
 from mlx_server.models.catalog import WEIGHTS
+from mlx_server.models.folder import read_config
 from mlx_server.models.lora import WEIGHTS as ADAPTER_WEIGHTS
 
 BITS = {

@@ -10,13 +10,13 @@ from tests.support.server import CHAT, Server, ask, chat, serving
 MODEL = "smollm2-135m"
 SECONDS = 2.0
 LEFT_OVER = 50 * 1024 * 1024
-"""What the front may have grown by in bytes: it keeps the libraries that read text."""
+"""What front and text process may have grown by in bytes."""
 
 
 def resident(server: Server) -> int:
     """Bytes of the whole process tree."""
     front = psutil.Process(server.process.pid)
-    return sum(process.memory_info().rss for process in (front, *server.engines()))
+    return sum(process.memory_info().rss for process in (front, *server.children()))
 
 
 async def test_unloading_returns_the_memory_within_two_seconds(

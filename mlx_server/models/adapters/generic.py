@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from mlx_server.errors import BadRequest, ModelLoadFailed
 from mlx_server.models.adapters.base import Capabilities
 from mlx_server.models.adapters.pieces import TokenBytes
+from mlx_server.models.folder import one_line, read_optional_config
 from mlx_server.schemas.internal import ChatPrompt
 
 # Arguments of the renderer itself: `chat_template` would let a client supply the program, the
@@ -38,7 +39,6 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 MLX_LM_SETTINGS = {"chat_template_type", "tool_parser_type"}
 """Entries of tokenizer_config.json that only mlx-lm's own loader understands."""
 PROBE = "a probe of the system role"
-MAX_REASON = 500
 SLICE = 1 << 16
 SLICE_SLACK = 256
 
@@ -107,7 +107,7 @@ class GenericAdapter:
             # A template is a program that runs on the client's data: whatever it raises, from
             # raise_exception to a TypeError, is that data's fault.
             raise BadRequest(
-                f"The model's chat template refuses these messages: {_reason(error)}",
+                f"The model's chat template refuses these messages: {one_line(error)}",
                 param="messages",
             ) from error
         return rendered
@@ -190,7 +190,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
         # Broken files surface as whatever the parser in question raises; the Rust ones raise
         # bare Exceptions.
         raise ModelLoadFailed(
-            f"The tokenizer in {path.name} could not be loaded: {_reason(error)}"
+            f"The tokenizer in {path.name} could not be loaded: {one_line(error)}"
         ) from error
     if not isinstance(getattr(wrapper, "backend_tokenizer", None), Tokenizer):
         raise ModelLoadFailed(f"The tokenizer in {path.name} has no fast form (tokenizer.json).")
@@ -221,29 +221,6 @@ def _wrapped(tokenizer_utils: Any, path: Path, trust_remote_code: bool) -> Any:
     )
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The model's config.json. Raises ModelLoadFailed."""
-    return _read_json(path / "config.json")
-
-
-def read_optional_config(path: Path) -> dict[str, Any]:
-    """The model's generation_config.json, empty when there is none. Raises ModelLoadFailed."""
-    file = path / "generation_config.json"
-    return _read_json(file) if file.exists() else {}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadFailed(
-            f"{file.name} of {file.parent.name} could not be read: {_reason(error)}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ModelLoadFailed(f"{file.name} of {file.parent.name} is not a JSON object.")
-    return content
-
-
 def _as_ids(value: Any) -> set[int]:
     values = value if isinstance(value, list) else [value]
     return {i for i in values if isinstance(i, int)}
@@ -252,8 +229,3 @@ def _as_ids(value: Any) -> set[int]:
 def _ends_with_assistant_text(messages: list[dict[str, Any]]) -> bool:
     last = messages[-1] if messages else {}
     return last.get("role") == "assistant" and isinstance(last.get("content"), str)
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in one line that an answer can carry."""
-    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__

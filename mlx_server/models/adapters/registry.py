@@ -5,11 +5,12 @@ from typing import Any
 
 from mlx_server.models.adapters.base import Adapter
 from mlx_server.models.adapters.gemma import GemmaAdapter
-from mlx_server.models.adapters.generic import GenericAdapter, read_config
+from mlx_server.models.adapters.generic import GenericAdapter
 from mlx_server.models.adapters.llama import LlamaAdapter
 from mlx_server.models.adapters.mistral import MistralAdapter
 from mlx_server.models.adapters.phi import PhiAdapter
 from mlx_server.models.adapters.qwen import QwenAdapter
+from mlx_server.models.folder import read_config
 
 FAMILIES: tuple[type[GenericAdapter], ...] = (
     LlamaAdapter,
