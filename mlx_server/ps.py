@@ -41,7 +41,7 @@ def ask(settings: Settings, api_key: str | None) -> list[dict[str, Any]]:
 def table(models: list[dict[str, Any]]) -> Table:
     """The models as lines of a table."""
     made = Table("ID", "State", box=None, pad_edge=False, header_style="bold")
-    made.columns[0].overflow = "fold"
+    made.columns[0].no_wrap = True
     for name in ("PID", "Memory", "Reserved", "In flight", "Waiting", "Last used", "Expires"):
         made.add_column(name, justify="right")
     for model in models:
