@@ -158,8 +158,6 @@ class EngineClient:
                 self._pass_on(id_, message, ended=True)
             case Stats():
                 self.stats = message
-            case Ready() | LoadFailed() if self._loaded.done():
-                pass  # whoever waited for this was cancelled
             case Ready():
                 self._loaded.set_result(message)
             case LoadFailed(message=reason):

@@ -29,8 +29,6 @@ from mlx_server.telemetry import InferenceSpan, inference_span
 SEED_BITS = 64
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd, so that the seeds of a request's choices differ: the golden ratio in 64 bits."""
-
-
 SHORTEST_RETRY = 1.0
 LONGEST_RETRY = 60.0
 """Seconds between which a client is told to wait when a model's queue is full."""
