@@ -296,35 +296,6 @@ class Message(Lenient):
         return message
 
 
-# Arguments of the rendering itself: a client that set them would replace the model's template or
-# the conversation, instead of filling in the template's own switches.
-RESERVED_TEMPLATE_KWARGS = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
-
-
-def _template_switches(value: Any) -> Any:
-    if isinstance(value, dict) and (taken := RESERVED_TEMPLATE_KWARGS.intersection(value)):
-        raise ValueError(f"'{min(taken)}' cannot be set here")
-    return value
-
-
 class ChatCompletionRequest(GenerationRequest):
     """The body of `POST /v1/chat/completions`."""
 
@@ -337,7 +308,7 @@ class ChatCompletionRequest(GenerationRequest):
     )
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_switches)] = Field(
+    chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the model's chat template."
     )
 

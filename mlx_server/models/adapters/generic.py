@@ -23,6 +23,7 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
         "chat_template",
         "continue_final_message",
         "conversation",
+        "documents",
         "max_length",
         "messages",
         "padding",
