@@ -32,9 +32,13 @@ BITS = {
 FLOAT32_BYTES = 4
 KV_BYTES = 2
 """Bytes of a number in a KV cache on a device that computes in half precision."""
+KV_GROUP_SIZES = (64, 32)
+"""Numbers of a quantized KV cache that share a scale and a bias: the first that divides a head."""
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 """Sizes of quantized weights that MLX knows."""
 SAMPLING_COPIES = 4
+FULL_ATTENTION = ("full_attention", "attention")
+"""What configurations call a layer whose KV cache grows with the tokens."""
 LARGEST_HEADER = 100_000_000
 HEADER = struct.Struct("<Q")
 
@@ -69,10 +73,13 @@ class Footprint:
         return LARGEST_CHUNK * self.activations_per_token + SAMPLING_COPIES * logits
 
 
-def read_footprint(path: Path, float32: bool, adapter: Path | None = None) -> Footprint:
+def read_footprint(
+    path: Path, float32: bool, adapter: Path | None = None, kv_bits: int | None = None
+) -> Footprint:
     """Estimate the model folder `path` with the LoRA weights in the folder `adapter`.
 
-    The weights are dequantized to float32, or stay as they are stored.
+    The weights are dequantized to float32, or stay as they are stored; KV caches are quantized to
+    `kv_bits`, or hold numbers as they are computed.
     Raises ModelLoadFailed for files that are damaged.
     """
     config = read_config(path)
@@ -88,7 +95,7 @@ def read_footprint(path: Path, float32: bool, adapter: Path | None = None) -> Fo
     return Footprint(
         float32=float32,
         weights=weights,
-        kv_per_token=_kv_numbers_per_token(config) * number,
+        kv_per_token=_kv_bytes_per_token(config, number, kv_bits),
         context_length=_number(config, "max_position_embeddings", 4096),
         vocabulary=_number(config, "vocab_size", 0),
         activations_per_token=number
@@ -164,10 +171,31 @@ def _number(config: dict[str, Any], name: str, default: int) -> int:
     return value if isinstance(value, int) and value >= 0 else default
 
 
-def _kv_numbers_per_token(config: dict[str, Any]) -> int:
-    """Keys and values of all layers; families with a cheaper cache are overestimated."""
+def _kv_bytes_per_token(config: dict[str, Any], number: int, kv_bits: int | None) -> int:
+    """Keys and values of all layers; families with a cheaper cache are overestimated.
+
+    `number` is what an unquantized one takes.
+    """
     layers = _number(config, "num_hidden_layers", 0)
     heads = max(1, _number(config, "num_attention_heads", 1))
     kv_heads = _number(config, "num_key_value_heads", heads)
     head_dim = _number(config, "head_dim", _number(config, "hidden_size", 0) // heads)
-    return layers * 2 * kv_heads * head_dim
+    plain = 2 * kv_heads * head_dim * number
+    group = next((size for size in KV_GROUP_SIZES if head_dim % size == 0), None)
+    if kv_bits is None or group is None:
+        return layers * plain
+    groups = 2 * kv_heads * head_dim // group
+    quantized = groups * (group * kv_bits // 8 + 2 * number)  # with a scale and a bias
+    growing = _growing_layers(config, layers)
+    return growing * quantized + (layers - growing) * plain
+
+
+def _growing_layers(config: dict[str, Any], layers: int) -> int:
+    """Layers that attend to everything; only their caches are quantized."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        kinds = part.get("layer_types")
+        if isinstance(kinds, list):
+            return min(layers, sum(kind in FULL_ATTENTION for kind in kinds))
+    pattern = _number(config, "sliding_window_pattern", 0)
+    return layers // pattern if pattern else layers

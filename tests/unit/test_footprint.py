@@ -14,13 +14,15 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_model
 
 from mlx_server.engine.backend import KvCost
+from mlx_server.engine.kv_quant import quantize_cache
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.footprint import read_footprint
 from tests.support.tiny import build_tiny_model
 
 
 def bytes_of(model: Any) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return sum(array.nbytes for array in arrays.values())
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,30 @@ def test_weights_and_caches_are_never_underestimated(tmp_path: Path, family: str
     if family != "gemma":  # whose sliding windows make for a smaller cache
         assert footprint.kv(3000) <= 1.01 * cost.bytes(1, 3000)
     assert footprint.context_length == 3000
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_quantized_caches_are_never_underestimated(tmp_path: Path, family: str, bits: int) -> None:
+    path = build_tiny_model(tmp_path / family, family, hidden=128)
+    footprint = read_footprint(path, True, kv_bits=bits)
+    model, _ = load_model(path)
+    for tokens in (1, 64, 300):
+        cache = quantize_cache(make_prompt_cache(model), bits)
+        model(mx.zeros((1, tokens), dtype=mx.int32), cache=cache)
+        taken = sum(layer.nbytes for layer in cache)
+        assert taken <= footprint.kv(tokens)
+    if family == "llama":
+        assert taken == 512 * footprint.kv_per_token
+    else:  # one of two layers has a window, and is not quantized
+        whole = read_footprint(path, True).kv_per_token
+        assert footprint.kv_per_token == whole / 2 + whole / 2 * (bits + 2) / 32
+
+
+def test_heads_that_cannot_be_quantized_are_counted_whole(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "model", hidden=4 * 80)
+    whole = read_footprint(path, True).kv_per_token
+    assert read_footprint(path, True, kv_bits=4).kv_per_token == whole
 
 
 def test_room_to_compute_grows_with_the_batch(tiny: Path) -> None:
@@ -107,3 +133,6 @@ def test_odd_values_in_the_config_are_survived(tmp_path: Path, value: object) ->
     for name in ("num_hidden_layers", "head_dim", "num_attention_heads", "quantization"):
         (path / "config.json").write_text(json.dumps(config | {name: value}))
         assert read_footprint(path, True).weights > 0
+    for name in ("layer_types", "sliding_window_pattern"):
+        (path / "config.json").write_text(json.dumps(config | {name: value}))
+        assert read_footprint(path, True, kv_bits=8).kv_per_token > 0
