@@ -105,6 +105,9 @@ def serve(
     context_length: Annotated[
         int | None, typer.Option(help="Caps every model's context, in tokens.")
     ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Quantize KV caches to 8 or 4 bits (default: do not).")
+    ] = None,
     dequantize: Annotated[
         str | None, typer.Option(help="Dequantize weights at load: auto, always, never.")
     ] = None,
@@ -125,6 +128,7 @@ def serve(
         max_batch=max_batch,
         memory_limit=memory_limit,
         context_length=context_length,
+        kv_bits=kv_bits,
         dequantize=dequantize,
         log_level=log_level,
     )

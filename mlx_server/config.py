@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -12,7 +12,12 @@ from pydantic_settings import (
 )
 
 from mlx_server.engine.protocol import LoadOptions
-from mlx_server.utils.units import DURATION, parse_seconds
+from mlx_server.utils.units import DURATION, parse_bytes, parse_seconds
+
+
+def _as_number(value: object) -> object:
+    """Digits as a number: environment variables are text, which a Literal of numbers refuses."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class Settings(BaseSettings):
@@ -90,6 +95,24 @@ class Settings(BaseSettings):
         pattern=r"^\s*\d+(\.\d+)?\s*(%|[KMGT]?i?B?)\s*$",
         description="Memory for each model's KV caches, within the memory limit: a share of it or "
         "bytes; a quarter if unset, or less where that holds `max_batch` full contexts.",
+    )
+    kv_bits: Annotated[Literal[4, 8] | None, BeforeValidator(_as_number)] = Field(
+        None,
+        description="Bits of quantized KV caches: 8 or 4; unquantized if unset. Two to four times "
+        "the tokens fit, at some loss of precision; layers with a sliding window or a recurrent "
+        "state stay as they are. A model whose attention cannot use it fails to load.",
+    )
+    prefix_cache: str = Field(
+        "100%",
+        pattern=r"^\s*\d+(\.\d+)?\s*(%|[KMGT]?i?B?)\s*$",
+        description="How much of a model's KV memory may keep what is computed, for requests that "
+        "begin alike: a share or bytes; `0` keeps nothing. Running requests come first.",
+    )
+    disk_cache: str = Field(
+        "8GB",
+        pattern=r"^\s*(off|\d+(\.\d+)?\s*[KMGT]?i?B?)\s*$",
+        description="Disk space in `home`/cache for the same, which outlives restarts; `off` keeps "
+        "nothing there.",
     )
     max_queue: int = Field(
         256, ge=0, description="Requests that may wait for a place in a model's batch."
@@ -175,11 +198,25 @@ class Settings(BaseSettings):
         """Where LoRA adapters are found: BASE/NAME, the base's id being one or two levels."""
         return self.home.expanduser() / "adapters"
 
+    @property
+    def disk_cache_folder(self) -> Path:
+        """Where blocks of all models' prefix caches are kept."""
+        return self.home.expanduser() / "cache"
+
+    @property
+    def disk_cache_limit(self) -> int:
+        """Bytes that they may take; 0 keeps none."""
+        return 0 if self.disk_cache.strip() == "off" else parse_bytes(self.disk_cache, 0)
+
     def load_options(self, model_id: str) -> LoadOptions:
         """What the engine of `model_id` is told."""
         return LoadOptions(
             memory_limit=self.memory_limit,
             cache_limit=self.cache_limit,
+            kv_bits=self.kv_bits,
+            prefix_cache=self.prefix_cache,
+            disk_cache_folder=str(self.disk_cache_folder) if self.disk_cache_limit else None,
+            disk_cache_limit=self.disk_cache_limit,
             dequantize=self.dequantize,
             openblas=self.openblas,
             max_batch=self.max_batch,

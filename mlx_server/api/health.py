@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from fastapi import APIRouter, Depends
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.responses import PlainTextResponse, Response
 
@@ -12,6 +12,7 @@ from mlx_server.api.dependencies import MetricsDep, PoolDep, authenticated
 from mlx_server.api.errors import documented
 from mlx_server.errors import Unavailable
 from mlx_server.models.pool import ModelPoolManager
+from mlx_server.models.slot import ModelStatus
 
 router = APIRouter()
 
@@ -48,27 +49,58 @@ class PoolCollector(Collector):
     def __init__(self, pool: ModelPoolManager) -> None:
         self._pool = pool
 
-    def describe(self) -> Iterator[GaugeMetricFamily]:
+    def describe(self) -> Iterator[Metric]:
         """Nothing: registering must not ask a pool that has not started."""
         yield from ()
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         statuses = self._pool.statuses()
-        loaded = sum(status.state == "ready" for status in statuses)
-        yield GaugeMetricFamily("mlx_server_models_loaded", "Models loaded.", value=loaded)
-        running = _per_model("mlx_server_num_requests_running", "Sequences being generated.")
-        waiting = _per_model("mlx_server_num_requests_waiting", "Sequences waiting for a place.")
+        loaded = [status for status in statuses if status.state == "ready"]
+        yield GaugeMetricFamily("mlx_server_models_loaded", "Models loaded.", value=len(loaded))
+        yield from self._per_model(statuses)
+        yield from self._prefix_caches(loaded)
         memory = GaugeMetricFamily(
             "mlx_server_memory_bytes", "An engine's device memory.", labels=["model", "kind"]
         )
         for status in statuses:
-            running.add_metric([status.id], status.running)
-            waiting.add_metric([status.id], status.waiting)
             if status.memory is not None:
                 for kind in ("active", "peak", "cache", "limit"):
                     memory.add_metric([status.id, kind], getattr(status.memory, kind))
-        yield from (running, waiting, memory)
+        yield memory
 
+    def _per_model(self, statuses: list[ModelStatus]) -> Iterator[Metric]:
+        figures = {
+            "running": ("num_requests_running", "Sequences being generated."),
+            "waiting": ("num_requests_waiting", "Sequences waiting for a place."),
+            "kv_bytes": ("kv_cache_bytes", "KV caches of running sequences."),
+            "step_seconds": ("decode_step_seconds", "What a decode step takes of late."),
+        }
+        for field, (name, help) in figures.items():
+            gauge = GaugeMetricFamily(f"mlx_server_{name}", help, labels=["model"])
+            for status in statuses:
+                gauge.add_metric([status.id], getattr(status, field))
+            yield gauge
+        preempted = CounterMetricFamily(
+            "mlx_server_preemptions", "Sequences that had to start over.", labels=["model"]
+        )
+        for status in statuses:
+            preempted.add_metric([status.id], status.preempted)
+        yield preempted
 
-def _per_model(name: str, help: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, help, labels=["model"])
+    def _prefix_caches(self, loaded: list[ModelStatus]) -> Iterator[Metric]:
+        labels = ["model"]
+        held = GaugeMetricFamily(
+            "mlx_server_prefix_cache_bytes", "Blocks of the prefix cache.", labels=labels
+        )
+        asked = CounterMetricFamily(
+            "mlx_server_prefix_cache_queries", "Prompt tokens looked up.", labels=labels
+        )
+        found = CounterMetricFamily(
+            "mlx_server_prefix_cache_hits", "Prompt tokens found.", labels=labels
+        )
+        for status in loaded:
+            if status.prefix_cache is not None:
+                held.add_metric([status.id], status.prefix_cache.bytes)
+                asked.add_metric([status.id], status.prefix_cache.prompt_tokens)
+                found.add_metric([status.id], status.prefix_cache.cached_tokens)
+        yield from (held, asked, found)

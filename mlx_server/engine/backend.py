@@ -11,14 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, get_total_parameters, load_adapters, load_model
 
+from mlx_server.engine.kv_layout import Cache, KvLayout, leaves
+from mlx_server.engine.kv_quant import CannotQuantize, check_support, quantize_cache
 from mlx_server.engine.protocol import LoadOptions
 from mlx_server.utils.memory import DeviceMemory, device_name
-
-Cache = list[Any]
-"""One mlx-lm cache object per layer."""
 
 DEFAULT_CONTEXT = 4096
 FLOAT32_BYTES = 4
@@ -50,6 +49,7 @@ class Backend:
         if self.dequantized:
             self.model = dequantize_model(self.model)
             self.model.set_dtype(mx.float32)
+        self.kv_bits = _usable_kv_bits(self.model, options)
         mx.eval(self.model.parameters())
         arrays: dict[str, mx.array] = dict(tree_flatten(self.model.parameters()))
         self.weights_bytes = sum(array.nbytes for array in arrays.values())
@@ -58,10 +58,12 @@ class Backend:
         cache = self.new_cache()
         self.vocab_size = int(self.forward(mx.array([[0]]), cache).shape[-1])
         self.kv_cost = KvCost(cache)
+        self.layout = KvLayout(cache)
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence."""
-        return list(make_prompt_cache(self.model))
+        cache = list(make_prompt_cache(self.model))
+        return quantize_cache(cache, self.kv_bits) if self.kv_bits else cache
 
     def forward(self, tokens: mx.array, cache: Cache) -> mx.array:
         """Logits (batch, tokens, vocab) after `tokens` (batch, tokens); grows `cache`."""
@@ -81,7 +83,7 @@ class KvCost:
     """Tokens by which mlx-lm's caches grow."""
 
     def __init__(self, cache: Cache) -> None:
-        parts = [part for layer in cache for part in _parts(layer)]
+        parts = [_part(leaf) for leaf in leaves(cache)]
         self.fixed = sum(fixed for fixed, _, _ in parts)
         self._growing = [(size, window) for _, size, window in parts if size]
 
@@ -101,14 +103,12 @@ class KvCost:
         return max(0, fitting - 1)
 
 
-def _parts(layer: Any) -> list[tuple[int, int, int | None]]:
-    """Fixed bytes, bytes a token, and window in tokens, of each part of a layer's cache."""
-    if isinstance(layer, CacheList):
-        return [part for inner in layer.caches for part in _parts(inner)]
-    if isinstance(layer, KVCache | RotatingKVCache) and layer.keys is not None:
-        per_token = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[2]
-        return [(0, per_token, getattr(layer, "max_size", None))]
-    return [(int(layer.nbytes), 0, None)]
+def _part(leaf: Any) -> tuple[int, int, int | None]:
+    """Fixed bytes, bytes a token, and window in tokens, of a layer's cache."""
+    if isinstance(leaf, KVCache | RotatingKVCache) and leaf.keys is not None:
+        array = leaf.keys if isinstance(leaf.keys, mx.array) else leaf.keys[0]
+        return (0, leaf.nbytes // array.shape[2], getattr(leaf, "max_size", None))
+    return (int(leaf.nbytes), 0, None)
 
 
 def merge(caches: list[Cache]) -> Cache:
@@ -191,6 +191,19 @@ def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory) -> bo
         return options.dequantize == "always"
     needed = int(get_total_parameters(model)) * FLOAT32_BYTES
     return device_name() == "cpu" and needed < memory.limit
+
+
+def _usable_kv_bits(model: Any, options: LoadOptions) -> int | None:
+    """The bits of quantized KV caches, None where all caches stay as they are.
+
+    Raises ModelError when the model's attention cannot use them.
+    """
+    if options.kv_bits is None:
+        return None
+    try:
+        return options.kv_bits if check_support(model, options.kv_bits) else None
+    except CannotQuantize as error:
+        raise ModelError(str(error)) from error
 
 
 def _from_config(config: dict[str, Any], name: str) -> Any:

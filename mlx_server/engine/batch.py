@@ -9,7 +9,17 @@ import mlx.core as mx
 import msgspec
 
 from mlx_server.engine import backend
-from mlx_server.engine.backend import Backend, Cache
+from mlx_server.engine.backend import Backend
+from mlx_server.engine.disk_cache import BlockRead
+from mlx_server.engine.kv_layout import Cache
+from mlx_server.engine.prefix_cache import (
+    BLOCK,
+    Block,
+    Match,
+    PrefixCache,
+    extend_keys,
+    usable_blocks,
+)
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row, Sampling
 from mlx_server.engine.sampling import BatchSampler, LogprobReader, token_logprobs
 
@@ -17,12 +27,17 @@ EXPECTED_TOKENS = 256
 """Completion tokens that admission makes room for; what gets longer may be preempted."""
 SCORING_CHUNK = 128
 """Prompt positions scored at once: their logits (positions, vocab) are held in memory."""
+SNAPSHOT_EVERY = 512
+"""Prompt tokens between the snapshots of a model whose caches cannot all be cut into blocks."""
 
 
 class Sequence:
     """One request and how far it is.
 
-    `launched` counts the completion tokens sampled so far, read back or not.
+    `launched` counts the completion tokens sampled so far, read back or not. `keys` names the
+    blocks of its tokens in the prefix cache, and `cached` is how many tokens came from there.
+    `usable_keys` names those that a cache may answer for. While it waits, `held` are the cached
+    blocks it is to use, and `read` those on their way from the disk.
     """
 
     def __init__(self, request: Generate, context_length: int) -> None:
@@ -40,9 +55,25 @@ class Sequence:
         self.prompt_logprobs: list[Logprobs | None] | None = (
             None if request.prompt_logprobs is None else [None]
         )
+        self.keys: list[bytes] = []
+        extend_keys(self.keys, request.prompt)
+        self.usable_keys = self._usable_keys()
+        self.cached: int | None = None
+        self.held: list[Block] = []
+        self.read: BlockRead | None = None
+        self.fetched = False
         self.in_flight = False
         self.reported = False
         self.done = False
+
+    def _usable_keys(self) -> list[bytes]:
+        """The names of those blocks of the prompt that a cache may answer for."""
+        return [] if self.scored else self.keys[: usable_blocks(self.request.prompt)]
+
+    @property
+    def scored(self) -> bool:
+        """Whether its prompt's own log-probabilities are wanted, so that all of it is computed."""
+        return self.request.prompt_logprobs is not None
 
     @property
     def position(self) -> int:
@@ -50,8 +81,13 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache once what is launched has been computed."""
+        """Tokens known once what is launched has been read back."""
         return len(self.prompt) + self.launched
+
+    @property
+    def computed(self) -> int:
+        """Tokens in the batch's cache once what is launched has been computed."""
+        return self.length - 1
 
     @property
     def expected_length(self) -> int:
@@ -71,6 +107,8 @@ class Sequence:
         )
         again.prompt_logprobs = None if scored is None else [None]
         again.launched = len(self.completion)
+        again.usable_keys = again._usable_keys()
+        again.held, again.read, again.fetched = [], None, False
         again.in_flight = again.done = False
         return again
 
@@ -99,59 +137,147 @@ class Sequence:
             finish=finish,
             logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs if first else None,
-            cached=0 if first else None,
+            cached=self.cached if first else None,
         )
+
+
+def store(
+    prefix: PrefixCache, sequence: Sequence, cache: Cache, row: int, computed: int
+) -> list[mx.array]:
+    """Keep the whole blocks of a row of `cache` that holds `computed` tokens of `sequence`.
+
+    Returns what is to be evaluated before the cache is next written to.
+    """
+    tokens = sequence.prompt + sequence.completion
+    extend_keys(sequence.keys, tokens)
+    keys = sequence.keys[: min(computed, len(tokens)) // BLOCK]
+    return prefix.store(tokens, keys, cache, row, prefix.layout.padding(cache, computed))
 
 
 class Prefill:
     """Prompts on their way into a cache: several short ones together, or a long one in chunks.
 
-    A prompt's last token is left for the decoding batch, whose next step then gives the first
-    token of the completion. Several prompts are padded to the longest and take a single chunk, so
-    that a row never has to leave half-way.
+    What the prefix cache has of a prompt is not computed again. A prompt's last token is left for
+    the decoding batch, whose next step then gives the first token of the completion. Several
+    prompts are padded to the longest and take a single chunk, so that a row never has to leave
+    half-way. A prompt may be computed `until` where others that wait branch off, to be taken up
+    again together with them.
     """
 
-    def __init__(self, model: Backend, sequences: list[Sequence]) -> None:
+    def __init__(
+        self,
+        model: Backend,
+        prefix: PrefixCache,
+        sequences: list[Sequence],
+        until: int | None = None,
+    ) -> None:
         self.model = model
+        self.prefix = prefix
         self.sequences = sequences
-        self.position = 0
-        self.length = max(len(s.request.prompt) - 1 for s in sequences)
-        self.cache: Cache = (
-            model.new_cache()
-            if len(sequences) == 1
-            else backend.merge([model.new_cache() for _ in sequences])
-        )
+        self.until = until
+        self.starts: list[int] = []
+        caches = [self._begun(sequence) for sequence in sequences]
+        if len(sequences) == 1:
+            self.cache: Cache = caches[0]
+            self.position = self.starts[0]
+            self.length = until or len(sequences[0].request.prompt) - 1
+        else:
+            self.cache = backend.merge(caches)
+            self.position = 0
+            self.length = max(self._missing())
+        self._snapshot_at = self.position
 
     @property
     def finished(self) -> bool:
         return self.position >= self.length
 
-    def advance(self, budget: int) -> int:
-        """Compute one chunk of about `budget` tokens over all rows; returns how many it was."""
-        if self.finished:  # prompts of one token
-            return 0
+    @property
+    def covers(self) -> list[tuple[Sequence, int]]:
+        """The sequences, and how many blocks of each will be in the prefix cache at the end."""
+        if self.until is not None:
+            return [(self.sequences[0], self.until // BLOCK)]
+        return [(sequence, len(sequence.usable_keys)) for sequence in self.sequences]
+
+    def chunk(self, budget: int) -> tuple[int, float]:
+        """Tokens of the next chunk over all rows, and how many keys each attends to on average."""
+        if len(self.sequences) > 1:
+            longest = self.length
+            rows = len(self.sequences)
+            return longest * rows, sum(self.starts) / rows + longest / 2
+        tokens = self._end(budget) - self.position
+        return tokens, self.position + tokens / 2
+
+    def advance(self, budget: int) -> None:
+        """Compute one chunk of about `budget` tokens."""
+        if self.finished:  # all of it is cached, or it is a prompt of one token
+            return
         if len(self.sequences) > 1:
             self._together()
-            return self.length * len(self.sequences)
+            return
         sequence = self.sequences[0]
-        scored = sequence.request.prompt_logprobs is not None
-        size = min(budget, SCORING_CHUNK) if scored else budget
-        end = min(self.position + size, self.length)
+        end = self._end(budget)
         chunk = mx.array([sequence.request.prompt[self.position : end]])
-        if scored:
+        if sequence.scored:
             self._score(sequence, chunk, end)
         else:
             self.model.prefill(chunk, self.cache)
-        done, self.position = end - self.position, end
-        return done
+        self.position = end
+        mx.eval(store(self.prefix, sequence, self.cache, 0, end), self._snapshot())
+
+    def resume(self) -> None:
+        """Go on to the end of a prompt that was to stop before."""
+        self.until = None
+        self.length = len(self.sequences[0].request.prompt) - 1
+
+    def _begun(self, sequence: Sequence) -> Cache:
+        """A cache with what is known of the prompt."""
+        cache = self.model.new_cache()
+        prompt = sequence.request.prompt
+        match = Match() if sequence.scored else self.prefix.match(prompt, sequence.usable_keys)
+        self.prefix.fill(cache, match)
+        self.prefix.let_go(sequence.held)
+        sequence.held = []
+        self.starts.append(match.length)
+        if sequence.cached is None:
+            sequence.cached = match.length
+        return cache
+
+    def _missing(self) -> list[int]:
+        """For each sequence, how many tokens remain to be computed."""
+        pairs = zip(self.sequences, self.starts, strict=True)
+        return [len(sequence.request.prompt) - 1 - start for sequence, start in pairs]
+
+    def _end(self, budget: int) -> int:
+        """Where the next chunk of a single prompt ends."""
+        scored = self.sequences[0].scored
+        end = min(self.position + (min(budget, SCORING_CHUNK) if scored else budget), self.length)
+        last_boundary = self.length // BLOCK * BLOCK
+        if self.prefix.layout.sliceable or self.position >= last_boundary:
+            return end
+        return min(max(end // BLOCK * BLOCK, self.position // BLOCK * BLOCK + BLOCK), last_boundary)
+
+    def _snapshot(self) -> list[mx.array]:
+        """Keep the state of layers that cannot be cut, where later prompts may take it up."""
+        if self.prefix.layout.sliceable or self.position % BLOCK or not self.position:
+            return []
+        last = self.position + BLOCK > self.length
+        if not last and self.position - self._snapshot_at < SNAPSHOT_EVERY:
+            return []
+        self._snapshot_at = self.position
+        key = self.sequences[0].keys[self.position // BLOCK - 1]
+        return self.prefix.store_snapshot(key, self.cache)
 
     def _together(self) -> None:
-        prompts = [s.request.prompt[:-1] for s in self.sequences]
+        pairs = zip(self.sequences, self.starts, strict=True)
+        prompts = [sequence.request.prompt[start:-1] for sequence, start in pairs]
         padded = mx.array([p + [0] * (self.length - len(p)) for p in prompts])
         backend.pad_right(self.cache, [len(p) for p in prompts])
         self.model.prefill(padded, self.cache)
         backend.unpad(self.cache)
         self.position = self.length
+        for row, sequence in enumerate(self.sequences):
+            computed = len(sequence.request.prompt) - 1
+            mx.eval(store(self.prefix, sequence, self.cache, row, computed))
 
     def _score(self, sequence: Sequence, chunk: mx.array, end: int) -> None:
         """Prefill `chunk` (1, tokens) and read the log-probability of the token after each."""
@@ -211,8 +337,9 @@ class Batch:
     hides behind the device's.
     """
 
-    def __init__(self, model: Backend) -> None:
+    def __init__(self, model: Backend, prefix: PrefixCache) -> None:
         self.model = model
+        self.prefix = prefix
         self.rows: list[Sequence] = []
         self.cache: Cache = []
         self.inputs = mx.array([], dtype=mx.uint32)
@@ -236,11 +363,15 @@ class Batch:
         self._sampler = None
 
     def leave(self, gone: Many[Sequence]) -> None:
-        """Drop these rows and their caches."""
+        """Drop these rows and their caches, of which the prefix cache keeps whole blocks."""
         ids = {sequence.id for sequence in gone}
         keep = [i for i, row in enumerate(self.rows) if row.id not in ids]
         if len(keep) == len(self.rows):
             return
+        for i, row in enumerate(self.rows):
+            if row.id in ids:
+                kept = store(self.prefix, row, self.cache, i, row.computed)
+                mx.async_eval(kept)  # type: ignore[no-untyped-call]
         self.rows = [self.rows[i] for i in keep]
         self.cache = backend.keep_rows(self.cache, keep)
         self.inputs = self.inputs[mx.array(keep)] if keep else mx.array([], dtype=mx.uint32)

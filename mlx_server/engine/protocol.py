@@ -43,6 +43,14 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """Freed buffers that MLX may keep for reuse; None takes an eighth of the memory limit."""
     kv_limit: int | None = None
     """Bytes for all KV caches together; None takes what the memory limit leaves."""
+    kv_bits: Literal[4, 8] | None = None
+    """Bits of quantized KV caches; None leaves them as computed."""
+    prefix_cache: str = "100%"
+    """Bytes, or share of the KV limit, that the prefix cache may take of what requests leave."""
+    disk_cache_folder: str | None = None
+    """Where blocks of the prefix cache are kept in files, for all models; None keeps none."""
+    disk_cache_limit: int = 0
+    """Bytes that all files in that folder may take."""
     dequantize: Literal["auto", "always", "never"] = "auto"
     """`auto`: on a CPU device, to float32, when that fits the memory limit."""
     openblas: str = "auto"
@@ -178,6 +186,17 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
+class PrefixStats(msgspec.Struct, frozen=True):
+    """The prefix cache: what it holds, and since the engine began, what it saved."""
+
+    blocks: int
+    bytes: int
+    prompt_tokens: int
+    """Of all requests admitted."""
+    cached_tokens: int
+    """Of those, how many did not have to be computed."""
+
+
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """The engine's own figures, sent while it works and when it falls idle."""
 
@@ -186,8 +205,10 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     waiting: int
     step_seconds: float
     kv_bytes: int
+    """Of the running requests; the prefix cache's come on top."""
     preempted: int
     """How often a request had to give up its place and start over, since the engine began."""
+    prefix: PrefixStats
     memory: Memory
 
 

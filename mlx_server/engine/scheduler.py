@@ -5,80 +5,53 @@ from measured speed so that running streams are never delayed by more than a few
 and prompts take their chunks in rotation, so that a short one does not wait behind a long one.
 """
 
+import itertools
 import time
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 
 from mlx_server.engine.backend import Backend, cache_bytes
 from mlx_server.engine.batch import Batch, Prefill, Sequence
-from mlx_server.engine.protocol import Failed, Generate, Row, Sampling, Stats, Tokens
+from mlx_server.engine.disk_cache import BlockRead
+from mlx_server.engine.pace import SMALLEST_CHUNK, Pace
+from mlx_server.engine.prefix_cache import BLOCK, PrefixCache, common_blocks
+from mlx_server.engine.protocol import (
+    Failed,
+    Generate,
+    PrefixStats,
+    Row,
+    Sampling,
+    Stats,
+    Tokens,
+)
 from mlx_server.engine.waiting import WaitingQueue
 from mlx_server.utils.memory import DeviceMemory
 
-SMALLEST_CHUNK = 32
-LARGEST_CHUNK = 2048
-IDLE_CHUNK_SECONDS = 2.0
-"""How long a chunk may take while nothing decodes: what an abort may have to wait for."""
-STEPS_PER_CHUNK = 2.0
-"""How many decode steps a chunk may last while streams run."""
-GATHER_STEPS = 10
-"""For how many steps' time a new batch may wait for prompts that are ready to join it."""
-LONGEST_BURST_SECONDS = 0.01
-STEP_WEIGHT = 0.2
-RATE_WEIGHT = 0.1
 MOST_PADDING = 1.5
 """Prompts prefill together while padding makes the work no more than this times as large."""
-
-
-class Pace:
-    """How many prompt tokens a turn may compute, from how fast things have gone so far.
-
-    `step_seconds` is a moving average over decode steps. `prefill_rate`, in tokens a second,
-    follows the best chunks at once and worse ones slowly: small chunks are slow for their size and
-    tell little about what a large one would take.
-    """
-
-    def __init__(self, fixed_chunk: int | None) -> None:
-        self.fixed_chunk = fixed_chunk
-        self.step_seconds = 0.0
-        self.prefill_rate = 0.0
-
-    def stepped(self, seconds: float) -> None:
-        """A decode step took this long."""
-        previous = self.step_seconds or seconds
-        self.step_seconds = previous + STEP_WEIGHT * (seconds - previous)
-
-    def prefilled(self, tokens: int, seconds: float) -> None:
-        """A chunk of so many tokens took this long."""
-        rate = tokens / seconds
-        self.prefill_rate = max(rate, self.prefill_rate + RATE_WEIGHT * (rate - self.prefill_rate))
-
-    def chunk(self, decoding: bool) -> int:
-        """Tokens for the next chunk."""
-        if self.fixed_chunk is not None:
-            return self.fixed_chunk
-        seconds = IDLE_CHUNK_SECONDS
-        if decoding:
-            seconds = min(seconds, STEPS_PER_CHUNK * self.step_seconds)
-        tokens = int(self.prefill_rate * seconds)
-        return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
-
-    def gather_seconds(self) -> float:
-        """How long a new batch may wait for company."""
-        return GATHER_STEPS * self.step_seconds
-
-    def burst_seconds(self) -> float:
-        """How long an idle engine waits for a request to follow another."""
-        return min(LONGEST_BURST_SECONDS, self.step_seconds / 4)
+MOST_CONSIDERED = 64
+"""Waiting requests that a turn looks at."""
+LEAST_SHARED = 48
+"""Tokens that must be saved for prompts to be computed one after another rather than at once."""
+GROUPED_SNAPSHOTS = 4 * BLOCK
+"""Prompts from this length on prefill alone where the prefix cache needs snapshots of them."""
+READ_WAIT = 0.02
+"""Seconds between looks at the inbox while there is nothing to do but to wait for the disk."""
 
 
 class Scheduler:
-    """Owns every request of an engine from its arrival to its last token."""
+    """Owns every request of an engine from its arrival to its last token.
+
+    `kv_limit` is in bytes, for running requests and the prefix cache together; what runs comes
+    first.
+    """
 
     def __init__(
         self,
         model: Backend,
         memory: DeviceMemory,
+        prefix: PrefixCache,
         *,
         max_batch: int,
         kv_limit: int,
@@ -86,16 +59,21 @@ class Scheduler:
     ) -> None:
         self.model = model
         self.memory = memory
+        self.prefix = prefix
         self.max_batch = max_batch
         self.kv_limit = kv_limit
+        self.prefix_limit = prefix.limit
         self.longest_sequence = model.kv_cost.longest(kv_limit, model.context_length)
         self.pace = Pace(prefill_chunk)
         self.waiting = WaitingQueue()
         self.preempted = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.prefills: deque[Prefill] = deque()
-        self.batch = Batch(model)
+        self.batch = Batch(model, prefix)
         self._gathering_until = 0.0
         self._newcomers_next = False
+        self._chunk_last_turn = False
 
     @property
     def busy(self) -> bool:
@@ -112,7 +90,8 @@ class Scheduler:
     def abort(self, ids: Many[int]) -> None:
         """Forget these requests and free what they hold."""
         gone = frozenset(ids)
-        self.waiting.remove(gone)
+        for sequence in self.waiting.remove(gone):
+            self.prefix.let_go(sequence.held)
         for prefill in self.prefills:
             prefill.drop(gone)
         self.prefills = deque(p for p in self.prefills if p.sequences)
@@ -121,18 +100,23 @@ class Scheduler:
             row.done = True
         self.batch.leave(rows)
 
-    def turn(self) -> Tokens:
-        """One decode step and at most one chunk of prefill; returns what came out."""
-        rows = [] if self._gathering() else self._decode()
-        rows += self._prefill()
-        return Tokens(rows)
+    def turn(self) -> Iterator[Tokens]:
+        """One decode step and at most one chunk of prefill; yields what comes out of each."""
+        if not self._gathering():
+            yield Tokens(self._decode())
+        yield Tokens(self._prefill())
+        self.prefix.pump()
+        if not (self.batch.busy or self.prefills):
+            self._await_disk()
 
     def warm_up(self) -> None:
         """Run a small request, so that kernels are compiled and the pace is known."""
-        prompt = [0] * (SMALLEST_CHUNK + 1)
+        prompt = [0] * (2 * SMALLEST_CHUNK + 1)
         self.add(Generate(id=0, prompt=prompt, sampling=Sampling(temperature=0), max_tokens=3))
         while self.busy:
-            self.turn()
+            for _ in self.turn():
+                continue
+        self.prefix.clear()
         self.release()
 
     def fail_all(self, message: str) -> list[Failed]:
@@ -142,16 +126,23 @@ class Scheduler:
         if self.batch.pending:
             begun += [row.id for row in self.batch.pending.rows if not row.done]
         self.prefills.clear()
-        self.batch = Batch(self.model)
+        self.prefix.clear()
+        self.batch = Batch(self.model, self.prefix)
         return [Failed(id_, message) for id_ in dict.fromkeys(begun)]
 
     def release(self) -> None:
         """Give freed buffers back when nothing runs, or when too many have gathered."""
         if not self.busy:
+            self._apportion()
+            self.prefix.settle()
             self.memory.release()
             self.memory.trim()
         elif self.memory.read().cache > self.memory.cache_limit:
             self.memory.release()
+
+    def close(self) -> None:
+        """Let the prefix cache finish what it writes."""
+        self.prefix.close()
 
     def stats(self) -> Stats:
         """The present figures."""
@@ -163,6 +154,12 @@ class Scheduler:
             step_seconds=self.pace.step_seconds,
             kv_bytes=sum(cache_bytes(cache) for cache in caches),
             preempted=self.preempted,
+            prefix=PrefixStats(
+                blocks=len(self.prefix),
+                bytes=self.prefix.nbytes,
+                prompt_tokens=self.prompt_tokens,
+                cached_tokens=self.cached_tokens,
+            ),
             memory=self.memory.read(),
         )
 
@@ -191,9 +188,11 @@ class Scheduler:
         return time.perf_counter() < self._gathering_until and self._some_nearly_prefilled()
 
     def _some_nearly_prefilled(self) -> bool:
-        chunk = self.pace.chunk(decoding=False)
-        if self.waiting and self._free_slots() > 0:
-            return len(self.waiting.peek().request.prompt) <= chunk
+        chunk = self.pace.chunk(0, decoding=False)
+        if self._free_slots() > 0:
+            missing = (len(s.request.prompt) - self._known(s) for s in self._considered())
+            if any(tokens <= chunk for tokens in missing):
+                return True
         return any(p.length - p.position <= chunk for p in self.prefills)
 
     def _decode(self) -> list[Row]:
@@ -202,24 +201,48 @@ class Scheduler:
         self._make_room()
         started = time.perf_counter()
         rows = self.batch.step()
-        if rows:
+        # After a chunk, what is read has been computed long since.
+        if rows and not self._chunk_last_turn:
             self.pace.stepped(time.perf_counter() - started)
         return rows
 
     def _prefill(self) -> list[Row]:
         """Compute one chunk of prompt; sequences that are ready join the batch."""
-        budget = self.pace.chunk(decoding=any(row.reported for row in self.batch.rows))
-        prefill = self._next_prefill(budget)
+        self._chunk_last_turn = False
+        decoding = any(row.reported for row in self.batch.rows)
+        prefill = self._next_prefill(self.pace.chunk(0, decoding))
         if prefill is None:
             return []
-        started = time.perf_counter()
-        tokens = prefill.advance(budget)
-        if tokens:
-            self.pace.prefilled(tokens, time.perf_counter() - started)
+        self._chunk_last_turn = True
+        self._compute(prefill, self.pace.chunk(prefill.position, decoding))
         if not prefill.finished:
             self.prefills.append(prefill)
             return []
+        if prefill.until is not None:
+            return self._branch(prefill)
         return self._start_decoding(prefill)
+
+    def _compute(self, prefill: Prefill, budget: int) -> None:
+        tokens, keys = prefill.chunk(budget)
+        started = time.perf_counter()
+        prefill.advance(budget)
+        seconds = time.perf_counter() - started
+        if self.batch.pending is not None:  # which the device had to compute first
+            seconds = max(seconds - self.pace.step_seconds, seconds / 2)
+        if tokens:
+            self.pace.chunks.measured(tokens, keys, seconds)
+
+    def _branch(self, prefill: Prefill) -> list[Row]:
+        """The part that a prompt shares with others is computed: it goes on beside them."""
+        sequence = prefill.sequences[0]
+        shared = prefill.covers[0][1]
+        if self.prefix.known(sequence.keys) >= shared:
+            self._hold(sequence)
+            self.waiting.put_back(sequence)
+        else:  # the cache had no room for it
+            prefill.resume()
+            self.prefills.append(prefill)
+        return []
 
     def _next_prefill(self, budget: int) -> Prefill | None:
         """What gets this turn's chunk: prompts that wait and prompts begun take turns.
@@ -245,16 +268,114 @@ class Scheduler:
         return self.max_batch - len(self.batch) - sum(len(p.sequences) for p in self.prefills)
 
     def _admit(self, budget: int) -> Prefill | None:
-        """The first of what waits, as far as slots and memory allow; None if nothing can start."""
+        """The first of what waits, as far as slots and memory allow; None if nothing can start.
+
+        Prompts whose beginning is being computed or read for them are passed over until it is.
+        """
         group: list[Sequence] = []
-        while self.waiting and len(group) < self._free_slots():
-            sequence = self.waiting.peek()
-            if group and not _fits(group, sequence, budget):
+        until: int | None = None
+        for sequence in self._considered():
+            if len(group) >= self._free_slots() or until is not None:
+                break
+            if not self._ready(sequence) or self._shares(sequence, group):
+                continue
+            if group and not self._fits(group, sequence, budget):
                 break
             if not self._room_for([*group, sequence]):
                 break
-            group.append(self.waiting.pop())
-        return Prefill(self.model, group) if group else None
+            group.append(sequence)
+            until = self._branching(sequence) if len(group) == 1 else None
+        if not group:
+            return None
+        for sequence in group:
+            self.waiting.take(sequence)
+        return self._begin(group, until)
+
+    def _begin(self, group: list[Sequence], until: int | None) -> Prefill:
+        first = [sequence for sequence in group if sequence.cached is None]
+        prefill = Prefill(self.model, self.prefix, group, until)
+        self.prompt_tokens += sum(len(sequence.request.prompt) for sequence in first)
+        self.cached_tokens += sum(sequence.cached or 0 for sequence in first)
+        self._apportion([*self._admitted(), *group])
+        return prefill
+
+    def _considered(self) -> Iterator[Sequence]:
+        return itertools.islice(self.waiting, MOST_CONSIDERED)
+
+    def _ready(self, sequence: Sequence) -> bool:
+        """Whether all that can be had of a waiting request's prefix is in memory."""
+        if sequence.read is not None:
+            if not sequence.read.done:
+                return False
+            self._take_in(sequence, sequence.read)
+        if self._on_its_way(sequence):
+            return False
+        if not sequence.fetched:
+            sequence.fetched = True
+            sequence.read = self.prefix.fetch(sequence.usable_keys)
+        return sequence.read is None
+
+    def _take_in(self, sequence: Sequence, read: BlockRead) -> None:
+        keys = sequence.usable_keys
+        before = self.prefix.known(keys)
+        self.prefix.take_in(sequence.request.prompt, keys, read)
+        sequence.read = None
+        # A long prompt is read in portions.
+        sequence.fetched = self.prefix.known(keys) == before
+        self._hold(sequence)
+
+    def _hold(self, sequence: Sequence) -> None:
+        """Keep what is cached of a waiting request's prefix until it is used."""
+        self.prefix.let_go(sequence.held)
+        sequence.held = self.prefix.chain(sequence.usable_keys)
+        self.prefix.hold(sequence.held)
+
+    def _on_its_way(self, sequence: Sequence) -> bool:
+        """Whether others compute or read a part of a request's prefix that is not cached yet."""
+        keys = sequence.usable_keys
+        known = self.prefix.known(keys)
+        if known == len(keys):
+            return False
+        coming = [
+            min(common_blocks(keys, other.keys), blocks)
+            for prefill in self.prefills
+            for other, blocks in prefill.covers
+        ]
+        coming += [
+            common_blocks(keys, other.usable_keys)
+            for other in self._considered()
+            if other.read is not None and keys[known] in other.read.keys
+        ]
+        return any((blocks - known) * BLOCK >= LEAST_SHARED for blocks in coming)
+
+    def _shares(self, sequence: Sequence, group: list[Sequence]) -> bool:
+        """Whether a request had better wait for the part of its prompt that `group` computes."""
+        keys = sequence.usable_keys
+        known = self.prefix.known(keys)
+        shared = (common_blocks(keys, other.usable_keys) - known for other in group)
+        return any(blocks * BLOCK >= LEAST_SHARED for blocks in shared)
+
+    def _branching(self, sequence: Sequence) -> int | None:
+        """Where, in tokens, the prompts of others that wait part from this one's, if worth it."""
+        keys = sequence.usable_keys
+        known = self.prefix.known(keys)
+        others = [other for other in self._considered() if other is not sequence]
+        shared = [common_blocks(keys, s.usable_keys) for s in others[: self._free_slots() - 1]]
+        beyond = [blocks for blocks in shared if blocks > known]
+        if not beyond or min(beyond) > self.prefix.capacity:
+            return None
+        saved = (min(beyond) - known) * BLOCK * len(beyond)
+        return min(beyond) * BLOCK if saved >= LEAST_SHARED else None
+
+    def _known(self, sequence: Sequence) -> int:
+        """Tokens of a waiting request's prompt that are cached."""
+        return self.prefix.known(sequence.usable_keys) * BLOCK
+
+    def _await_disk(self) -> None:
+        """Let a little time pass if nothing is to be done but to wait for the disk."""
+        reads = [sequence.read for sequence in self._considered() if sequence.read is not None]
+        if reads:
+            reads[0].wait(READ_WAIT)
 
     def _room_for(self, new: list[Sequence]) -> bool:
         """Whether `new` can be expected to fit the KV limit beside what is admitted."""
@@ -272,10 +393,21 @@ class Scheduler:
         They keep their tokens, start over when there is room, and come out the same.
         """
         while len(admitted := self._admitted()) > 1:
-            longest = max(sequence.length for sequence in admitted) + 1
-            if self.model.kv_cost.bytes(len(admitted), longest) <= self.kv_limit:
-                return
+            if self._needed(admitted) <= self.kv_limit:
+                break
             self._preempt_newest()
+        self._apportion(admitted)
+
+    def _needed(self, admitted: list[Sequence]) -> int:
+        """Bytes of the caches of these requests after the next step."""
+        longest = max((sequence.length for sequence in admitted), default=0) + 1
+        return self.model.kv_cost.bytes(len(admitted), longest)
+
+    def _apportion(self, admitted: Many[Sequence] = ()) -> None:
+        """Leave the prefix cache what these requests do not need."""
+        left = self.kv_limit - self._needed(list(admitted))
+        self.prefix.limit = max(0, min(self.prefix_limit, left))
+        self.prefix.shrink(self.prefix.limit)
 
     def _preempt_newest(self) -> None:
         newest = self.prefills.pop().sequences if self.prefills else self.batch.rows[-1:]
@@ -284,12 +416,16 @@ class Scheduler:
             self.waiting.put_back(sequence.anew())
         self.batch.leave(newest)
 
-
-def _fits(group: list[Sequence], more: Sequence, budget: int) -> bool:
-    """Whether `more` may be prefilled together with `group` in one chunk of `budget` tokens."""
-    members = [*group, more]
-    if any(s.request.prompt_logprobs is not None or s.limit <= s.launched for s in members):
-        return False
-    lengths = [len(s.request.prompt) - 1 for s in members]
-    work = max(lengths) * len(lengths)
-    return work <= budget and work <= MOST_PADDING * sum(lengths)
+    def _fits(self, group: list[Sequence], more: Sequence, budget: int) -> bool:
+        """Whether `more` may be prefilled together with `group` in a chunk of `budget` tokens."""
+        members = [*group, more]
+        if any(s.scored or s.limit <= s.launched for s in members):
+            return False
+        lengths = [len(s.request.prompt) - 1 for s in members]
+        if not self.prefix.layout.sliceable and max(lengths) >= GROUPED_SNAPSHOTS:
+            return False
+        missing = [
+            max(1, length - self._known(s)) for length, s in zip(lengths, members, strict=True)
+        ]
+        work = max(missing) * len(missing)
+        return work <= budget and work <= MOST_PADDING * sum(missing)

@@ -1,5 +1,6 @@
 """The order in which waiting requests are admitted."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 
@@ -24,10 +25,11 @@ class WaitingQueue:
         return bool(self._put_back or self._lanes)
 
     def __iter__(self) -> Iterator[Sequence]:
+        """All requests, in the order in which they are to be admitted."""
         yield from self._put_back
-        for callers in self._lanes.values():
-            for line in callers.values():
-                yield from line
+        for priority in sorted(self._lanes):
+            rounds = itertools.zip_longest(*self._lanes[priority].values())
+            yield from (sequence for one in rounds for sequence in one if sequence is not None)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new request behind those of its caller."""
@@ -38,38 +40,29 @@ class WaitingQueue:
         """Return a request that had been admitted; it is the next to come out."""
         self._put_back.appendleft(sequence)
 
-    def peek(self) -> Sequence:
-        """The next request. Raises IndexError when none waits."""
-        if self._put_back:
-            return self._put_back[0]
-        _, callers = self._first_lane()
-        return next(iter(callers.values()))[0]
-
-    def pop(self) -> Sequence:
-        """Take the next request; its caller's turn comes again after all others'."""
-        if self._put_back:
-            return self._put_back.popleft()
-        priority, callers = self._first_lane()
-        caller = next(iter(callers))
+    def take(self, sequence: Sequence) -> None:
+        """Take a request out; its caller's turn comes again after all others'."""
+        if sequence in self._put_back:
+            self._put_back.remove(sequence)
+            return
+        priority, caller = sequence.request.priority, sequence.request.caller
+        callers = self._lanes[priority]
         line = callers.pop(caller)
-        sequence = line.popleft()
+        line.remove(sequence)
         if line:
             callers[caller] = line  # a dictionary keeps order: now the last
         if not callers:
             del self._lanes[priority]
-        return sequence
 
-    def remove(self, ids: frozenset[int]) -> None:
-        """Forget these requests."""
+    def remove(self, ids: frozenset[int]) -> list[Sequence]:
+        """Forget these requests; returns those that were here."""
+        gone = [sequence for sequence in self if sequence.id in ids]
         self._put_back = deque(s for s in self._put_back if s.id not in ids)
-        left = [s for callers in self._lanes.values() for line in callers.values() for s in line]
-        self._lanes = {}
-        for sequence in left:
-            if sequence.id not in ids:
-                self.add(sequence)
-
-    def _first_lane(self) -> tuple[int, dict[str, deque[Sequence]]]:
-        if not self._lanes:
-            raise IndexError("no request waits")
-        priority = min(self._lanes)
-        return priority, self._lanes[priority]
+        for priority, callers in list(self._lanes.items()):
+            for caller, line in list(callers.items()):
+                callers[caller] = deque(s for s in line if s.id not in ids)
+                if not callers[caller]:
+                    del callers[caller]
+            if not callers:
+                del self._lanes[priority]
+        return gone

@@ -32,9 +32,11 @@ from mlx_server.engine.protocol import (
     frame,
 )
 from mlx_server.engine.spawn import step_back
+from mlx_server.utils.units import parse_bytes
 
 if TYPE_CHECKING:
     from mlx_server.engine.backend import Backend
+    from mlx_server.engine.prefix_cache import PrefixCache
     from mlx_server.engine.scheduler import Scheduler
     from mlx_server.utils.memory import DeviceMemory
 
@@ -103,6 +105,7 @@ class Engine:
         while True:
             for message in self._messages():
                 if isinstance(message, Stop):
+                    self.scheduler.close()
                     return
                 self._take(message)
             if self.scheduler.busy:
@@ -126,16 +129,15 @@ class Engine:
 
     def _turn(self) -> None:
         try:
-            tokens = self.scheduler.turn()
+            for tokens in self.scheduler.turn():
+                if tokens.rows:
+                    self._send(tokens)
         except (RuntimeError, ValueError, MemoryError) as error:
             # MLX raises these for a failed allocation or operation. The arrays of the running
             # requests cannot be trusted any more; those that wait are unharmed.
             log.exception("event=step_failed")
             for failure in self.scheduler.fail_all(f"{type(error).__name__}: {error}"):
                 self._send(failure)
-            return
-        if tokens.rows:
-            self._send(tokens)
 
     def _report(self) -> None:
         """Send statistics when they are due, and always on falling idle."""
@@ -169,11 +171,13 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
         log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
     adapter = Path(message.adapter_path) if message.adapter_path else None
     backend = Backend(Path(message.path), options, memory, adapter)
+    kv_limit = _kv_limit(options, memory, backend)
     scheduler = Scheduler(
         backend,
         memory,
+        _prefix_cache(message, backend, kv_limit),
         max_batch=options.max_batch,
-        kv_limit=_kv_limit(options, memory, backend),
+        kv_limit=kv_limit,
         prefill_chunk=options.prefill_chunk,
     )
     scheduler.warm_up()
@@ -192,6 +196,23 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
         memory=memory.read(),
     )
     return scheduler, ready
+
+
+def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCache":
+    from mlx_server.engine.disk_cache import DiskCache
+    from mlx_server.engine.identity import model_identity
+    from mlx_server.engine.prefix_cache import PrefixCache
+
+    options = message.options
+    limit = parse_bytes(options.prefix_cache, kv_limit)
+    if backend.layout.obstacle is not None:
+        log.info("event=prefix_cache_off reason=%s", backend.layout.obstacle)
+        limit = 0
+    disk = None
+    if limit > 0 and options.disk_cache_folder is not None:
+        identity = model_identity(message, backend.layout.describe())
+        disk = DiskCache(Path(options.disk_cache_folder), identity, options.disk_cache_limit)
+    return PrefixCache(backend.layout, limit, disk)
 
 
 def _kv_limit(options: LoadOptions, memory: "DeviceMemory", backend: "Backend") -> int:

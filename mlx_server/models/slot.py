@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from mlx_server.config import Settings
 from mlx_server.engine.client import EngineClient
-from mlx_server.engine.protocol import Device, LoadOptions, Memory, Ready
+from mlx_server.engine.protocol import Device, LoadOptions, Memory, PrefixStats, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed, ServerError
 from mlx_server.models.catalog import ModelEntry
 from mlx_server.models.footprint import Footprint, read_footprint
@@ -48,7 +48,8 @@ class ModelStatus:
     """What an operator sees of one model. Times are in seconds, memory in bytes.
 
     `in_flight` counts the requests that hold the model, `waiting_to_load` those in line for it;
-    `need` is the memory reserved for it, or that it would take.
+    `need` is the memory reserved for it, or that it would take. `kv_bytes` are the caches of
+    running requests, `step_seconds` is what a decode step takes of late.
     """
 
     id: str
@@ -64,6 +65,10 @@ class ModelStatus:
     in_flight: int = 0
     running: int = 0
     waiting: int = 0
+    preempted: int = 0
+    step_seconds: float = 0.0
+    kv_bytes: int = 0
+    prefix_cache: PrefixStats | None = None
     waiting_to_load: int = 0
     pinned: bool = False
     last_used: float | None = None
@@ -188,7 +193,7 @@ class Slot:
         return "failed" if self._error else "absent"
 
     def status(self) -> ModelStatus:
-        known = {
+        known: dict[str, Any] = {
             "id": self.entry.id,
             "state": self.state,
             "reason": self.reason,
@@ -201,16 +206,23 @@ class Slot:
             "last_used": self.last_used,
         }
         if self.model is None:
-            return ModelStatus(**known)  # type: ignore[arg-type]
+            return ModelStatus(**known)
         facts, stats = self.model.facts, self.model.engine.stats
+        if stats is not None:
+            known |= {
+                "running": stats.running + stats.prefilling,
+                "waiting": stats.waiting,
+                "preempted": stats.preempted,
+                "step_seconds": stats.step_seconds,
+                "kv_bytes": stats.kv_bytes,
+                "prefix_cache": stats.prefix,
+            }
         return ModelStatus(
-            **known,  # type: ignore[arg-type]
+            **known,
             pid=facts.pid,
             device=facts.device,
             context_length=facts.context_length,
             memory=stats.memory if stats else facts.memory,
-            running=stats.running + stats.prefilling if stats else 0,
-            waiting=stats.waiting if stats else 0,
             expires=self._expiry_time(),
         )
 
@@ -273,15 +285,16 @@ class Slot:
         path, adapter, mode = self.entry.path, self.entry.adapter_path, self.settings.dequantize
         if path is None:
             raise ModelLoadFailed("it has not been pulled yet")
+        kv_bits = self.settings.kv_bits
         float32 = mode == "always" or (mode == "auto" and device.name == "cpu")
-        footprint = await asyncio.to_thread(read_footprint, path, float32, adapter)
+        footprint = await asyncio.to_thread(read_footprint, path, float32, adapter, kv_bits)
         try:
             self._need = self._needed(footprint, budget)
         except InsufficientMemory:
             if not float32 or mode == "always":
                 raise
             # Slower as it is stored, but it runs.
-            footprint = await asyncio.to_thread(read_footprint, path, False, adapter)
+            footprint = await asyncio.to_thread(read_footprint, path, False, adapter, kv_bits)
             self._need = self._needed(footprint, budget)
         self._float32 = footprint.float32
 

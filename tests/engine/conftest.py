@@ -1,5 +1,7 @@
 """Engines over tiny models with random weights, on whatever device MLX has."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -55,3 +57,20 @@ async def tokens_of(client: EngineClient, *requests: Generate) -> list[list[int]
     return [
         [token for row in rows for token in row.tokens] for rows in await rows_of(client, *requests)
     ]
+
+
+async def until(condition: object, seconds: float = 5.0) -> float:
+    """Wait for `condition()`; returns how long it took."""
+    started_at = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started_at < seconds, "waited in vain"
+        await asyncio.sleep(0.01)
+    return time.monotonic() - started_at
+
+
+async def idle(engine: EngineClient) -> None:
+    def quiet() -> bool:
+        s = engine.stats
+        return s is not None and (s.running, s.prefilling, s.waiting) == (0, 0, 0)
+
+    await until(quiet)

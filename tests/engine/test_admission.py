@@ -15,6 +15,7 @@ from mlx_lm.utils import load_model
 from mlx_server.engine.backend import Backend, KvCost, cache_bytes, extend, keep_rows, merge
 from mlx_server.engine.batch import Sequence
 from mlx_server.engine.client import EngineClient
+from mlx_server.engine.prefix_cache import PrefixCache
 from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling, Stats
 from mlx_server.engine.scheduler import Scheduler
 from mlx_server.errors import EngineFailed, ModelLoadFailed
@@ -217,9 +218,11 @@ def test_a_prompt_that_starts_over_is_scored_once() -> None:
 def test_the_limit_holds_after_every_single_turn(model: Path, cost: KvCost) -> None:
     memory = DeviceMemory("50%", None)
     limit = cost.bytes(4, EXPECTED)
+    backend = Backend(model, LoadOptions(), memory)
     scheduler = Scheduler(
-        Backend(model, LoadOptions(), memory),
+        backend,
         memory,
+        PrefixCache(backend.layout, limit),
         max_batch=16,
         kv_limit=limit,
         prefill_chunk=64,
@@ -228,7 +231,9 @@ def test_the_limit_holds_after_every_single_turn(model: Path, cost: KvCost) -> N
         assert scheduler.add(msgspec.structs.replace(one, id=number)) is None
     ended = 0
     while scheduler.busy:
-        ended += sum(row.finish is not None for row in scheduler.turn().rows)
-        assert scheduler.stats().kv_bytes <= limit
+        for tokens in scheduler.turn():
+            ended += sum(row.finish is not None for row in tokens.rows)
+        stats = scheduler.stats()
+        assert stats.kv_bytes + stats.prefix.bytes <= limit
     assert ended == 20
     assert scheduler.stats().preempted > 0

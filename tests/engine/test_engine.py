@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ from mlx_lm.utils import load_model
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import LoadOptions, Sampling
 from mlx_server.errors import EngineFailed, ModelLoadFailed
-from tests.engine.conftest import request, rows_of, started, tokens_of
+from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
 from tests.support.tiny import build_tiny_model
 
 PROMPTS = [
@@ -157,23 +156,6 @@ async def test_a_prompt_can_be_scored_without_a_completion(engine: EngineClient)
     assert len(rows[0].prompt_logprobs) == len(PROMPTS[9])
     [single] = await rows_of(engine, request([4], 0, prompt_logprobs=0))
     assert single[0].prompt_logprobs == [None]
-
-
-async def until(condition: object, seconds: float = 5.0) -> float:
-    """Wait for `condition()`; returns how long it took."""
-    started_at = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started_at < seconds, "waited in vain"
-        await asyncio.sleep(0.01)
-    return time.monotonic() - started_at
-
-
-async def idle(engine: EngineClient) -> None:
-    def quiet() -> bool:
-        s = engine.stats
-        return s is not None and (s.running, s.prefilling, s.waiting) == (0, 0, 0)
-
-    await until(quiet)
 
 
 async def test_an_abort_ends_decoding_and_prefill_and_frees_their_caches(

@@ -114,6 +114,33 @@ def build_scripted_model(
     return folder
 
 
+def build_recurrent_model(folder: Path, *, seed: int = 0) -> Path:
+    """Write to `folder` a random model that mixes attention with recurrent layers; no text side."""
+    folder.mkdir(parents=True)
+    config = {
+        "model_type": "lfm2",
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": 32,
+        "block_ff_dim": 64,
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [1, 3],
+    }
+    _write_json(folder / "config.json", config)
+    mx.random.seed(seed)
+    _save_weights(folder, _weights_of(config))
+    return folder
+
+
 def build_tiny_adapter(base: Path, folder: Path, *, seed: int = 1) -> Path:
     """Write random LoRA weights for the model in `base` to `folder`, as mlx-lm's trainer does."""
     lora = {"rank": 4, "scale": 10.0, "dropout": 0.1}

@@ -1,0 +1,173 @@
+"""How a model's KV caches are cut into blocks of tokens, and put together again.
+
+Layers whose cache grows with the tokens (plain and quantized attention) are sliced: the part of a
+block depends on the tokens up to its end and on nothing else. Layers with a window or a recurrent
+state cannot be sliced afterwards; their whole state at a block's end is kept as a snapshot.
+"""
+
+from collections.abc import Sequence as Many
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+)
+
+Cache = list[Any]
+"""One mlx-lm cache object per layer."""
+
+
+def leaves(cache: Cache) -> list[Any]:
+    """The caches of all layers, those inside a list of caches one by one."""
+    return [
+        leaf
+        for layer in cache
+        for leaf in (leaves(layer.caches) if isinstance(layer, CacheList) else [layer])
+    ]
+
+
+class KvLayout:
+    """The parts of one model's cache, learned from a cache of one sequence that holds a token.
+
+    `obstacle` names the kind of cache that can neither be sliced nor kept whole, if there is one.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        parts = leaves(cache)
+        self.obstacle: str | None = None
+        self._sliced: list[int] = []
+        self._whole: list[int] = []
+        for index, part in enumerate(parts):
+            if isinstance(part, KVCache):
+                self._sliced.append(index)
+            elif isinstance(part, RotatingKVCache | ArraysCache):
+                self._whole.append(index)
+            else:
+                self.obstacle = type(part).__name__
+        # Arrays of one shape and type travel stacked: some copies instead of hundreds.
+        self._groups: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+        for index in self._sliced:
+            for position, array in enumerate(_token_arrays(parts[index])):
+                shape = (array.shape[1], array.shape[3], array.dtype)
+                self._groups.setdefault(shape, []).append((index, position))
+
+        self.bytes_per_token: int = sum(
+            len(members) * heads * width * dtype.size
+            for (heads, width, dtype), members in self._groups.items()
+        )
+
+    @property
+    def groups(self) -> int:
+        """How many arrays a block has, its snapshot aside."""
+        return len(self._groups)
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether blocks alone, without snapshots, give a cache back."""
+        return not self._whole
+
+    def describe(self) -> str:
+        """The layout in words that differ whenever blocks of one do not fit the other."""
+        groups = [(*map(str, shape), len(members)) for shape, members in self._groups.items()]
+        return f"{groups} {self._sliced} {self._whole}"
+
+    def padding(self, cache: Cache, length: int) -> int:
+        """Where in the arrays of `cache` a row of `length` tokens begins; rows end together."""
+        parts = leaves(cache)
+        return int(parts[self._sliced[0]].size()) - length if self._sliced else 0
+
+    def cut(
+        self, cache: Cache, row: int, start: int, size: int, count: int
+    ) -> list[list[mx.array]]:
+        """`count` blocks of `size` tokens of a row, from position `start` of the cache's arrays on.
+
+        Each block holds an array (parts, heads, size, width) for every group of alike parts, all
+        in buffers of its own, unevaluated.
+        """
+        parts = leaves(cache)
+        stop = start + size * count
+        stacks = [
+            mx.stack([_token_arrays(parts[i])[p][row, :, start:stop] for i, p in members])
+            for members in self._groups.values()
+        ]
+        return [
+            [mx.contiguous(stack[:, :, at : at + size]) for stack in stacks]
+            for at in range(0, size * count, size)
+        ]
+
+    def snapshot(self, cache: Cache) -> list[mx.array]:
+        """The state of the layers that cannot be sliced, of a cache of one sequence."""
+        parts = leaves(cache)
+        arrays: list[mx.array] = []
+        numbers: list[int] = []
+        for index in self._whole:
+            own, facts = _state(parts[index])
+            # New handles: the cache goes on to write to its own.
+            arrays += [mx.array(array) for array in own]
+            numbers += facts
+        return [*arrays, mx.array(numbers, dtype=mx.int32)]
+
+    def assemble(
+        self,
+        cache: Cache,
+        blocks: Many[list[mx.array]],
+        length: int,
+        snapshot: Many[mx.array] | None,
+    ) -> None:
+        """Fill `cache`, new and of one sequence, with the first `length` tokens of `blocks`.
+
+        `snapshot` is the one taken at `length`, None for a model that needs none.
+        """
+        parts = leaves(cache)
+        arrays: dict[tuple[int, int], mx.array] = {}
+        for number, members in enumerate(self._groups.values()):
+            joined = mx.concatenate([block[number] for block in blocks], axis=2)
+            for position, member in enumerate(members):
+                arrays[member] = joined[position : position + 1, :, :length]
+        for index in self._sliced:
+            own = [arrays[member] for member in sorted(arrays) if member[0] == index]
+            _fill(parts[index], own, length)
+        if snapshot is not None:
+            self._restore([parts[index] for index in self._whole], snapshot)
+
+    def _restore(self, parts: list[Any], snapshot: Many[mx.array]) -> None:
+        *arrays, facts = snapshot
+        numbers = cast(list[int], facts.tolist())
+        for part in parts:
+            if isinstance(part, RotatingKVCache):
+                own, numbers = numbers[:4], numbers[4:]
+                part.state = (mx.array(arrays.pop(0)), mx.array(arrays.pop(0)), *own)
+            else:
+                present, numbers = numbers[: len(part.cache)], numbers[len(part.cache) :]
+                part.cache = [mx.array(arrays.pop(0)) if there else None for there in present]
+
+
+def _token_arrays(part: KVCache | BatchKVCache) -> list[mx.array]:
+    """The arrays of a sliceable cache, each (rows, heads, tokens, width)."""
+    arrays: list[mx.array] = []
+    for side in (part.keys, part.values):
+        arrays += [side] if isinstance(side, mx.array) else side
+    return arrays
+
+
+def _fill(part: KVCache, arrays: list[mx.array], length: int) -> None:
+    half = len(arrays) // 2
+    keys, values = arrays[:half], arrays[half:]
+    if half == 1:
+        part.state = (keys[0], values[0], length)
+        return
+    part.keys, part.values, part.offset = tuple(keys), tuple(values), length
+
+
+def _state(part: RotatingKVCache | ArraysCache) -> tuple[list[mx.array], list[int]]:
+    if isinstance(part, RotatingKVCache):
+        keys, values, *numbers = part.state
+        return [keys, values], numbers
+    return (
+        [array for array in part.cache if array is not None],
+        [int(array is not None) for array in part.cache],
+    )

@@ -1,0 +1,242 @@
+"""What is computed once is not computed again, and nobody can tell from the text."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_server.engine.client import EngineClient
+from mlx_server.engine.prefix_cache import BLOCK
+from mlx_server.engine.protocol import Generate, Row, Sampling
+from tests.engine.conftest import idle, request, rows_of, started, tokens_of
+from tests.support.tiny import build_recurrent_model, build_tiny_model
+
+Build = Callable[[Path], Path]
+
+MODELS: dict[str, tuple[Build, dict[str, object]]] = {
+    "attention": (lambda folder: build_tiny_model(folder), {}),
+    "sliding window": (lambda folder: build_tiny_model(folder, "gemma"), {}),
+    "recurrent": (build_recurrent_model, {}),
+    "quantized": (lambda folder: build_tiny_model(folder, hidden=128), {"kv_bits": 8}),
+}
+
+SLICEABLE = ("attention", "quantized")
+"""Those of whose caches every layer can be cut into blocks."""
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, object]]:
+    build, options = MODELS[request.param]
+    return build(tmp_path_factory.mktemp("models") / request.param), options
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(3, 400) for _ in range(length)]
+
+
+def settings(seed: int) -> Sampling:
+    return Sampling(temperature=0 if seed % 2 else 0.8, seed=seed)
+
+
+def cached(rows: list[Row]) -> int:
+    """Prompt tokens that did not have to be computed, as the request was told."""
+    return next(row.cached for row in rows if row.cached is not None)
+
+
+def tokens(rows: list[Row]) -> list[int]:
+    return [token for row in rows for token in row.tokens]
+
+
+async def without_cache(
+    model: tuple[Path, dict[str, object]], *requests: Generate
+) -> list[list[int]]:
+    """What each of these gives alone, on an engine that keeps nothing."""
+    path, options = model
+    async with started(path, prefix_cache="0", **options) as engine:
+        return [(await tokens_of(engine, one))[0] for one in requests]
+
+
+async def computed(engine: EngineClient) -> int:
+    """Prompt tokens that the idle engine has computed so far."""
+    await idle(engine)
+    return engine.stats.prefix.prompt_tokens - engine.stats.prefix.cached_tokens
+
+
+async def test_a_prompt_seen_before_is_computed_from_its_last_whole_block_on(
+    model: tuple[Path, dict[str, object]],
+) -> None:
+    path, options = model
+    asked = [request(prompt_of(length, length), 12, settings(length)) for length in (97, 200, 330)]
+    expected = await without_cache(model, *asked)
+    async with started(path, **options) as engine:
+        for number, one in enumerate(asked):
+            [cold] = await rows_of(engine, one)
+            [warm] = await rows_of(engine, one)
+            assert tokens(cold) == tokens(warm) == expected[number]
+            assert cached(cold) == 0
+            length = len(one.prompt) - 1
+            assert length - BLOCK < cached(warm) <= length
+
+
+async def test_the_next_turn_of_a_chat_computes_little_more_than_its_new_message(
+    model: tuple[Path, dict[str, object]],
+) -> None:
+    path, options = model
+    first = request(prompt_of(150, 1), 70, settings(1))
+    async with started(path, **options) as engine:
+        [answer] = await tokens_of(engine, first)
+        turn = first.prompt + answer
+        second = request(turn + prompt_of(20, 2), 12, settings(2))
+        [rows] = await rows_of(engine, second)
+    assert [tokens(rows)] == await without_cache(model, second)
+    # Layers that cannot be cut are kept as they were after the prompt, not after the answer.
+    known = len(turn) if path.name in SLICEABLE else len(first.prompt)
+    assert cached(rows) > known - 1 - BLOCK
+
+
+async def test_prompts_that_begin_alike_and_come_together_share_the_work(
+    model: tuple[Path, dict[str, object]],
+) -> None:
+    path, options = model
+    system = prompt_of(300, 3)
+    asked = [request(system + prompt_of(20 + i, 10 + i), 12, settings(i)) for i in range(8)]
+    expected = await without_cache(model, *asked)
+    async with started(path, **options) as engine:
+        assert await tokens_of(engine, *asked) == expected
+        everything = sum(len(one.prompt) for one in asked)
+        least = len(system) + sum(len(one.prompt) - len(system) for one in asked)
+        assert everything > 2500
+        assert await computed(engine) <= least + len(asked) * BLOCK
+
+
+async def test_the_cache_keeps_within_its_bytes_and_forgets_the_longest_unused(
+    tmp_path: Path,
+) -> None:
+    path = build_tiny_model(tmp_path / "tiny")
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, float32
+    limit = 40 * BLOCK * per_token
+    often = request(prompt_of(4 * BLOCK + 1, 0), 2)
+    async with started(path, prefix_cache=str(limit)) as engine:
+        [rows] = await rows_of(engine, often)
+        for seed in range(1, 40):
+            await rows_of(engine, request(prompt_of(3 * BLOCK + 5, seed), 2))
+            [rows] = await rows_of(engine, often)
+            assert cached(rows) == 4 * BLOCK
+            assert engine.stats.prefix.bytes <= limit
+        [rows] = await rows_of(engine, request(prompt_of(3 * BLOCK + 5, 1), 2))
+        assert cached(rows) == 0
+        [rows] = await rows_of(engine, request(prompt_of(3 * BLOCK + 5, 39), 2))
+        assert cached(rows) == 3 * BLOCK
+
+
+async def test_running_requests_take_the_room_of_the_cache_when_they_need_it(
+    tmp_path: Path,
+) -> None:
+    path = build_tiny_model(tmp_path / "tiny")
+    per_token = 2 * 2 * 2 * 8 * 4
+    limit = 3000 * per_token
+    async with started(path, kv_limit=limit) as engine:
+        for seed in range(12):
+            await rows_of(engine, request(prompt_of(400, seed), 2))
+        full = engine.stats.prefix.bytes
+        assert full > limit / 3
+        together = [request(prompt_of(40, 50 + seed), 300, settings(seed)) for seed in range(6)]
+        most = 0
+        with engine.generate(together) as stream:
+            async for _ in stream.rows():
+                stats = engine.stats
+                most = max(most, stats.kv_bytes + stats.prefix.bytes)
+        assert most <= limit
+        assert engine.stats.preempted == 0
+        assert engine.stats.prefix.bytes < full
+
+
+async def test_an_aborted_request_leaves_what_it_computed_and_nothing_else(
+    model: tuple[Path, dict[str, object]],
+) -> None:
+    path, options = model
+    one = request(prompt_of(200, 5), 500, settings(5))
+    async with started(path, **options) as engine:
+        with engine.generate([one]) as stream:
+            async for _ in stream.rows():
+                break
+        [rows] = await rows_of(engine, request(one.prompt, 12, settings(5)))
+        assert cached(rows) > len(one.prompt) - 1 - BLOCK
+        await computed(engine)
+        assert engine.stats.kv_bytes == 0
+    assert [tokens(rows)] == await without_cache(model, request(one.prompt, 12, settings(5)))
+
+
+async def test_scored_prompts_are_computed_whole(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "tiny")
+    async with started(path) as engine:
+        prompt = prompt_of(100, 6)
+        await rows_of(engine, request(prompt, 2))
+        [rows] = await rows_of(engine, request(prompt, 2, prompt_logprobs=0))
+        assert cached(rows) == 0
+        assert len(rows[0].prompt_logprobs) == len(prompt)
+
+
+async def test_a_restarted_engine_takes_up_what_the_one_before_had_computed(
+    model: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    path, options = model
+    disk = {"disk_cache_folder": str(tmp_path / "disk"), "disk_cache_limit": 1 << 30}
+    first = request(prompt_of(300, 7), 12, settings(7))
+    async with started(path, **disk, **options) as engine:
+        [before] = await rows_of(engine, first)
+    async with started(path, **disk, **options) as engine:
+        [after] = await rows_of(engine, first)
+        assert cached(after) > len(first.prompt) - 1 - BLOCK
+        assert tokens(after) == tokens(before)
+    assert [tokens(before)] == await without_cache(model, first)
+
+
+async def test_damage_to_any_file_of_the_disk_cache_never_changes_an_answer(
+    model: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    path, options = model
+    folder = tmp_path / "disk"
+    disk = {"disk_cache_folder": str(folder), "disk_cache_limit": 1 << 30}
+    asked = [request(prompt_of(300, seed), 12, settings(seed)) for seed in range(4)]
+    async with started(path, **disk, **options) as engine:
+        expected = [(await tokens_of(engine, one))[0] for one in asked]
+    files = sorted(folder.rglob("*.safetensors"))
+    assert len(files) >= 4 * (300 // BLOCK)
+    generator = random.Random(8)
+    for number, file in enumerate(files):
+        damage(file, files[number - 1], generator)
+    async with started(path, **disk, **options) as engine:
+        assert await tokens_of(engine, *asked) == expected
+
+
+async def test_the_files_of_one_model_are_never_taken_for_another_s(tmp_path: Path) -> None:
+    disk = {"disk_cache_folder": str(tmp_path / "disk"), "disk_cache_limit": 1 << 30}
+    one, other = (build_tiny_model(tmp_path / f"tiny-{seed}", seed=seed) for seed in (1, 2))
+    asked = request(prompt_of(300, 9), 12, settings(9))
+    async with started(one, **disk) as engine:
+        await rows_of(engine, asked)
+    async with started(other, **disk) as engine:
+        [rows] = await rows_of(engine, asked)
+    assert cached(rows) == 0
+    assert [tokens(rows)] == await without_cache((other, {}), asked)
+
+
+def damage(file: Path, other: Path, generator: random.Random) -> None:
+    """Do to a file what a failing disk, a full one or a clumsy person might."""
+    data = bytearray(file.read_bytes())
+    at = generator.randrange(len(data))
+    kind = generator.randrange(4)
+    if kind == 0:
+        data[at] ^= 1 << generator.randrange(8)
+    elif kind == 1:
+        del data[at:]
+    elif kind == 2:
+        data[at:] = bytes(len(data) - at)
+    else:
+        data = bytearray(other.read_bytes())
+    file.write_bytes(data)
