@@ -117,6 +117,7 @@ class Scheduler:
             for _ in self.turn():
                 continue
         self.prefix.clear()
+        self.prompt_tokens = self.cached_tokens = 0
         self.release()
 
     def fail_all(self, message: str) -> list[Failed]:

@@ -39,7 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("lifecycle"), "--model", str(model)) as server:
+    home = tmp_path_factory.mktemp("lifecycle")
+    # A prefix cache that is soon full, so that resident memory tells what leaks.
+    with serving(home, "--model", str(model), prefix_cache="512KB", disk_cache="2MB") as server:
         yield server
 
 
@@ -296,7 +298,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes: what the engine's arrays take, and each process's resident memory."""
+    """Bytes: the engine's arrays without the prefix cache, and each process's resident memory."""
 
     active: int
     front: int
@@ -307,7 +309,8 @@ class Footprint:
         state = await server.idle("tiny")
         [engine] = server.engines()
         front = psutil.Process(server.process.pid)
-        return cls(state["memory"]["active"], front.memory_info().rss, engine.memory_info().rss)
+        active = state["memory"]["active"] - state["prefix_cache"]["bytes"]
+        return cls(active, front.memory_info().rss, engine.memory_info().rss)
 
 
 GROWTH = 1.03
