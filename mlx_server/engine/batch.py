@@ -21,7 +21,7 @@ from mlx_server.engine.prefix_cache import (
     usable_blocks,
 )
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row, Sampling
-from mlx_server.engine.sampling import BatchSampler, LogprobReader, token_logprobs
+from mlx_server.engine.sampling import BatchSampler, Draw, token_logprobs
 
 EXPECTED_TOKENS = 256
 """Completion tokens that admission makes room for; what gets longer may be preempted."""
@@ -304,13 +304,11 @@ class Step:
     """A launched decode step whose tokens have not been read back."""
 
     rows: list[Sequence]
-    tokens: mx.array
-    logprobs: tuple[mx.array, ...] | None
+    draw: Draw
 
     def read(self) -> list[Row]:
         """Wait for the tokens and hand them to their sequences."""
-        mx.eval(self.tokens, self.logprobs or ())
-        tokens = _ints(self.tokens)
+        tokens = _ints(self.draw.tokens)
         entries = self._entries(tokens)
         return [
             sequence.accept(token, entries.get(sequence.id))
@@ -320,10 +318,11 @@ class Step:
 
     def _entries(self, tokens: list[int]) -> dict[int, Logprobs]:
         """Log-probabilities of the rows that asked for them, by request id."""
-        if self.logprobs is None:
+        logprobs = self.draw.logprobs()
+        if logprobs is None:
             return {}
         asked = [i for i, row in enumerate(self.rows) if row.request.logprobs is not None]
-        entries = _entries([tokens[i] for i in asked], self.logprobs)
+        entries = _entries([tokens[i] for i in asked], logprobs)
         return {
             self.rows[i].id: Logprobs(e.token, e.logprob, e.top[: self.rows[i].request.logprobs])
             for i, e in zip(asked, entries, strict=True)
@@ -333,8 +332,8 @@ class Step:
 class Batch:
     """The decoding batch: one row a request, one batch cache, one token a row and step.
 
-    Step n+1 is launched on the device before the tokens of step n are read, so the host's work
-    hides behind the device's.
+    Step n+1 is built before the tokens of step n are drawn, where that is the host's to do, and
+    started before they are read, so the host's work hides behind the device's.
     """
 
     def __init__(self, model: Backend, prefix: PrefixCache) -> None:
@@ -345,7 +344,6 @@ class Batch:
         self.inputs = mx.array([], dtype=mx.uint32)
         self.pending: Step | None = None
         self._sampler: BatchSampler | None = None
-        self._logprobs = LogprobReader([])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -378,11 +376,15 @@ class Batch:
         self._sampler = None
 
     def step(self) -> list[Row]:
-        """Launch the next step and read the one before it."""
+        """Start the next step and read the one before it."""
         previous, self.pending = self.pending, None
         self.leave([row for row in self.rows if row.done or row.launched >= row.limit])
         if self.rows:
-            self.pending = self._launch()
+            self.pending = self._build()
+        if previous:
+            previous.draw.finish()
+        if self.pending:
+            self.pending.draw.start()
         return previous.read() if previous else []
 
     def clear(self) -> None:
@@ -390,20 +392,18 @@ class Batch:
         self.leave(list(self.rows))
         self.pending = None
 
-    def _launch(self) -> Step:
+    def _build(self) -> Step:
+        """The graph of the next step; its inputs may still have to be drawn."""
         if self._sampler is None:
-            self._sampler = BatchSampler(self.rows, self.inputs, self.model.vocab_size)
-            self._logprobs = LogprobReader([row.request.logprobs for row in self.rows])
+            wanted = [row.request.logprobs for row in self.rows]
+            self._sampler = BatchSampler(self.rows, self.inputs, self.model.vocab_size, wanted)
         logits = self.model.forward(self.inputs[:, None], self.cache)[:, -1, :]
-        logits = logits.astype(mx.float32)
-        tokens = self._sampler.sample(logits)
-        logprobs = self._logprobs.read(logits, tokens)
-        mx.async_eval(tokens, logprobs or ())  # type: ignore[no-untyped-call]
+        draw = self._sampler.launch(logits.astype(mx.float32))
         for row in self.rows:
             row.launched += 1
             row.in_flight = True
-        self.inputs = tokens
-        return Step(list(self.rows), tokens, logprobs)
+        self.inputs = draw.tokens
+        return Step(list(self.rows), draw)
 
 
 def _ints(tokens: mx.array) -> list[int]:

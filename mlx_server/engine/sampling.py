@@ -1,41 +1,29 @@
-"""Drawing the next tokens of a whole batch at once, each row with settings of its own.
+"""Drawing the next tokens of a whole batch, each row with settings of its own.
 
 Randomness is counter-based: the draw at step i of a request is a hash of its seed and i, mapped
 through the inverse of the row's cumulative distribution. So a request's text does not depend on
 what else is in the batch, and a later engine can go on where an earlier one stopped.
+
+The distribution is laid out in one order on every device: by token where nothing filters it, and
+by falling probability, of equals the lowest token first, where top-k, top-p or min-p do.
 """
 
-from collections.abc import Sequence as Rows
-from typing import Protocol
+from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
+from mlx_server.engine import device_sampling
+from mlx_server.engine.device_sampling import DeviceSampler, SampledRow, penalises
 from mlx_server.engine.protocol import Sampling
+from mlx_server.utils.memory import device_name
+
+if TYPE_CHECKING:
+    from mlx_server.engine.host_sampling import HostSampler
+
+__all__ = ["BatchSampler", "Draw", "LogprobReader", "SampledRow", "token_logprobs", "uniform"]
 
 MASK64 = (1 << 64) - 1
-
-
-class SampledRow(Protocol):
-    """What sampling must know of a row of the batch."""
-
-    @property
-    def sampling(self) -> Sampling: ...
-
-    @property
-    def prompt(self) -> list[int]:
-        """Prompt tokens, without those that an earlier engine sampled."""
-
-    @property
-    def completion(self) -> list[int]:
-        """Sampled tokens that have been read back."""
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether the row's next input is a sampled token not yet in `completion`."""
-
-    @property
-    def position(self) -> int:
-        """Index in the completion of the token about to be drawn."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -54,184 +42,116 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+class Draw(Protocol):
+    """The tokens of one step, drawn on the device or to be drawn on the host.
+
+    `tokens` (rows,) uint32 may be built upon at once, but evaluated only after `finish`. So the
+    host can build the next step's graph while the device still computes this step's logits.
+    """
+
+    tokens: mx.array
+
+    def start(self) -> None:
+        """Have the device begin with all that it has to do for this step."""
+
+    def finish(self) -> None:
+        """Make `tokens` valid, which may mean to wait for the logits."""
+
+    def logprobs(self) -> tuple[mx.array, ...] | None:
+        """What `LogprobReader` reads, after `finish`."""
+
+
 class BatchSampler:
     """The sampling state of the running batch, built anew whenever its membership changes.
 
     Rows that ask for nothing cost nothing: a batch of greedy rows is one argmax.
     """
 
-    def __init__(self, rows: Rows[SampledRow], inputs: mx.array, vocab_size: int) -> None:
-        """`inputs` (rows,) are the tokens the next step will feed to the model."""
+    def __init__(
+        self,
+        rows: Many[SampledRow],
+        inputs: mx.array,
+        vocab_size: int,
+        logprobs: Many[int | None] = (),
+    ) -> None:
+        """`inputs` (rows,) are the tokens the next step will feed to the model.
+
+        `logprobs` tells for each row how many alternatives it asks for, None for nothing.
+        """
         self.rows = rows
-        settings = [row.sampling for row in rows]
-        self.bias = _Bias.of(settings)
-        self.penalties = _Penalties.of(rows, inputs, vocab_size)
-        drawn = [i for i, s in enumerate(settings) if s.temperature > 0]
-        self.plain = _Draw.of(rows, [i for i in drawn if not _filters(settings[i])])
-        self.filtered = _FilteredDraw.of(rows, [i for i in drawn if _filters(settings[i])])
+        self.reader = LogprobReader(list(logprobs))
+        plain = self.reader.index is None and all(_is_argmax(row.sampling) for row in rows)
+        new = _host_sampler if _on_host() and not plain else DeviceSampler
+        self._sampler = new(rows, inputs, vocab_size)
+
+    def launch(self, logits: mx.array) -> Draw:
+        """The draw from `logits` (rows, vocab) float32; steps are to finish in their order."""
+        shares = [uniform(row.sampling.seed, row.position) for row in self.rows]
+        if isinstance(self._sampler, DeviceSampler):
+            tokens = self._sampler.sample(logits, shares)
+            return _DeviceDraw(tokens, self.reader.read(logits, tokens))
+        return _HostDraw(self._sampler, self.reader, logits, shares)
 
     def sample(self, logits: mx.array) -> mx.array:
         """Tokens (rows,) uint32 drawn from `logits` (rows, vocab) float32."""
-        if self.bias:
-            logits = self.bias.apply(logits)
-        if self.penalties:
-            logits = self.penalties.apply(logits)
-        tokens = mx.argmax(logits, axis=-1).astype(mx.uint32)
-        for draw in (self.plain, self.filtered):
-            if draw:
-                tokens[draw.index] = draw.sample(logits)
-        if self.penalties:
-            self.penalties.count(tokens)
-        return tokens
+        draw = self.launch(logits)
+        draw.finish()
+        return draw.tokens
 
 
-def _filters(sampling: Sampling) -> bool:
-    return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+def _is_argmax(sampling: Sampling) -> bool:
+    return sampling.temperature == 0 and not sampling.logit_bias and not penalises(sampling)
 
 
-class _Bias:
-    """Additive logit bias of the rows that have one, as one scatter."""
-
-    def __init__(self, entries: list[tuple[int, int, float]]) -> None:
-        rows, tokens, values = zip(*entries, strict=True)
-        self.rows, self.tokens, self.values = mx.array(rows), mx.array(tokens), mx.array(values)
-
-    @classmethod
-    def of(cls, settings: list[Sampling]) -> "_Bias | None":
-        entries = [
-            (row, token, value)
-            for row, sampling in enumerate(settings)
-            for token, value in sampling.logit_bias.items()
-        ]
-        return cls(entries) if entries else None
-
-    def apply(self, logits: mx.array) -> mx.array:
-        return logits.at[self.rows, self.tokens].add(self.values)
+def _on_host() -> bool:
+    """Whether the host can read logits where they are, and is the faster at sampling."""
+    return device_name() == "cpu"
 
 
-class _Penalties:
-    """Repetition, presence and frequency penalties of the rows that have any.
+def _host_sampler(rows: Many[SampledRow], inputs: mx.array, vocab_size: int) -> "HostSampler":
+    from mlx_server.engine.host_sampling import HostSampler  # and NumPy, which takes a while
 
-    `seen` (rows, vocab) tells which tokens the prompt holds, `counts` (rows, vocab) how often the
-    completion does. Repetition as in Keskar et al. 2019 (CTRL), the others as OpenAI defines them.
+    return HostSampler(rows, inputs, vocab_size)
+
+
+class _DeviceDraw:
+    """Tokens that come out of the graph; the host has nothing to do for them."""
+
+    def __init__(self, tokens: mx.array, logprobs: tuple[mx.array, ...] | None) -> None:
+        self.tokens = tokens
+        self._logprobs = logprobs
+
+    def start(self) -> None:
+        mx.async_eval(self.tokens, self._logprobs or ())  # type: ignore[no-untyped-call]
+
+    def finish(self) -> None:
+        """Nothing: whoever evaluates the tokens waits for them."""
+
+    def logprobs(self) -> tuple[mx.array, ...] | None:
+        return self._logprobs
+
+
+class _HostDraw:
+    """Tokens that the host draws as soon as their logits are there, and writes where they belong.
+
+    `tokens` shares its memory with NumPy, so that graphs built on it see what `finish` writes.
     """
 
     def __init__(
-        self, rows: Rows[SampledRow], index: list[int], inputs: mx.array, vocab_size: int
+        self, sampler: "HostSampler", reader: "LogprobReader", logits: mx.array, shares: list[float]
     ) -> None:
-        self.index = mx.array(index)
-        chosen = [rows[i] for i in index]
-        settings = [row.sampling for row in chosen]
-        self.repetition = mx.array([s.repetition_penalty for s in settings])[:, None]
-        self.presence = mx.array([s.presence_penalty for s in settings])[:, None]
-        self.frequency = mx.array([s.frequency_penalty for s in settings])[:, None]
-        self.seen = _histogram([row.prompt for row in chosen], vocab_size) > 0
-        self.counts = _histogram([row.completion for row in chosen], vocab_size)
-        in_flight = mx.array([float(row.in_flight) for row in chosen])
-        self._add(inputs[self.index], in_flight)
+        self.tokens = mx.array([0] * len(shares), dtype=mx.uint32)
+        self._sampler, self._reader = sampler, reader
+        self._logits, self._shares = logits, shares
 
-    @classmethod
-    def of(cls, rows: Rows[SampledRow], inputs: mx.array, vocab_size: int) -> "_Penalties | None":
-        index = [i for i, row in enumerate(rows) if _penalises(row.sampling)]
-        return cls(rows, index, inputs, vocab_size) if index else None
+    def start(self) -> None:
+        mx.async_eval(self._logits)  # type: ignore[no-untyped-call]
 
-    def apply(self, logits: mx.array) -> mx.array:
-        mine = logits[self.index]
-        used = self.counts > 0
-        scaled = mx.where(mine > 0, mine / self.repetition, mine * self.repetition)
-        mine = mx.where(self.seen | used, scaled, mine)
-        mine = mine - self.frequency * self.counts - self.presence * used
-        penalised = mx.array(logits)  # the caller still wants the unmodified ones
-        penalised[self.index] = mine
-        return penalised
+    def finish(self) -> None:
+        self._sampler.sample(self._logits, self._shares, self.tokens)
 
-    def count(self, tokens: mx.array) -> None:
-        """Take note of the tokens (batch rows,) just drawn."""
-        chosen = tokens[self.index]
-        self._add(chosen, mx.ones(chosen.shape))
-
-    def _add(self, tokens: mx.array, amounts: mx.array) -> None:
-        rows = mx.arange(tokens.shape[0])
-        self.counts = self.counts.at[rows, tokens].add(amounts)
-
-
-def _penalises(sampling: Sampling) -> bool:
-    return (
-        sampling.repetition_penalty != 1
-        or sampling.presence_penalty != 0
-        or sampling.frequency_penalty != 0
-    )
-
-
-def _histogram(token_lists: list[list[int]], vocab_size: int) -> mx.array:
-    """How often each token occurs in each list: (lists, vocab) float32."""
-    counts = mx.zeros((len(token_lists), vocab_size))
-    pairs = [(row, token) for row, tokens in enumerate(token_lists) for token in tokens]
-    if not pairs:
-        return counts
-    rows, tokens = zip(*pairs, strict=True)
-    return counts.at[mx.array(rows), mx.array(tokens)].add(1.0)
-
-
-class _Draw:
-    """Draws from the whole distribution of rows with a temperature and no filter."""
-
-    def __init__(self, rows: Rows[SampledRow], index: list[int]) -> None:
-        self.rows = [rows[i] for i in index]
-        self.index = mx.array(index)
-        self.temperature = mx.array([row.sampling.temperature for row in self.rows])[:, None]
-
-    @classmethod
-    def of(cls, rows: Rows[SampledRow], index: list[int]) -> "_Draw | None":
-        return cls(rows, index) if index else None
-
-    def sample(self, logits: mx.array) -> mx.array:
-        probabilities = mx.softmax(logits[self.index] / self.temperature, axis=-1)
-        return self._invert(probabilities)
-
-    def _invert(self, weights: mx.array) -> mx.array:
-        """The first index whose cumulative weight exceeds a uniform share of the total: (rows,)."""
-        draws = mx.array([uniform(row.sampling.seed, row.position) for row in self.rows])
-        cumulative = mx.cumsum(weights, axis=-1)
-        target = draws[:, None] * cumulative[:, -1:]
-        return mx.argmax((cumulative > target) & (weights > 0), axis=-1).astype(mx.uint32)
-
-
-class _FilteredDraw(_Draw):
-    """Draws from rows whose distribution is cut by top-k, top-p or min-p, in that order.
-
-    Each filter sees what the ones before it left, renormalised; the most likely token always
-    stays. Top-p is nucleus sampling (Holtzman et al. 2020), min-p as in Nguyen et al. 2024.
-    """
-
-    def __init__(self, rows: Rows[SampledRow], index: list[int]) -> None:
-        super().__init__(rows, index)
-        settings = [row.sampling for row in self.rows]
-        unlimited = 2**31 - 1
-        self.top_k = mx.array([s.top_k if s.top_k > 0 else unlimited for s in settings])[:, None]
-        self.top_p = mx.array([s.top_p for s in settings])[:, None]
-        self.min_p = mx.array([s.min_p for s in settings])[:, None]
-
-    @classmethod
-    def of(cls, rows: Rows[SampledRow], index: list[int]) -> "_FilteredDraw | None":
-        return cls(rows, index) if index else None
-
-    def sample(self, logits: mx.array) -> mx.array:
-        scaled = logits[self.index] / self.temperature
-        order = mx.argsort(-scaled, axis=-1)
-        sorted_logits = mx.take_along_axis(scaled, order, axis=-1)
-        weights = self._filter(mx.softmax(sorted_logits, axis=-1))
-        rank = self._invert(weights)
-        return mx.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(mx.uint32)
-
-    def _filter(self, weights: mx.array) -> mx.array:
-        """Zero what the filters cut from `weights` (rows, vocab), sorted in falling order."""
-        rank = mx.arange(weights.shape[-1])[None]
-        weights = mx.where(rank < self.top_k, weights, 0)
-        before = mx.cumsum(weights, axis=-1) - weights
-        kept = before < self.top_p * weights.sum(axis=-1, keepdims=True)
-        kept &= weights >= self.min_p * weights[:, :1]
-        return mx.where(kept | (rank == 0), weights, 0)
+    def logprobs(self) -> tuple[mx.array, ...] | None:
+        return self._reader.read(self._logits, self.tokens)
 
 
 class LogprobReader:
@@ -247,24 +167,25 @@ class LogprobReader:
         """See `token_logprobs`, of the asking rows of `logits` (rows, vocab)."""
         if self.index is None:
             return None
-        return token_logprobs(logits[self.index], tokens[self.index], self.most)
+        if _on_host():
+            return _host_logprobs(logits, tokens, self.most, self.index)
+        return device_sampling.token_logprobs(logits[self.index], tokens[self.index], self.most)
 
 
 def token_logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[mx.array, ...]:
     """Log-probabilities under `logits` (rows, vocab) of `tokens` (rows,) and of the best `most`.
 
     Returns chosen (rows,), best ids (rows, most) in falling order, and their values (rows, most).
+    On a CPU device this waits for the logits.
     """
-    logits = logits.astype(mx.float32)
-    normal = mx.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1) - normal
-    if most == 0:
-        return (chosen[:, 0],)
-    best = mx.argpartition(-logits, kth=min(most, logits.shape[-1]) - 1, axis=-1)[:, :most]
-    values = mx.take_along_axis(logits, best, axis=-1) - normal
-    order = mx.argsort(-values, axis=-1)
-    return (
-        chosen[:, 0],
-        mx.take_along_axis(best, order, axis=-1),
-        mx.take_along_axis(values, order, axis=-1),
-    )
+    if _on_host():
+        return _host_logprobs(logits, tokens, most, mx.arange(tokens.shape[0]))
+    return device_sampling.token_logprobs(logits, tokens, most)
+
+
+def _host_logprobs(
+    logits: mx.array, tokens: mx.array, most: int, index: mx.array
+) -> tuple[mx.array, ...]:
+    from mlx_server.engine.host_sampling import token_logprobs
+
+    return token_logprobs(logits, tokens, most, index)
