@@ -1,80 +1,141 @@
-"""The load generator: a process of its own, so that it shares no interpreter with a server.
+"""The load generator: streams answers from OpenAI-compatible servers and notes when text comes.
 
-Reads a `ClientTask` on its standard input and writes the answers' times to its standard output.
-A bare HTTP/1.1 client over asyncio streams, to leave the machine's cores to the servers.
+A bare HTTP/1.1 client over asyncio streams, to leave the machine's cores to the servers, which run
+in processes of their own.
 """
 
 import asyncio
 import json
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import msgspec
 
-from benchmarks.measures import Answer, ClientTask, Endpoint, Job
+Message = dict[str, str]
+"""An OpenAI chat message: `role` and `content`."""
+GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0}
 
-_WARM_UP_TOKENS = 4
+T = TypeVar("T")
+
 _LINE_LIMIT = 1 << 20
+_TIMEOUT = 2 * 3600.0
 
 
-async def answers_to(task: ClientTask) -> list[Answer]:
-    """Runs the warm-up, then the job; the answers in no particular order."""
-    await _run(task.endpoint, task.job, task.job.warm_up, _WARM_UP_TOKENS)
-    return await _run(task.endpoint, task.job, task.job.prompts, task.job.max_tokens)
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where requests are sent, and for which model."""
+
+    host: str
+    port: int
+    model: str
 
 
-async def _run(
-    endpoint: Endpoint, job: Job, prompts: Sequence[str], max_tokens: int
+@dataclass(frozen=True)
+class Request:
+    """One chat completion; `options` are further fields of its body."""
+
+    messages: Sequence[Message]
+    max_tokens: int
+    options: dict[str, Any] = field(default_factory=lambda: GREEDY)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One streamed answer. Times are those of `time.perf_counter`, in seconds."""
+
+    sent: float
+    arrivals: Sequence[float]
+    """When each piece of text came; there is at least one."""
+    ended: float
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from the request to the first text."""
+        return self.arrivals[0] - self.sent
+
+    def gaps(self) -> list[float]:
+        """Seconds between pieces of text."""
+        return [after - before for before, after in pairwise(self.arrivals)]
+
+
+def user(text: str) -> Message:
+    """What a user says."""
+    return {"role": "user", "content": text}
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work` in an event loop of its own."""
+    return asyncio.run(asyncio.wait_for(work, _TIMEOUT))
+
+
+async def ask_all(
+    endpoint: Endpoint, requests: Sequence[Request], streams: int | None = None
 ) -> list[Answer]:
-    waiting = list(reversed(prompts))
+    """The answers in no particular order, `streams` requests at a time; all at once if unset."""
+    waiting = list(reversed(requests))
     answers: list[Answer] = []
-    start = time.perf_counter()
 
     async def stream() -> None:
         while waiting:
-            body = _body(endpoint.model, waiting.pop(), max_tokens, job)
-            answers.append(await _ask(endpoint, body, lambda: time.perf_counter() - start))
+            answers.append(await ask(endpoint, waiting.pop()))
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(job.streams):
+        for _ in range(streams or len(requests)):
             group.create_task(stream())
     return answers
 
 
-def _body(model: str, prompt: str, max_tokens: int, job: Job) -> bytes:
-    return msgspec.json.encode(
-        {
-            "model": model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": max_tokens,
-            "temperature": job.temperature,
-            "top_p": job.top_p,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+async def ask(
+    endpoint: Endpoint, request: Request, note: Callable[[int], None] = lambda count: None
+) -> Answer:
+    """One answer; `note` is called with the number of pieces whenever a piece of text came."""
+    body = _body(endpoint.model, request)
+    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, limit=_LINE_LIMIT)
+    arrivals: list[float] = []
+    pieces: list[str] = []
+    usage: dict[str, Any] = {}
+    try:
+        sent = time.perf_counter()
+        writer.write(_head(endpoint, len(body)) + body)
+        async for event in _events(reader):
+            if text := _text(event):
+                arrivals.append(time.perf_counter())
+                pieces.append(text)
+                note(len(pieces))
+            usage = event.get("usage") or usage
+        ended = time.perf_counter()
+    finally:
+        writer.close()
+    if not arrivals or not usage:
+        raise RuntimeError("the stream ended without text or without usage")
+    details = usage.get("prompt_tokens_details") or {}
+    return Answer(
+        sent=sent,
+        arrivals=arrivals,
+        ended=ended,
+        text="".join(pieces),
+        prompt_tokens=int(usage["prompt_tokens"]),
+        completion_tokens=int(usage["completion_tokens"]),
+        cached_tokens=int(details.get("cached_tokens") or 0),
     )
 
 
-async def _ask(endpoint: Endpoint, body: bytes, now: Callable[[], float]) -> Answer:
-    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, limit=_LINE_LIMIT)
-    try:
-        sent = now()
-        writer.write(_head(endpoint, len(body)) + body)
-        arrivals: list[float] = []
-        usage: dict[str, Any] | None = None
-        async for event in _events(reader):
-            if _has_text(event):
-                arrivals.append(now())
-            usage = event.get("usage") or usage
-        ended = now()
-    finally:
-        writer.close()
-    if usage is None:
-        raise RuntimeError("the stream ended without usage")
-    return Answer(
-        sent, arrivals, ended, int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+def _body(model: str, request: Request) -> bytes:
+    return msgspec.json.encode(
+        {
+            "model": model,
+            "messages": request.messages,
+            "max_tokens": request.max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        | request.options
     )
 
 
@@ -88,12 +149,11 @@ def _head(endpoint: Endpoint, length: int) -> bytes:
     ).encode()
 
 
-def _has_text(event: dict[str, Any]) -> bool:
-    """Whether the chunk carries text; the first one of OpenAI's carries only the role."""
-    return any(
-        delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
-        for delta in (choice["delta"] for choice in event["choices"])
-    )
+def _text(event: dict[str, Any]) -> str:
+    """The text that the chunk carries; the first one of OpenAI's carries only the role."""
+    kinds = ("content", "reasoning_content", "reasoning")
+    deltas = (choice["delta"] for choice in event["choices"])
+    return "".join(next(filter(None, map(delta.get, kinds)), "") for delta in deltas)
 
 
 async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
@@ -132,13 +192,3 @@ async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     while piece := await reader.read(_LINE_LIMIT):
         yield piece
-
-
-def main() -> None:
-    """Entry point of the client process."""
-    task = msgspec.json.decode(sys.stdin.buffer.read(), type=ClientTask)
-    sys.stdout.buffer.write(msgspec.json.encode(asyncio.run(answers_to(task))))
-
-
-if __name__ == "__main__":
-    main()

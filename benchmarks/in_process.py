@@ -1,6 +1,6 @@
 """mlx-lm's `batch_generate` without a server: the limit that a server can come near.
 
-python -m benchmarks.in_process MODEL_FOLDER < jobs.json > samples.json
+python -m benchmarks.in_process MODEL_FOLDER < jobs.json > figures.json
 """
 
 import sys
@@ -13,28 +13,27 @@ import msgspec
 from mlx_lm import batch_generate, load
 from mlx_lm.sample_utils import make_sampler
 
-from benchmarks.measures import Job, Sample
+from benchmarks.measures import DECODE_RATE, RATE, Figures
+from benchmarks.servers import Job
 
 _WARM_UP_TOKENS = 4
 # mlx-lm's own default, except that it must not widen a batch which is meant to be narrower.
 _PREFILL_BATCH = 8
 
 
-def measure(model: Any, tokenizer: Any, job: Job) -> Sample:
+def measure(model: Any, tokenizer: Any, job: Job) -> Figures:
     """Runs the warm-up, then the job."""
     _generate(model, tokenizer, job, job.warm_up, _WARM_UP_TOKENS)
     start = time.perf_counter()
     answer = _generate(model, tokenizer, job, job.prompts, job.max_tokens)
     wall = time.perf_counter() - start
     lengths = [len(ids) for ids in answer.token_ids]
-    return Sample(
-        tokens=sum(lengths),
-        prompt_tokens=answer.stats.prompt_tokens,
-        short=sum(length < job.max_tokens for length in lengths),
-        wall=wall,
-        tokens_per_s=sum(lengths) / wall,
-        decode_tokens_per_s=answer.stats.generation_tps,
-    )
+    return {
+        RATE: sum(lengths) / wall,
+        DECODE_RATE: answer.stats.generation_tps,
+        "tokens": sum(lengths),
+        "short": sum(length < job.max_tokens for length in lengths),
+    }
 
 
 def _generate(model: Any, tokenizer: Any, job: Job, prompts: list[str], max_tokens: int) -> Any:
@@ -60,12 +59,12 @@ def _generate(model: Any, tokenizer: Any, job: Job, prompts: list[str], max_toke
 def main() -> None:
     """Entry point of the process."""
     jobs = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Job])
-    # mlx-lm prints as it pleases; standard output is for the samples alone.
+    # mlx-lm prints as it pleases; standard output is for the figures alone.
     out, sys.stdout = sys.stdout, sys.stderr
     model, tokenizer = load(str(Path(sys.argv[1])))
     mx.random.seed(0)
-    samples = [measure(model, tokenizer, job) for job in jobs]
-    out.write(msgspec.json.encode(samples).decode())
+    figures = [measure(model, tokenizer, job) for job in jobs]
+    out.write(msgspec.json.encode(figures).decode())
     out.flush()
 
 

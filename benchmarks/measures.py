@@ -1,4 +1,4 @@
-"""What is measured and how figures are made of it: cells, jobs, samples, medians and spreads."""
+"""How figures are made: from streamed answers, and over rounds; medians, spreads and ratios."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,80 +6,24 @@ from dataclasses import dataclass
 
 import msgspec
 
+from benchmarks.client import Answer
 
-class Cell(msgspec.Struct, frozen=True):
-    """One setting under which every server is measured."""
+Figures = dict[str, float]
+"""What one run of one cell gave: heading to value. A heading ends in the unit, if it has one."""
+Outcome = tuple[str, Figures]
+"""A cell's name and its figures."""
 
-    streams: int
-    mode: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.mode}, {self.streams} stream{'s' if self.streams > 1 else ''}"
-
-
-class Job(msgspec.Struct, frozen=True):
-    """The work of one cell: `prompts`, of which `streams` run at a time, after a warm-up."""
-
-    streams: int
-    prompts: list[str]
-    warm_up: list[str]
-    max_tokens: int
-    temperature: float
-    top_p: float
-
-
-class Endpoint(msgspec.Struct, frozen=True):
-    """Where the client process sends a job."""
-
-    host: str
-    port: int
-    model: str
-
-
-class ClientTask(msgspec.Struct, frozen=True):
-    """What the client process reads on its standard input."""
-
-    endpoint: Endpoint
-    job: Job
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """One streamed answer; times are seconds since the first request of the job was sent."""
-
-    sent: float
-    arrivals: list[float]
-    ended: float
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class Sample(msgspec.Struct, frozen=True):
-    """One run of one job on one server. Times are in seconds.
-
-    `tokens_per_s` counts completion tokens from the first request sent to the last byte received,
-    prefill included. `short` counts the answers that ended before `max_tokens`.
-    """
-
-    tokens: int
-    prompt_tokens: int
-    short: int
-    wall: float
-    tokens_per_s: float
-    decode_tokens_per_s: float
-    ttft_p50: float | None = None
-    ttft_p99: float | None = None
-    itl_p50: float | None = None
-    itl_p99: float | None = None
+RATE = "tokens/s"
+DECODE_RATE = "decode tokens/s"
 
 
 class Measurement(msgspec.Struct, frozen=True):
-    """A sample, and what it is a sample of."""
+    """One server's figures in one cell and one round."""
 
     server: str
     round: int
-    cell: Cell
-    sample: Sample
+    cell: str
+    figures: Figures
 
 
 @dataclass(frozen=True)
@@ -97,6 +41,14 @@ class Spread:
             return None
         return cls(statistics.median(values), min(values), max(values))
 
+    def __str__(self) -> str:
+        return f"{_shown(self.median)} ({_shown(self.low)}-{_shown(self.high)})"
+
+
+def _shown(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
 
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which `share` of `values` lie, by linear interpolation."""
@@ -107,31 +59,26 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
-def sample_of_answers(answers: Sequence[Answer], max_tokens: int) -> Sample:
-    """The figures of one job from what its client saw."""
-    silent = sum(not answer.arrivals for answer in answers)
-    if silent:
-        raise RuntimeError(f"{silent} of {len(answers)} answers had no text")
+def throughput(answers: Sequence[Answer], max_tokens: int) -> Figures:
+    """The figures of answers that ran together.
+
+    `tokens/s` counts completion tokens from the first request sent to the last byte received,
+    prefill included. `short` counts the answers that ended before `max_tokens`.
+    """
     tokens = sum(answer.completion_tokens for answer in answers)
     wall = max(answer.ended for answer in answers) - min(answer.sent for answer in answers)
-    ttft = [answer.arrivals[0] - answer.sent for answer in answers]
-    gaps = [
-        after - before
-        for answer in answers
-        for before, after in zip(answer.arrivals, answer.arrivals[1:], strict=False)
-    ]
-    return Sample(
-        tokens=tokens,
-        prompt_tokens=sum(answer.prompt_tokens for answer in answers),
-        short=sum(answer.completion_tokens < max_tokens for answer in answers),
-        wall=wall,
-        tokens_per_s=tokens / wall,
-        decode_tokens_per_s=_decode_rate(answers),
-        ttft_p50=percentile(ttft, 0.5),
-        ttft_p99=percentile(ttft, 0.99),
-        itl_p50=percentile(gaps, 0.5) if gaps else None,
-        itl_p99=percentile(gaps, 0.99) if gaps else None,
-    )
+    ttft = [answer.ttft for answer in answers]
+    gaps = [gap * 1000 for answer in answers for gap in answer.gaps()]
+    figures = {
+        RATE: tokens / wall,
+        DECODE_RATE: _decode_rate(answers),
+        "TTFT p50 s": percentile(ttft, 0.5),
+        "TTFT p99 s": percentile(ttft, 0.99),
+    }
+    if gaps:
+        figures |= {"ITL p50 ms": percentile(gaps, 0.5), "ITL p99 ms": percentile(gaps, 0.99)}
+    short = sum(answer.completion_tokens < max_tokens for answer in answers)
+    return figures | {"tokens": tokens, "short": short}
 
 
 def _decode_rate(answers: Sequence[Answer]) -> float:

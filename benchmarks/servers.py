@@ -1,36 +1,35 @@
-"""The servers that are compared: how each is started, known to be ready, measured and ended.
+"""The servers that are compared: how each is started, known to be ready, and ended.
 
 Every measured thing runs in processes of its own; nothing here imports MLX.
 """
 
 import contextlib
+import json
+import os
+import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 
-from benchmarks.measures import (
-    Answer,
-    ClientTask,
-    Endpoint,
-    Job,
-    Sample,
-    sample_of_answers,
-)
+from benchmarks.client import Endpoint
+from benchmarks.measures import Figures
 
 ROOT = Path(__file__).resolve().parent.parent
 _START_TIMEOUT = 300.0
-_STOP_TIMEOUT = 20.0
-_JOB_TIMEOUT = 2 * 3600.0
+_STOP_TIMEOUT = 60.0
+_JOBS_TIMEOUT = 8 * 3600.0
 _WITH_OPENBLAS = ("-m", "benchmarks.with_openblas")
+_HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,13 @@ class Bench:
     model: Path
     logs: Path
     openblas_for_peers: bool
+    seed: int
+    tokens: int
+    """Completion tokens a request, where a cell does not set its own number."""
+    requests: int
+    """Requests that a stream sends one after the other, in the cells of throughput."""
+    streams: tuple[int, ...] | None
+    """Streams at a time in those cells; their own choice if unset."""
 
     def peer(self, *module: str) -> list[str]:
         """The command that runs a Python module which does not load OpenBLAS by itself."""
@@ -47,38 +53,88 @@ class Bench:
         return [sys.executable, *launcher, *module]
 
 
-Measure = Callable[[Bench, Sequence[Job]], Iterator[Sample]]
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    endpoint: Endpoint
+    process: psutil.Process
 
 
-def measure_ours(bench: Bench, jobs: Sequence[Job]) -> Iterator[Sample]:
-    """mlx-server, over HTTP."""
-    port = _free_port()
+@dataclass(frozen=True)
+class Server:
+    """A server with an OpenAI-compatible API."""
+
+    name: str
+    command: Callable[[Bench, int], list[str]]
+    """What starts it for a bench's model, on a port."""
+    ready: str
+    """The path that answers 200 once the model can generate."""
+    model: str | None = None
+    """What requests call the model; the first of `/v1/models` if unset."""
+
+    @contextlib.contextmanager
+    def running(
+        self, bench: Bench, home: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> Iterator[Running]:
+        """Runs the server with `env`; mlx-server keeps its files in `home`, else a fresh folder."""
+        log = bench.logs / f"{self.name}.log"
+        port = _free_port()
+        with contextlib.ExitStack() as stack:
+            if home is None:
+                home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            whole = {**os.environ, "MLX_SERVER_HOME": str(home), **(env or {})}
+            process = stack.enter_context(_process(self.command(bench, port), log, whole))
+            _await_ready(process, f"http://{_HOST}:{port}{self.ready}", log)
+            model = self.model or _first_model(port)
+            yield Running(Endpoint(_HOST, port, model), psutil.Process(process.pid))
+
+
+def _ours(bench: Bench, port: int) -> list[str]:
     command = [sys.executable, "-m", "mlx_server", "serve", "--model", str(bench.model)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    with _running("ours", command, bench) as process:
-        _await_ready(process, f"http://127.0.0.1:{port}/ready", bench.logs / "ours.log")
-        yield from _over_http(Endpoint("127.0.0.1", port, bench.model.name), jobs)
+    return [*command, "--host", _HOST, "--port", str(port)]
 
 
-def measure_mlx_lm(bench: Bench, jobs: Sequence[Job]) -> Iterator[Sample]:
-    """mlx_lm.server with its defaults, over HTTP."""
-    port = _free_port()
+def _mlx_lm(bench: Bench, port: int) -> list[str]:
     command = bench.peer("mlx_lm", "server", "--model", str(bench.model))
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    with _running("mlx_lm", command, bench) as process:
-        _await_ready(process, f"http://127.0.0.1:{port}/health", bench.logs / "mlx_lm.log")
-        yield from _over_http(Endpoint("127.0.0.1", port, "default_model"), jobs)
+    return [*command, "--host", _HOST, "--port", str(port)]
 
 
-def measure_in_process(bench: Bench, jobs: Sequence[Job]) -> Iterator[Sample]:
-    """mlx-lm's `batch_generate`, without a server."""
-    command = bench.peer("benchmarks.in_process", str(bench.model))
+OURS = Server("ours", _ours, ready="/ready")
+MLX_LM = Server("mlx_lm", _mlx_lm, ready="/health", model="default_model")
+
+
+def peer(name: str, template: str) -> Server:
+    """Any other server; `template` is its command with `{model}` and `{port}` in it."""
+
+    def command(bench: Bench, port: int) -> list[str]:
+        return [
+            part.replace("{model}", str(bench.model)).replace("{port}", str(port))
+            for part in shlex.split(template)
+        ]
+
+    return Server(name, command, ready="/v1/models")
+
+
+class Job(msgspec.Struct, frozen=True):
+    """The work of one cell of throughput: `prompts`, `streams` at a time, after a warm-up."""
+
+    streams: int
+    prompts: list[str]
+    warm_up: list[str]
+    max_tokens: int
+    temperature: float
+    top_p: float
+
+
+def in_process(bench: Bench, jobs: list[Job]) -> list[Figures]:
+    """What mlx-lm's `batch_generate` makes of `jobs`, without a server."""
     log = bench.logs / "in_process.log"
     with log.open("ab") as errors:
         done = subprocess.run(
-            command,
+            bench.peer("benchmarks.in_process", str(bench.model)),
             input=msgspec.json.encode(jobs),
-            timeout=_JOB_TIMEOUT * len(jobs),
+            timeout=_JOBS_TIMEOUT,
             stdout=subprocess.PIPE,
             stderr=errors,
             cwd=ROOT,
@@ -86,39 +142,23 @@ def measure_in_process(bench: Bench, jobs: Sequence[Job]) -> Iterator[Sample]:
         )
     if done.returncode != 0:
         raise RuntimeError(f"in_process ended with {done.returncode}; {_tail(log)}")
-    yield from msgspec.json.decode(done.stdout, type=list[Sample])
-
-
-MEASURES: dict[str, Measure] = {
-    "ours": measure_ours,
-    "mlx_lm": measure_mlx_lm,
-    "in_process": measure_in_process,
-}
-
-
-def _over_http(endpoint: Endpoint, jobs: Sequence[Job]) -> Iterator[Sample]:
-    for job in jobs:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.client"],
-            input=msgspec.json.encode(ClientTask(endpoint, job)),
-            timeout=_JOB_TIMEOUT,
-            capture_output=True,
-            cwd=ROOT,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"the client failed:\n{done.stderr.decode(errors='replace')}")
-        answers = msgspec.json.decode(done.stdout, type=list[Answer])
-        yield sample_of_answers(answers, job.max_tokens)
+    return msgspec.json.decode(done.stdout, type=list[Figures])
 
 
 @contextlib.contextmanager
-def _running(name: str, command: list[str], bench: Bench) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    command: list[str], log: Path, env: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `command` for as long as the block lasts, then ends it and all its descendants."""
-    with (bench.logs / f"{name}.log").open("ab") as log:
+    with log.open("ab") as out:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the server.
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=env,
+            start_new_session=True,
         )
         try:
             yield process
@@ -147,23 +187,27 @@ def _await_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with {process.returncode}; {_tail(log)}")
-        if _answers_ok(url):
+        with contextlib.suppress(OSError):
+            _get(url)
             return
         time.sleep(0.2)
     raise RuntimeError(f"{url} was not ready within {_START_TIMEOUT:.0f} s; {_tail(log)}")
 
 
-def _answers_ok(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+def _first_model(port: int) -> str:
+    listed: dict[str, Any] = json.loads(_get(f"http://{_HOST}:{port}/v1/models"))
+    return str(listed["data"][0]["id"])
+
+
+def _get(url: str) -> bytes:
+    """The body; raises OSError where there is no answer or one with an error's status."""
+    with urllib.request.urlopen(url, timeout=5) as response:
+        return bytes(response.read())
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])
 
 

@@ -1,6 +1,6 @@
-"""Compares mlx-server with mlx_lm.server and with mlx-lm in process, on one model folder.
+"""Measures mlx-server beside mlx_lm.server and mlx-lm in process, on one model folder.
 
-    python -m benchmarks.serving [--rounds 3] [--streams 1,4,8,16] [--quantized] ...
+    python -m benchmarks.serving [--cells greedy,shared] [--rounds 3] [--peer NAME=COMMAND] ...
 
 The servers run one at a time, in interleaved rounds (A B C A B C …), so that a machine which gets
 slower or faster in between does so for all of them. On a Linux CPU every server gets the same
@@ -12,30 +12,25 @@ import argparse
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
 
-from benchmarks.measures import Cell, Job, Measurement
-from benchmarks.prompts import distinct_prompts
-from benchmarks.report import (
-    Report,
-    machine,
-    print_table,
-    write_json,
-    write_markdown,
-    write_plot,
-)
-from benchmarks.servers import MEASURES, ROOT, Bench
+from benchmarks.cells import GROUPS, Group, Peers
+from benchmarks.machine import machine
+from benchmarks.measures import Measurement, Outcome
+from benchmarks.plots import write_plot
+from benchmarks.report import Report, print_table, write_json, write_markdown
+from benchmarks.servers import MLX_LM, OURS, ROOT, Bench, Server, peer
 from mlx_server.config import Settings
 
 _DEMO = "smollm2-135m"
 _OUT = ROOT / "benchmarks" / "out"
-# Temperature and top-p.
-_MODES = {"greedy": (0.0, 1.0), "sampled": (0.7, 0.9)}
+_IN_PROCESS = "in_process"
 _TABLE_WIDTH = 150
 
 
@@ -45,30 +40,57 @@ def main() -> None:
     console = Console(width=max(Console().width, _TABLE_WIDTH))
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        report = _run(arguments, console)
+        bench = _bench(arguments, console)
+        for name in arguments.cells:
+            _publish(_run(name, bench, arguments, console), arguments, console)
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    print_table(report, console)
-    write_json(report, arguments.out / f"{arguments.name}.json")
-    write_plot(report, arguments.out / f"{arguments.name}.png")
-    console.print(f"written: {arguments.name}.json and {arguments.name}.png in {arguments.out}")
-    if arguments.markdown is not None:
-        write_markdown(report, arguments.markdown)
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> Report:
-    bench = _bench(arguments, console)
-    jobs = _jobs(arguments)
-    measurements: list[Measurement] = []
+def _run(name: str, bench: Bench, arguments: argparse.Namespace, console: Console) -> Report:
+    """All rounds of one group."""
+    measurements = []
     for number in range(arguments.rounds):
-        for server in arguments.servers:
-            samples = MEASURES[server](bench, list(jobs.values()))
-            for cell, sample in zip(jobs, samples, strict=True):
-                measurements.append(Measurement(server, number, cell, sample))
-                console.print(
-                    f"round {number + 1}, {server}, {cell.name}: {sample.tokens_per_s:.1f} tokens/s"
-                )
-    return Report(_title(arguments, bench), _settings(arguments), machine(), measurements)
+        for server, measure in _turns(GROUPS[name], number, bench, arguments):
+            for cell, figures in measure():
+                measurements.append(Measurement(server, number, cell, figures))
+                told = ", ".join(f"{heading} {value:.4g}" for heading, value in figures.items())
+                console.print(f"{name}, round {number + 1}, {server}, {cell}: {told}")
+    title = GROUPS[name].title + (" (quantized)" if arguments.quantized else "")
+    return Report(name, title, _settings(arguments, bench), machine(), measurements)
+
+
+def _turns(
+    group: Group, number: int, bench: Bench, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Callable[[], Iterator[Outcome]]]]:
+    """Who takes part in a round of the group, ours first, and what measures them."""
+    peers = {
+        Peers.COMPARED: arguments.rounds,
+        Peers.TOLD: arguments.information_rounds,
+        Peers.NONE: 0,
+    }
+    for server in (OURS, MLX_LM, *arguments.peer):
+        measured = server is OURS or number < peers[group.peers]
+        if measured and _wanted(server, arguments):
+            yield server.name, partial(group.run, bench, server, number)
+    if group.limit is not None and _IN_PROCESS in arguments.servers:
+        yield _IN_PROCESS, partial(group.limit, bench)
+
+
+def _wanted(server: Server, arguments: argparse.Namespace) -> bool:
+    return server.name in arguments.servers or server in arguments.peer
+
+
+def _publish(report: Report, arguments: argparse.Namespace, console: Console) -> None:
+    name = report.group + ("-quantized" if arguments.quantized else "")
+    print_table(report, console)
+    write_json(report, arguments.out / f"{name}.json")
+    write_plot(report, arguments.out / f"{name}.png")
+    console.print(f"written: {name}.json and {name}.png in {arguments.out}")
+    if arguments.markdown is not None:
+        plot = Path("plots", f"{name}.png")
+        write_plot(report, arguments.markdown.parent / plot)
+        write_markdown(report, arguments.markdown, plot.as_posix())
 
 
 def _bench(arguments: argparse.Namespace, console: Console) -> Bench:
@@ -80,7 +102,15 @@ def _bench(arguments: argparse.Namespace, console: Console) -> Bench:
         model = _float32_folder(model, "weights", arguments.out, console)
     elif arguments.float32_scales:
         model = _float32_folder(model, "scales", arguments.out, console)
-    return Bench(model, logs, openblas_for_peers=not arguments.quantized)
+    return Bench(
+        model=model,
+        logs=logs,
+        openblas_for_peers=not arguments.quantized,
+        seed=arguments.seed,
+        tokens=arguments.tokens,
+        requests=arguments.requests,
+        streams=arguments.streams,
+    )
 
 
 def _demo_folder(console: Console) -> Path:
@@ -102,80 +132,93 @@ def _float32_folder(model: Path, kind: str, out: Path, console: Console) -> Path
     return folder
 
 
-def _jobs(arguments: argparse.Namespace) -> dict[Cell, Job]:
-    """The work of every cell. No prompt is used twice, so no cache can answer for a model."""
-    cells = [Cell(streams, mode) for mode in arguments.modes for streams in arguments.streams]
-    needed = [cell.streams * (arguments.requests + 1) for cell in cells]
-    prompts = distinct_prompts(sum(needed), arguments.seed)
-    jobs = {}
-    for cell in cells:
-        warm_up = [prompts.pop() for _ in range(cell.streams)]
-        measured = [prompts.pop() for _ in range(cell.streams * arguments.requests)]
-        temperature, top_p = _MODES[cell.mode]
-        jobs[cell] = Job(cell.streams, measured, warm_up, arguments.tokens, temperature, top_p)
-    return jobs
-
-
-def _title(arguments: argparse.Namespace, bench: Bench) -> str:
-    if arguments.quantized:
-        return f"{bench.model.name}, quantized, mlx_lm.server started the ordinary way"
-    return f"{bench.model.name}, the same OpenBLAS for every server"
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+def _settings(arguments: argparse.Namespace, bench: Bench) -> dict[str, str]:
+    peers = "started the ordinary way" if arguments.quantized else "with the same OpenBLAS"
     return {
+        "model": f"`{bench.model.name}`",
+        "mlx-lm": peers,
         "rounds": str(arguments.rounds),
         "tokens a request": str(arguments.tokens),
         "requests a stream": str(arguments.requests),
-        "prompt seed": str(arguments.seed),
+        "seed": str(arguments.seed),
     }
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--cells", type=_cells, help=f"of {','.join(GROUPS)}; all if unset")
     parser.add_argument("--model", type=Path, help="an MLX model folder; the demo model if unset")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--streams", type=_numbers, help="e.g. 1,4,8,16")
+    parser.add_argument(
+        "--information-rounds",
+        type=int,
+        default=1,
+        help="rounds of the other servers in cells where they are no target",
+    )
+    parser.add_argument("--streams", type=_numbers, help="for greedy and sampled, e.g. 1,4,8,16")
     parser.add_argument("--tokens", type=int, default=48, help="completion tokens a request")
     parser.add_argument("--requests", type=int, default=1, help="requests a stream sends in turn")
-    parser.add_argument("--servers", type=_servers, help=",".join(MEASURES))
-    parser.add_argument("--seed", type=int, default=0, help="decides which prompts are sent")
-    parser.add_argument("--greedy", action="append_const", dest="modes", const="greedy")
-    parser.add_argument("--sampled", action="append_const", dest="modes", const="sampled")
+    parser.add_argument("--servers", type=_servers, help=f"of {','.join(_SERVERS)}")
     parser.add_argument(
-        "--quantized", action="store_true", help="the model as it comes, at 8 streams, greedy"
+        "--peer",
+        type=_peer,
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="another server with an OpenAI API; its command has {model} and {port}",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides which prompts are sent")
+    parser.add_argument(
+        "--quantized", action="store_true", help="the model as it comes; greedy, 8 streams if unset"
     )
     parser.add_argument(
         "--float32-scales",
         action="store_true",
         help="with --quantized: scales in float32, without which a CPU needs hours",
     )
-    parser.add_argument("--out", type=Path, default=_OUT, help="folder for JSON, plot and logs")
-    parser.add_argument("--markdown", type=Path, help="file that gets a section of results")
+    parser.add_argument("--out", type=Path, default=_OUT, help="folder for JSON, plots and logs")
+    parser.add_argument("--markdown", type=Path, help="file that gets sections of results")
     return _with_defaults(parser.parse_args())
+
+
+_SERVERS = [OURS.name, MLX_LM.name, _IN_PROCESS]
 
 
 def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
     """Fills in what depends on whether the model is measured as it comes."""
     quantized = arguments.quantized
-    arguments.name = "quantized" if quantized else "serving"
-    arguments.modes = arguments.modes or (["greedy"] if quantized else list(_MODES))
-    arguments.streams = arguments.streams or ([8] if quantized else [1, 4, 8, 16])
-    arguments.servers = arguments.servers or (["ours", "mlx_lm"] if quantized else list(MEASURES))
+    arguments.cells = arguments.cells or (["greedy"] if quantized else list(GROUPS))
+    arguments.streams = arguments.streams or ((8,) if quantized else None)
+    arguments.servers = arguments.servers or (_SERVERS[:2] if quantized else _SERVERS)
     return arguments
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
-def _servers(text: str) -> Sequence[str]:
+def _cells(text: str) -> list[str]:
+    return _known(text, list(GROUPS))
+
+
+def _servers(text: str) -> list[str]:
+    return _known(text, _SERVERS)
+
+
+def _known(text: str, known: list[str]) -> list[str]:
     names = text.split(",")
-    unknown = [name for name in names if name not in MEASURES]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no such server: {', '.join(unknown)}")
+        raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}")
     return names
+
+
+def _peer(text: str) -> Server:
+    name, sign, command = text.partition("=")
+    if not (name and sign and command) or name in _SERVERS:
+        raise argparse.ArgumentTypeError("give NAME=COMMAND, with a name of its own")
+    return peer(name, command)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
