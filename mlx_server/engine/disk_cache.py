@@ -30,8 +30,8 @@ FORMAT = "1"
 QUEUE_LIMIT = 256 << 20
 """Bytes that may wait to be written, so that no block is larger either."""
 LARGEST_FILE = QUEUE_LIMIT + (1 << 20)
-READ_LIMIT = 128 << 20
-"""Bytes of one `BlockRead`: it holds them in memory, and `blocks` copies them in one go."""
+READ_LIMIT = 32 << 20
+"""Bytes of one `BlockRead`: it holds them in memory, and `blocks` copies them between two steps."""
 WRITE_RATE = 256 << 20
 """Bytes a second to write at most. Hashing and writing go several times faster; held to this, a
 burst of blocks takes a fraction of one core and of the disk, yet keeps up with a prefill."""

@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import itertools
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -26,6 +26,8 @@ LEAST_TAIL = 8
 MOST_TAILS = 32
 """How many continuations of one block are searched for such a beginning."""
 KEY_BYTES = 16
+PUMP_BYTES = 32 << 20
+"""What is handed to the disk in a turn, at most."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +73,7 @@ class PrefixCache:
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()
         self._children: dict[bytes, list[Block]] = {}
         self._computing: list[Block] = []
-        self._unwritten: list[Block] = []
+        self._unwritten: deque[Block] = deque()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -214,8 +216,9 @@ class PrefixCache:
 
     def settle(self) -> None:
         """Hand everything stored so far to the disk; for when nothing runs."""
-        self.pump()
-        self.pump()
+        self._unwritten.extend(self._computing)
+        self._computing = []
+        self._write(sum(block.nbytes for block in self._unwritten))
 
     def close(self) -> None:
         """Finish writing."""
@@ -224,11 +227,20 @@ class PrefixCache:
             self.disk.close()
 
     def pump(self) -> None:
-        """Hand to the disk what was stored before the last call, and has been computed since."""
-        if self.disk is not None:
-            for block in self._unwritten:
-                self.disk.write(block.key, [*block.arrays, *(block.snapshot or ())])
-        self._unwritten, self._computing = self._computing, []
+        """Hand to the disk, once a turn, what was stored before the last call.
+
+        It has been computed since. A device with memory of its own has to copy it first, so this is
+        bounded.
+        """
+        self._write(PUMP_BYTES)
+        self._unwritten.extend(self._computing)
+        self._computing = []
+
+    def _write(self, nbytes: int) -> None:
+        while self.disk is not None and self._unwritten and nbytes > 0:
+            block = self._unwritten.popleft()
+            self.disk.write(block.key, [*block.arrays, *(block.snapshot or ())])
+            nbytes -= block.nbytes
 
     # blocks
 
