@@ -40,6 +40,10 @@ class Backend:
         memory: DeviceMemory,
         adapter_path: Path | None = None,
     ) -> None:
+        if device_name() == "cpu":
+            from mlx_server.engine import cpu
+
+            cpu.speed_up()  # before the model's own module is imported
         self.model, config = _load(path, options)
         if adapter_path is not None:
             self.model = _with_adapter(self.model, adapter_path)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -202,11 +202,13 @@ class RowStream:
         self._client = client
         self._ids = ids
         self._open = set(ids)
-        self._items: asyncio.Queue[Row | Failed | EngineFailed] = asyncio.Queue()
+        self._items: deque[Row | Failed | EngineFailed] = deque()
+        self._arrived = asyncio.Event()
 
     def put(self, item: Row | Failed | EngineFailed) -> None:
         """Called by the client with what arrived."""
-        self._items.put_nowait(item)
+        self._items.append(item)
+        self._arrived.set()
 
     def __enter__(self) -> "RowStream":
         return self
@@ -225,14 +227,36 @@ class RowStream:
 
         Raises EngineFailed when one of the requests fails or the engine ends.
         """
+        async for together in self.arrivals():
+            for pair in together:
+                yield pair
+
+    async def arrivals(self) -> AsyncIterator[Iterator[tuple[int, Row]]]:
+        """The same pairs, those together that are here when one is looked for.
+
+        A reader who falls behind gets more at a time, and so can catch up.
+        """
         while self._open:
-            item = await self._items.get()
-            if isinstance(item, EngineFailed):
-                raise item
-            if item.id not in self._open:
-                continue
-            if isinstance(item, Failed):
-                raise EngineFailed(item.message)
-            if item.finish is not None:
-                self._open.discard(item.id)
-            yield item.id - self._ids.start, item
+            if not self._items:
+                self._arrived.clear()
+                await self._arrived.wait()
+            elif isinstance(first := self._items[0], Row):
+                yield self._rows_here()
+            else:
+                self._items.popleft()
+                self._raise(first)
+
+    def _rows_here(self) -> Iterator[tuple[int, Row]]:
+        """The rows that need no waiting, up to a failure."""
+        while self._items and isinstance(row := self._items[0], Row):
+            self._items.popleft()
+            if row.id in self._open:
+                if row.finish is not None:
+                    self._open.discard(row.id)
+                yield row.id - self._ids.start, row
+
+    def _raise(self, failure: Failed | EngineFailed) -> None:
+        if isinstance(failure, EngineFailed):
+            raise failure
+        if failure.id in self._open:
+            raise EngineFailed(failure.message)
