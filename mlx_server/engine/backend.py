@@ -127,6 +127,13 @@ def merge(caches: list[Cache]) -> Cache:
     return [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(first)]
 
 
+def reserve(cache: Cache, tokens: int) -> None:
+    """Let a cache of one sequence grow by `tokens` at its next write, and not in many copies."""
+    for leaf in leaves(cache):
+        if isinstance(leaf, KVCache):
+            leaf.step = -(-tokens // KvCost.STEP) * KvCost.STEP
+
+
 def extend(cache: Cache, other: Cache) -> Cache:
     """`cache` with the rows of `other` after its own; both are batch caches."""
     if not cache:

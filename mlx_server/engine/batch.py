@@ -181,6 +181,7 @@ class Prefill:
             self.cache: Cache = caches[0]
             self.position = self.starts[0]
             self.length = until or len(sequences[0].request.prompt) - 1
+            backend.reserve(self.cache, max(1, len(sequences[0].request.prompt) - self.position))
         else:
             self.cache = backend.merge(caches)
             self.position = 0

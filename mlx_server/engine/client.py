@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,8 @@ from mlx_server.telemetry import event
 RECEIVE_BYTES = 1 << 18
 KEPT_LOG_LINES = 50
 STOP_SECONDS = 5.0
+MOST_TOGETHER = 64
+"""Rows that a stream hands over at once, which its reader works through without a pause."""
 
 log = logging.getLogger("mlx_server.engine")
 
@@ -234,14 +237,14 @@ class RowStream:
     async def arrivals(self) -> AsyncIterator[Iterator[tuple[int, Row]]]:
         """The same pairs, those together that are here when one is looked for.
 
-        A reader who falls behind gets more at a time, and so can catch up.
+        A reader who falls behind gets more at a time, within bounds, and so can catch up.
         """
         while self._open:
             if not self._items:
                 self._arrived.clear()
                 await self._arrived.wait()
             elif isinstance(first := self._items[0], Row):
-                yield self._rows_here()
+                yield islice(self._rows_here(), MOST_TOGETHER)
             else:
                 self._items.popleft()
                 self._raise(first)

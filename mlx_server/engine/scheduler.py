@@ -92,6 +92,8 @@ class Scheduler:
         gone = frozenset(ids)
         for sequence in self.waiting.remove(gone):
             self.prefix.let_go(sequence.held)
+            if sequence.read is not None:
+                sequence.read.cancel()
         for prefill in self.prefills:
             prefill.drop(gone)
         self.prefills = deque(p for p in self.prefills if p.sequences)
