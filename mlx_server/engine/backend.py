@@ -1,7 +1,7 @@
-"""The one module that touches mlx-lm's changing internals: loading, forward pass, KV caches.
+"""What follows mlx-lm's changing internals: loading, forward pass, KV caches.
 
-mlx-lm keeps the architectures and the cache classes; everything here that depends on their names
-is pinned to the range in pyproject.toml.
+mlx-lm keeps the architectures and the cache classes; what depends on their names is here and in
+`kv_layout`, `kv_quant` and `cpu`, and is pinned to the range in pyproject.toml.
 """
 
 import bisect
