@@ -274,10 +274,10 @@ class RequestTimer:
 
 
 class LoopLag:
-    """How late the event loop wakes a 20 ms tick: whatever blocks the loop shows up here."""
+    """How late the event loop wakes a 50 ms tick: whatever blocks the loop shows up here."""
 
-    TICK = 0.02
-    WINDOW = 3000
+    TICK = 0.05
+    WINDOW = 1200
     """Ticks that `quantile` looks back on: a minute of them."""
 
     def __init__(self, registry: CollectorRegistry) -> None:

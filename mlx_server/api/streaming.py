@@ -65,44 +65,39 @@ class StreamedAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with while_connected(receive) as stop_watching, self._opened as events:
-            await self._stream(events, scope, send, stop_watching)
-
-    async def _stream(
-        self,
-        events: AsyncIterator[bytes],
-        scope: Scope,
-        send: Send,
-        stop_watching: Callable[[], object],
-    ) -> None:
-        complete = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal complete
-            complete = message["type"] == "http.response.body" and not message.get("more_body")
-            if complete:
-                # A server may report a complete answer as a disconnect.
+            response = _EventStream(
+                self._until_the_end(events, stop_watching),
+                ping=self._settings.ping_interval,
+                sep="\n",
+                shutdown_grace_period=max(0.0, self._grace),
+            )
+            await response(scope, _never, send)
+            if response.active:
+                # The grace period of a stopping server has run out.
                 stop_watching()
-            await send(message)
+                error = Unavailable("The server is stopping.", code="server_stopping")
+                last = sse(error_body(error))
+                await send({"type": "http.response.body", "body": last, "more_body": False})
 
-        response = EventSourceResponse(
-            self._with_errors(events),
-            ping=self._settings.ping_interval,
-            sep="\n",
-            shutdown_grace_period=max(0.0, self._grace),
-        )
-        await response(scope, _never, send_and_note)
-        if not complete:
-            # The grace period of a stopping server has run out.
-            last = sse(error_body(Unavailable("The server is stopping.", code="server_stopping")))
-            await send_and_note({"type": "http.response.body", "body": last, "more_body": False})
-
-    async def _with_errors(self, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _until_the_end(
+        self, events: AsyncIterator[bytes], stop_watching: Callable[[], object]
+    ) -> AsyncIterator[bytes]:
+        """The events, or those before an error and what the client is told of it."""
         try:
             async for data in events:
                 yield data
         except Exception as error:  # noqa: BLE001
             # Told to the client here, and logged if it was not expected.
             yield sse(error_body(stream_error(error, self._request_id)))
+        # Next comes the end of the answer, which a server may report as a disconnect.
+        stop_watching()
+
+
+class _EventStream(EventSourceResponse):
+    """sse-starlette's response without a cancel scope around every event it sends."""
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        await send(message)  # no timeout is set
 
 
 @asynccontextmanager

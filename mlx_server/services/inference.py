@@ -135,30 +135,41 @@ class Generation:
         """The prompt as text, special tokens left out."""
         return await self._text.decode(self._tokens)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """The choices' events, interleaved as they happen. Iterate once.
+    async def events(self) -> AsyncIterator[list[Event]]:
+        """The choices' events, interleaved as they happen, those together that came together.
 
-        Raises EngineFailed when the engine ends or fails the request.
+        Iterate once. Raises EngineFailed when the engine ends or fails the request.
         """
         choices = [
             _Choice(index, self._text, self._request.stop, self.prompt_tokens)
             for index in range(self._request.n)
         ]
-        async for index, row in self._stream.rows():
-            if row.prompt_logprobs is not None and index == 0:
-                decoded = await self.prompt_text()
-                scored = await asyncio.to_thread(
-                    prompt_logprobs, self._text, self._tokens, row.prompt_logprobs, decoded
-                )
-                yield PromptScored(scored)
-            if row.tokens:
-                self._span.first_token()
-            for event in choices[index].take(row):
-                if isinstance(event, Finished):
-                    self._span.finished(event)
-                    if row.finish is None:  # a stop string, of which the engine knows nothing
-                        self._stream.abort(index)
-                yield event
+        async for rows in self._stream.arrivals():
+            events: list[Event] = []
+            for index, row in rows:
+                if row.prompt_logprobs is not None and index == 0:
+                    events.append(await self._scored(row.prompt_logprobs))
+                events += self._taken(choices[index], row)
+            if events:
+                yield events
+
+    async def _scored(self, logprobs: Sequence[Logprobs | None]) -> PromptScored:
+        decoded = await self.prompt_text()
+        entries = await asyncio.to_thread(
+            prompt_logprobs, self._text, self._tokens, logprobs, decoded
+        )
+        return PromptScored(entries)
+
+    def _taken(self, choice: "_Choice", row: Row) -> Sequence[Event]:
+        """The events that `row` brings about, of which the span and the engine are told."""
+        if row.tokens:
+            self._span.first_token()
+        events = choice.take(row)
+        if events and isinstance(last := events[-1], Finished):
+            self._span.finished(last)
+            if row.finish is None:  # a stop string, of which the engine knows nothing
+                self._stream.abort(choice.index)
+        return events
 
 
 class _Choice:
@@ -173,27 +184,28 @@ class _Choice:
         self.completion_tokens = 0
         self.cached_tokens = 0
 
-    def take(self, row: Row) -> Iterator[TextDelta | Finished]:
-        """The events that `row` brings about."""
+    def take(self, row: Row) -> list[TextDelta | Finished]:
+        """The events that `row` brings about; none follow a `Finished`, which is the last."""
+        events: list[TextDelta | Finished] = []
         self.cached_tokens = row.cached or self.cached_tokens
-        logprobs: Sequence[Logprobs | None] = row.logprobs or [None] * len(row.tokens)
         # A stop token ends the text and is no part of it.
         spoken = len(row.tokens) - (row.finish == "stop")
         for position, token in enumerate(row.tokens):
             self.completion_tokens += 1
             if position >= spoken:
                 break
-            text, entries = self.text.push(token, logprobs[position])
+            text, entries = self.text.push(token, row.logprobs[position] if row.logprobs else None)
             if text or entries:
-                yield TextDelta(self.index, text, entries)
+                events.append(TextDelta(self.index, text, entries))
             if self.text.stopped:
-                yield self._finished("stop")
-                return
+                events.append(self._finished("stop"))
+                return events
         if row.finish is not None:
             text, entries = self.text.finish()
             if text or entries:
-                yield TextDelta(self.index, text, entries)
-            yield self._finished(row.finish)
+                events.append(TextDelta(self.index, text, entries))
+            events.append(self._finished(row.finish))
+        return events
 
     def _finished(self, reason: FinishReason) -> Finished:
         usage = Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)

@@ -9,6 +9,7 @@ from mlx_server.api.requests import JsonRoute
 from mlx_server.api.streaming import sse
 from mlx_server.api.v1.generation import (
     SYSTEM_FINGERPRINT,
+    ChunkTemplate,
     Generator,
     Header,
     Protocols,
@@ -146,6 +147,7 @@ class ChatStream:
         self._choices = body.n
         self._with_logprobs = body.logprobs
         self._with_usage = body.stream_options.include_usage
+        self._text = ChunkTemplate(lambda index, text: self._delta(index, ChatDelta(content=text)))
 
     def begin(self) -> bytes:
         opening = ChatDelta(role="assistant", content="")
@@ -153,7 +155,9 @@ class ChatStream:
 
     def feed(self, prompt: int, event: Event) -> bytes:
         if isinstance(event, TextDelta):
-            return self._delta(event.choice, ChatDelta(content=event.text), event.logprobs)
+            if event.logprobs:
+                return self._delta(event.choice, ChatDelta(content=event.text), event.logprobs)
+            return self._text.fill(event.choice, event.text)
         if isinstance(event, Finished):
             return self._delta(event.choice, ChatDelta(), reason=event.reason)
         return b""

@@ -11,6 +11,7 @@ from mlx_server.api.requests import JsonRoute
 from mlx_server.api.streaming import sse
 from mlx_server.api.v1.generation import (
     SYSTEM_FINGERPRINT,
+    ChunkTemplate,
     Generator,
     Header,
     Protocols,
@@ -164,6 +165,7 @@ class CompletionStream:
         self._with_logprobs = body.logprobs is not None
         self._with_usage = body.stream_options.include_usage
         self._echo = Echo(header, body)
+        self._bare = ChunkTemplate(self._text)
 
     def begin(self) -> bytes:
         if self._with_logprobs:
@@ -180,7 +182,9 @@ class CompletionStream:
         index = prompt * self._n + event.choice
         if isinstance(event, Finished):
             return self._text(index, "", reason=event.reason)
-        return self._text(index, event.text, event.logprobs, len(self._echo.texts[prompt]))
+        if event.logprobs:
+            return self._text(index, event.text, event.logprobs, len(self._echo.texts[prompt]))
+        return self._bare.fill(index, event.text)
 
     def end(self, usage: Usage) -> bytes:
         if not self._with_usage:

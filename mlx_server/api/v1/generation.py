@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import uuid4
 
+import msgspec
 from starlette.responses import Response
 
 from mlx_server import __version__
@@ -28,8 +29,8 @@ from mlx_server.telemetry import Metrics, RequestTimer
 SYSTEM_FINGERPRINT = f"mlx-server-{__version__}"
 MERGE_BUFFER = 64
 
-IndexedEvent = tuple[int, Event]
-"""An event and the index of the prompt it belongs to."""
+IndexedEvents = tuple[int, list[Event]]
+"""Events that came together and the index of the prompt they belong to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,10 @@ class Generator:
             self.timer.opened(header.model)
             tally = Tally(self.timer)
             answer = self.format.answer(header)
-            async for prompt, event in events:
-                tally.feed(prompt, event)
-                answer.feed(prompt, event)
+            async for prompt, together in events:
+                for event in together:
+                    tally.feed(prompt, event)
+                    answer.feed(prompt, event)
             return answer.body(tally.finish())
 
     @asynccontextmanager
@@ -123,15 +125,43 @@ class Generator:
             yield self._encoded(events, self.format.stream(header))
 
     async def _encoded(
-        self, events: AsyncIterator[IndexedEvent], stream: StreamFormat
+        self, events: AsyncIterator[IndexedEvents], stream: StreamFormat
     ) -> AsyncIterator[bytes]:
         tally = Tally(self.timer)
         yield stream.begin()
-        async for prompt, event in events:
-            tally.feed(prompt, event)
-            if data := stream.feed(prompt, event):
+        async for prompt, together in events:
+            for event in together:
+                tally.feed(prompt, event)
+            # Sending costs by the piece: what came together goes together.
+            if data := b"".join([stream.feed(prompt, event) for event in together]):
                 yield data
         yield stream.end(tally.finish()) + DONE
+
+
+class ChunkTemplate:
+    """Writes the events that differ in a choice's index and its text only.
+
+    Each is rendered once per index, in full; after that only the text is written anew.
+    """
+
+    _HOLE = "\0"
+
+    def __init__(self, render: Callable[[int, str], bytes]) -> None:
+        self._render = render
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    def fill(self, index: int, text: str) -> bytes:
+        """The event with the `text` of choice `index`."""
+        around = self._around.get(index)
+        if around is None:
+            around = self._around[index] = self._split(index)
+        return around[0] + msgspec.json.encode(text) + around[1]
+
+    def _split(self, index: int) -> tuple[bytes, bytes]:
+        # The last such string: no id or name comes after the text.
+        rendered = self._render(index, self._HOLE)
+        before, _, after = rendered.rpartition(msgspec.json.encode(self._HOLE))
+        return before, after
 
 
 class Tally:
@@ -201,12 +231,12 @@ def check_choices(body: GenerationRequest, settings: Settings) -> None:
 @asynccontextmanager
 async def opened(
     service: InferenceService, requests: Sequence[InferenceRequest]
-) -> AsyncIterator[tuple[Sequence[Generation], AsyncIterator[IndexedEvent]]]:
+) -> AsyncIterator[tuple[Sequence[Generation], AsyncIterator[IndexedEvents]]]:
     """Hold a generation per request; yields them and the events of all."""
     async with AsyncExitStack() as stack:
         generations = await stack.enter_async_context(service.open_all(requests))
         sources = [generation.events() for generation in generations]
-        events: AsyncIterator[IndexedEvent]
+        events: AsyncIterator[IndexedEvents]
         if len(sources) == 1:
             events = await stack.enter_async_context(aclosing(_numbered(sources[0])))
         else:
@@ -214,19 +244,19 @@ async def opened(
         yield generations, events
 
 
-async def _numbered(events: AsyncIterator[Event]) -> AsyncGenerator[IndexedEvent, None]:
+async def _numbered(events: AsyncIterator[list[Event]]) -> AsyncGenerator[IndexedEvents, None]:
     async for one in events:
         yield 0, one
 
 
 @asynccontextmanager
 async def _merged(
-    sources: Sequence[AsyncIterator[Event]],
-) -> AsyncIterator[AsyncIterator[IndexedEvent]]:
+    sources: Sequence[AsyncIterator[list[Event]]],
+) -> AsyncIterator[AsyncIterator[IndexedEvents]]:
     """The events of all `sources` as they come, numbered by source. The first error ends all."""
-    queue: asyncio.Queue[IndexedEvent | Exception | None] = asyncio.Queue(MERGE_BUFFER)
+    queue: asyncio.Queue[IndexedEvents | Exception | None] = asyncio.Queue(MERGE_BUFFER)
 
-    async def pump(index: int, source: AsyncIterator[Event]) -> None:
+    async def pump(index: int, source: AsyncIterator[list[Event]]) -> None:
         try:
             async for one in source:
                 await queue.put((index, one))
@@ -236,7 +266,7 @@ async def _merged(
         else:
             await queue.put(None)
 
-    async def drain() -> AsyncGenerator[IndexedEvent, None]:
+    async def drain() -> AsyncGenerator[IndexedEvents, None]:
         left = len(sources)
         while left:
             item = await queue.get()

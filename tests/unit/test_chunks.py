@@ -1,0 +1,99 @@
+"""Chunks made from a template against the same chunks written in full by their models."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_server.api.streaming import sse
+from mlx_server.api.v1 import chat, completions
+from mlx_server.api.v1.generation import SYSTEM_FINGERPRINT, Header
+from mlx_server.schemas.internal import TextDelta, TokenLogprob
+from mlx_server.schemas.openai import (
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatDelta,
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    chat_logprobs,
+    text_logprobs,
+)
+
+CHOICES = 3
+HEADER = Header("id-1", 1700000000, "m")
+CHARACTERS = st.characters(exclude_categories=["Cs"])  # UTF-8 has no surrogates
+NASTY = st.text(CHARACTERS | st.sampled_from('"\\/\0\b\t\n\f\r\x1f\x7f\x85\u2028\ufeff<&é🦙'))
+TEXTS = st.lists(st.tuples(st.integers(0, CHOICES - 1), NASTY), min_size=1)
+USAGES = [{}, {"stream_options": {"include_usage": True}}]
+NAMES = ["m", '"', '{"text":"\0"}', '"\\u0000"', "\0"]
+
+
+def in_full(kind: Any, name: str, choice: Any, header: Header, usage: dict[str, Any]) -> bytes:
+    told = {"usage": None} if usage else {}
+    chunk = kind(
+        id=header.id,
+        object=name,
+        created=header.created,
+        model=header.model,
+        system_fingerprint=SYSTEM_FINGERPRINT,
+        choices=[choice],
+        **told,
+    )
+    return sse(chunk.to_json())
+
+
+def chat_chunk(
+    header: Header, usage: dict[str, Any], index: int, text: str, logprobs: Any = None
+) -> bytes:
+    choice = ChatChunkChoice(
+        index=index, delta=ChatDelta(content=text), logprobs=logprobs, finish_reason=None
+    )
+    return in_full(ChatCompletionChunk, "chat.completion.chunk", choice, header, usage)
+
+
+def completion_chunk(
+    header: Header, usage: dict[str, Any], index: int, text: str, logprobs: Any = None
+) -> bytes:
+    choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None)
+    return in_full(Completion, "text_completion", choice, header, usage)
+
+
+def chat_stream(header: Header, **fields: Any) -> chat.ChatStream:
+    messages = [{"role": "user", "content": "Hello"}]
+    body = {"model": "m", "messages": messages, "n": CHOICES} | fields
+    return chat.ChatStream(header, ChatCompletionRequest.model_validate(body))
+
+
+def completion_stream(header: Header, **fields: Any) -> completions.CompletionStream:
+    body = {"model": "m", "prompt": ["a", "b"], "n": CHOICES} | fields
+    return completions.CompletionStream(header, CompletionRequest.model_validate(body))
+
+
+@pytest.mark.parametrize("usage", USAGES, ids=["bare", "usage"])
+@given(pieces=TEXTS, name=st.sampled_from(NAMES) | NASTY)
+def test_any_text_is_written_as_its_model_writes_it(
+    usage: dict[str, Any], pieces: list[tuple[int, str]], name: str
+) -> None:
+    header = replace(HEADER, model=name)
+    chats, texts = chat_stream(header, **usage), completion_stream(header, **usage)
+    for index, text in pieces:
+        delta = TextDelta(index, text)
+        assert chats.feed(0, delta) == chat_chunk(header, usage, index, text)
+        for prompt in (0, 1):
+            number = prompt * CHOICES + index
+            assert texts.feed(prompt, delta) == completion_chunk(header, usage, number, text)
+
+
+def test_log_probabilities_are_written_between_texts_that_have_none() -> None:
+    entry = TokenLogprob("b", b"b", -0.5, (), 1)
+    chats, texts = chat_stream(HEADER, logprobs=True), completion_stream(HEADER, logprobs=0)
+    for delta in (TextDelta(0, "a"), TextDelta(0, "b", (entry,)), TextDelta(0, "c")):
+        scored = list(delta.logprobs)
+        told = chat_logprobs(scored) if scored else None
+        assert chats.feed(0, delta) == chat_chunk(HEADER, {}, 0, delta.text, told)
+        columns = text_logprobs(scored, 0) if scored else None
+        assert texts.feed(0, delta) == completion_chunk(HEADER, {}, 0, delta.text, columns)
