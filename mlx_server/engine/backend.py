@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, get_total_parameters, load_adapters, load_model
 
 from mlx_server.engine.kv_layout import Cache, KvLayout, leaves
@@ -124,7 +124,19 @@ def merge(caches: list[Cache]) -> Cache:
     for layer in first:
         if not hasattr(layer, "merge"):
             raise ModelError(f"{type(layer).__name__} does not support batching")
+    if len(caches) == 1:
+        return [_batch_of_one(layer) for layer in first]
     return [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(first)]
+
+
+def _batch_of_one(layer: Any) -> Any:
+    """A batch cache of one row, without a copy where that can be had."""
+    if type(layer) is not KVCache:
+        return layer.merge([layer])
+    batch = BatchKVCache([0])
+    batch.keys, batch.values, batch._idx = layer.keys, layer.values, layer.offset
+    batch.offset = mx.array([layer.offset])
+    return batch
 
 
 def reserve(cache: Cache, tokens: int) -> None:

@@ -6,12 +6,14 @@ SMALLEST_CHUNK = 16
 LARGEST_CHUNK = 2048
 IDLE_CHUNK_SECONDS = 2.0
 """How long a chunk may take while nothing decodes: what an abort may have to wait for."""
-STEPS_PER_CHUNK = 2.6
+STEPS_PER_CHUNK = 2.5
 """How many decode steps a chunk may last while streams run."""
 GATHER_STEPS = 10
 """For how many steps' time a new batch may wait for prompts that are ready to join it."""
 LONGEST_BURST_SECONDS = 0.01
 STEP_WEIGHT = 0.2
+MOST_GROWTH = 1.25
+"""How many more tokens than the best chunk's speed gives a chunk may have: the fit may be wrong."""
 FADING = 0.9
 """What a chunk's measurement counts when the next one is made."""
 PRIOR_WEIGHT = 1e-3
@@ -76,6 +78,9 @@ class ChunkTimes:
 
     def tokens_within(self, seconds: float, position: int) -> int:
         """How many tokens after the first `position` a chunk of `seconds` can compute."""
+        if not self._seconds_per_token:
+            return 0
+        most = int(MOST_GROWTH * seconds / self._seconds_per_token)
         fixed, token, pair = self._coefficients()
         left = seconds - fixed
         if left <= 0:
@@ -83,7 +88,7 @@ class ChunkTimes:
         # token · n + pair · n · (position + n / 2) = left
         linear = token + pair * position
         root = math.sqrt(linear * linear + 2 * pair * left)
-        return int(min(2 * left / (linear + root), LARGEST_CHUNK)) if linear + root else 0
+        return min(most, int(2 * left / (linear + root))) if linear + root else most
 
     def _coefficients(self) -> tuple[float, float, float]:
         """a, b and c, in seconds; none is negative."""
