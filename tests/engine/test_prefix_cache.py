@@ -8,8 +8,8 @@ import pytest
 
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.prefix_cache import BLOCK
-from mlx_server.engine.protocol import Generate, Row, Sampling
-from tests.engine.conftest import idle, request, rows_of, started, tokens_of
+from mlx_server.engine.protocol import Generate, Row, Sampling, Stats
+from tests.engine.conftest import request, rows_of, started, tokens_of, until
 from tests.support.tiny import build_recurrent_model, build_tiny_model
 
 Build = Callable[[Path], Path]
@@ -60,10 +60,17 @@ async def without_cache(
         return [(await tokens_of(engine, one))[0] for one in requests]
 
 
-async def computed(engine: EngineClient) -> int:
-    """Prompt tokens that the idle engine has computed so far."""
-    await idle(engine)
-    return engine.stats.prefix.prompt_tokens - engine.stats.prefix.cached_tokens
+async def after(engine: EngineClient, *asked: Generate) -> Stats:
+    """What the engine reports when it has ended exactly these requests and is idle."""
+    length = sum(len(one.prompt) for one in asked)
+
+    def told() -> bool:
+        s = engine.stats
+        return s is not None and s.prefix.prompt_tokens == length and not s.running
+
+    await until(told)
+    assert engine.stats is not None
+    return engine.stats
 
 
 async def test_a_prompt_seen_before_is_computed_from_its_last_whole_block_on(
@@ -110,7 +117,8 @@ async def test_prompts_that_begin_alike_and_come_together_share_the_work(
         everything = sum(len(one.prompt) for one in asked)
         least = len(system) + sum(len(one.prompt) - len(system) for one in asked)
         assert everything > 2500
-        assert await computed(engine) <= least + len(asked) * BLOCK
+        stats = (await after(engine, *asked)).prefix
+        assert stats.prompt_tokens - stats.cached_tokens <= least + len(asked) * BLOCK
 
 
 async def test_the_cache_keeps_within_its_bytes_and_forgets_the_longest_unused(
@@ -140,9 +148,10 @@ async def test_running_requests_take_the_room_of_the_cache_when_they_need_it(
     per_token = 2 * 2 * 2 * 8 * 4
     limit = 3000 * per_token
     async with started(path, kv_limit=limit) as engine:
-        for seed in range(12):
-            await rows_of(engine, request(prompt_of(400, seed), 2))
-        full = engine.stats.prefix.bytes
+        before = [request(prompt_of(400, seed), 2) for seed in range(12)]
+        for one in before:
+            await rows_of(engine, one)
+        full = (await after(engine, *before)).prefix.bytes
         assert full > limit / 3
         together = [request(prompt_of(40, 50 + seed), 300, settings(seed)) for seed in range(6)]
         most = 0
@@ -151,8 +160,9 @@ async def test_running_requests_take_the_room_of_the_cache_when_they_need_it(
                 stats = engine.stats
                 most = max(most, stats.kv_bytes + stats.prefix.bytes)
         assert most <= limit
-        assert engine.stats.preempted == 0
-        assert engine.stats.prefix.bytes < full
+        stats = await after(engine, *before, *together)
+        assert stats.preempted == 0
+        assert stats.prefix.bytes < full
 
 
 async def test_an_aborted_request_leaves_what_it_computed_and_nothing_else(
@@ -166,8 +176,7 @@ async def test_an_aborted_request_leaves_what_it_computed_and_nothing_else(
                 break
         [rows] = await rows_of(engine, request(one.prompt, 12, settings(5)))
         assert cached(rows) > len(one.prompt) - 1 - BLOCK
-        await computed(engine)
-        assert engine.stats.kv_bytes == 0
+        assert (await after(engine, one, one)).kv_bytes == 0
     assert [tokens(rows)] == await without_cache(model, request(one.prompt, 12, settings(5)))
 
 
