@@ -6,6 +6,7 @@ mlx-lm keeps the architectures and the cache classes; what depends on their name
 
 import bisect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,13 @@ class Backend:
         memory: DeviceMemory,
         adapter_path: Path | None = None,
     ) -> None:
+        self.release: Callable[[], None] = _nothing
+        """Lets go of what outlives a step; for when nothing runs."""
         if device_name() == "cpu":
             from mlx_server.engine import cpu
 
             cpu.speed_up()  # before the model's own module is imported
+            self.release = cpu.forget
         self.model, config = _load(path, options)
         if adapter_path is not None:
             self.model = _with_adapter(self.model, adapter_path)
@@ -182,6 +186,10 @@ def unpad(cache: Cache) -> None:
 def cache_bytes(cache: Cache) -> int:
     """Bytes held by `cache`."""
     return sum(int(layer.nbytes) for layer in cache)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _load(path: Path, options: LoadOptions) -> tuple[Any, dict[str, Any]]:

@@ -276,9 +276,10 @@ class Prefill:
         self.model.prefill(padded, self.cache)
         backend.unpad(self.cache)
         self.position = self.length
-        for row, sequence in enumerate(self.sequences):
-            computed = len(sequence.request.prompt) - 1
-            mx.eval(store(self.prefix, sequence, self.cache, row, computed))
+        rows = enumerate(self.sequences)
+        mx.eval(
+            [store(self.prefix, s, self.cache, row, len(s.request.prompt) - 1) for row, s in rows]
+        )
 
     def _score(self, sequence: Sequence, chunk: mx.array, end: int) -> None:
         """Prefill `chunk` (1, tokens) and read the log-probability of the token after each."""

@@ -56,6 +56,11 @@ def speed_up() -> None:
     activations.swiglu = swiglu
 
 
+def forget() -> None:
+    """Let go of the last step's masks."""
+    _additive.cache_clear()
+
+
 def _keep_heap() -> None:
     """Have glibc reuse what is freed: a page given back costs 3 us when it is touched again.
 

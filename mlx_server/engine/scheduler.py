@@ -138,6 +138,7 @@ class Scheduler:
         if not self.busy:
             self._apportion()
             self.prefix.settle()
+            self.model.release()
             self.memory.release()
             self.memory.trim()
         elif self.memory.read().cache > self.memory.cache_limit:

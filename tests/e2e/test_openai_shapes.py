@@ -200,7 +200,8 @@ async def test_usage_that_was_asked_for_is_null_in_every_chunk_but_the_last(
     assert all(len(chunk["choices"]) == 1 for chunk in chunks)
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 3
-    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    cached = last["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert 0 <= cached < last["usage"]["prompt_tokens"]
     check(shape, last)
     for chunk in chunks:
         check(shape, without_open_nulls(chunk) if shape is Completion else chunk)
