@@ -175,6 +175,7 @@ class Prefill:
         self.prefix = prefix
         self.sequences = sequences
         self.until = until
+        self.begun = False
         self.starts: list[int] = []
         caches = [self._begun(sequence) for sequence in sequences]
         if len(sequences) == 1:
@@ -210,6 +211,7 @@ class Prefill:
 
     def advance(self, budget: int) -> None:
         """Compute one chunk of about `budget` tokens."""
+        self.begun = True
         if self.finished:  # all of it is cached, or it is a prompt of one token
             return
         if len(self.sequences) > 1:

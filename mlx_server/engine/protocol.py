@@ -173,6 +173,15 @@ class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     cached: int | None = None
 
 
+class Begun(msgspec.Struct, frozen=True, tag="begun"):
+    """The engine is about to work on these requests for the first time, or again.
+
+    Whatever has not begun when an engine dies had no part in its death.
+    """
+
+    ids: list[int]
+
+
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """One step's outcome for every request that got something."""
 
@@ -213,7 +222,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
 
 
 ToEngine = Load | Generate | Abort | Stop
-ToFront = Ready | LoadFailed | Tokens | Failed | Stats
+ToFront = Ready | LoadFailed | Begun | Tokens | Failed | Stats
 
 encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -17,6 +17,7 @@ from mlx_server.engine.disk_cache import BlockRead
 from mlx_server.engine.pace import SMALLEST_CHUNK, Pace
 from mlx_server.engine.prefix_cache import BLOCK, PrefixCache, common_blocks
 from mlx_server.engine.protocol import (
+    Begun,
     Failed,
     Generate,
     PrefixStats,
@@ -102,11 +103,17 @@ class Scheduler:
             row.done = True
         self.batch.leave(rows)
 
-    def turn(self) -> Iterator[Tokens]:
+    def turn(self) -> Iterator[Tokens | Begun]:
         """One decode step and at most one chunk of prefill; yields what comes out of each."""
         if not self._gathering():
             yield Tokens(self._decode())
-        yield Tokens(self._prefill())
+        decoding = any(row.reported for row in self.batch.rows)
+        prefill = self._next_prefill(self.pace.chunk(0, decoding))
+        self._chunk_last_turn = prefill is not None
+        if prefill is not None:
+            if not prefill.begun:
+                yield Begun([sequence.id for sequence in prefill.sequences])
+            yield Tokens(self._prefill(prefill, decoding))
         self.prefix.pump()
         if not (self.batch.busy or self.prefills):
             self._await_disk()
@@ -210,14 +217,8 @@ class Scheduler:
             self.pace.stepped(time.perf_counter() - started)
         return rows
 
-    def _prefill(self) -> list[Row]:
+    def _prefill(self, prefill: Prefill, decoding: bool) -> list[Row]:
         """Compute one chunk of prompt; sequences that are ready join the batch."""
-        self._chunk_last_turn = False
-        decoding = any(row.reported for row in self.batch.rows)
-        prefill = self._next_prefill(self.pace.chunk(0, decoding))
-        if prefill is None:
-            return []
-        self._chunk_last_turn = True
         self._compute(prefill, self.pace.chunk(prefill.position, decoding))
         if not prefill.finished:
             self.prefills.append(prefill)

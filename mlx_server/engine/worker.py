@@ -19,6 +19,7 @@ from mlx_server.engine.blas import ADVICE, load_openblas
 from mlx_server.engine.imports import leave_out_text_side
 from mlx_server.engine.protocol import (
     Abort,
+    Begun,
     FrameReader,
     Generate,
     Load,
@@ -129,9 +130,9 @@ class Engine:
 
     def _turn(self) -> None:
         try:
-            for tokens in self.scheduler.turn():
-                if tokens.rows:
-                    self._send(tokens)
+            for message in self.scheduler.turn():
+                if isinstance(message, Begun) or message.rows:
+                    self._send(message)
         except (RuntimeError, ValueError, MemoryError) as error:
             # MLX raises these for a failed allocation or operation. The arrays of the running
             # requests cannot be trusted any more; those that wait are unharmed.
