@@ -6,7 +6,8 @@ mlx-lm keeps the architectures and the cache classes; what depends on their name
 
 import bisect
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,23 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model, get_total_parameters, load_adapters, load_model
 
+from mlx_server.engine import mixed
 from mlx_server.engine.kv_layout import Cache, KvLayout, leaves
 from mlx_server.engine.kv_quant import CannotQuantize, check_support, quantize_cache
+from mlx_server.engine.mixed import Part
 from mlx_server.engine.protocol import LoadOptions
 from mlx_server.utils.memory import DeviceMemory, device_name
 
 DEFAULT_CONTEXT = 4096
 FLOAT32_BYTES = 4
+SPREAD = 32
+"""Tokens by which the caches of a prompt's layers differ in size at first."""
+SLACK = 8
+"""The same once they hold all of it."""
+STAGGERED = 32
+"""After how many layers sizes repeat."""
+
+log = logging.getLogger("mlx_server.engine")
 
 
 class ModelError(Exception):
@@ -67,6 +78,11 @@ class Backend:
         self.vocab_size = int(self.forward(mx.array([[0]]), cache).shape[-1])
         self.kv_cost = KvCost(cache)
         self.layout = KvLayout(cache)
+        obstacle = mixed.enable(self.model, self.new_cache, merge)
+        self.mixes = obstacle is None
+        """Whether tokens for several caches can be computed in one pass."""
+        if obstacle is not None:
+            log.info("event=mixed_steps_off reason=%r", obstacle)
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence."""
@@ -77,6 +93,15 @@ class Backend:
         """Logits (batch, tokens, vocab) after `tokens` (batch, tokens); grows `cache`."""
         logits: mx.array = self.model(tokens, cache=cache)
         return logits
+
+    def step(self, parts: Sequence[Part], answers: int) -> mx.array:
+        """Logits (answers, 1, vocab) of the first `answers` rows of `parts`; grows their caches.
+
+        More than one part needs a model that `mixes`.
+        """
+        if len(parts) == 1:
+            return self.forward(parts[0].tokens, parts[0].cache)
+        return mixed.forward(self.model, parts, answers)
 
     def prefill(self, tokens: mx.array, cache: Cache) -> None:
         """Compute `tokens` (batch, tokens) into `cache`; the output projection is never run."""
@@ -143,11 +168,17 @@ def _batch_of_one(layer: Any) -> Any:
     return batch
 
 
-def reserve(cache: Cache, tokens: int) -> None:
-    """Let a cache of one sequence grow by `tokens` at its next write, and not in many copies."""
-    for leaf in leaves(cache):
+def reserve(cache: Cache, tokens: int, chunk: int) -> None:
+    """Prepare a cache of one sequence for `chunk` of the `tokens` of its prompt still to come.
+
+    A cache that is full is copied to a larger place, of which new memory has to be touched. Layers
+    get to that point one after another, and make it but once.
+    """
+    for index, leaf in enumerate(leaves(cache)):
         if isinstance(leaf, KVCache):
-            leaf.step = -(-tokens // KvCost.STEP) * KvCost.STEP
+            whole = tokens + SLACK * (index % STAGGERED)
+            first = SPREAD * (index % STAGGERED + 1)
+            leaf.step = first if leaf.keys is None and chunk < first < whole else whole
 
 
 def extend(cache: Cache, other: Cache) -> Cache:

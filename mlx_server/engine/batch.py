@@ -1,306 +1,25 @@
-"""The requests of an engine as they run: prompts being prefilled, and the decoding batch."""
+"""The requests that decode: groups of rows with a cache each, one token a row and step."""
 
-import copy
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
-import msgspec
 
 from mlx_server.engine import backend
 from mlx_server.engine.backend import Backend
-from mlx_server.engine.disk_cache import BlockRead
 from mlx_server.engine.kv_layout import Cache
-from mlx_server.engine.prefix_cache import (
-    BLOCK,
-    Block,
-    Match,
-    PrefixCache,
-    extend_keys,
-    usable_blocks,
-)
-from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row, Sampling
-from mlx_server.engine.sampling import BatchSampler, Draw, token_logprobs
+from mlx_server.engine.mixed import Part
+from mlx_server.engine.prefill import Prefill
+from mlx_server.engine.prefix_cache import PrefixCache
+from mlx_server.engine.protocol import Logprobs, Row
+from mlx_server.engine.sampling import BatchSampler, Draw
+from mlx_server.engine.sequence import Sequence, logprob_entries, store
 
-EXPECTED_TOKENS = 256
-"""Completion tokens that admission makes room for; what gets longer may be preempted."""
-SCORING_CHUNK = 128
-"""Prompt positions scored at once: their logits (positions, vocab) are held in memory."""
-SNAPSHOT_EVERY = 512
-"""Prompt tokens between the snapshots of a model whose caches cannot all be cut into blocks."""
-
-
-class Sequence:
-    """One request and how far it is.
-
-    `launched` counts the completion tokens sampled so far, read back or not. `keys` names the
-    blocks of its tokens in the prefix cache, and `cached` is how many tokens came from there.
-    `usable_keys` names those that a cache may answer for. While it waits, `held` are the cached
-    blocks it is to use, and `read` those on their way from the disk.
-    """
-
-    def __init__(self, request: Generate, context_length: int) -> None:
-        self.request = request
-        self.id = request.id
-        self.sampling: Sampling = request.sampling
-        split = len(request.prompt) - request.generated
-        self.prompt = request.prompt[:split]
-        self.completion = request.prompt[split:]
-        self.launched = request.generated
-        room = context_length - len(request.prompt)
-        self.limit = request.generated + min(request.max_tokens, room)
-        self.stop_tokens = frozenset(request.stop_tokens)
-        # Nothing precedes the first token of a prompt, so it has no log-probability.
-        self.prompt_logprobs: list[Logprobs | None] | None = (
-            None if request.prompt_logprobs is None else [None]
-        )
-        self.keys: list[bytes] = []
-        extend_keys(self.keys, request.prompt)
-        self.usable_keys = self._usable_keys()
-        self.cached: int | None = None
-        self.held: list[Block] = []
-        self.read: BlockRead | None = None
-        self.fetched = False
-        self.in_flight = False
-        self.reported = False
-        self.done = False
-
-    def _usable_keys(self) -> list[bytes]:
-        """The names of those blocks of the prompt that a cache may answer for."""
-        return [] if self.scored else self.keys[: usable_blocks(self.request.prompt)]
-
-    @property
-    def scored(self) -> bool:
-        """Whether its prompt's own log-probabilities are wanted, so that all of it is computed."""
-        return self.request.prompt_logprobs is not None
-
-    @property
-    def position(self) -> int:
-        return self.launched
-
-    @property
-    def length(self) -> int:
-        """Tokens known once what is launched has been read back."""
-        return len(self.prompt) + self.launched
-
-    @property
-    def computed(self) -> int:
-        """Tokens in the batch's cache once what is launched has been computed."""
-        return self.length - 1
-
-    @property
-    def expected_length(self) -> int:
-        """How long the sequence may well get: an early end is likelier than its limit."""
-        return self.length + min(EXPECTED_TOKENS, self.limit - self.launched)
-
-    def anew(self) -> "Sequence":
-        """The same request with nothing computed, to go on after the tokens read back so far."""
-        self.done = True  # whatever is in flight is drawn again, and comes out the same
-        again = copy.copy(self)
-        scored = None if self.reported else self.request.prompt_logprobs
-        again.request = msgspec.structs.replace(
-            self.request,
-            prompt=self.prompt + self.completion,
-            generated=len(self.completion),
-            prompt_logprobs=scored,
-        )
-        again.prompt_logprobs = None if scored is None else [None]
-        again.launched = len(self.completion)
-        again.usable_keys = again._usable_keys()
-        again.held, again.read, again.fetched = [], None, False
-        again.in_flight = again.done = False
-        return again
-
-    def accept(self, token: int, logprobs: Logprobs | None) -> Row:
-        """Take note of the next token read back; says what to report of it."""
-        self.completion.append(token)
-        finish: FinishReason | None = None
-        if token in self.stop_tokens:
-            finish = "stop"
-        elif len(self.completion) >= self.limit:
-            finish = "length"
-        self.done = finish is not None
-        return self.report([token], finish, [logprobs] if logprobs else None)
-
-    def report(
-        self,
-        tokens: list[int],
-        finish: FinishReason | None,
-        logprobs: list[Logprobs] | None = None,
-    ) -> Row:
-        """A row for the front; the first one carries what is known of the prompt."""
-        first, self.reported = not self.reported, True
-        return Row(
-            id=self.id,
-            tokens=tokens,
-            finish=finish,
-            logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs if first else None,
-            cached=self.cached if first else None,
-        )
-
-
-def store(
-    prefix: PrefixCache, sequence: Sequence, cache: Cache, row: int, computed: int
-) -> list[mx.array]:
-    """Keep the whole blocks of a row of `cache` that holds `computed` tokens of `sequence`.
-
-    Returns what is to be evaluated before the cache is next written to.
-    """
-    tokens = sequence.prompt + sequence.completion
-    extend_keys(sequence.keys, tokens)
-    keys = sequence.keys[: min(computed, len(tokens)) // BLOCK]
-    return prefix.store(tokens, keys, cache, row, prefix.layout.padding(cache, computed))
-
-
-class Prefill:
-    """Prompts on their way into a cache: several short ones together, or a long one in chunks.
-
-    What the prefix cache has of a prompt is not computed again. A prompt's last token is left for
-    the decoding batch, whose next step then gives the first token of the completion. Several
-    prompts are padded to the longest and take a single chunk, so that a row never has to leave
-    half-way. A prompt may be computed `until` where others that wait branch off, to be taken up
-    again together with them.
-    """
-
-    def __init__(
-        self,
-        model: Backend,
-        prefix: PrefixCache,
-        sequences: list[Sequence],
-        until: int | None = None,
-    ) -> None:
-        self.model = model
-        self.prefix = prefix
-        self.sequences = sequences
-        self.until = until
-        self.begun = False
-        self.starts: list[int] = []
-        caches = [self._begun(sequence) for sequence in sequences]
-        if len(sequences) == 1:
-            self.cache: Cache = caches[0]
-            self.position = self.starts[0]
-            self.length = until or len(sequences[0].request.prompt) - 1
-            backend.reserve(self.cache, max(1, len(sequences[0].request.prompt) - self.position))
-        else:
-            self.cache = backend.merge(caches)
-            self.position = 0
-            self.length = max(self._missing())
-        self._snapshot_at = self.position
-
-    @property
-    def finished(self) -> bool:
-        return self.position >= self.length
-
-    @property
-    def covers(self) -> list[tuple[Sequence, int]]:
-        """The sequences, and how many blocks of each will be in the prefix cache at the end."""
-        if self.until is not None:
-            return [(self.sequences[0], self.until // BLOCK)]
-        return [(sequence, len(sequence.usable_keys)) for sequence in self.sequences]
-
-    def chunk(self, budget: int) -> tuple[int, float]:
-        """Tokens of the next chunk over all rows, and how many keys each attends to on average."""
-        if len(self.sequences) > 1:
-            longest = self.length
-            rows = len(self.sequences)
-            return longest * rows, sum(self.starts) / rows + longest / 2
-        tokens = self._end(budget) - self.position
-        return tokens, self.position + tokens / 2
-
-    def advance(self, budget: int) -> None:
-        """Compute one chunk of about `budget` tokens."""
-        self.begun = True
-        if self.finished:  # all of it is cached, or it is a prompt of one token
-            return
-        if len(self.sequences) > 1:
-            self._together()
-            return
-        sequence = self.sequences[0]
-        end = self._end(budget)
-        chunk = mx.array([sequence.request.prompt[self.position : end]])
-        if sequence.scored:
-            self._score(sequence, chunk, end)
-        else:
-            self.model.prefill(chunk, self.cache)
-        self.position = end
-        mx.eval(store(self.prefix, sequence, self.cache, 0, end), self._snapshot())
-
-    def resume(self) -> None:
-        """Go on to the end of a prompt that was to stop before."""
-        self.until = None
-        self.length = len(self.sequences[0].request.prompt) - 1
-
-    def _begun(self, sequence: Sequence) -> Cache:
-        """A cache with what is known of the prompt."""
-        cache = self.model.new_cache()
-        prompt = sequence.request.prompt
-        match = Match() if sequence.scored else self.prefix.match(prompt, sequence.usable_keys)
-        self.prefix.fill(cache, match)
-        self.prefix.let_go(sequence.held)
-        sequence.held = []
-        self.starts.append(match.length)
-        if sequence.cached is None:
-            sequence.cached = match.length
-        return cache
-
-    def _missing(self) -> list[int]:
-        """For each sequence, how many tokens remain to be computed."""
-        pairs = zip(self.sequences, self.starts, strict=True)
-        return [len(sequence.request.prompt) - 1 - start for sequence, start in pairs]
-
-    def _end(self, budget: int) -> int:
-        """Where the next chunk of a single prompt ends."""
-        scored = self.sequences[0].scored
-        end = min(self.position + (min(budget, SCORING_CHUNK) if scored else budget), self.length)
-        last_boundary = self.length // BLOCK * BLOCK
-        if self.prefix.layout.sliceable or self.position >= last_boundary:
-            return end
-        return min(max(end // BLOCK * BLOCK, self.position // BLOCK * BLOCK + BLOCK), last_boundary)
-
-    def _snapshot(self) -> list[mx.array]:
-        """Keep the state of layers that cannot be cut, where later prompts may take it up."""
-        if self.prefix.layout.sliceable or self.position % BLOCK or not self.position:
-            return []
-        last = self.position + BLOCK > self.length
-        if not last and self.position - self._snapshot_at < SNAPSHOT_EVERY:
-            return []
-        self._snapshot_at = self.position
-        key = self.sequences[0].keys[self.position // BLOCK - 1]
-        return self.prefix.store_snapshot(key, self.cache)
-
-    def _together(self) -> None:
-        pairs = zip(self.sequences, self.starts, strict=True)
-        prompts = [sequence.request.prompt[start:-1] for sequence, start in pairs]
-        padded = mx.array([p + [0] * (self.length - len(p)) for p in prompts])
-        backend.pad_right(self.cache, [len(p) for p in prompts])
-        self.model.prefill(padded, self.cache)
-        backend.unpad(self.cache)
-        self.position = self.length
-        rows = enumerate(self.sequences)
-        mx.eval(
-            [store(self.prefix, s, self.cache, row, len(s.request.prompt) - 1) for row, s in rows]
-        )
-
-    def _score(self, sequence: Sequence, chunk: mx.array, end: int) -> None:
-        """Prefill `chunk` (1, tokens) and read the log-probability of the token after each."""
-        logits = self.model.forward(chunk, self.cache)[0]
-        following = sequence.request.prompt[self.position + 1 : end + 1]
-        most = sequence.request.prompt_logprobs or 0
-        read = token_logprobs(logits, mx.array(following), most)
-        mx.eval(read, [layer.state for layer in self.cache])
-        assert sequence.prompt_logprobs is not None
-        sequence.prompt_logprobs += _entries(following, read)
-
-    def batch_cache(self) -> Cache:
-        """The cache in the form that the decoding batch takes."""
-        return self.cache if len(self.sequences) > 1 else backend.merge([self.cache])
-
-    def drop(self, ids: frozenset[int]) -> None:
-        """Forget these requests; to be called between chunks."""
-        if len(self.sequences) == 1 and self.sequences[0].id in ids:
-            self.sequences = []
+MOST_PADDED = 2
+"""How many times longer than another a sequence in the same group may be."""
+SHORT = 256
+"""Tokens; sequences up to this length go together whatever their lengths."""
 
 
 @dataclass
@@ -326,15 +45,50 @@ class Step:
         if logprobs is None:
             return {}
         asked = [i for i, row in enumerate(self.rows) if row.request.logprobs is not None]
-        entries = _entries([tokens[i] for i in asked], logprobs)
+        entries = logprob_entries([tokens[i] for i in asked], logprobs)
         return {
             self.rows[i].id: Logprobs(e.token, e.logprob, e.top[: self.rows[i].request.logprobs])
             for i, e in zip(asked, entries, strict=True)
         }
 
 
+@dataclass
+class Group:
+    """Rows that share a batch cache, in which all are padded to the longest."""
+
+    rows: list[Sequence]
+    cache: Cache
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens in the shortest and in the longest row's cache."""
+        lengths = [row.computed for row in self.rows]
+        return min(lengths), max(lengths)
+
+    def suits(self, other: "Group") -> bool:
+        """Whether the two are better off as one: padding costs memory, and time in every step."""
+        (low, high), (others_low, others_high) = self.lengths, other.lengths
+        return alike(min(low, others_low), max(high, others_high))
+
+
+def alike(shortest: int, longest: int) -> bool:
+    """Whether sequences of these lengths in tokens may share a cache."""
+    return longest <= max(SHORT, MOST_PADDED * shortest)
+
+
+def most_padded(length: int) -> int:
+    """How long the cache of a sequence of `length` tokens may be for the sake of its company.
+
+    A group's members were alike when they met, and have grown by the same number of tokens since.
+    """
+    return length + max(SHORT, (MOST_PADDED - 1) * length)
+
+
 class Batch:
-    """The decoding batch: one row a request, one batch cache, one token a row and step.
+    """The decoding batch: one row a request, one token a row and step.
+
+    Sequences of similar length share a group. Where the model cannot compute several groups in one
+    pass, all share one.
 
     Step n+1 is built before the tokens of step n are drawn, where that is the host's to do, and
     started before they are read, so the host's work hides behind the device's.
@@ -343,8 +97,8 @@ class Batch:
     def __init__(self, model: Backend, prefix: PrefixCache) -> None:
         self.model = model
         self.prefix = prefix
+        self.groups: list[Group] = []
         self.rows: list[Sequence] = []
-        self.cache: Cache = []
         self.inputs = mx.array([], dtype=mx.uint32)
         self.pending: Step | None = None
         self._sampler: BatchSampler | None = None
@@ -356,13 +110,26 @@ class Batch:
     def busy(self) -> bool:
         return bool(self.rows) or self.pending is not None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all groups' caches."""
+        return sum(backend.cache_bytes(group.cache) for group in self.groups)
+
     def join(self, prefill: Prefill) -> None:
         """Take over the sequences of a finished prefill."""
-        last = mx.array([s.request.prompt[-1] for s in prefill.sequences], dtype=mx.uint32)
-        self.rows += prefill.sequences
-        self.cache = backend.extend(self.cache, prefill.batch_cache())
-        self.inputs = mx.concatenate([self.inputs, last])
-        self._sampler = None
+        new = Group(prefill.sequences, prefill.batch_cache())
+        group = self._group_for(new)
+        if group is None:
+            self.groups.append(new)
+            place = len(self.rows)
+        else:
+            before = self.groups[: self.groups.index(group) + 1]
+            place = sum(len(one.rows) for one in before)
+            group.rows += new.rows
+            group.cache = backend.extend(group.cache, new.cache)
+        last = mx.array([s.request.prompt[-1] for s in new.rows], dtype=mx.uint32)
+        self.inputs = mx.concatenate([self.inputs[:place], last, self.inputs[place:]])
+        self._changed()
 
     def leave(self, gone: Many[Sequence]) -> None:
         """Drop these rows and their caches, of which the prefix cache keeps whole blocks."""
@@ -370,19 +137,16 @@ class Batch:
         keep = [i for i, row in enumerate(self.rows) if row.id not in ids]
         if len(keep) == len(self.rows):
             return
-        for i, row in enumerate(self.rows):
-            if row.id in ids:
-                kept = store(self.prefix, row, self.cache, i, row.computed)
-                mx.async_eval(kept)  # type: ignore[no-untyped-call]
-        self.rows = [self.rows[i] for i in keep]
-        self.cache = backend.keep_rows(self.cache, keep)
+        for group in self.groups:
+            self._leave_group(group, ids)
+        self.groups = [group for group in self.groups if group.rows]
         self.inputs = self.inputs[mx.array(keep)] if keep else mx.array([], dtype=mx.uint32)
-        self._sampler = None
+        self._changed()
 
     def step(self) -> list[Row]:
         """Start the next step and read the one before it."""
         previous, self.pending = self.pending, None
-        self.leave([row for row in self.rows if row.done or row.launched >= row.limit])
+        self.drop_ended()
         if self.rows:
             self.pending = self._build()
         if previous:
@@ -391,35 +155,73 @@ class Batch:
             self.pending.draw.start()
         return previous.read() if previous else []
 
-    def clear(self) -> None:
-        """Forget every row."""
-        self.leave(list(self.rows))
-        self.pending = None
+    def settle(self) -> list[Row]:
+        """Read the step under way and drop the rows that have ended; starts no other."""
+        previous, self.pending = self.pending, None
+        if previous:
+            previous.draw.finish()
+        rows = previous.read() if previous else []
+        for row in self.rows:
+            row.in_flight = False
+        self.drop_ended()
+        return rows
 
-    def _build(self) -> Step:
+    def step_beside(self, prefill: Prefill, budget: int) -> None:
+        """Start the next step and, in the same pass, the next chunk of a prompt.
+
+        No step may be under way, and there must be rows.
+        """
+        chunk = prefill.next_chunk(budget)
+        self.pending = self._build(Part(chunk, prefill.cache))
+        self.pending.draw.start()
+        written = [layer.state for layer in prefill.cache]
+        mx.async_eval(written, prefill.computed(chunk.size))  # type: ignore[no-untyped-call]
+
+    def drop_ended(self) -> None:
+        """Drop the rows that need no further step."""
+        self.leave([row for row in self.rows if row.done or row.launched >= row.limit])
+
+    def _group_for(self, new: Group) -> Group | None:
+        if not self.model.mixes:
+            return self.groups[0] if self.groups else None
+        return next((group for group in self.groups if group.suits(new)), None)
+
+    def _leave_group(self, group: Group, ids: set[int]) -> None:
+        keep = [i for i, row in enumerate(group.rows) if row.id not in ids]
+        if len(keep) == len(group.rows):
+            return
+        for i, row in enumerate(group.rows):
+            if row.id in ids:
+                kept = store(self.prefix, row, group.cache, i, row.computed)
+                mx.async_eval(kept)  # type: ignore[no-untyped-call]
+        group.rows = [group.rows[i] for i in keep]
+        group.cache = backend.keep_rows(group.cache, keep)
+
+    def _changed(self) -> None:
+        self.rows = [row for group in self.groups for row in group.rows]
+        self._sampler = None
+
+    def _build(self, *chunk: Part) -> Step:
         """The graph of the next step; its inputs may still have to be drawn."""
         if self._sampler is None:
             wanted = [row.request.logprobs for row in self.rows]
             self._sampler = BatchSampler(self.rows, self.inputs, self.model.vocab_size, wanted)
-        logits = self.model.forward(self.inputs[:, None], self.cache)[:, -1, :]
-        draw = self._sampler.launch(logits.astype(mx.float32))
+        logits = self.model.step([*self._parts(), *chunk], len(self.rows))
+        draw = self._sampler.launch(logits[:, -1, :].astype(mx.float32))
         for row in self.rows:
             row.launched += 1
             row.in_flight = True
         self.inputs = draw.tokens
         return Step(list(self.rows), draw)
 
+    def _parts(self) -> list[Part]:
+        parts, start = [], 0
+        for group in self.groups:
+            end = start + len(group.rows)
+            parts.append(Part(self.inputs[start:end, None], group.cache))
+            start = end
+        return parts
+
 
 def _ints(tokens: mx.array) -> list[int]:
     return cast(list[int], tokens.tolist())
-
-
-def _entries(tokens: list[int], read: tuple[mx.array, ...]) -> list[Logprobs]:
-    """What `token_logprobs` returned for `tokens`, position by position."""
-    chosen = cast(list[float], read[0].tolist())
-    tops: list[list[tuple[int, float]]] = [[] for _ in tokens]
-    if len(read) > 1:
-        ids = cast(list[list[int]], read[1].tolist())
-        values = cast(list[list[float]], read[2].tolist())
-        tops = [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
-    return [Logprobs(*entry) for entry in zip(tokens, chosen, tops, strict=True)]

@@ -29,6 +29,8 @@ class Pace:
         self.fixed_chunk = fixed_chunk
         self.step_seconds = 0.0
         self.chunks = ChunkTimes()
+        self.beside = ChunkTimes()
+        """By how much chunks make the step longer that computes them in the same pass."""
 
     def stepped(self, seconds: float) -> None:
         """A decode step took this long."""
@@ -43,6 +45,14 @@ class Pace:
         if decoding:
             seconds = min(seconds, STEPS_PER_CHUNK * self.step_seconds)
         tokens = self.chunks.tokens_within(seconds, position)
+        return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
+
+    def chunk_beside(self, position: int) -> int:
+        """The same for a chunk that is computed in one pass with a decode step."""
+        if self.fixed_chunk is not None:
+            return self.fixed_chunk
+        seconds = min(IDLE_CHUNK_SECONDS, STEPS_PER_CHUNK * self.step_seconds)
+        tokens = self.beside.tokens_within(seconds, position)
         return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
 
     def gather_seconds(self) -> float:

@@ -43,6 +43,8 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """Freed buffers that MLX may keep for reuse; None takes an eighth of the memory limit."""
     kv_limit: int | None = None
     """Bytes for all KV caches together; None takes what the memory limit leaves."""
+    kv_share: float = 1.0
+    """How much of that to use at first, by an engine whose predecessor ran out of memory."""
     kv_bits: Literal[4, 8] | None = None
     """Bits of quantized KV caches; None leaves them as computed."""
     prefix_cache: str = "100%"
@@ -219,6 +221,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """How often a request had to give up its place and start over, since the engine began."""
     prefix: PrefixStats
     memory: Memory
+    longest_turn: float = 0.0
+    """Seconds that the longest turn took since the engine began; nothing is sent during a turn."""
 
 
 ToEngine = Load | Generate | Abort | Stop

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 
 from mlx_server.engine.backend import Backend, cache_bytes
-from mlx_server.engine.batch import Batch, Prefill, Sequence
+from mlx_server.engine.batch import Batch, alike, most_padded
+from mlx_server.engine.caution import Caution
 from mlx_server.engine.disk_cache import BlockRead
 from mlx_server.engine.pace import SMALLEST_CHUNK, Pace
+from mlx_server.engine.prefill import Prefill
 from mlx_server.engine.prefix_cache import BLOCK, PrefixCache, common_blocks
 from mlx_server.engine.protocol import (
     Begun,
@@ -26,8 +28,9 @@ from mlx_server.engine.protocol import (
     Stats,
     Tokens,
 )
+from mlx_server.engine.sequence import Sequence
 from mlx_server.engine.waiting import WaitingQueue
-from mlx_server.utils.memory import DeviceMemory
+from mlx_server.utils.memory import DeviceMemory, is_out_of_memory
 
 MOST_PADDING = 1.5
 """Prompts prefill together while padding makes the work no more than this times as large."""
@@ -57,17 +60,20 @@ class Scheduler:
         max_batch: int,
         kv_limit: int,
         prefill_chunk: int | None,
+        kv_share: float = 1.0,
     ) -> None:
         self.model = model
         self.memory = memory
         self.prefix = prefix
         self.max_batch = max_batch
         self.kv_limit = kv_limit
+        self.caution = Caution(kv_share)
         self.prefix_limit = prefix.limit
         self.longest_sequence = model.kv_cost.longest(kv_limit, model.context_length)
         self.pace = Pace(prefill_chunk)
         self.waiting = WaitingQueue()
         self.preempted = 0
+        self.longest_turn = 0.0
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.prefills: deque[Prefill] = deque()
@@ -75,6 +81,8 @@ class Scheduler:
         self._gathering_until = 0.0
         self._newcomers_next = False
         self._chunk_last_turn = False
+        self._beside: tuple[int, float, float] | None = None
+        """Of a step under way that has a chunk in it: its tokens, keys each, and the start."""
 
     @property
     def busy(self) -> bool:
@@ -105,18 +113,25 @@ class Scheduler:
 
     def turn(self) -> Iterator[Tokens | Begun]:
         """One decode step and at most one chunk of prefill; yields what comes out of each."""
-        if not self._gathering():
-            yield Tokens(self._decode())
+        started = time.perf_counter()
+        self._make_room()
         decoding = any(row.reported for row in self.batch.rows)
         prefill = self._next_prefill(self.pace.chunk(0, decoding))
+        if prefill is not None and not prefill.begun:
+            yield Begun([sequence.id for sequence in prefill.sequences])
+        if prefill is not None and decoding and self.model.mixes and prefill.mixes:
+            yield Tokens(self._settle())
+            yield Tokens(self._decode_beside(prefill))
+        else:
+            if not self._gathering():
+                yield Tokens(self._decode())
+            if prefill is not None:
+                yield Tokens(self._prefill(prefill, decoding))
         self._chunk_last_turn = prefill is not None
-        if prefill is not None:
-            if not prefill.begun:
-                yield Begun([sequence.id for sequence in prefill.sequences])
-            yield Tokens(self._prefill(prefill, decoding))
         self.prefix.pump()
         if not (self.batch.busy or self.prefills):
             self._await_disk()
+        self.longest_turn = max(self.longest_turn, time.perf_counter() - started)
 
     def warm_up(self) -> None:
         """Run a small request, so that kernels are compiled and the pace is known."""
@@ -129,16 +144,41 @@ class Scheduler:
         self.prompt_tokens = self.cached_tokens = 0
         self.release()
 
-    def fail_all(self, message: str) -> list[Failed]:
-        """Give up every request that has begun; the waiting ones stay."""
-        begun = [s.id for p in self.prefills for s in p.sequences]
-        begun += [row.id for row in self.batch.rows]
-        if self.batch.pending:
-            begun += [row.id for row in self.batch.pending.rows if not row.done]
+    def recover(self, error: Exception) -> list[Failed]:
+        """Go on after a turn that raised `error`.
+
+        Arrays of what had begun cannot be trusted, so all of it is computed again from the tokens
+        known so far. The requests concerned are then tried one by one: one that fails again while
+        it is the only one on trial is given up.
+        """
+        begun = self._begun()
+        for sequence in begun:
+            self.prefix.let_go(sequence.held)
         self.prefills.clear()
         self.prefix.clear()
         self.batch = Batch(self.model, self.prefix)
-        return [Failed(id_, message) for id_ in dict.fromkeys(begun)]
+        self._beside = None
+        self.memory.release()
+        out_of_memory = is_out_of_memory(error)
+        if out_of_memory:
+            self.caution.lower()
+        suspects = [sequence for sequence in begun if sequence.suspect]
+        guilty = begun if len(begun) == 1 else suspects
+        if len(guilty) != 1 or (out_of_memory and len(begun) > 1):
+            guilty = []
+        for sequence in reversed(begun):
+            if sequence not in guilty:
+                again = sequence.anew()
+                again.suspect = not guilty
+                self.waiting.put_back(again)
+        return [Failed(sequence.id, f"{type(error).__name__}: {error}") for sequence in guilty]
+
+    def _begun(self) -> list[Sequence]:
+        """Every request that has been admitted and has not ended."""
+        found = {sequence.id: sequence for sequence in self._admitted()}
+        if self.batch.pending:
+            found |= {row.id: row for row in self.batch.pending.rows if not row.done}
+        return list(found.values())
 
     def release(self) -> None:
         """Give freed buffers back when nothing runs, or when too many have gathered."""
@@ -157,13 +197,13 @@ class Scheduler:
 
     def stats(self) -> Stats:
         """The present figures."""
-        caches = [self.batch.cache, *(prefill.cache for prefill in self.prefills)]
         return Stats(
             running=len(self.batch),
             prefilling=sum(len(prefill.sequences) for prefill in self.prefills),
             waiting=len(self.waiting),
             step_seconds=self.pace.step_seconds,
-            kv_bytes=sum(cache_bytes(cache) for cache in caches),
+            kv_bytes=self.batch.nbytes
+            + sum(cache_bytes(prefill.cache) for prefill in self.prefills),
             preempted=self.preempted,
             prefix=PrefixStats(
                 blocks=len(self.prefix),
@@ -172,6 +212,7 @@ class Scheduler:
                 cached_tokens=self.cached_tokens,
             ),
             memory=self.memory.read(),
+            longest_turn=self.longest_turn,
         )
 
     def _problem(self, request: Generate) -> str | None:
@@ -209,7 +250,6 @@ class Scheduler:
     def _decode(self) -> list[Row]:
         if not self.batch.busy:
             return []
-        self._make_room()
         started = time.perf_counter()
         rows = self.batch.step()
         # After a chunk, what is read has been computed long since.
@@ -217,17 +257,32 @@ class Scheduler:
             self.pace.stepped(time.perf_counter() - started)
         return rows
 
+    def _settle(self) -> list[Row]:
+        """Read the step under way; from one with a chunk, learn how long that took."""
+        rows = self.batch.settle()
+        if self._beside is not None:
+            tokens, keys, started = self._beside
+            seconds = time.perf_counter() - started
+            self.pace.beside.measured(
+                tokens, keys, max(seconds - self.pace.step_seconds, seconds / 10)
+            )
+            self._beside = None
+        return rows
+
+    def _decode_beside(self, prefill: Prefill) -> list[Row]:
+        """Start a step that computes a chunk of `prefill` in the same pass."""
+        budget = self.pace.chunk_beside(prefill.position)
+        tokens, keys = prefill.chunk(budget)
+        if self.batch.rows:
+            self._beside = (tokens, keys, time.perf_counter())
+            self.batch.step_beside(prefill, budget)
+        else:  # the last of them has just ended
+            prefill.advance(budget)
+        return self._ended(prefill)
+
     def _prefill(self, prefill: Prefill, decoding: bool) -> list[Row]:
         """Compute one chunk of prompt; sequences that are ready join the batch."""
-        self._compute(prefill, self.pace.chunk(prefill.position, decoding))
-        if not prefill.finished:
-            self.prefills.append(prefill)
-            return []
-        if prefill.until is not None:
-            return self._branch(prefill)
-        return self._start_decoding(prefill)
-
-    def _compute(self, prefill: Prefill, budget: int) -> None:
+        budget = self.pace.chunk(prefill.position, decoding)
         tokens, keys = prefill.chunk(budget)
         started = time.perf_counter()
         prefill.advance(budget)
@@ -236,6 +291,14 @@ class Scheduler:
             seconds = max(seconds - self.pace.step_seconds, seconds / 2)
         if tokens:
             self.pace.chunks.measured(tokens, keys, seconds)
+        return self._ended(prefill)
+
+    def _ended(self, prefill: Prefill) -> list[Row]:
+        """What comes of a prefill after a chunk."""
+        if not prefill.finished:
+            return []
+        self.prefills.remove(prefill)
+        return self._start_decoding(prefill) if prefill.until is None else self._branch(prefill)
 
     def _branch(self, prefill: Prefill) -> list[Row]:
         """The part that a prompt shares with others is computed: it goes on beside them."""
@@ -257,8 +320,12 @@ class Scheduler:
         """
         self._newcomers_next = not self._newcomers_next
         if self.prefills and not self._newcomers_next:
-            return self.prefills.popleft()
-        return self._admit(budget) or (self.prefills.popleft() if self.prefills else None)
+            self.prefills.rotate(-1)
+        elif admitted := self._admit(budget):
+            self.prefills.append(admitted)
+        else:
+            self.prefills.rotate(-1)
+        return self.prefills[-1] if self.prefills else None
 
     def _start_decoding(self, prefill: Prefill) -> list[Row]:
         """Rows of requests that only wanted their prompt scored; all others join the batch."""
@@ -277,6 +344,8 @@ class Scheduler:
 
         Prompts whose beginning is being computed or read for them are passed over until it is.
         """
+        if any(sequence.suspect for sequence in self._admitted()):
+            return None
         group: list[Sequence] = []
         until: int | None = None
         for sequence in self._considered():
@@ -289,6 +358,8 @@ class Scheduler:
             if not self._room_for([*group, sequence]):
                 break
             group.append(sequence)
+            if sequence.suspect:
+                break
             until = self._branching(sequence) if len(group) == 1 else None
         if not group:
             return None
@@ -382,12 +453,16 @@ class Scheduler:
         if reads:
             reads[0].wait(READ_WAIT)
 
+    @property
+    def _kv_room(self) -> int:
+        """Bytes of the KV limit that may be used now."""
+        return int(self.kv_limit * self.caution.share)
+
     def _room_for(self, new: list[Sequence]) -> bool:
         """Whether `new` can be expected to fit the KV limit beside what is admitted."""
         admitted = self._admitted()
-        longest = max(s.expected_length for s in (*admitted, *new))
-        needed = self.model.kv_cost.bytes(len(admitted) + len(new), longest)
-        return needed <= self.kv_limit or not (admitted or len(new) > 1)
+        needed = self._cost([s.expected_length for s in (*admitted, *new)])
+        return needed <= self._kv_room or not (admitted or len(new) > 1)
 
     def _admitted(self) -> list[Sequence]:
         return [*self.batch.rows, *(s for prefill in self.prefills for s in prefill.sequences)]
@@ -397,20 +472,29 @@ class Scheduler:
 
         They keep their tokens, start over when there is room, and come out the same.
         """
+        if not self.batch.busy:
+            return
         while len(admitted := self._admitted()) > 1:
-            if self._needed(admitted) <= self.kv_limit:
+            if self._needed(admitted) <= self._kv_room:
                 break
             self._preempt_newest()
         self._apportion(admitted)
 
     def _needed(self, admitted: list[Sequence]) -> int:
         """Bytes of the caches of these requests after the next step."""
-        longest = max((sequence.length for sequence in admitted), default=0) + 1
-        return self.model.kv_cost.bytes(len(admitted), longest)
+        return self._cost([sequence.length + 1 for sequence in admitted])
+
+    def _cost(self, lengths: list[int]) -> int:
+        """Bytes of the caches of requests of these lengths, padded as far as may be."""
+        longest = max(lengths, default=0)
+        if not self.model.mixes:
+            return self.model.kv_cost.bytes(len(lengths), longest)
+        padded = [min(longest, most_padded(length)) for length in lengths]
+        return sum(self.model.kv_cost.bytes(1, length) for length in padded)
 
     def _apportion(self, admitted: Many[Sequence] = ()) -> None:
         """Leave the prefix cache what these requests do not need."""
-        left = self.kv_limit - self._needed(list(admitted))
+        left = self._kv_room - self._needed(list(admitted))
         self.prefix.limit = max(0, min(self.prefix_limit, left))
         self.prefix.shrink(self.prefix.limit)
 
@@ -427,6 +511,8 @@ class Scheduler:
         if any(s.scored or s.limit <= s.launched for s in members):
             return False
         lengths = [len(s.request.prompt) - 1 for s in members]
+        if not alike(min(lengths), max(lengths)):
+            return False
         if not self.prefix.layout.sliceable and max(lengths) >= GROUPED_SNAPSHOTS:
             return False
         missing = [

@@ -4,7 +4,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 
-from mlx_server.engine.batch import Sequence
+from mlx_server.engine.sequence import Sequence
 
 
 class WaitingQueue:

@@ -134,10 +134,9 @@ class Engine:
                 if isinstance(message, Begun) or message.rows:
                     self._send(message)
         except (RuntimeError, ValueError, MemoryError) as error:
-            # MLX raises these for a failed allocation or operation. The arrays of the running
-            # requests cannot be trusted any more; those that wait are unharmed.
+            # MLX raises these for a failed allocation or operation.
             log.exception("event=step_failed")
-            for failure in self.scheduler.fail_all(f"{type(error).__name__}: {error}"):
+            for failure in self.scheduler.recover(error):
                 self._send(failure)
 
     def _report(self) -> None:
@@ -180,6 +179,7 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
         max_batch=options.max_batch,
         kv_limit=kv_limit,
         prefill_chunk=options.prefill_chunk,
+        kv_share=options.kv_share,
     )
     scheduler.warm_up()
     ready = Ready(

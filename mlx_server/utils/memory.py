@@ -10,6 +10,9 @@ import psutil
 from mlx_server.engine.protocol import Memory
 from mlx_server.utils.units import parse_bytes
 
+MEMORY_WORDS = ("unable to allocate", "attempting to allocate", "out of memory", "insufficient")
+"""What the messages of MLX's allocators say, on a CPU, on Metal and on CUDA."""
+
 
 def device_name() -> str:
     """`metal`, `cuda` or `cpu`: where MLX computes by default."""
@@ -25,6 +28,12 @@ def device_memory() -> int:
         return total
     info = mx.device_info()
     return int(info.get("memory_size") or info.get("total_memory") or total)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether MLX or Python raised `error` for want of memory; MLX's own are RuntimeErrors."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in told for words in MEMORY_WORDS)
 
 
 class DeviceMemory:

@@ -1,0 +1,88 @@
+"""An engine whose device fails in the middle of its work goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_server.engine.caution import LOWERED, RAISE_SECONDS, RAISED, Caution
+from mlx_server.engine.protocol import Sampling
+from mlx_server.errors import EngineFailed
+from tests.engine.conftest import idle, request, rows_of, started, tokens_of
+from tests.support.tiny import build_tiny_model
+
+POISON = 399
+MOST_ROWS = 3
+OWN_CODE = f"""
+from mlx_lm.models import llama
+from mlx_lm.models.llama import ModelArgs
+
+class Model(llama.Model):
+    def __call__(self, inputs, cache=None, **more):
+        rows, tokens = inputs.shape
+        if tokens > 1 and {POISON} in inputs.tolist()[0]:
+            raise RuntimeError("this prompt cannot be computed")
+        if rows > {MOST_ROWS}:
+            raise RuntimeError("[malloc] Unable to allocate 1234 bytes.")
+        return super().__call__(inputs, cache, **more)
+"""
+REQUESTS = [
+    request(range(i, i + 20), 30 + i, Sampling(seed=i, temperature=i % 2)) for i in range(1, 7)
+]
+
+
+@pytest.fixture(scope="module")
+def frail(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose device fails on one token of a prompt, and on more than three rows."""
+    folder = build_tiny_model(tmp_path_factory.mktemp("models") / "frail")
+    (folder / "frail.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_file": "frail.py"}))
+    return folder
+
+
+async def test_a_batch_that_is_too_large_for_the_memory_is_computed_in_parts(
+    frail: Path,
+) -> None:
+    options = {"kv_limit": 4 << 20, "prefix_cache": "0", "trust_remote_code": True}
+    async with started(frail, max_batch=MOST_ROWS, **options) as engine:
+        expected = await tokens_of(engine, *REQUESTS)
+    async with started(frail, max_batch=16, **options) as engine:
+        assert await tokens_of(engine, *REQUESTS) == expected
+        await idle(engine)
+        assert await tokens_of(engine, *REQUESTS) == expected
+
+
+async def test_a_request_that_the_device_cannot_compute_fails_alone(frail: Path) -> None:
+    async with started(frail, trust_remote_code=True, max_batch=MOST_ROWS) as engine:
+        expected = await tokens_of(engine, *REQUESTS[:2])
+        bad = request([*range(20), POISON, *range(20)], 5)
+        with engine.generate([bad]) as poison:
+            assert await tokens_of(engine, *REQUESTS[:2]) == expected
+            with pytest.raises(EngineFailed, match="cannot be computed"):
+                async for _ in poison.rows():
+                    pass
+        assert await tokens_of(engine, *REQUESTS[:2]) == expected
+
+
+async def test_a_request_that_fails_by_itself_leaves_the_engine_as_it_was(frail: Path) -> None:
+    async with started(frail, trust_remote_code=True) as engine:
+        with pytest.raises(EngineFailed, match="cannot be computed"):
+            await rows_of(engine, request([5, POISON, 7, 8], 5))
+        await idle(engine)
+        stats = engine.stats
+        assert stats is not None
+        assert (stats.kv_bytes, stats.running, stats.waiting) == (0, 0, 0)
+
+
+def test_caution_fades_while_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    caution = Caution(1.0)
+    caution.lower()
+    caution.lower()
+    assert caution.share == LOWERED**2
+    now += RAISE_SECONDS
+    assert caution.share == LOWERED**2 * RAISED
+    now += 10 * RAISE_SECONDS
+    assert caution.share == 1.0
