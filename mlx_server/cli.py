@@ -5,7 +5,6 @@ command that needs it, so that help comes at once.
 """
 
 import errno
-import math
 import os
 import signal
 import socket
@@ -21,9 +20,6 @@ from mlx_server import __version__
 from mlx_server.errors import ModelNotFound, ServerError
 
 if TYPE_CHECKING:
-    import uvicorn
-    from fastapi import FastAPI
-
     from mlx_server.config import Settings
     from mlx_server.models.catalog import Catalog
 
@@ -312,17 +308,18 @@ def _addresses(settings: "Settings") -> list[Address]:
 
 
 def _require_key(settings: "Settings", addresses: list[Address]) -> None:
-    keys = [key.get_secret_value().strip() for key in settings.api_keys]
-    if not all(keys):
-        raise CommandError("setting api_keys: a key must not be empty")
-    if not all(key.get_secret_value().strip() for key in settings.admin_keys):
-        raise CommandError("setting admin_keys: a key must not be empty")
+    from mlx_server.keys import KeyRing, KeysError
+
+    try:
+        keys = KeyRing.load(settings)
+    except KeysError as error:
+        raise CommandError(str(error)) from error
     local = all(ip_address(str(address[0]).split("%")[0]).is_loopback for _, address in addresses)
-    if local or keys or settings.allow_no_key:
+    if local or keys.guards("inference") or settings.allow_no_key:
         return
     raise CommandError(
         f"listening on {settings.host} lets other machines in, and no API key is set:"
-        " give --api-key KEY, or --allow-no-key if that is what you want"
+        " give --api-key KEY or a keys_file, or --allow-no-key if that is what you want"
     )
 
 
@@ -364,47 +361,27 @@ def _bound(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.soc
 
 def _run(settings: "Settings", catalog: "Catalog", sockets: list[socket.socket]) -> None:
     from mlx_server.main import create_app
+    from mlx_server.server import Server, allow_open_files
     from mlx_server.telemetry import setup_logging
 
     setup_logging(settings.log_level)
-    server = _server(create_app(settings, catalog), settings)
-    # uvicorn stops gracefully and then raises the signal again: that is a success here.
+    # The server has its own handlers once it runs.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
-    server.run(sockets)
-    if not server.started:
-        raise CommandError("the server could not start; the log above says why")
+    allow_open_files(settings)
+
+    def greet() -> None:
+        print(_greeting(settings), flush=True)
+
+    try:
+        Server(create_app(settings, catalog), settings, greet).run(sockets)
+    except OSError as error:
+        # Two processes can have bound the port, until one listens.
+        raise CommandError(f"the server cannot start: {error}") from error
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(0)
-
-
-def _server(application: "FastAPI", settings: "Settings") -> "uvicorn.Server":
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        """Says so once it answers."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                print(_greeting(settings), flush=True)
-
-    return Server(
-        uvicorn.Config(
-            application,
-            # uvloop and httptools where they are installed.
-            loop="auto",
-            http="auto",
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            server_header=False,
-            log_config=None,
-            timeout_graceful_shutdown=math.ceil(settings.grace_period),
-        )
-    )
 
 
 def _greeting(settings: "Settings") -> str:

@@ -53,6 +53,11 @@ class Settings(BaseSettings):
         default_factory=list,
         description="Keys for `/admin`, good for everything else too; if none, `api_keys` serve.",
     )
+    keys_file: Path | None = Field(
+        None,
+        description="A TOML file of more keys: `[[keys]]` with `name`, `key` or `sha256` (of the "
+        "key), and `scopes` of `inference` (if unset) and `admin`, which permits everything.",
+    )
     allow_no_key: bool = Field(
         False, description="Permit listening beyond loopback without an API key."
     )
@@ -65,6 +70,32 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(
         8 * 1024 * 1024, ge=1024, description="Largest request body, in bytes."
+    )
+    max_header_bytes: int = Field(
+        64 * 1024, ge=1024, description="Largest request line and headers together, in bytes."
+    )
+    max_connections: int = Field(
+        1024, ge=1, description="Open connections; requests on further ones get a 503."
+    )
+    receive_timeout: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds in which a request's headers must have come, and which its body may "
+        "pause; then a 408. A body that takes longer must come at 1 KiB per second.",
+    )
+    send_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds after which a client that reads nothing of its answer is cut off.",
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Inference requests of one caller per minute; any number if unset."
+    )
+    tokens_per_minute: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of prompts and completions of one caller per minute, counted when a "
+        "request has ended; any number if unset.",
     )
     max_choices: int = Field(16, ge=1, description="Largest `n` of a request.")
     max_batch: int = Field(32, ge=1, le=512, description="Requests decoded together per model.")
@@ -145,6 +176,18 @@ class Settings(BaseSettings):
         30.0, gt=0, description="Seconds a request waits for its model to load before a 503."
     )
     load_timeout: float = Field(600.0, gt=0, description="Seconds after which a load is given up.")
+    hang_timeout: float = Field(
+        120.0,
+        gt=0,
+        description="Seconds for which an engine that has work may be silent before it is replaced "
+        "by another; longer where its turns are long.",
+    )
+    queue_timeout: float = Field(
+        600.0, gt=0, description="Seconds that a request may wait to be begun with before a 503."
+    )
+    request_timeout: float = Field(
+        3600.0, gt=0, description="Seconds that a request may take altogether before a 504."
+    )
     ping_interval: float = Field(
         15.0, gt=0, description="Seconds between keep-alive comments in a silent stream."
     )

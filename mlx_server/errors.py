@@ -3,6 +3,8 @@
 Raised where the fact is known; `api` turns them into the protocol's shape in one place.
 """
 
+from collections.abc import Iterable
+
 
 class ServerError(Exception):
     """Base of every error this server tells a client about.
@@ -119,13 +121,31 @@ class ModelLoadFailed(Unavailable):
     code = "model_load_failed"
 
 
+class LoadCrashed(ModelLoadFailed):
+    """The engine ended while it loaded the model; it might not the next time.
+
+    `last_lines` is the end of what it wrote to standard error.
+    """
+
+    def __init__(self, message: str, last_lines: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.last_lines = tuple(last_lines)
+
+
 class InsufficientMemory(Unavailable):
     """The work does not fit the memory there is."""
 
     code = "insufficient_memory"
 
 
+class RequestTimeout(ServerError):
+    """The request took longer than any request may."""
+
+    status = 504
+    code = "request_timeout"
+
+
 class EngineFailed(ServerError):
-    """The engine process that held this request ended."""
+    """The engine could not compute this request, or ended because of it."""
 
     code = "engine_failed"

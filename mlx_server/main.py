@@ -11,9 +11,18 @@ from starlette.middleware.cors import CORSMiddleware
 
 from mlx_server import __version__
 from mlx_server.api import admin, errors, health, pulls
-from mlx_server.api.middleware import BodyLimit, HostCheck, RequestContext
+from mlx_server.api.middleware import (
+    BodyLimit,
+    Doorkeeper,
+    HostCheck,
+    OriginCheck,
+    RequestContext,
+)
+from mlx_server.api.rate_limits import RATE_HEADERS, RateLimits
+from mlx_server.api.stopping import Stopping
 from mlx_server.api.v1 import chat, completions, models
 from mlx_server.config import Settings
+from mlx_server.keys import KeyRing, warn_of_exposure
 from mlx_server.models.catalog import Catalog
 from mlx_server.models.pool import ModelPoolManager
 from mlx_server.models.pulls import PullManager
@@ -33,20 +42,25 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     setup_tracing()
     catalog = catalog or Catalog(settings)
     metrics = Metrics()
+    stopping = Stopping(settings.grace_period)
     app = FastAPI(
         title="mlx-server",
         version=__version__,
         summary="An inference server for MLX language models.",
         lifespan=_lifespan,
-        middleware=_middleware(settings, metrics),
+        middleware=_middleware(settings, metrics, stopping),
         redirect_slashes=False,
         telemetry=REQUEST_SPANS,
         # Also keeps out the 422 that FastAPI would document and this server never sends.
-        responses=errors.ANY_ERROR,
+        responses=errors.documented(400, 403, 408, 413, 429, 431, 503) | errors.ANY_ERROR,
     )
     app.state.settings = settings
     app.state.catalog = catalog
     app.state.metrics = metrics
+    app.state.stopping = stopping
+    app.state.keys = KeyRing.load(settings)
+    warn_of_exposure(settings)
+    app.state.limits = RateLimits.of(settings)
     app.state.pool = ModelPoolManager(settings, catalog)
     app.state.pulls = PullManager(settings, catalog)
     app.state.service = InferenceService(app.state.pool, settings)
@@ -57,9 +71,13 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     return app
 
 
-def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+def _middleware(settings: Settings, metrics: Metrics, stopping: Stopping) -> list[Middleware]:
     """From the outermost to the innermost."""
-    layers = [Middleware(RequestContext, metrics=metrics), Middleware(HostCheck, settings=settings)]
+    layers = [
+        Middleware(RequestContext, metrics=metrics),
+        Middleware(Doorkeeper, stopping=stopping),
+        Middleware(HostCheck, settings=settings),
+    ]
     if settings.cors_origins:
         layers.append(
             Middleware(
@@ -67,10 +85,13 @@ def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
                 allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after"],
+                expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
             )
         )
-    layers.append(Middleware(BodyLimit, limit=settings.max_body_bytes))
+    layers.append(Middleware(OriginCheck, origins=settings.cors_origins))
+    layers.append(
+        Middleware(BodyLimit, limit=settings.max_body_bytes, patience=settings.receive_timeout)
+    )
     return layers
 
 

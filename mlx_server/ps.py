@@ -11,6 +11,10 @@ from mlx_server.errors import Unavailable
 
 SECONDS = 10.0
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+FIGURES = (
+    *("PID", "Memory", "Reserved", "In flight", "Waiting", "Restarts"),
+    *("Last used", "Expires"),
+)
 UNITS = ((86400, "d"), (3600, "h"), (60, "m"))
 
 
@@ -42,7 +46,7 @@ def table(models: list[dict[str, Any]]) -> Table:
     """The models as lines of a table."""
     made = Table("ID", "State", box=None, pad_edge=False, header_style="bold")
     made.columns[0].no_wrap = True
-    for name in ("PID", "Memory", "Reserved", "In flight", "Waiting", "Last used", "Expires"):
+    for name in FIGURES:
         made.add_column(name, justify="right")
     for model in models:
         made.add_row(*_cells(model))
@@ -59,6 +63,7 @@ def _cells(model: dict[str, Any]) -> list[str]:
         _bytes(model["need"]),
         str(model["in_flight"]),
         str(model["waiting"] + model["waiting_to_load"]),
+        str(model["restarts"]),
         _ago(model["last_used"]),
         _until(model["expires"]),
     ]

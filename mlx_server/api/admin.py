@@ -22,13 +22,14 @@ from mlx_server.models.catalog import Catalog, ModelEntry
 from mlx_server.models.pulls import PullStatus
 from mlx_server.models.removal import plan_removal, remove
 from mlx_server.models.slot import ModelStatus
+from mlx_server.schemas.admin import AdminModel, AdminModelList, AdminStats, Removed
 
 router = APIRouter(
     prefix="/admin", dependencies=[AdminDep], route_class=JsonRoute, strict_content_type=False
 )
 
 
-@router.get("/models", responses=documented(401, 403))
+@router.get("/models", response_model=AdminModelList, responses=documented(400, 401, 403, 413))
 async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Response:
     """Every model that can be served, is being pulled, or has failed: its state, process, memory
     and requests."""
@@ -43,7 +44,11 @@ async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Re
     )
 
 
-@router.post("/models/{model_id:path}/load", responses=documented(400, 401, 403, 404, 503))
+@router.post(
+    "/models/{model_id:path}/load",
+    response_model=AdminModel,
+    responses=documented(400, 401, 403, 404, 413, 503),
+)
 async def load_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
     """Load a model, making room for it; answers when it can generate."""
 
@@ -53,14 +58,22 @@ async def load_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Respo
     return WholeAnswer(loaded)
 
 
-@router.post("/models/{model_id:path}/unload", responses=documented(400, 401, 403, 404))
+@router.post(
+    "/models/{model_id:path}/unload",
+    response_model=AdminModel,
+    responses=documented(400, 401, 403, 404, 413),
+)
 async def unload_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
     """Let a model finish its requests, then end it; answers when its memory is free."""
     body = await _encoded(catalog, await pool.unload(model_id))
     return Response(body, media_type="application/json")
 
 
-@router.delete("/models/{model_id:path}", responses=documented(400, 401, 403, 404))
+@router.delete(
+    "/models/{model_id:path}",
+    response_model=Removed,
+    responses=documented(400, 401, 403, 404, 413, 503),
+)
 async def remove_model(model_id: str, catalog: CatalogDep, settings: SettingsDep) -> Response:
     """Remove a model from the disk, unless a server has it loaded."""
     entry = await asyncio.to_thread(catalog.find, model_id)
@@ -72,7 +85,7 @@ async def remove_model(model_id: str, catalog: CatalogDep, settings: SettingsDep
     return _json({"id": entry.id, "deleted": True})
 
 
-@router.get("/stats", responses=documented(401, 403))
+@router.get("/stats", response_model=AdminStats, responses=documented(400, 401, 403, 413))
 async def stats(metrics: MetricsDep) -> Response:
     """How late the event loop is, in seconds, over the last minute."""
     lag = metrics.loop_lag

@@ -1,4 +1,7 @@
-"""The one place that builds error bodies, from whatever was raised."""
+"""The one place that builds error bodies, from whatever was raised.
+
+Errors that only HTTP knows are defined here; all others in `mlx_server.errors`.
+"""
 
 import logging
 import math
@@ -29,6 +32,39 @@ from mlx_server.telemetry import event
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE = 500
+
+
+class ReceiveTimeout(ServerError):
+    """The client did not send its request in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "receive_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The request did not arrive as fast as needed within {seconds:g} s.")
+
+
+class HeadTooLarge(ServerError):
+    """Request line and headers are over the limit."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request's headers are larger than {limit} bytes.")
+
+
+class ConnectionsFull(Unavailable):
+    """There are more connections than this server holds."""
+
+    code = "too_many_connections"
+
+    def __init__(self) -> None:
+        super().__init__("This server has too many connections.", retry_after=1.0)
+
+
 KINDS: dict[int, type[ServerError]] = {
     kind.status: kind
     for kind in (

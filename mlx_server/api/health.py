@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from mlx_server.api.dependencies import MetricsDep, PoolDep, authenticated
 from mlx_server.api.errors import documented
@@ -17,13 +17,13 @@ from mlx_server.models.slot import ModelStatus
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", responses=documented(400, 413))
 async def health() -> dict[str, str]:
     """Whether this process answers."""
     return {"status": "ok"}
 
 
-@router.get("/ready", responses=documented(503))
+@router.get("/ready", responses=documented(400, 413, 503))
 async def ready(pool: PoolDep) -> dict[str, str]:
     """Whether every model named at the start can generate."""
     if not pool.ready:
@@ -34,8 +34,8 @@ async def ready(pool: PoolDep) -> dict[str, str]:
 
 @router.get(
     "/metrics",
-    response_class=PlainTextResponse,
-    responses=documented(401),
+    response_class=Response,
+    responses=documented(400, 401, 413) | {200: {"content": {"text/plain": {}}}},
     dependencies=[Depends(authenticated)],
 )
 async def metrics(metrics: MetricsDep) -> Response:
@@ -80,12 +80,15 @@ class PoolCollector(Collector):
             for status in statuses:
                 gauge.add_metric([status.id], getattr(status, field))
             yield gauge
-        preempted = CounterMetricFamily(
-            "mlx_server_preemptions", "Sequences that had to start over.", labels=["model"]
-        )
-        for status in statuses:
-            preempted.add_metric([status.id], status.preempted)
-        yield preempted
+        counts = {
+            "preempted": ("preemptions", "Sequences that had to start over."),
+            "restarts": ("engine_restarts", "Engines that ended and were replaced."),
+        }
+        for field, (name, help) in counts.items():
+            counter = CounterMetricFamily(f"mlx_server_{name}", help, labels=["model"])
+            for status in statuses:
+                counter.add_metric([status.id], getattr(status, field))
+            yield counter
 
     def _prefix_caches(self, loaded: list[ModelStatus]) -> Iterator[Metric]:
         labels = ["model"]

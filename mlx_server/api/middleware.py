@@ -6,21 +6,43 @@ import logging
 import re
 import secrets
 import time
+from typing import Any
 
 from opentelemetry import trace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_server.api.errors import error_response, unexpected
+from mlx_server.api.connection import CROWDED
+from mlx_server.api.errors import ConnectionsFull, ReceiveTimeout, error_response, unexpected
+from mlx_server.api.stopping import ServerStopping, Stopping
 from mlx_server.config import Settings
-from mlx_server.errors import BadRequest, BodyTooLarge
+from mlx_server.errors import BadRequest, BodyTooLarge, Forbidden, ServerError
 from mlx_server.telemetry import UNTRACED_PATHS, Metrics, event
 
 logger = logging.getLogger(__name__)
 
+ANSWER_HEADERS = "answer_headers"
+"""The key of a request's state with headers for its answer, as pairs of bytes."""
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DISCARD_FACTOR = 8
+DISCARD_BYTES = 1 << 20
 DISCARD_SECONDS = 10.0
+SLOWEST_BODY = 1024
+"""Bytes per second that a body must reach at least, once the patience for it is over."""
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+ALWAYS_ANSWERED = frozenset({"/health", "/metrics"})
+
+SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    # Pages that `cors_origins` names ask with CORS, which this one does not restrict.
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+PAGE_HEADERS = [
+    (b"content-security-policy", b"frame-ancestors 'none'; base-uri 'none'; object-src 'none'"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+]
+"""For HTML, which the interactive documentation is."""
 
 
 class RequestContext:
@@ -43,7 +65,7 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                _add_headers(message, request_id, scope["state"])
             await send(message)
 
         self.metrics.in_flight.inc()
@@ -79,9 +101,45 @@ class RequestContext:
         )
 
 
+def _add_headers(message: Message, request_id: str, state: dict[str, Any]) -> None:
+    """Add what every answer says, and what others left in the request's `state` to be said."""
+    headers = MutableHeaders(scope=message)
+    headers["x-request-id"] = request_id
+    headers.raw.extend(SECURITY_HEADERS)
+    if headers.get("content-type", "").startswith("text/html"):
+        headers.raw.extend(PAGE_HEADERS)
+    headers.raw.extend(state.get(ANSWER_HEADERS, ()))
+
+
 def _request_id(scope: Scope) -> str:
     given = Headers(scope=scope).get("x-request-id", "")
     return given if SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+
+
+class Doorkeeper:
+    """Refuses requests while the server stops, or has too many connections.
+
+    Those who watch over the server are answered all the same.
+    """
+
+    def __init__(self, app: ASGIApp, stopping: Stopping) -> None:
+        self.app = app
+        self.stopping = stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in ALWAYS_ANSWERED:
+            error: ServerError | None = None
+            if self.stopping.begun:
+                error = ServerStopping()
+            elif scope["state"].get(CROWDED):
+                error = ConnectionsFull()
+            if error is not None:
+                if _has_body(Headers(scope=scope)):
+                    # Cut off before it has sent everything, a client might not see the answer.
+                    await _discard(receive, DISCARD_BYTES)
+                await error_response(error, {"Connection": "close"})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class HostCheck:
@@ -118,6 +176,39 @@ class HostCheck:
         return address.is_loopback or self.any_address
 
 
+class OriginCheck:
+    """Refuses what a page of another origin wants to change.
+
+    A browser sends simple requests before it asks anyone; CORS only keeps their answers from the
+    page. It names the page's origin, which clients that are no browsers do not send.
+    """
+
+    def __init__(self, app: ASGIApp, origins: list[str]) -> None:
+        self.app = app
+        self.origins = frozenset(origin.rstrip("/").lower() for origin in origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in SAFE_METHODS:
+            headers = Headers(scope=scope)
+            foreign = [o for o in headers.getlist("origin") if not self._is_ours(o, headers)]
+            if foreign:
+                error = Forbidden(
+                    "A page of another origin may not do this. Add its origin to `cors_origins`.",
+                    code="invalid_origin",
+                )
+                await error_response(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _is_ours(self, origin: str, headers: Headers) -> bool:
+        origin = origin.lower()
+        if "*" in self.origins or origin in self.origins:
+            return True
+        # The same origin, if a proxy speaks HTTPS for us too. HostCheck has approved of the host.
+        host = headers.get("host", "").lower()
+        return bool(host) and origin in (f"http://{host}", f"https://{host}")
+
+
 def _bare_host(host: str) -> str:
     """The host without port, brackets, or a root dot: `[::1]:8000` is `::1`."""
     host = host.strip().lower()
@@ -135,13 +226,15 @@ class BodyLimit:
     before any other answer has begun.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, patience: float) -> None:
         self.app = app
         self.limit = limit
+        self.patience = patience
+        """Seconds without progress, and before the body's pace counts."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        if "content-length" not in headers and "transfer-encoding" not in headers:
+        if not _has_body(headers):
             await self.app(scope, receive, send)
             return
         length = headers.get("content-length", "0")
@@ -149,14 +242,19 @@ class BodyLimit:
         if declared > self.limit:
             # A client that waits for leave to send has sent nothing that must be read away.
             waits = headers.get("expect", "").lower() == "100-continue"
-            clean = not waits and await self._drain(receive)
+            clean = not waits and await _discard(receive, self.limit * DISCARD_FACTOR)
             await self._refuse(scope, receive, send, clean)
             return
-        body, complete = await self._read(receive)
+        try:
+            body, complete = await self._read(receive)
+        except TimeoutError:
+            late = ReceiveTimeout(self.patience)
+            await error_response(late, {"Connection": "close"})(scope, receive, send)
+            return
         if body is None:
             return
         if len(body) > self.limit:
-            clean = complete or await self._drain(receive)
+            clean = complete or await _discard(receive, self.limit * DISCARD_FACTOR)
             await self._refuse(scope, receive, send, clean)
             return
         await self.app(scope, _replay(body, receive), send)
@@ -164,13 +262,17 @@ class BodyLimit:
     async def _read(self, receive: Receive) -> tuple[bytes | None, bool]:
         """The body, or the first part of one that is too large, and whether that was all.
 
-        None if the client went away.
+        None if the client went away. Raises TimeoutError when it stalls, or trickles.
         """
         chunks: list[bytes] = []
         size = 0
         more = True
+        clock = asyncio.get_running_loop().time
+        started = clock()
         while more and size <= self.limit:
-            message = await receive()
+            latest = started + self.patience + size / SLOWEST_BODY
+            async with asyncio.timeout_at(min(latest, clock() + self.patience)):
+                message = await receive()
             if message["type"] == "http.disconnect":
                 return None, True
             chunk = message.get("body", b"")
@@ -185,20 +287,24 @@ class BodyLimit:
         headers = {} if clean else {"Connection": "close"}
         await error_response(error, headers)(scope, receive, send)
 
-    async def _drain(self, receive: Receive) -> bool:
-        """Read the rest away, within reason: many clients read no answer before they have sent
-        everything, and would see a broken connection instead of a 413."""
-        left = self.limit * DISCARD_FACTOR
-        try:
-            async with asyncio.timeout(DISCARD_SECONDS):
-                while left > 0:
-                    message = await receive()
-                    if message["type"] == "http.disconnect" or not message.get("more_body"):
-                        return True
-                    left -= len(message.get("body", b""))
-        except TimeoutError:
-            return False
+
+def _has_body(headers: Headers) -> bool:
+    return "content-length" in headers or "transfer-encoding" in headers
+
+
+async def _discard(receive: Receive, left: int) -> bool:
+    """Read up to `left` bytes of a body away: many clients read no answer before they have sent
+    everything, and would see a broken connection instead. Returns whether that was all of it."""
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return True
+                left -= len(message.get("body", b""))
+    except TimeoutError:
         return False
+    return False
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

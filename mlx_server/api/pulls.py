@@ -7,22 +7,29 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from mlx_server.api.dependencies import AdminDep, PullsDep, SettingsDep
 from mlx_server.api.errors import documented
+from mlx_server.api.openapi import event_stream
 from mlx_server.api.requests import JsonRoute
 from mlx_server.api.streaming import StreamedAnswer, sse
 from mlx_server.models.download import Progress
 from mlx_server.models.pulls import PullManager
-from mlx_server.schemas.admin import PullRequest
+from mlx_server.schemas.admin import PullEvent, PullRequest
+from mlx_server.schemas.openai import ErrorBody
 
 router = APIRouter(
     prefix="/admin", dependencies=[AdminDep], route_class=JsonRoute, strict_content_type=False
 )
 
 
-@router.post("/models/pull", responses=documented(400, 401, 403, 404, 503))
+@router.post(
+    "/models/pull",
+    # It says no content type of its own, so that the stream's is the only one described.
+    response_class=StreamingResponse,
+    responses=documented(400, 401, 403, 404, 413, 503) | event_stream([PullEvent, ErrorBody]),
+)
 async def pull_model(
     body: PullRequest, pulls: PullsDep, settings: SettingsDep, request: Request
 ) -> Response:

@@ -10,7 +10,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_server.errors import BadRequest
+from mlx_server.errors import BadRequest, NotFound
 
 OFF_LOOP_BYTES = 64 * 1024
 
@@ -26,12 +26,15 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that takes JSON of any declared content type."""
+    """A route that takes JSON of any declared content type, and its path to the letter."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            if request.scope["path"].endswith("\n"):
+                # The end of a path's pattern also matches before a line break.
+                raise NotFound("There is nothing at a path that ends with a line break.")
             if "origin" in request.headers and not _declares_json(request):
                 # A web page may post text to anyone, but must ask first to post JSON.
                 raise BadRequest("Content-Type must be application/json for a request of a page.")

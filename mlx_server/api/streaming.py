@@ -7,19 +7,17 @@ client gone before or after the first byte, server stopping, task cancelled.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from sse_starlette import EventSourceResponse
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from mlx_server.api.errors import error_body, stream_error
+from mlx_server.api.stopping import ServerStopping, Stopping
 from mlx_server.config import Settings
-from mlx_server.errors import Unavailable
 
 DONE = b"data: [DONE]\n\n"
-STOP_MARGIN = 1.5
-"""Seconds by which a stream ends before the HTTP server would cut it."""
 
 
 def sse(data: bytes) -> bytes:
@@ -36,7 +34,7 @@ class WholeAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body: bytes | None = None
-        async with while_connected(receive):
+        async with _stopping(scope).limited(), while_connected(receive):
             body = await self._body()
         if body is not None:
             await Response(body, media_type="application/json")(scope, receive, send)
@@ -46,7 +44,8 @@ class StreamedAnswer(Response):
     """Streams what `opened` yields: server-sent events, already encoded.
 
     An error raised while opening is an ordinary answer with its status; one raised by the stream
-    becomes its last event. A server that stops cuts the stream after `grace` seconds.
+    becomes its last event. A server that stops ends the stream after `grace` seconds, and says so;
+    None is the grace that all work gets.
     """
 
     def __init__(
@@ -60,24 +59,33 @@ class StreamedAnswer(Response):
         self._opened = opened
         self._settings = settings
         self._request_id = request_id
-        # A little before the HTTP server's own end of patience, to have the last word.
-        self._grace = settings.grace_period - STOP_MARGIN if grace is None else grace
+        self._grace = grace
+        self._response: _EventStream | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with while_connected(receive) as stop_watching, self._opened as events:
-            response = _EventStream(
+        async with while_connected(receive) as stop_watching:
+            try:
+                async with _stopping(scope).limited(self._grace):
+                    await self._send_events(scope, send, stop_watching)
+            except ServerStopping as error:
+                if self._response is None:
+                    raise
+                if not self._response.active:
+                    return
+                stop_watching()
+                last = sse(error_body(error))
+                await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _send_events(
+        self, scope: Scope, send: Send, stop_watching: Callable[[], object]
+    ) -> None:
+        async with self._opened as events:
+            self._response = _EventStream(
                 self._until_the_end(events, stop_watching),
                 ping=self._settings.ping_interval,
                 sep="\n",
-                shutdown_grace_period=max(0.0, self._grace),
             )
-            await response(scope, _never, send)
-            if response.active:
-                # The grace period of a stopping server has run out.
-                stop_watching()
-                error = Unavailable("The server is stopping.", code="server_stopping")
-                last = sse(error_body(error))
-                await send({"type": "http.response.body", "body": last, "more_body": False})
+            await self._response(scope, _never, send)
 
     async def _until_the_end(
         self, events: AsyncIterator[bytes], stop_watching: Callable[[], object]
@@ -94,10 +102,18 @@ class StreamedAnswer(Response):
 
 
 class _EventStream(EventSourceResponse):
-    """sse-starlette's response without a cancel scope around every event it sends."""
+    """sse-starlette's response without a cancel scope around every event it sends, and without
+    its own watch for the server's end."""
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        await send(message)  # no timeout is set
+        await send(message)  # api.connection knows when a client takes nothing
+
+    async def _listen_for_exit_signal_with_grace(self) -> None:
+        await _never()  # api.stopping ends the stream
+
+
+def _stopping(scope: Scope) -> Stopping:
+    return cast(Stopping, scope["app"].state.stopping)
 
 
 @asynccontextmanager

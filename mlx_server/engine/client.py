@@ -1,4 +1,7 @@
-"""The front's handle on one engine process: start it, send it requests, stop it."""
+"""The front's handle on one engine process: start it, send it requests, stop it.
+
+What happens to a request when its engine ends is told in `models/supervisor.py`.
+"""
 
 import asyncio
 import logging
@@ -6,11 +9,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from mlx_server.engine.protocol import (
     Abort,
+    Begun,
     Failed,
     FrameReader,
     Generate,
@@ -28,23 +33,38 @@ from mlx_server.engine.protocol import (
     frame,
 )
 from mlx_server.engine.spawn import Child, next_line, spawn
-from mlx_server.errors import EngineFailed, ModelLoadFailed
+from mlx_server.errors import EngineFailed, LoadCrashed, ModelLoadFailed, ServerError, Unavailable
 from mlx_server.telemetry import event
 
 RECEIVE_BYTES = 1 << 18
 KEPT_LOG_LINES = 50
 STOP_SECONDS = 5.0
+EXIT_SECONDS = 1.0
+"""What an engine whose socket has closed gets to exit by itself, which tells more of its end."""
 MOST_TOGETHER = 64
 """Rows that a stream hands over at once, which its reader works through without a pause."""
+MOST_UNREAD = 4096
+"""Rows, for each request of a stream, that wait for a reader before the stream is given up: a
+megabyte of plain ones, ten where each has twenty log-probabilities."""
 
 log = logging.getLogger("mlx_server.engine")
+
+
+class Recipient(Protocol):
+    """Whoever is told what an engine has for a request."""
+
+    def begin(self) -> None:
+        """The engine is about to work on it."""
+
+    def put(self, item: "Row | Failed | EngineFailed") -> None:
+        """The next row, or why there will be none: the request failed, or the engine ended."""
 
 
 class EngineClient:
     """One engine process and the requests it holds.
 
-    Create it with `EngineClient.start`. Every request gets a stream of rows of its own; the
-    engine's end reaches each of them as an `EngineFailed`.
+    Create it with `EngineClient.start`. What comes for a request goes to its recipient, and so
+    does the engine's end, as an `EngineFailed`.
     """
 
     def __init__(self, model_id: str, child: Child) -> None:
@@ -54,15 +74,15 @@ class EngineClient:
         self.stats: Stats | None = None
         self.last_lines: deque[str] = deque(maxlen=KEPT_LOG_LINES)
         self.closed = asyncio.Event()
+        self.heard = 0
+        """How often something has come from the engine."""
         self._child = child
         self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
-        self._streams: dict[int, RowStream] = {}
+        self._recipients: dict[int, Recipient] = {}
         self._next_id = 0
         assert child.process.stderr is not None
-        self._tasks = [
-            asyncio.create_task(self._receive(child.reader)),
-            asyncio.create_task(self._relay_log(child.process.stderr)),
-        ]
+        self._log_relay = asyncio.create_task(self._relay_log(child.process.stderr))
+        self._receiver = asyncio.create_task(self._receive(child.reader))
 
     @classmethod
     async def start(
@@ -70,8 +90,8 @@ class EngineClient:
     ) -> "EngineClient":
         """Start an engine with a fresh interpreter and wait until it has loaded `path`.
 
-        Raises ModelLoadFailed when it cannot. However this ends, by cancellation too, no process
-        is left behind that is not returned.
+        Raises ModelLoadFailed when it cannot, LoadCrashed when it ended without a word. However
+        this ends, by cancellation too, no process is left behind that is not returned.
         """
         client = cls(model_id, await spawn("mlx_server.engine.worker"))
         try:
@@ -93,7 +113,7 @@ class EngineClient:
     @property
     def in_flight(self) -> int:
         """Requests that wait for tokens."""
-        return len(self._streams)
+        return len(self._recipients)
 
     def generate(self, requests: list[Generate]) -> "RowStream":
         """Send `requests` at once, under ids of our own; returns the stream of their rows.
@@ -101,25 +121,28 @@ class EngineClient:
         Raises EngineFailed when the engine has ended.
         """
         if not self.alive:
-            raise EngineFailed(self._obituary())
+            raise EngineFailed(self.obituary)
         ids = range(self._next_id, self._next_id + len(requests))
         self._next_id = ids.stop
         stream = RowStream(self, ids)
         for id_, request in zip(ids, requests, strict=True):
-            self._streams[id_] = stream
-            self._send(msgspec.structs.replace(request, id=id_))
+            self.submit(msgspec.structs.replace(request, id=id_), stream)
         return stream
+
+    def submit(self, request: Generate, recipient: Recipient) -> None:
+        """Send `request` under the id it has. An engine that has ended never answers."""
+        self._recipients[request.id] = recipient
+        self._send(request)
 
     def abort(self, ids: Iterable[int]) -> None:
         """Give up those of these requests that have not ended."""
-        open_ids = [id_ for id_ in ids if self._streams.pop(id_, None) is not None]
-        if open_ids and self.alive:
+        open_ids = [id_ for id_ in ids if self._recipients.pop(id_, None) is not None]
+        if open_ids:
             self._send(Abort(open_ids))
 
     async def stop(self) -> None:
         """Ask the engine to end, and make sure that it does."""
-        if self.alive:
-            self._send(Stop())
+        self._send(Stop())
         try:
             async with asyncio.timeout(STOP_SECONDS):
                 await self.process.wait()
@@ -130,19 +153,35 @@ class EngineClient:
     async def kill(self) -> None:
         """End the process now and let go of everything held for it."""
         await self._child.kill()
-        ended = await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.wait([self._receiver])
+        self._log_relay.cancel()  # a process that the engine started may still hold its end
+        ended = await asyncio.gather(self._receiver, self._log_relay, return_exceptions=True)
         for error in ended:
             if isinstance(error, Exception):
                 log.error(event("engine_protocol", model=self.model_id, error=repr(error)))
 
+    @property
+    def how_it_ended(self) -> str:
+        """The signal or the exit code that ended the process."""
+        code = self.process.returncode
+        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+    @property
+    def obituary(self) -> str:
+        """That and how the engine ended, in a sentence."""
+        return f"The engine of model `{self.model_id}` ended ({self.how_it_ended})."
+
     def _send(self, message: ToEngine) -> None:
-        self._child.writer.write(frame(message))
+        data = frame(message)
+        if not self._child.writer.is_closing():  # else the engine is gone, as will soon be noticed
+            self._child.writer.write(data)
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         """Hand every message to whom it concerns, until the engine's end of the socket closes."""
         frames = FrameReader()
         try:
             while data := await reader.read(RECEIVE_BYTES):
+                self.heard += 1
                 for body in frames.feed(data):
                     self._deliver(decode_to_front(body))
         except ConnectionError as error:
@@ -157,6 +196,10 @@ class EngineClient:
             case Tokens(rows=rows):
                 for row in rows:
                     self._pass_on(row.id, row, ended=row.finish is not None)
+            case Begun(ids=ids):
+                for id_ in ids:
+                    if id_ in self._recipients:
+                        self._recipients[id_].begin()
             case Failed(id=id_):
                 self._pass_on(id_, message, ended=True)
             case Stats():
@@ -167,26 +210,27 @@ class EngineClient:
                 self._loaded.set_exception(ModelLoadFailed(reason))
 
     def _pass_on(self, id_: int, item: Row | Failed, *, ended: bool) -> None:
-        stream = self._streams.pop(id_, None) if ended else self._streams.get(id_)
-        if stream is not None:  # else it was aborted while this was on its way
-            stream.put(item)
+        held = self._recipients
+        recipient = held.pop(id_, None) if ended else held.get(id_)
+        if recipient is not None:  # else it was aborted while this was on its way
+            recipient.put(item)
 
     async def _end(self) -> None:
         """The engine is gone: tell everybody who waits for it."""
         self.closed.set()
-        await self.process.wait()
-        streams, self._streams = self._streams, {}
-        for stream in set(streams.values()):
-            stream.put(EngineFailed(self._obituary()))
+        try:
+            async with asyncio.timeout(EXIT_SECONDS):
+                await self.process.wait()
+                await asyncio.wait([self._log_relay])
+        except TimeoutError:
+            await self._child.kill()
+        recipients, self._recipients = self._recipients, {}
+        for recipient in set(recipients.values()):
+            recipient.put(EngineFailed(self.obituary))
         if not self._loaded.done():
-            self._loaded.set_exception(ModelLoadFailed(self._obituary()))
+            self._loaded.set_exception(LoadCrashed(self.obituary, self.last_lines))
             # Whoever started this engine may have been cancelled and never ask.
             self._loaded.exception()
-
-    def _obituary(self) -> str:
-        code = self.process.returncode
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return f"The engine of model `{self.model_id}` ended ({how})."
 
     async def _relay_log(self, stderr: asyncio.StreamReader) -> None:
         while line := await next_line(stderr):
@@ -195,40 +239,67 @@ class EngineClient:
             log.info(event("engine_log", model=self.model_id, pid=self.pid, line=text))
 
 
+class Holder(Protocol):
+    """Whoever can give requests up."""
+
+    def abort(self, ids: Iterable[int]) -> None:
+        """Give up those of these requests that have not ended."""
+
+
 class RowStream:
     """The rows of the requests sent together, as they come, until each has finished.
 
-    Use it as a context manager: leaving the block early aborts what still runs.
+    Use it as a context manager: leaving the block early aborts what still runs. A reader who
+    leaves too many rows unread loses them, and the requests are given up.
     """
 
-    def __init__(self, client: EngineClient, ids: range) -> None:
-        self._client = client
+    def __init__(self, holder: Holder, ids: range) -> None:
+        self.begun = False
+        """Whether an engine has begun to work on one of the requests."""
+        self._holder = holder
         self._ids = ids
         self._open = set(ids)
-        self._items: deque[Row | Failed | EngineFailed] = deque()
+        self._items: deque[Row | Failed | ServerError] = deque()
         self._arrived = asyncio.Event()
 
-    def put(self, item: Row | Failed | EngineFailed) -> None:
-        """Called by the client with what arrived."""
+    def begin(self) -> None:
+        """Called when the engine begins with one of the requests."""
+        self.begun = True
+
+    def put(self, item: Row | Failed | ServerError) -> None:
+        """Called with what arrived."""
+        if len(self._items) >= MOST_UNREAD * len(self._ids):
+            self._items.clear()
+            self.fail(
+                Unavailable("The answer was not read as fast as needed.", code="client_too_slow")
+            )
+            return
         self._items.append(item)
+        self._arrived.set()
+
+    def fail(self, error: ServerError) -> None:
+        """Give up what still runs; `error` comes after the rows that are here."""
+        self._holder.abort(self._open)
+        self._items.append(error)
         self._arrived.set()
 
     def __enter__(self) -> "RowStream":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.abort(self._open)
+        self._holder.abort(self._open)
 
     def abort(self, index: int) -> None:
         """Give up the request at `index` of those sent; no more rows come for it."""
         id_ = self._ids[index]
         self._open.discard(id_)
-        self._client.abort([id_])
+        self._holder.abort([id_])
 
     async def rows(self) -> AsyncIterator[tuple[int, Row]]:
         """Pairs of a request's index among those sent, and its next row.
 
-        Raises EngineFailed when one of the requests fails or the engine ends.
+        Raises EngineFailed when one of the requests fails or the engine ends, and whatever else
+        ended the stream.
         """
         async for together in self.arrivals():
             for pair in together:
@@ -258,8 +329,8 @@ class RowStream:
                     self._open.discard(row.id)
                 yield row.id - self._ids.start, row
 
-    def _raise(self, failure: Failed | EngineFailed) -> None:
-        if isinstance(failure, EngineFailed):
+    def _raise(self, failure: Failed | ServerError) -> None:
+        if isinstance(failure, ServerError):
             raise failure
         if failure.id in self._open:
             raise EngineFailed(failure.message)

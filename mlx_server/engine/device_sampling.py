@@ -8,6 +8,9 @@ import mlx.core as mx
 
 from mlx_server.engine.protocol import Sampling
 
+COLDEST = 2.0**-126
+"""The lowest temperature that float32 can divide by; anything below is none."""
+
 
 class SampledRow(Protocol):
     """What sampling must know of a row of the batch."""
@@ -53,7 +56,7 @@ class DeviceSampler:
         settings = [row.sampling for row in rows]
         self.bias = _Bias.of(settings)
         self.penalties = _Penalties.of(rows, inputs, vocab_size)
-        drawn = [i for i, s in enumerate(settings) if s.temperature > 0]
+        drawn = [i for i, s in enumerate(settings) if s.temperature >= COLDEST]
         self.plain = _Draw.of(settings, [i for i in drawn if not filters(settings[i])])
         self.filtered = _FilteredDraw.of(settings, [i for i in drawn if filters(settings[i])])
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_server.engine.device_sampling import SampledRow, filters, penalises
+from mlx_server.engine.device_sampling import COLDEST, SampledRow, filters, penalises
 from mlx_server.engine.protocol import Sampling
 
 Floats = npt.NDArray[np.float32]
@@ -76,7 +76,7 @@ class RowSampler:
         logits = self._adjusted(logits)
         best = int(logits.argmax())
         # Infinite or undefined logits, as a broken model gives them, have no distribution.
-        if self.sampling.temperature == 0 or not np.isfinite(logits[best]):
+        if self.sampling.temperature < COLDEST or not np.isfinite(logits[best]):
             return best
         weights = _weights(logits, logits[best], self.sampling.temperature)
         if not filters(self.sampling):

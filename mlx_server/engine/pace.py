@@ -6,8 +6,13 @@ SMALLEST_CHUNK = 16
 LARGEST_CHUNK = 2048
 IDLE_CHUNK_SECONDS = 2.0
 """How long a chunk may take while nothing decodes: what an abort may have to wait for."""
-STEPS_PER_CHUNK = 2.5
+STEPS_PER_CHUNK = 2.8
 """How many decode steps a chunk may last while streams run."""
+TILE = 16
+"""Rows of a matrix product: with 20 it takes as long as with 32 on a CPU, and is no faster on
+other devices."""
+EXCESS = 1.1
+"""How far beyond the time for it a chunk may go to fill a tile."""
 GATHER_STEPS = 10
 """For how many steps' time a new batch may wait for prompts that are ready to join it."""
 LONGEST_BURST_SECONDS = 0.01
@@ -47,13 +52,18 @@ class Pace:
         tokens = self.chunks.tokens_within(seconds, position)
         return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
 
-    def chunk_beside(self, position: int) -> int:
-        """The same for a chunk that is computed in one pass with a decode step."""
+    def chunk_beside(self, position: int, rows: int) -> int:
+        """The same for a chunk that is computed in one pass with a decode step of `rows`.
+
+        Matrix products work in tiles, so all tokens together are to fill them.
+        """
         if self.fixed_chunk is not None:
             return self.fixed_chunk
         seconds = min(IDLE_CHUNK_SECONDS, STEPS_PER_CHUNK * self.step_seconds)
         tokens = self.beside.tokens_within(seconds, position)
-        return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
+        tiles = math.floor(EXCESS * (rows + tokens) / TILE)
+        least = math.ceil((rows + 1) / TILE)
+        return min(LARGEST_CHUNK, max(least, tiles) * TILE - rows)
 
     def gather_seconds(self) -> float:
         """How long a new batch may wait for company."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 
 from mlx_server.engine import device_sampling
-from mlx_server.engine.device_sampling import DeviceSampler, SampledRow, penalises
+from mlx_server.engine.device_sampling import COLDEST, DeviceSampler, SampledRow, penalises
 from mlx_server.engine.protocol import Sampling
 from mlx_server.utils.memory import device_name
 
@@ -100,7 +100,7 @@ class BatchSampler:
 
 
 def _is_argmax(sampling: Sampling) -> bool:
-    return sampling.temperature == 0 and not sampling.logit_bias and not penalises(sampling)
+    return sampling.temperature < COLDEST and not sampling.logit_bias and not penalises(sampling)
 
 
 def _on_host() -> bool:

@@ -271,7 +271,7 @@ class Scheduler:
 
     def _decode_beside(self, prefill: Prefill) -> list[Row]:
         """Start a step that computes a chunk of `prefill` in the same pass."""
-        budget = self.pace.chunk_beside(prefill.position)
+        budget = self.pace.chunk_beside(prefill.position, len(self.batch))
         tokens, keys = prefill.chunk(budget)
         if self.batch.rows:
             self._beside = (tokens, keys, time.perf_counter())

@@ -1,10 +1,11 @@
-"""The life of one model in the pool: absent, loading, ready, draining, failed."""
+"""The life of one model in the pool: absent, loading, ready, restarting, draining, failed."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +14,21 @@ import msgspec
 from mlx_server.config import Settings
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Device, LoadOptions, Memory, PrefixStats, Ready
-from mlx_server.errors import InsufficientMemory, ModelLoadFailed, ServerError
+from mlx_server.errors import InsufficientMemory, LoadCrashed, ModelLoadFailed, ServerError
 from mlx_server.models.catalog import ModelEntry
 from mlx_server.models.footprint import Footprint, read_footprint
 from mlx_server.models.locks import ModelLock
+from mlx_server.models.supervisor import StartEngine, SupervisedEngine
 from mlx_server.models.text.client import ModelText, TextProcess
 from mlx_server.telemetry import event, load_span
 from mlx_server.utils.units import parse_bytes
 
-ModelState = Literal["absent", "downloading", "loading", "ready", "draining", "failed"]
+ModelState = Literal[
+    "absent", "downloading", "loading", "ready", "restarting", "draining", "failed"
+]
+SHOWN_LINES = 20
+SHOWN_CHARACTERS = 500
+"""Of the end of what an engine wrote, and of a line of it, what an operator is shown."""
 SHORTEST_RETRY = 1.0
 """Seconds a client is told to wait at least before it asks again for a model."""
 KV_SHARE = 0.25
@@ -37,7 +44,7 @@ class LoadedModel:
     """A model that can generate: its engine for the tokens, its text side for the rest."""
 
     id: str
-    engine: EngineClient
+    engine: SupervisedEngine
     text: ModelText
     facts: Ready
     lock: ModelLock
@@ -49,7 +56,9 @@ class ModelStatus:
 
     `in_flight` counts the requests that hold the model, `waiting_to_load` those in line for it;
     `need` is the memory reserved for it, or that it would take. `kv_bytes` are the caches of
-    running requests, `step_seconds` is what a decode step takes of late.
+    running requests, `step_seconds` is what a decode step takes of late. `restarts` counts the
+    engines that ended by themselves and were replaced while requests went on; `last_lines` is what
+    the last one that so ended, or crashed while it loaded, wrote last.
     """
 
     id: str
@@ -62,6 +71,8 @@ class ModelStatus:
     need: int | None = None
     load_seconds: float | None = None
     loads: int = 0
+    restarts: int = 0
+    last_lines: tuple[str, ...] = ()
     in_flight: int = 0
     running: int = 0
     waiting: int = 0
@@ -120,6 +131,8 @@ class Slot:
         self.waiters = 0
         self.failures = 0
         self.loads = 0
+        self.restarts = 0
+        self.last_lines: tuple[str, ...] = ()
         self.last_used: float | None = None
         self.load_seconds: float | None = None
         self.loaded_at = 0.0
@@ -168,7 +181,7 @@ class Slot:
         """Loaded, and certain to be gone soon: nobody needs to make that happen."""
         if self.model is None:
             return False
-        return self.ending or self.unloaders > 0 or not self.model.engine.alive
+        return self.ending or self.unloaders > 0
 
     @property
     def holds_memory(self) -> bool:
@@ -188,9 +201,11 @@ class Slot:
     def state(self) -> ModelState:
         if self.loading:
             return "loading"
-        if self.model is not None:
-            return "draining" if self.draining or self.leaving else "ready"
-        return "failed" if self._error else "absent"
+        if self.model is None:
+            return "failed" if self._error else "absent"
+        if self.draining or self.leaving:
+            return "draining"
+        return "restarting" if self.model.engine.restarting else "ready"
 
     def status(self) -> ModelStatus:
         known: dict[str, Any] = {
@@ -200,6 +215,8 @@ class Slot:
             "need": self.need or None,
             "load_seconds": self.load_seconds,
             "loads": self.loads,
+            "restarts": self.restarts,
+            "last_lines": self.last_lines,
             "in_flight": self.in_use,
             "waiting_to_load": self.waiters,
             "pinned": self.pinned,
@@ -219,7 +236,7 @@ class Slot:
             }
         return ModelStatus(
             **known,
-            pid=facts.pid,
+            pid=self.model.engine.pid,
             device=facts.device,
             context_length=facts.context_length,
             memory=stats.memory if stats else facts.memory,
@@ -362,6 +379,8 @@ class Slot:
     def fail(self, error: ServerError) -> None:
         """Tell those who wait that the model cannot be loaded."""
         self._error = error
+        if isinstance(error, LoadCrashed):
+            self._note_last(error.last_lines)
         self.failures += 1
         self.proven = False
         log.error(event("model_load_failed", model=self.entry.id, reason=error.message))
@@ -389,22 +408,27 @@ class Slot:
                 async with asyncio.timeout(self.settings.load_timeout):
                     model = await self._start()
                 span.loaded(device=model.facts.device, weights_bytes=model.facts.weights_bytes)
-        except TimeoutError:
-            seconds = self.settings.load_timeout
-            self.fail(ModelLoadFailed(f"it did not load within {seconds:g} seconds"))
-        except ServerError as error:
-            self.fail(error)
-        except OSError as error:
-            self.fail(ModelLoadFailed(f"its engine could not be started: {error}"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # Whatever is wrong with a model folder, those who wait must hear of it.
-            log.exception(event("model_load_crashed", model=self.entry.id))
-            self.fail(ModelLoadFailed(f"{type(error).__name__}: {error}"))
+            self.fail(self._problem(error))
         else:
             self._loaded(model)
         finally:
             # By the next turn of the loop this task is done and the slot's memory is free again.
             asyncio.get_running_loop().call_soon(self._on_change)
+
+    def _problem(self, error: Exception) -> ServerError:
+        """Why an engine could not be started, for those who wait."""
+        match error:
+            case ServerError():
+                return error
+            case TimeoutError():
+                seconds = self.settings.load_timeout
+                return ModelLoadFailed(f"it did not load within {seconds:g} seconds")
+            case OSError():
+                return ModelLoadFailed(f"its engine could not be started: {error}")
+        log.error(event("model_load_crashed", model=self.entry.id), exc_info=error)
+        return ModelLoadFailed(f"{type(error).__name__}: {error}")
 
     def _loaded(self, model: LoadedModel) -> None:
         self.model = model
@@ -425,7 +449,7 @@ class Slot:
                 reserved_bytes=self.need,
             )
         )
-        self._watch = asyncio.create_task(self._await_end(model), name=f"watch {self.entry.id}")
+        self._watch = asyncio.create_task(self._look_after(model), name=f"watch {self.entry.id}")
         self._notify()
 
     def _correct_need(self, facts: Ready) -> None:
@@ -448,26 +472,34 @@ class Slot:
             dequantize="always" if self._float32 else "never",
         )
         lock = ModelLock(self.settings.home, path)
+        start = partial(self._start_engine, path, options, self.entry.adapter_path)
         try:
-            engine, text = await self._start_both(path, options)
+            engine, text = await self._start_both(start, path, options)
         except BaseException:
             lock.release()
             raise
         assert engine.ready is not None
-        return LoadedModel(self.entry.id, engine, text, engine.ready, lock)
+        supervised = SupervisedEngine(engine, start, self.settings.hang_timeout)
+        return LoadedModel(self.entry.id, supervised, text, engine.ready, lock)
 
-    async def _start_both(self, path: Path, options: LoadOptions) -> tuple[EngineClient, ModelText]:
+    async def _start_engine(
+        self, path: Path, options: LoadOptions, adapter_path: Path | None
+    ) -> EngineClient:
+        async with asyncio.timeout(self.settings.load_timeout):
+            return await EngineClient.start(self.entry.id, path, options, adapter_path)
+
+    async def _start_both(
+        self, start: StartEngine, path: Path, options: LoadOptions
+    ) -> tuple[EngineClient, ModelText]:
         """Load text side and engine side at once; neither is left behind when the other fails."""
-        start = asyncio.create_task(
-            EngineClient.start(self.entry.id, path, options, self.entry.adapter_path)
-        )
+        starting = asyncio.ensure_future(start())
         text = asyncio.create_task(self._texts.open(path, self.entry.id, options.trust_remote_code))
         try:
-            return await asyncio.gather(start, text)
+            return await asyncio.gather(starting, text)
         except BaseException:
-            start.cancel()
+            starting.cancel()
             text.cancel()
-            engine, _ = await asyncio.gather(start, text, return_exceptions=True)
+            engine, _ = await asyncio.gather(starting, text, return_exceptions=True)
             if isinstance(engine, EngineClient):
                 await engine.kill()
             raise
@@ -475,18 +507,40 @@ class Slot:
     async def _end(self, model: LoadedModel) -> None:
         if self._watch is not None:
             self._watch.cancel()
+            await asyncio.wait([self._watch])
+        if self.model is not model:  # it ended by itself just before
+            return
         await model.engine.stop()
         self._gone(model)
         log.info(event("model_unloaded", model=self.entry.id, pid=model.facts.pid))
 
-    async def _await_end(self, model: LoadedModel) -> None:
-        """Notice that the engine ended by itself."""
-        await model.engine.closed.wait()
-        log.error(event("engine_ended", model=model.id, pid=model.facts.pid))
-        await model.engine.kill()
-        self.lost = True
-        self.proven = False
-        self._gone(model)
+    async def _look_after(self, model: LoadedModel) -> None:
+        """Replace the engine whenever it ends by itself, as long as somebody uses the model."""
+        while self.model is model:
+            await model.engine.ended()
+            self._note_last(model.engine.last_lines)
+            if self.in_use:
+                await self._restart(model)
+            else:
+                self.lost = True
+                self.proven = False
+                self._gone(model)
+
+    async def _restart(self, model: LoadedModel) -> None:
+        """Give the model another engine; without one its requests fail."""
+        try:
+            await model.engine.restart()
+        except Exception as error:  # noqa: BLE001
+            # Whatever it is, those who wait must hear of it.
+            self.fail(self._problem(error))
+            model.engine.fail(self.failure())
+            self._gone(model)
+        else:
+            self.restarts += 1
+            self._notify()
+
+    def _note_last(self, lines: Sequence[str]) -> None:
+        self.last_lines = tuple(line[:SHOWN_CHARACTERS] for line in lines[-SHOWN_LINES:])
 
     def _gone(self, model: LoadedModel) -> None:
         """The engine has ended and its memory is free."""

@@ -1,5 +1,6 @@
 """The protocol-free request, and the events that answer it. Every API is translated to these."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,12 +38,22 @@ class TokenPrompt:
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
+Charge = Callable[[int], Awaitable[None]]
+"""Is told how many tokens a request has taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Where a request came from: its id, and the name of the key that was shown."""
+    """Where a request came from.
+
+    `key` tells callers apart, who share the engines fairly: the name of the key that was shown,
+    or the client's address. `charge` is to be told of the tokens of prompt and completion, once
+    they are known, however the request ends; None where nobody counts them.
+    """
 
     request_id: str
     key: str = ""
+    charge: Charge | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

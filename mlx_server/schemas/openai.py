@@ -16,9 +16,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     StringConstraints,
     model_validator,
 )
+from pydantic.config import JsonDict, JsonValue
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import TokenLogprob
@@ -27,8 +31,14 @@ from mlx_server.utils.units import DURATION, parse_seconds
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
 MAX_STOPS = 16
+MAX_BIASES = 2048
 MAX_PROMPTS = 256
+MAX_PIECES = 10_000
+"""Checking them takes some 50 ms, in which no other request is served."""
 MAX_KEEP_ALIVE = 10**9
+MAX_DURATION = 32
+LEAST_REPETITION_PENALTY = 0.01
+"""A logit is divided by it, and must stay finite."""
 FOR_GOOD = -1.0
 LOWEST_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON cannot say."""
@@ -95,11 +105,32 @@ def refuse_unsupported(protocol: str, body: dict[str, Any]) -> None:
 # requests
 
 
+def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
+    """The JSON schema of a field that can also be null."""
+    if isinstance(field.get("type"), str):
+        return {**field, "type": [field["type"], "null"]}
+    null = {"type": "null"}
+    if "anyOf" not in field:
+        return {"anyOf": [field, null]}
+    return field if null in field["anyOf"] else {**field, "anyOf": [*field["anyOf"], null]}
+
+
 class Lenient(BaseModel):
     """A request object: exact types, unknown fields tolerated, null meaning the default."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     protocol: ClassVar[str | None] = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        described = handler.resolve_ref_schema(schema)
+        for name, field in described["properties"].items():
+            if name not in described.get("required", ()):
+                described["properties"][name] = _or_null(field)
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -126,16 +157,25 @@ def _bias_ids(value: Any) -> Any:
     """Token ids from the keys, which JSON can only write as strings."""
     if not isinstance(value, dict):
         return value
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"must have at most {MAX_BIASES} entries")
     for key in value:
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
             raise ValueError("keys must be token ids, such as '50256'")
     return {int(key): bias for key, bias in value.items()}
 
 
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False})
 LogitBias = Annotated[
-    dict[int, Annotated[float, Field(ge=-100, le=100)]],
-    BeforeValidator(_bias_ids, json_schema_input_type=dict[str, float]),
-    Field(max_length=2048),
+    dict[int, Bias],
+    Biases,
+    BeforeValidator(
+        _bias_ids,
+        json_schema_input_type=Annotated[
+            dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], Bias], Biases
+        ],
+    ),
 ]
 
 
@@ -144,16 +184,25 @@ def _seconds(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("must be a number of seconds or a text such as '5m'")
     if isinstance(value, str):
-        if not re.fullmatch(DURATION, value) or len(value) > 32:
+        if not re.fullmatch(DURATION, value) or len(value) > MAX_DURATION:
             raise ValueError("must be a number of seconds or a text such as '90s', '5m', '-1'")
         seconds = parse_seconds(value)
         value = FOR_GOOD if seconds is None else seconds
     if value > MAX_KEEP_ALIVE:
         raise ValueError(f"must be at most {MAX_KEEP_ALIVE} seconds; -1 means for good")
+    if value == -math.inf:
+        raise ValueError("must be a finite number; -1 means for good")
     return float(value) if value >= 0 else FOR_GOOD
 
 
-KeepAlive = Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | str)]
+KeepAlive = Annotated[
+    float,
+    BeforeValidator(
+        _seconds,
+        json_schema_input_type=Annotated[float, Field(le=MAX_KEEP_ALIVE)]
+        | Annotated[str, StringConstraints(pattern=DURATION, max_length=MAX_DURATION)],
+    ),
+]
 
 
 class GenerationRequest(Lenient):
@@ -162,7 +211,7 @@ class GenerationRequest(Lenient):
     model: NonEmpty
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    repetition_penalty: float = Field(1.0, ge=LEAST_REPETITION_PENALTY, le=2)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     top_k: int = Field(0, ge=-1, le=INT32_MAX, description="0 or -1 for no limit.")
@@ -191,8 +240,23 @@ class GenerationRequest(Lenient):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+def _having(required: Sequence[str], **properties: JsonValue) -> JsonDict:
+    """The JSON schema of objects with these properties, the required ones not null."""
+    given: dict[str, JsonValue] = {name: {"not": {"type": "null"}} for name in required}
+    return {"required": list(required), "properties": given | properties}
+
+
 class ContentPart(Lenient):
     """A part of a message. Text is all that this server reads."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                _having(["text"], type={"const": "text"}),
+                _having(["refusal"], type={"const": "refusal"}),
+            ]
+        }
+    )
 
     type: str
     text: str | None = None
@@ -253,6 +317,30 @@ def _object_or_text(text: str) -> Any:
 class Message(Lenient):
     """One turn of a conversation."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                _having(
+                    ["content"],
+                    role={"enum": ["system", "developer", "user"]},
+                    tool_calls={"type": ["array", "null"], "maxItems": 0},
+                ),
+                _having(
+                    ["content", "tool_call_id"],
+                    role={"const": "tool"},
+                    tool_calls={"type": ["array", "null"], "maxItems": 0},
+                ),
+                _having(["content"], role={"const": "assistant"}),
+                _having(["refusal"], role={"const": "assistant"}),
+                _having(
+                    ["tool_calls"],
+                    role={"const": "assistant"},
+                    tool_calls={"type": "array", "minItems": 1},
+                ),
+            ]
+        }
+    )
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
@@ -296,12 +384,33 @@ class Message(Lenient):
         return message
 
 
+def _few_pieces(messages: Any) -> Any:
+    """Refuse more messages, parts and tool calls than can be looked at one by one in no time."""
+    if not isinstance(messages, list):
+        return messages
+    pieces = len(messages)
+    if pieces <= MAX_PIECES:
+        lists = (
+            message[name]
+            for message in messages
+            if isinstance(message, dict)
+            for name in ("content", "tool_calls")
+            if isinstance(message.get(name), list)
+        )
+        pieces += sum(map(len, lists))
+    if pieces > MAX_PIECES:
+        raise ValueError(f"must have at most {MAX_PIECES} messages, parts and tool calls in all")
+    return messages
+
+
 class ChatCompletionRequest(GenerationRequest):
     """The body of `POST /v1/chat/completions`."""
 
     protocol: ClassVar[str | None] = "chat"
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[
+        list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_few_pieces)
+    ]
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     max_completion_tokens: int | None = Field(
         None, ge=1, le=INT32_MAX, description="Wins over `max_tokens`."

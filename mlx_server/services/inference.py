@@ -11,7 +11,13 @@ import msgspec
 from mlx_server.config import Settings
 from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row
-from mlx_server.errors import BadRequest, ContextLengthExceeded, TooManyRequests
+from mlx_server.errors import (
+    BadRequest,
+    ContextLengthExceeded,
+    RequestTimeout,
+    TooManyRequests,
+    Unavailable,
+)
 from mlx_server.models.pool import ModelPoolManager
 from mlx_server.models.slot import LoadedModel
 from mlx_server.schemas.internal import (
@@ -65,6 +71,7 @@ class InferenceService:
         room, and that waits for them.
         """
         first = requests[0]
+        arrived = asyncio.get_running_loop().time()
         async with AsyncExitStack() as stack:
             spans = [stack.enter_context(inference_span(one.model, one)) for one in requests]
             model = await stack.enter_async_context(
@@ -73,12 +80,16 @@ class InferenceService:
             prompts = [await _prepare(one, model) for one in requests]
             self._check_queue(model, sum(one.n for one in requests))
             stack.enter_context(self._timed(model.id))
+            streams = []
             generations = []
             for request, tokens, span in zip(requests, prompts, spans, strict=True):
                 span.model(model.id)
-                sent = model.engine.generate(_engine_requests(tokens, request, model))
-                stream = stack.enter_context(sent)
-                generations.append(Generation(request, model, tokens, stream, span))
+                wanted = _engine_requests(tokens, request, model)
+                sent = model.engine.generate(wanted, request.caller.request_id)
+                streams.append(stack.enter_context(sent))
+                generations.append(Generation(request, model, tokens, streams[-1], span))
+                stack.push_async_callback(generations[-1].settle)
+            stack.enter_context(self._limited(streams, arrived, model.id))
             yield generations
 
     def _check_queue(self, model: LoadedModel, new: int) -> None:
@@ -96,8 +107,47 @@ class InferenceService:
             raise TooManyRequests(
                 f"The queue of the model `{model.id}` is full: {model.engine.in_flight} "
                 f"completions run or wait, and there are {places} places.",
-                retry_after=min(max(wait, SHORTEST_RETRY), LONGEST_RETRY),
+                retry_after=_bounded(wait),
             )
+
+    @contextmanager
+    def _limited(
+        self, streams: Sequence[RowStream], arrived: float, model_id: str
+    ) -> Iterator[None]:
+        """End `streams` when none of them begins in time, or when all takes too long.
+
+        `arrived` is the event loop's time. Timers cost nothing per token, and work while nobody
+        reads.
+        """
+        loop = asyncio.get_running_loop()
+        timers = [
+            loop.call_later(self.settings.queue_timeout, self._end_unbegun, streams, model_id),
+            loop.call_at(arrived + self.settings.request_timeout, self._end_overdue, streams),
+        ]
+        try:
+            yield
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+    def _end_unbegun(self, streams: Sequence[RowStream], model_id: str) -> None:
+        if any(stream.begun for stream in streams):
+            return
+        error = Unavailable(
+            f"The model `{model_id}` had no place for this request within "
+            f"{self.settings.queue_timeout:g} seconds.",
+            code="queue_timeout",
+            retry_after=_bounded(self._usual_seconds.get(model_id, 0.0)),
+        )
+        for stream in streams:
+            stream.fail(error)
+
+    def _end_overdue(self, streams: Sequence[RowStream]) -> None:
+        error = RequestTimeout(
+            f"The request was not finished within {self.settings.request_timeout:g} seconds."
+        )
+        for stream in streams:
+            stream.fail(error)
 
     @contextmanager
     def _timed(self, model_id: str) -> Iterator[None]:
@@ -130,6 +180,17 @@ class Generation:
         self._tokens = tokens
         self._stream = stream
         self._span = span
+        self._choices = [
+            _Choice(index, self._text, request.stop, self.prompt_tokens)
+            for index in range(request.n)
+        ]
+
+    async def settle(self) -> None:
+        """Charge the caller for the tokens taken so far. Call once, when no more will come."""
+        charge = self._request.caller.charge
+        if charge is not None:
+            completions = sum(choice.completion_tokens for choice in self._choices)
+            await charge(self.prompt_tokens + completions)
 
     async def prompt_text(self) -> str:
         """The prompt as text, special tokens left out."""
@@ -138,18 +199,15 @@ class Generation:
     async def events(self) -> AsyncIterator[list[Event]]:
         """The choices' events, interleaved as they happen, those together that came together.
 
-        Iterate once. Raises EngineFailed when the engine ends or fails the request.
+        Iterate once. Raises EngineFailed when the engine fails the request or cannot survive it,
+        and Unavailable or RequestTimeout when it had to be given up.
         """
-        choices = [
-            _Choice(index, self._text, self._request.stop, self.prompt_tokens)
-            for index in range(self._request.n)
-        ]
         async for rows in self._stream.arrivals():
             events: list[Event] = []
             for index, row in rows:
                 if row.prompt_logprobs is not None and index == 0:
                     events.append(await self._scored(row.prompt_logprobs))
-                events += self._taken(choices[index], row)
+                events += self._taken(self._choices[index], row)
             if events:
                 yield events
 
@@ -210,6 +268,11 @@ class _Choice:
     def _finished(self, reason: FinishReason) -> Finished:
         usage = Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
         return Finished(self.index, reason, usage)
+
+
+def _bounded(seconds: float) -> float:
+    """When a client is told to come back, if so many seconds are expected."""
+    return min(max(seconds, SHORTEST_RETRY), LONGEST_RETRY)
 
 
 async def _prepare(request: InferenceRequest, model: LoadedModel) -> list[int]:

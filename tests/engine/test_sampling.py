@@ -226,6 +226,15 @@ def test_logits_without_a_distribution_still_give_a_token(kind: type[Sampler]) -
 
 
 @both
+def test_a_temperature_too_low_for_float32_takes_the_likeliest(kind: type[Sampler]) -> None:
+    logits = np.zeros((1, VOCAB), dtype=np.float32)
+    logits[0, 7] = 1.0
+    for more in ({}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 3}):
+        cold = RowState(Sampling(temperature=1e-46, **more))
+        assert draw(new(kind, [cold], VOCAB), logits, [0.5]) == [7]
+
+
+@both
 def test_a_token_still_on_the_device_counts_for_penalties(kind: type[Sampler]) -> None:
     sampling = Sampling(temperature=0, presence_penalty=2.0)
     logits = np.eye(VOCAB, dtype=np.float32)[7:8]

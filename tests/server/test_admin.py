@@ -194,7 +194,7 @@ async def test_a_web_page_cannot_unload_a_model(client: httpx.AsyncClient) -> No
     answer = await client.post(
         "/admin/models/tiny/unload", headers={"Origin": "http://elsewhere.example"}
     )
-    assert_refused(answer, 400)
+    assert_refused(answer, 403)
 
 
 # pull

@@ -60,6 +60,7 @@ CHAT_CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("presence_penalty above 2", {"presence_penalty": 2.5}, "presence_penalty"),
     ("frequency_penalty below -2", {"frequency_penalty": -3}, "frequency_penalty"),
     ("repetition_penalty 0", {"repetition_penalty": 0}, "repetition_penalty"),
+    ("repetition_penalty almost 0", {"repetition_penalty": 0.009}, "repetition_penalty"),
     ("n 0", {"n": 0}, "n"),
     ("n above the server's limit", {"n": 17}, "n"),
     ("n as list", {"n": [1]}, "n"),
@@ -243,7 +244,7 @@ def test_json_is_understood_whatever_its_content_type_says(client: httpx.Client,
 def test_a_page_cannot_post_json_in_disguise(client: httpx.Client) -> None:
     body = json.dumps({"model": MODEL, "messages": HELLO, "max_tokens": 1})
     headers = {"content-type": "text/plain", "origin": "http://elsewhere.example"}
-    assert_refused(client.post(CHAT, content=body, headers=headers))
+    assert_refused(client.post(CHAT, content=body, headers=headers), 403)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The order in which waiting requests are admitted."""
 
-from mlx_server.engine.sequence import Sequence
 from mlx_server.engine.protocol import Generate, Sampling
+from mlx_server.engine.sequence import Sequence
 from mlx_server.engine.waiting import WaitingQueue
 
 

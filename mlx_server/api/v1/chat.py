@@ -5,9 +5,11 @@ from starlette.responses import Response
 
 from mlx_server.api.dependencies import CallerDep, MetricsDep, ServiceDep, SettingsDep
 from mlx_server.api.errors import documented
+from mlx_server.api.openapi import event_stream
 from mlx_server.api.requests import JsonRoute
 from mlx_server.api.streaming import sse
 from mlx_server.api.v1.generation import (
+    END_MARK,
     SYSTEM_FINGERPRINT,
     ChunkTemplate,
     Generator,
@@ -36,6 +38,7 @@ from mlx_server.schemas.openai import (
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatDelta,
+    ErrorBody,
     chat_logprobs,
 )
 
@@ -45,7 +48,8 @@ router = APIRouter(prefix="/v1", route_class=JsonRoute, strict_content_type=Fals
 @router.post(
     "/chat/completions",
     response_model=ChatCompletion,
-    responses=documented(400, 401, 404, 413, 429, 500, 503),
+    responses=documented(400, 401, 403, 404, 413, 429, 500, 503, 504)
+    | event_stream([ChatCompletionChunk, ErrorBody], marks=[END_MARK]),
 )
 async def create_chat_completion(
     body: ChatCompletionRequest,

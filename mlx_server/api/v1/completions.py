@@ -7,9 +7,11 @@ from starlette.responses import Response
 
 from mlx_server.api.dependencies import CallerDep, MetricsDep, ServiceDep, SettingsDep
 from mlx_server.api.errors import documented
+from mlx_server.api.openapi import event_stream
 from mlx_server.api.requests import JsonRoute
 from mlx_server.api.streaming import sse
 from mlx_server.api.v1.generation import (
+    END_MARK,
     SYSTEM_FINGERPRINT,
     ChunkTemplate,
     Generator,
@@ -38,6 +40,7 @@ from mlx_server.schemas.openai import (
     Completion,
     CompletionChoice,
     CompletionRequest,
+    ErrorBody,
     text_logprobs,
 )
 
@@ -47,7 +50,8 @@ router = APIRouter(prefix="/v1", route_class=JsonRoute, strict_content_type=Fals
 @router.post(
     "/completions",
     response_model=Completion,
-    responses=documented(400, 401, 404, 413, 429, 500, 503),
+    responses=documented(400, 401, 403, 404, 413, 429, 500, 503, 504)
+    | event_stream([Completion, ErrorBody], marks=[END_MARK]),
 )
 async def create_completion(
     body: CompletionRequest,

@@ -27,7 +27,11 @@ from mlx_server.services.inference import Generation, InferenceService
 from mlx_server.telemetry import Metrics, RequestTimer
 
 SYSTEM_FINGERPRINT = f"mlx-server-{__version__}"
+END_MARK = "[DONE]"
+"""The data of a stream's last event."""
 MERGE_BUFFER = 64
+LEAST_TEMPERATURE = 2.0**-126
+"""The smallest normal float32; devices may take smaller ones for 0."""
 
 IndexedEvents = tuple[int, list[Event]]
 """Events that came together and the index of the prompt they belong to."""
@@ -208,8 +212,12 @@ def usage_body(usage: Usage) -> CompletionUsage:
 
 
 def sampling(body: GenerationRequest) -> Sampling:
-    """How the next token is drawn. Nothing but the likeliest token is left by a `top_p` of 0."""
-    greedy = body.top_p == 0
+    """How the next token is drawn.
+
+    Nothing but the likeliest token is left by a `top_p` of 0, nor by a temperature that becomes 0
+    as a float32, which logits cannot be divided by.
+    """
+    greedy = body.top_p == 0 or body.temperature < LEAST_TEMPERATURE
     return Sampling(
         temperature=0.0 if greedy else body.temperature,
         top_p=1.0 if greedy else body.top_p,

@@ -8,14 +8,15 @@ from starlette.responses import Response
 
 from mlx_server.api.dependencies import CatalogDep, PoolDep, authenticated
 from mlx_server.api.errors import documented
+from mlx_server.api.requests import JsonRoute
 from mlx_server.models.catalog import ModelEntry
 from mlx_server.models.pool import ModelPoolManager
 from mlx_server.schemas.openai import Model, ModelList
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)])
+router = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)], route_class=JsonRoute)
 
 
-@router.get("/models", response_model=ModelList, responses=documented(401))
+@router.get("/models", response_model=ModelList, responses=documented(400, 401, 403, 413))
 async def list_models(catalog: CatalogDep, pool: PoolDep) -> Response:
     """Every model that can be served, loaded or not."""
     entries = await asyncio.to_thread(catalog.entries)
@@ -24,7 +25,11 @@ async def list_models(catalog: CatalogDep, pool: PoolDep) -> Response:
     return Response(listed.to_json(), media_type="application/json")
 
 
-@router.get("/models/{model_id:path}", response_model=Model, responses=documented(401, 404))
+@router.get(
+    "/models/{model_id:path}",
+    response_model=Model,
+    responses=documented(400, 401, 403, 404, 413),
+)
 async def get_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
     """One model, by id or alias."""
     entry = await asyncio.to_thread(catalog.find, model_id)

@@ -1,0 +1,62 @@
+"""The server's way to its end: no new work, some patience with what runs, then an explicit end."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from mlx_server.errors import Unavailable
+
+RETRY_SECONDS = 5.0
+"""What a client is told to wait before it asks whoever answers then."""
+
+
+class ServerStopping(Unavailable):
+    """The server is on its way out."""
+
+    code = "server_stopping"
+
+    def __init__(self) -> None:
+        super().__init__("The server is stopping.", retry_after=RETRY_SECONDS)
+
+
+class Stopping:
+    """Whether the server is stopping, and what must have ended by when."""
+
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        self._since: float | None = None
+        self._limits: dict[asyncio.Timeout, float] = {}
+
+    @property
+    def begun(self) -> bool:
+        return self._since is not None
+
+    def begin(self) -> None:
+        """Take no more work; what runs has `grace` seconds from now, or what it was promised."""
+        if self._since is None:
+            self._since = asyncio.get_running_loop().time()
+            for limit, grace in self._limits.items():
+                limit.reschedule(self._since + grace)
+
+    @asynccontextmanager
+    async def limited(self, grace: float | None = None) -> AsyncIterator[None]:
+        """Work that the server waits for when it stops, for `grace` seconds if given.
+
+        Raises ServerStopping when they are over, having cancelled the block.
+        """
+        allowed = self._grace if grace is None else grace
+        try:
+            async with asyncio.timeout_at(self._end(allowed)) as limit:
+                self._limits[limit] = allowed
+                try:
+                    yield
+                finally:
+                    del self._limits[limit]
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise ServerStopping from None
+
+    def _end(self, grace: float) -> float | None:
+        """When what has `grace` seconds must have ended, on the loop's clock."""
+        return None if self._since is None else self._since + grace

@@ -1,0 +1,131 @@
+"""The HTTP server around the application: how it listens, and how it stops."""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any, NoReturn, cast
+
+import psutil
+import uvicorn
+from fastapi import FastAPI
+
+from mlx_server.api.connection import SPARE_CONNECTIONS, Connection, ConnectionLimits
+from mlx_server.api.stopping import Stopping
+from mlx_server.config import Settings
+from mlx_server.telemetry import event
+
+KEEP_ALIVE_SECONDS = 20
+"""More than the 5 s for which Python's clients keep an idle connection: who closes it first should
+be the one who might want to send."""
+LAST_WORDS_SECONDS = 0.5
+"""For sending what ends the streams that are cut off."""
+CUT_OFF_SECONDS = 1
+OTHER_FILES = 256
+"""Open files besides connections: libraries, engines, models being read."""
+
+log = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which stops in three steps.
+
+    The first SIGINT or SIGTERM ends the taking of work: requests are answered with a 503, while
+    those that run have the grace period to finish and are then ended with a word. Then listeners
+    and connections close, and then the application's engines end. A second signal ends all of it
+    at once, with 128 plus the signal's number as exit code.
+    """
+
+    def __init__(
+        self, application: FastAPI, settings: Settings, on_start: Callable[[], None]
+    ) -> None:
+        super().__init__(_config(application, settings))
+        self._application = application
+        self._grace = settings.grace_period
+        self._on_start = on_start
+        self._stopping: Stopping = application.state.stopping
+        self._starting: asyncio.Task[Any] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal comes. Raises what keeps the application from starting."""
+        self._loop = asyncio.get_running_loop()
+        self._starting = asyncio.current_task()
+        with self.capture_signals():
+            try:
+                async with self._application.router.lifespan_context(self._application):
+                    self._starting = None
+                    await super().serve(sockets)
+            except asyncio.CancelledError:
+                if not self.should_exit:
+                    raise
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for what runs, then close everything."""
+        deadline = self._loop.time() + self._grace + LAST_WORDS_SECONDS
+        while self.server_state.tasks and self._loop.time() < deadline:
+            await asyncio.wait(self.server_state.tasks, timeout=deadline - self._loop.time())
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called in the main thread, in the middle of whatever it does."""
+        if self.should_exit:
+            _end_at_once(sig)
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(self._begin_stopping)
+
+    def _begin_stopping(self) -> None:
+        log.info(event("stopping", grace=self._grace, requests=len(self.server_state.tasks)))
+        self._stopping.begin()
+        if self._starting is not None:
+            self._starting.cancel()
+
+
+def _config(application: FastAPI, settings: Settings) -> uvicorn.Config:
+    protocol = partial(Connection, limits=ConnectionLimits.of(settings))
+    return uvicorn.Config(
+        application,
+        # uvloop where it is installed.
+        loop="auto",
+        http=cast(type[asyncio.Protocol], protocol),
+        ws="none",
+        # `Server.serve` runs it, to hear what goes wrong in it.
+        lifespan="off",
+        access_log=False,
+        server_header=False,
+        log_config=None,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=CUT_OFF_SECONDS,
+    )
+
+
+def _end_at_once(number: int) -> NoReturn:
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(128 + number)
+
+
+def allow_open_files(settings: Settings) -> None:
+    """Make sure that the system lets us have `max_connections` open, as far as it can be told."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    wanted = settings.max_connections + SPARE_CONNECTIONS + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    if possible < wanted:
+        log.warning(event("open_files_limited", wanted=wanted, possible=possible))

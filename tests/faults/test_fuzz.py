@@ -1,0 +1,254 @@
+"""Whatever a client sends to any route of the description, the answer is one that it describes.
+
+Schemathesis makes the requests, right and wrong ones, from the OpenAPI description that a running
+server gives out, and compares the answers with it.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import APIOperation, Case, CheckContext, GenerationMode, Response
+from schemathesis.checks import load_all_checks
+
+from mlx_server.config import Settings
+from mlx_server.main import create_app
+from tests.server.test_errors import assert_refused
+from tests.support.hub import Hub, running
+from tests.support.server import Server, serving
+from tests.support.tiny import build_tiny_model
+
+Operation = APIOperation[Any, Any, Any, Any]
+
+MODEL = "fuzzed"
+UNLOADED = "unloaded"
+REMOVED = "removed"
+REPO = "tiny/pulled"
+ABSENT = "no/such-model"
+USER_KEY, ADMIN_KEY = "user-key", "admin-key"
+CONTEXT = 96
+UNAVAILABLE = {
+    "model_loading",
+    "model_load_failed",
+    "insufficient_memory",
+    "unavailable",
+    "queue_timeout",
+    "client_too_slow",
+}
+QUICK = settings(
+    deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+KEY = {"Authorization": f"Bearer {ADMIN_KEY}"}
+SECONDS = 30.0
+
+NAMES = {
+    "/v1/models/{model_id}": [MODEL, UNLOADED, ABSENT],
+    "/admin/models/{model_id}/load": [UNLOADED, ABSENT],
+    "/admin/models/{model_id}/unload": [UNLOADED, ABSENT],
+    # The first is loaded, and so is not removed.
+    "/admin/models/{model_id}": [MODEL, REMOVED, ABSENT],
+}
+"""The models that a path names where it takes any text."""
+BODY_NAMES = {
+    "ChatCompletionRequest": [MODEL, ABSENT],
+    "CompletionRequest": [MODEL, ABSENT],
+    "PullRequest": [REPO, ABSENT],
+}
+"""The same for the field `model` of a body."""
+
+
+LONG = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+GENERATING = {"POST /v1/chat/completions", "POST /v1/completions"}
+OPEN = {"GET /health", "GET /ready"}
+"""Routes that ask for no key."""
+LABELS = [
+    f"{method.upper()} {path}"
+    for path, operations in create_app(Settings()).openapi()["paths"].items()
+    for method in operations
+]
+"""Every route."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with keys, a model to ask, models to lose, and one to pull."""
+    tiny = build_tiny_model(tmp_path_factory.mktemp("tiny") / MODEL, context=CONTEXT)
+    home = tmp_path_factory.mktemp("home")
+    for name in (MODEL, UNLOADED, REMOVED):
+        shutil.copytree(tiny, home / "models" / name)
+    files = {file.name: file.read_bytes() for file in tiny.iterdir()}
+    with running(Hub({REPO: files})) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.endpoint)
+        with serving(
+            home,
+            "--model",
+            MODEL,
+            context_length=CONTEXT,
+            api_keys=[USER_KEY],
+            admin_keys=[ADMIN_KEY],
+        ) as server:
+            yield server
+
+
+@pytest.fixture(scope="module")
+def description(server: Server) -> dict[str, Any]:
+    """What the server says of itself."""
+    answer = httpx.get(f"{server.url}/openapi.json", trust_env=False)
+    described: dict[str, Any] = answer.raise_for_status().json()
+    return described
+
+
+def pointed(description: dict[str, Any]) -> dict[str, Any]:
+    """The description for the fuzzer: models that exist, and no status that is not named.
+
+    A text made up at random never names a model, and `default` describes every status.
+    """
+    schemas = description["components"]["schemas"]
+    for schema, names in BODY_NAMES.items():
+        schemas[schema]["properties"]["model"] = {"enum": names}
+    for path, operations in description["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("default", None)
+            for parameter in operation.get("parameters", ()):
+                parameter["schema"] = {"enum": NAMES[path]}
+    return description
+
+
+CHECKS = (
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "response_headers_conformance",
+    "negative_data_rejection",
+    "ignored_auth",
+)
+"""Schemathesis's own checks that apply here."""
+
+
+def error_has_the_shape(ctx: CheckContext, response: Response, case: Case[Any]) -> None:
+    """A refusal is told in OpenAI's shape, and leaks nothing."""
+    if response.status_code >= 400:
+        assert response.headers["x-request-id"]
+        body = response.json()
+        assert list(body) == ["error"]
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert 0 < len(body["error"]["message"]) <= 500
+        assert b"Traceback" not in response.content
+
+
+def server_has_not_failed(ctx: CheckContext, response: Response, case: Case[Any]) -> None:
+    """Nothing is the server's fault; a model may be unavailable where that is described."""
+    if response.status_code >= 500:
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] in UNAVAILABLE
+    if response.headers["content-type"][0].startswith("text/event-stream"):
+        assert b'"server_error"' not in response.content
+
+
+def reaches_its_route(case: Case[Any]) -> bool:
+    """Whether the path is the route's: in lists Schemathesis leaves these characters as they are,
+    and what follows them belongs to the path no more."""
+    return not any(mark in str(value) for value in case.path_parameters.values() for mark in "?#")
+
+
+class Fuzzer:
+    """Sends requests that the description allows, and others, and compares the answers with it."""
+
+    def __init__(self, server: Server, description: dict[str, Any]) -> None:
+        load_all_checks()
+        config = schemathesis.Config()
+        config.projects.override.update(base_url=server.url)
+        self.schema = schemathesis.openapi.from_dict(pointed(description), config=config)
+        self.checks = [getattr(schemathesis.checks, name) for name in CHECKS]
+        self.checks += [error_has_the_shape, server_has_not_failed]
+        self.answers: Counter[tuple[str, int]] = Counter()
+
+    def right(self, label: str, how: settings) -> None:
+        """Requests that the description allows."""
+        self._random(self._operation(label), GenerationMode.POSITIVE, how)
+
+    def wrong(self, label: str, how: settings) -> None:
+        """Requests that it does not allow, where there is anything to do wrong."""
+        operation = self._operation(label)
+        if any(operation.iter_parameters()) or operation.body or label not in OPEN:
+            self._random(operation, GenerationMode.NEGATIVE, how)
+
+    def limits(self, label: str) -> None:
+        """Requests at and just beyond each limit that the description states."""
+        operation = self._operation(label)
+        for case in self.schema.iter_coverage_cases(
+            operation,
+            generation_modes=list(GenerationMode),
+            generation_config=self.schema.config.generation_for(operation=operation),
+        ):
+            if reaches_its_route(case):
+                self._send(case)
+
+    def _random(self, operation: Operation, mode: GenerationMode, how: settings) -> None:
+        @how
+        @given(case=operation.as_strategy(generation_mode=mode).filter(reaches_its_route))
+        def fuzz(case: Case[Any]) -> None:
+            self._send(case)
+
+        fuzz()
+
+    def _operation(self, label: str) -> Operation:
+        operation = self.schema.find_operation_by_label(label)
+        assert operation is not None
+        return operation
+
+    def _send(self, case: Case[Any]) -> None:
+        response = case.call_and_validate(headers=KEY, checks=self.checks, timeout=SECONDS)
+        self.answers[case.operation.label, response.status_code] += 1
+
+
+@pytest.fixture(scope="module")
+def fuzzer(server: Server, description: dict[str, Any]) -> Fuzzer:
+    return Fuzzer(server, description)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_every_answer_to_requests_made_up_is_as_described(fuzzer: Fuzzer, label: str) -> None:
+    cases = 24 if label in GENERATING else 6
+    fuzzer.right(label, settings(QUICK, max_examples=cases))
+    fuzzer.wrong(label, settings(QUICK, max_examples=cases))
+    assert fuzzer.answers[label, 200]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_every_answer_at_the_limits_is_as_described(fuzzer: Fuzzer, label: str) -> None:
+    fuzzer.limits(label)
+
+
+@pytest.mark.soak
+def test_thousands_of_answers_are_as_described(server: Server, description: dict[str, Any]) -> None:
+    fuzzer = Fuzzer(server, description)
+    for label in LABELS:
+        cases = 300 if label in GENERATING else 60
+        fuzzer.right(label, settings(LONG, max_examples=cases))
+        fuzzer.wrong(label, settings(LONG, max_examples=cases))
+        fuzzer.limits(label)
+    assert sum(fuzzer.answers.values()) >= 2000
+
+
+@pytest.mark.parametrize("label", [label for label in LABELS if label not in OPEN])
+def test_no_route_is_open_to_those_who_may_not_use_it(server: Server, label: str) -> None:
+    method, path = label.split()
+    url = server.url + path.format(model_id=ABSENT)
+    refused: list[tuple[dict[str, str], int]] = [
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "Bearer \xff"}, 401),
+        ({"Authorization": f"Basic {ADMIN_KEY}"}, 401),
+        ({"x-api-key": USER_KEY[:-1]}, 401),
+    ]
+    if path.startswith("/admin"):
+        refused.append(({"x-api-key": USER_KEY}, 403))
+    for headers, status in refused:
+        answer = httpx.request(method, url, headers=httpx.Headers(headers, "latin-1"))
+        assert_refused(answer, status)

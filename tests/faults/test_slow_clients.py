@@ -1,0 +1,135 @@
+"""Clients that never read what they asked for: they cost little, for a while, and harm nobody."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.raw import Raw
+from tests.support.server import CHAT, Server, ask, chat, read_stream, serving, until
+from tests.support.tiny import build_tiny_model
+
+CLIENTS = 32
+CONTEXT = 32_768
+QUICK_SECONDS, SOAK_SECONDS = 20.0, 60.0
+MOST_GROWTH = 50 << 20
+SEND_TIMEOUT = 2.0
+LARGE = {"stream": True, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
+"""Some kilobytes for each token."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Server]:
+    """A server that waits for readers longer than the tests last."""
+    home = tmp_path_factory.mktemp("slow")
+    flags = ("--model", str(model), "--max-batch", str(CLIENTS + 4))
+    with serving(home, *flags, send_timeout=300, prefix_cache="0") as server:
+        yield server
+
+
+@asynccontextmanager
+async def never_reading(server: Server, count: int) -> AsyncIterator[None]:
+    """That many clients that ask for all the model can say, and read nothing of it."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            client = stack.enter_context(Raw(server, receive_buffer=4096))
+            client.send_chat(chat("tiny", max_tokens=CONTEXT - 100, **LARGE))
+        yield
+    await server.idle("tiny", 10)
+
+
+@asynccontextmanager
+async def reading(server: Server, count: int) -> AsyncIterator[None]:
+    """The same, but for reading everything."""
+    async with server.client() as client:
+        body = chat("tiny", max_tokens=CONTEXT - 100, **LARGE)
+        tasks = [asyncio.create_task(read_stream(client, CHAT, body)) for _ in range(count)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+    await server.idle("tiny", 10)
+
+
+async def tokens_per_second(server: Server, seconds: float) -> float:
+    """What a client gets that asks again and again for about `seconds`."""
+    tokens, started = 0, time.monotonic()
+    async with server.client() as client:
+        while time.monotonic() - started < seconds:
+            await ask(client, CHAT, chat("tiny", max_tokens=50, ignore_eos=True, stream=True))
+            tokens += 50
+    return tokens / (time.monotonic() - started)
+
+
+async def growth_while(server: Server, seconds: float) -> tuple[int, float]:
+    """The most by which the front's memory grows meanwhile, in bytes, and the tokens per second
+    of somebody else."""
+    front = psutil.Process(server.process.pid)
+    before = most = front.memory_info().rss
+    async with never_reading(server, CLIENTS):
+        other = asyncio.create_task(tokens_per_second(server, seconds))
+        while not other.done():
+            await asyncio.wait([other], timeout=0.2)
+            most = max(most, front.memory_info().rss)
+    return most - before, await other
+
+
+async def test_clients_that_never_read_cost_the_front_little_memory(server: Server) -> None:
+    await tokens_per_second(server, 1.0)
+    grown, speed = await growth_while(server, QUICK_SECONDS)
+    print(f"the front grew by {grown / 2**20:.1f} MiB, another client got {speed:.0f} tokens/s")
+    assert grown < MOST_GROWTH
+
+
+@pytest.mark.soak
+async def test_clients_that_never_read_slow_others_no_more_than_those_that_do(
+    server: Server,
+) -> None:
+    async with reading(server, CLIENTS):
+        usual = await tokens_per_second(server, SOAK_SECONDS)
+    grown, speed = await growth_while(server, SOAK_SECONDS)
+    print(f"the front grew by {grown / 2**20:.1f} MiB; {usual:.0f} and {speed:.0f} tokens/s")
+    assert grown < MOST_GROWTH
+    assert speed > 0.9 * usual
+
+
+async def test_a_client_that_never_reads_is_cut_off_and_its_work_ended(
+    tmp_path: Path, model: Path
+) -> None:
+    with serving(tmp_path, "--model", str(model), send_timeout=SEND_TIMEOUT) as server:
+        connections = psutil.Process(server.process.pid).net_connections
+        idle = len(connections())
+        with Raw(server, receive_buffer=4096) as client:
+            client.send_chat(chat("tiny", max_tokens=CONTEXT - 100, n=8, **LARGE))
+
+            async def cut_off() -> bool:
+                return len(connections()) <= idle
+
+            async def at_work() -> bool:
+                return bool((await server.models())["tiny"]["in_flight"])
+
+            await until(at_work, 10)
+            await until(cut_off, 60)
+            await server.idle("tiny", 2)
+
+
+async def test_a_client_that_reads_slowly_is_not_cut_off(tmp_path: Path, model: Path) -> None:
+    with serving(tmp_path, "--model", str(model), send_timeout=SEND_TIMEOUT) as server:
+        with Raw(server, receive_buffer=4096) as client:
+            client.send_chat(chat("tiny", max_tokens=2000, n=8, **LARGE))
+            started, received = time.monotonic(), 0
+            while time.monotonic() - started < 5 * SEND_TIMEOUT:
+                received += len(await asyncio.to_thread(client.socket.recv, 2048))
+                await asyncio.sleep(0.1)  # this client is slow
+        assert received > 50 * 1024
