@@ -229,6 +229,8 @@ class Metrics:
             "e2e_request_latency_seconds", "From a request's arrival to its end."
         )
         self.loop_lag = LoopLag(self.registry)
+        tasks = Gauge("mlx_server_tasks", "Tasks of the event loop.", registry=self.registry)
+        tasks.set_function(lambda: len(asyncio.all_tasks()))  # it is collected on the loop
 
     def _tokens(self, name: str, help: str) -> Counter:
         return Counter(f"mlx_server_{name}", help, ["model"], registry=self.registry)

@@ -6,7 +6,7 @@ SMALLEST_CHUNK = 16
 LARGEST_CHUNK = 2048
 IDLE_CHUNK_SECONDS = 2.0
 """How long a chunk may take while nothing decodes: what an abort may have to wait for."""
-STEPS_PER_CHUNK = 2.8
+STEPS_PER_CHUNK = 2.5
 """How many decode steps a chunk may last while streams run."""
 TILE = 16
 """Rows of a matrix product: with 20 it takes as long as with 32 on a CPU, and is no faster on

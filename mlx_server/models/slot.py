@@ -483,8 +483,9 @@ class Slot:
         return LoadedModel(self.entry.id, supervised, text, engine.ready, lock)
 
     async def _start_engine(
-        self, path: Path, options: LoadOptions, adapter_path: Path | None
+        self, path: Path, options: LoadOptions, adapter_path: Path | None, kv_share: float
     ) -> EngineClient:
+        options = msgspec.structs.replace(options, kv_share=kv_share)
         async with asyncio.timeout(self.settings.load_timeout):
             return await EngineClient.start(self.entry.id, path, options, adapter_path)
 
@@ -492,7 +493,7 @@ class Slot:
         self, start: StartEngine, path: Path, options: LoadOptions
     ) -> tuple[EngineClient, ModelText]:
         """Load text side and engine side at once; neither is left behind when the other fails."""
-        starting = asyncio.ensure_future(start())
+        starting = asyncio.ensure_future(start(1.0))
         text = asyncio.create_task(self._texts.open(path, self.entry.id, options.trust_remote_code))
         try:
             return await asyncio.gather(starting, text)

@@ -34,12 +34,16 @@ HANG_TURNS = 20
 HANG_CHECKS = 10
 """How many looks in a row an engine must be silent at. Looks, and not seconds, are counted because
 a front that was stopped, or slept with its machine, has read nothing all the while."""
+SHARE_AFTER_KILL = 0.5
+"""Of its KV memory, what an engine uses at first whose predecessor was killed from without, which
+is how systems deal with a lack of memory. It takes more by itself as time passes."""
 RESUMED_PRIORITY = -(1 << 31)
 """Before all others: what was running takes its place again before anything begins."""
 
 log = logging.getLogger("mlx_server.supervisor")
 
-StartEngine = Callable[[], Awaitable[EngineClient]]
+StartEngine = Callable[[float], Awaitable[EngineClient]]
+"""Starts an engine that uses so much of its KV memory at first."""
 
 
 class OpenRequest:
@@ -141,6 +145,7 @@ class SupervisedEngine:
         self._progressed = False
         self._fruitless = 0
         """Engines in a row that ended without having given anything."""
+        self._kv_share = 1.0
         self._ended_at = 0.0
 
     @property
@@ -235,6 +240,7 @@ class SupervisedEngine:
         )
         self._fruitless = 0 if self._progressed else self._fruitless + 1
         killed = self._engine.process.returncode == -signal.SIGKILL and not hung
+        self._kv_share = SHARE_AFTER_KILL if killed else 1.0
         self._blame(KILL if killed else CRASH)
         for request in list(self._open.values()):
             request.take_back()
@@ -321,7 +327,7 @@ class SupervisedEngine:
         for crashes in range(MOST_LOADS):
             await asyncio.sleep(_delay(self._fruitless + crashes))
             try:
-                return await self._start()
+                return await self._start(self._kv_share)
             except LoadCrashed as error:
                 log.error(event("engine_load_crashed", model=self.model_id, reason=error.message))
                 crash = error
