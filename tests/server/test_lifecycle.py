@@ -313,6 +313,8 @@ class Footprint:
 
 GROWTH = 1.03
 """What resident memory may grow by."""
+SHAPES = 8192
+"""Bytes of arrays that stay: some constants for each shape that a compiled function has met."""
 
 
 async def test_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
@@ -338,7 +340,7 @@ async def _assert_unchanged(server: Server, before: Footprint) -> None:
     after = await Footprint.of(server)
     front, engine = after.front / before.front, after.engine / before.engine
     print(f"active {before.active} → {after.active}, front {front:.4f}, engine {engine:.4f}")
-    assert after.active == pytest.approx(before.active, rel=0.01)
+    assert after.active == pytest.approx(before.active, rel=0.01, abs=SHAPES)
     assert front <= GROWTH
     assert engine <= GROWTH
 
