@@ -33,7 +33,7 @@ from mlx_server.engine.protocol import (
     frame,
 )
 from mlx_server.engine.spawn import Child, next_line, spawn
-from mlx_server.errors import EngineFailed, LoadCrashed, ModelLoadFailed, ServerError, Unavailable
+from mlx_server.errors import EngineFailed, LoadCrashed, ModelLoadFailed, ServerError
 from mlx_server.telemetry import event
 
 RECEIVE_BYTES = 1 << 18
@@ -43,9 +43,9 @@ EXIT_SECONDS = 1.0
 """What an engine whose socket has closed gets to exit by itself, which tells more of its end."""
 MOST_TOGETHER = 64
 """Rows that a stream hands over at once, which its reader works through without a pause."""
-MOST_UNREAD = 4096
-"""Rows, for each request of a stream, that wait for a reader before the stream is given up: a
-megabyte of plain ones, ten where each has twenty log-probabilities."""
+MOST_UNREAD = 2048
+"""Tokens and alternatives to them, for each request of a stream, that may wait for a reader before
+the stream is paused: half a megabyte."""
 
 log = logging.getLogger("mlx_server.engine")
 
@@ -139,6 +139,12 @@ class EngineClient:
         open_ids = [id_ for id_ in ids if self._recipients.pop(id_, None) is not None]
         if open_ids:
             self._send(Abort(open_ids))
+
+    def pause(self, ids: Iterable[int]) -> None:
+        """Do nothing: an engine by itself cannot go on with what it has let go of."""
+
+    def resume(self, ids: Iterable[int]) -> None:
+        """Do nothing, as `pause` does."""
 
     async def stop(self) -> None:
         """Ask the engine to end, and make sure that it does."""
@@ -240,17 +246,23 @@ class EngineClient:
 
 
 class Holder(Protocol):
-    """Whoever can give requests up."""
+    """Whoever has requests worked on."""
 
     def abort(self, ids: Iterable[int]) -> None:
         """Give up those of these requests that have not ended."""
+
+    def pause(self, ids: Iterable[int]) -> None:
+        """Stop to work on these for now."""
+
+    def resume(self, ids: Iterable[int]) -> None:
+        """Go on with these."""
 
 
 class RowStream:
     """The rows of the requests sent together, as they come, until each has finished.
 
-    Use it as a context manager: leaving the block early aborts what still runs. A reader who
-    leaves too many rows unread loses them, and the requests are given up.
+    Use it as a context manager: leaving the block early aborts what still runs. While too much
+    waits for the reader, the requests are paused.
     """
 
     def __init__(self, holder: Holder, ids: range) -> None:
@@ -261,6 +273,8 @@ class RowStream:
         self._open = set(ids)
         self._items: deque[Row | Failed | ServerError] = deque()
         self._arrived = asyncio.Event()
+        self._unread = 0
+        self._paused = False
 
     def begin(self) -> None:
         """Called when the engine begins with one of the requests."""
@@ -268,14 +282,13 @@ class RowStream:
 
     def put(self, item: Row | Failed | ServerError) -> None:
         """Called with what arrived."""
-        if len(self._items) >= MOST_UNREAD * len(self._ids):
-            self._items.clear()
-            self.fail(
-                Unavailable("The answer was not read as fast as needed.", code="client_too_slow")
-            )
-            return
         self._items.append(item)
         self._arrived.set()
+        if isinstance(item, Row):
+            self._unread += _size(item)
+            if self._unread > MOST_UNREAD * len(self._ids) and not self._paused:
+                self._paused = True
+                self._holder.pause(self._open)
 
     def fail(self, error: ServerError) -> None:
         """Give up what still runs; `error` comes after the rows that are here."""
@@ -312,6 +325,7 @@ class RowStream:
         """
         while self._open:
             if not self._items:
+                self._go_on()
                 self._arrived.clear()
                 await self._arrived.wait()
             elif isinstance(first := self._items[0], Row):
@@ -324,13 +338,25 @@ class RowStream:
         """The rows that need no waiting, up to a failure."""
         while self._items and isinstance(row := self._items[0], Row):
             self._items.popleft()
+            self._unread -= _size(row)
             if row.id in self._open:
                 if row.finish is not None:
                     self._open.discard(row.id)
                 yield row.id - self._ids.start, row
+
+    def _go_on(self) -> None:
+        """The reader has caught up."""
+        if self._paused:
+            self._paused = False
+            self._holder.resume(self._open)
 
     def _raise(self, failure: Failed | ServerError) -> None:
         if isinstance(failure, ServerError):
             raise failure
         if failure.id in self._open:
             raise EngineFailed(failure.message)
+
+
+def _size(row: Row) -> int:
+    """Tokens of a row, and alternatives to them."""
+    return len(row.tokens) + sum(len(entry.top) for entry in row.logprobs or ())

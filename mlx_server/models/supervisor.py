@@ -59,6 +59,8 @@ class OpenRequest:
         self.request_id = request_id
         self.tokens: list[int] = []
         self.evidence = 0
+        self.paused = False
+        """Whether its reader has to catch up first."""
         self.sent = False
         self.begun = False
         """Whether the present engine works on it."""
@@ -108,7 +110,7 @@ class OpenRequest:
         self._supervisor.progressed(self, ended)
 
     def take_back(self) -> None:
-        """The engine has ended."""
+        """The engine has ended, or is not to go on with it."""
         self._resumed = self._resumed or self.begun
         self.sent = self.begun = False
 
@@ -196,6 +198,23 @@ class SupervisedEngine:
         if self._on_trial in gone:
             self._acquit()
 
+    def pause(self, ids: Iterable[int]) -> None:
+        """Take these back from the engine; what they got so far is kept."""
+        held = [request for id_ in ids if (request := self._open.get(id_)) is not None]
+        self._engine.abort([request.id for request in held if request.sent])
+        for request in held:
+            request.paused = True
+            request.take_back()
+        if self._on_trial in held:
+            self._acquit()
+
+    def resume(self, ids: Iterable[int]) -> None:
+        """Send them again, to go on where they were."""
+        for id_ in ids:
+            if (request := self._open.get(id_)) is not None:
+                request.paused = False
+        self._send_what_may()
+
     def progressed(self, request: OpenRequest, ended: bool) -> None:
         """Called when something came for `request`, which shows that it does no harm."""
         self._progressed = True
@@ -212,7 +231,9 @@ class SupervisedEngine:
         """Send what waits here: suspects one at a time and first, the others after the last."""
         if not self._serving or self._on_trial is not None:
             return
-        unsent = [request for request in self._open.values() if not request.sent]
+        unsent = [
+            request for request in self._open.values() if not (request.sent or request.paused)
+        ]
         self._on_trial = next((request for request in unsent if request.suspect), None)
         for request in unsent if self._on_trial is None else [self._on_trial]:
             request.sent = True

@@ -38,7 +38,6 @@ UNAVAILABLE = {
     "insufficient_memory",
     "unavailable",
     "queue_timeout",
-    "client_too_slow",
 }
 QUICK = settings(
     deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)

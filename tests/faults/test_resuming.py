@@ -19,8 +19,9 @@ import pytest
 
 from mlx_server.engine import client as engine_client
 from mlx_server.engine.client import EngineClient
-from mlx_server.errors import Unavailable
-from tests.engine.conftest import request, started
+from mlx_server.engine.protocol import LoadOptions, Row, Sampling
+from mlx_server.models.supervisor import SupervisedEngine
+from tests.engine.conftest import request
 from tests.faults.conftest import (
     CONTEXT,
     LIVELY,
@@ -463,22 +464,42 @@ async def test_a_request_that_takes_too_long_is_ended_and_its_work_too(
         await server.idle(TINY)
 
 
-async def test_a_stream_that_nobody_reads_is_given_up_before_it_fills_the_memory(
+async def test_a_stream_that_nobody_reads_pauses_and_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_client, "MOST_UNREAD", 100)
     path = build_tiny_model(tmp_path / "quick")
-    async with started(path) as engine:
-        for tokens in (100, 1000):
-            with engine.generate([request([5, 6, 7], tokens)] * 2) as stream:
-                await until(lambda: _is_free(engine), LIVELY)
-                if tokens == 100:
-                    assert len([row async for row in stream.rows()]) == 200
-                    continue
-                with pytest.raises(Unavailable) as caught:
-                    await anext(stream.rows())
-                assert caught.value.code == "client_too_slow"
+    asked = request([5, 6, 7], 700, Sampling(seed=3, presence_penalty=0.5), logprobs=3)
+
+    async def start(_: float) -> EngineClient:
+        return await EngineClient.start("quick", path, LoadOptions())
+
+    engine = SupervisedEngine(await start(1.0), start, 60)
+    try:
+        with engine.generate([asked] * 2, "undisturbed") as stream:
+            expected = [pair async for pair in stream.rows()]
+        monkeypatch.setattr(engine_client, "MOST_UNREAD", 200)
+        with engine.generate([asked] * 2, "slow") as stream:
+            got = []
+            async for pair in stream.rows():
+                got.append(pair)
+                if len(got) % 300 == 1:
+                    await until(lambda: _is_paused(engine), LIVELY)
+        for index in range(2):
+            assert _tokens(got, index) == _tokens(expected, index)
+            assert len(_tokens(got, index)) == 700
+        await until(lambda: _has_taken_up(engine), LIVELY)
+    finally:
+        await engine.stop()
 
 
-async def _is_free(engine: EngineClient) -> bool:
-    return engine.in_flight == 0
+def _tokens(rows: list[tuple[int, Row]], index: int) -> list[int]:
+    return [token for i, row in rows if i == index for token in row.tokens]
+
+
+async def _is_paused(engine: SupervisedEngine) -> bool:
+    return engine._engine.in_flight == 0
+
+
+async def _has_taken_up(engine: SupervisedEngine) -> bool:
+    """Whether the prompts that the engine was sent held completions, and not just 3 tokens."""
+    return engine.stats is not None and engine.stats.prefix.prompt_tokens > 200

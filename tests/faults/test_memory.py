@@ -1,0 +1,58 @@
+"""An engine for which the system has no memory left."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.conftest import TINY
+from tests.support.server import CHAT, TEXT, Server, ask, chat, serving, until
+
+ROOM = 24 << 20
+"""Bytes that the engine may still take: enough for steps, too little for long prompts."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits another process, as Linux can")
+async def test_streams_outlive_an_engine_that_gets_no_more_memory(
+    tmp_path: Path, tiny: Path
+) -> None:
+    with serving(tmp_path, "--model", str(tiny), prefix_cache="0") as server:
+        bodies = [
+            chat(TINY, max_tokens=400, ignore_eos=True, seed=i, temperature=i % 2, stream=True)
+            for i in range(8)
+        ]
+        async with server.client() as client:
+            expected = [(await ask(client, CHAT, body)).text for body in bodies]
+            streams = [asyncio.create_task(ask(client, CHAT, body)) for body in bodies]
+            await until(lambda: _running(server, len(bodies)), 30)
+            [engine] = server.engines()
+            limit = engine.memory_info().vms + ROOM
+            engine.rlimit(psutil.RLIMIT_AS, (limit, psutil.RLIM_INFINITY))
+            greedy = [
+                asyncio.create_task(
+                    client.post(TEXT, json={"model": TINY, "prompt": [i] * 12_000, "max_tokens": 2})
+                )
+                for i in range(5, 8)
+            ]
+            await until(lambda: _felt(server), 60)
+            if engine.is_running():
+                engine.rlimit(psutil.RLIMIT_AS, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+            answers = await asyncio.gather(*streams)
+            statuses = [answer.status_code for answer in await asyncio.gather(*greedy)]
+            assert [answer.text for answer in answers] == expected
+            assert set(statuses) <= {200, 500}
+            assert (await ask(client, CHAT, bodies[0])).text == expected[0]
+        assert (await server.idle(TINY, 10))["kv_bytes"] == 0
+
+
+async def _running(server: Server, count: int) -> bool:
+    state = (await server.models())[TINY]
+    return bool(state["in_flight"] == count and state["kv_bytes"] > 0)
+
+
+async def _felt(server: Server) -> bool:
+    """Whether the engine has run out of memory, and lived or died of it."""
+    log = server.log.read_text(errors="replace")
+    return "event=step_failed" in log or "event=engine_ended" in log
