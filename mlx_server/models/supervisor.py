@@ -56,6 +56,9 @@ class OpenRequest:
         self, request: Generate, request_id: str, stream: RowStream, supervisor: "SupervisedEngine"
     ) -> None:
         self.id = request.id
+        self.engine_id = request.id
+        """What the engine calls it: another name each time it is taken up again, as what was made
+        under the last one may still be on its way."""
         self.request_id = request_id
         self.tokens: list[int] = []
         self.evidence = 0
@@ -85,6 +88,7 @@ class OpenRequest:
         request = self._request
         return msgspec.structs.replace(
             request,
+            id=self.engine_id,
             prompt=request.prompt + self.tokens,
             generated=request.generated + len(self.tokens),
             max_tokens=self.left,
@@ -102,6 +106,8 @@ class OpenRequest:
         if isinstance(item, EngineFailed):
             return
         ended = True
+        if item.id != self.id:
+            item = msgspec.structs.replace(item, id=self.id)
         if isinstance(item, Row):
             ended = item.finish is not None
             item = self._kept(item)
@@ -194,15 +200,16 @@ class SupervisedEngine:
     def abort(self, ids: Iterable[int]) -> None:
         """Give up those of these requests that have not ended."""
         gone = [request for id_ in ids if (request := self._open.pop(id_, None)) is not None]
-        self._engine.abort([request.id for request in gone if request.sent])
+        self._engine.abort([request.engine_id for request in gone if request.sent])
         if self._on_trial in gone:
             self._acquit()
 
     def pause(self, ids: Iterable[int]) -> None:
         """Take these back from the engine; what they got so far is kept."""
         held = [request for id_ in ids if (request := self._open.get(id_)) is not None]
-        self._engine.abort([request.id for request in held if request.sent])
+        self._engine.abort([request.engine_id for request in held if request.sent])
         for request in held:
+            request.engine_id, self._next_id = self._next_id, self._next_id + 1
             request.paused = True
             request.take_back()
         if self._on_trial in held:
