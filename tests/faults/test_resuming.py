@@ -485,14 +485,14 @@ async def test_a_stream_that_nobody_reads_pauses_and_goes_on_as_if_nothing_had_h
                 if len(got) % 300 == 1:
                     await until(lambda: _is_paused(engine), LIVELY)
         for index in range(2):
-            assert _tokens(got, index) == _tokens(expected, index)
-            assert len(_tokens(got, index)) == 700
+            assert _of_choice(got, index) == _of_choice(expected, index)
+            assert len(_of_choice(got, index)) == 700
         await until(lambda: _has_taken_up(engine), LIVELY)
     finally:
         await engine.stop()
 
 
-def _tokens(rows: list[tuple[int, Row]], index: int) -> list[int]:
+def _of_choice(rows: list[tuple[int, Row]], index: int) -> list[int]:
     return [token for i, row in rows if i == index for token in row.tokens]
 
 
