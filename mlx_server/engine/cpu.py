@@ -30,6 +30,8 @@ LAZY = 1 << 14
 """Elements from which `exp` is faster than MLX's own, which is one operation and not twenty."""
 FUSED = 0 if shutil.which("g++") else LAZY
 """The same for a compiled function: MLX makes one loop of it where it finds this compiler."""
+PIECE = 16
+"""Rows that a compiled function takes at once."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_REUSED = 32 << 20
@@ -179,8 +181,8 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """`silu(gate) * x`, elementwise."""
     if gate.dtype != mx.float32 or x.dtype != mx.float32 or gate.shape != x.shape:
         return cast(mx.array, _swiglu(gate, x))
-    if gate.ndim > 2 and gate.shape[-2] > 1 and gate.size >= EAGER:
-        return _swiglu_eager(gate, x)
+    if gate.ndim > 2 and gate.shape[-2] > 1:
+        return _swiglu_eager(gate, x) if gate.size >= EAGER else cast(mx.array, _swiglu(gate, x))
     return _swiglu_lazy(gate, x) if gate.size >= FUSED else cast(mx.array, _swiglu(gate, x))
 
 
@@ -195,8 +197,17 @@ def _swiglu_eager(gate: mx.array, x: mx.array) -> mx.array:
     return mx.array(out)
 
 
-@mx.compile
 def _swiglu_lazy(gate: mx.array, x: mx.array) -> mx.array:
+    """In pieces, so that few shapes are compiled: MLX keeps 100 KB for each for good."""
+    starts = list(range(PIECE, gate.shape[0], PIECE))
+    if not starts:
+        return _swiglu_compiled(gate, x)
+    pieces = zip(mx.split(gate, starts), mx.split(x, starts), strict=True)
+    return mx.concatenate([_swiglu_compiled(*piece) for piece in pieces])
+
+
+@mx.compile
+def _swiglu_compiled(gate: mx.array, x: mx.array) -> mx.array:
     return gate * x / (1 + exp(mx.minimum(-gate, 88.0)))
 
 

@@ -152,6 +152,9 @@ class Scheduler:
         it is the only one on trial is given up.
         """
         begun = self._begun()
+        if not begun:  # it failed as it was to begin
+            begun = list(itertools.islice(self.waiting, 1))
+            self.waiting.remove(frozenset(sequence.id for sequence in begun))
         for sequence in begun:
             self.prefix.let_go(sequence.held)
         self.prefills.clear()
@@ -250,6 +253,7 @@ class Scheduler:
     def _decode(self) -> list[Row]:
         if not self.batch.busy:
             return []
+        self._beside = None
         started = time.perf_counter()
         rows = self.batch.step()
         # After a chunk, what is read has been computed long since.
@@ -363,9 +367,10 @@ class Scheduler:
             until = self._branching(sequence) if len(group) == 1 else None
         if not group:
             return None
+        prefill = self._begin(group, until)
         for sequence in group:
             self.waiting.take(sequence)
-        return self._begin(group, until)
+        return prefill
 
     def _begin(self, group: list[Sequence], until: int | None) -> Prefill:
         first = [sequence for sequence in group if sequence.cached is None]

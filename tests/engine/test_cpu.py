@@ -137,7 +137,9 @@ def test_attention_leaves_its_arguments_as_they_were() -> None:
         np.testing.assert_array_equal(np.array(array), copy)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 40), (16, 1, 2048), (1, 300, 128), (4, 5, 2, 1, 64)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 40), (16, 1, 2048), (37, 1, 256), (1, 300, 128), (4, 5, 2, 1, 64)]
+)
 def test_swiglu_is_that_of_mlx_lm(shape: tuple[int, ...]) -> None:
     gate, x = draw(*shape, scale=30), draw(*shape[::-1]).reshape(shape)
     before = np.array(gate)
