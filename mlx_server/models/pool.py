@@ -184,8 +184,8 @@ class ModelPoolManager:
             ) from error
         finally:
             slot.waiters -= 1
-            if slot.offer() is None:
-                self._arrange()  # it may hold up the line and not be wanted any more
+            # It may hold up the line, or stay loaded, and not be wanted any more.
+            asyncio.get_running_loop().call_soon(self._arrange)
 
     async def _loaded(self, slot: Slot, failures: int) -> LoadedModel:
         while (model := slot.offer()) is None:
@@ -290,11 +290,13 @@ class ModelPoolManager:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        now = time.monotonic()
         times = [s.expires_at for s in self._slots.values() if s.idle and s.expires_at is not None]
         if self._line:
             interval = self.settings.swap_interval
-            times += [s.loaded_at + interval for s in self._slots.values() if s.interruptible]
-        now = time.monotonic()
-        if later := [moment for moment in times if moment > now]:
+            ends = [s.loaded_at + interval for s in self._slots.values() if s.interruptible]
+            times += [end for end in ends if end > now]
+        if times:
+            # The soonest may have come since those that have expired were ended.
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(min(later) - now, self._arrange)
+            self._timer = loop.call_later(max(0.0, min(times) - now), self._arrange)
