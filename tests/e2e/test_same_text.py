@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.e2e.conftest import MODEL
 from tests.support.server import CHAT, serving
@@ -36,11 +37,11 @@ NEAR = 1e-3
 """How close the log-probabilities of two tokens must be for either to be right."""
 
 
-def requests() -> list[dict[str, Any]]:
-    """Sixteen chats that begin alike, half of them greedy and half seeded."""
+def requests(count: int) -> list[dict[str, Any]]:
+    """Chats that begin alike, half of them greedy and half seeded; two ask the same."""
     generator = random.Random(5)
     bodies = []
-    for number in range(16):
+    for number in range(count):
         sampling: dict[str, Any] = {"temperature": 0}
         if number % 2:
             filters = {"top_p": generator.choice([1, 0.9]), "top_k": generator.choice([0, 40])}
@@ -92,10 +93,11 @@ class Said:
         return False
 
 
+@pytest.mark.parametrize("count", [6, pytest.param(16, marks=pytest.mark.soak)])
 async def test_text_does_not_depend_on_the_cache_or_the_batch(
-    demo_model: Path, tmp_path: Path
+    demo_model: Path, tmp_path: Path, count: int
 ) -> None:
-    bodies = requests()
+    bodies = requests(count)
     plain, caching = (home_with(demo_model.parent, tmp_path / name) for name in ("a", "b"))
     async with demo(plain, prefix_cache="0") as client:
         alone = [await ask(client, body) for body in bodies]

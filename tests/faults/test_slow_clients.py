@@ -15,7 +15,7 @@ from tests.support.tiny import build_tiny_model
 
 CLIENTS = 32
 CONTEXT = 32_768
-QUICK_SECONDS, SOAK_SECONDS = 20.0, 60.0
+QUICK_SECONDS, SOAK_SECONDS = 8.0, 60.0
 MOST_GROWTH = 50 << 20
 SEND_TIMEOUT = 2.0
 LARGE = {"stream": True, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
@@ -108,7 +108,7 @@ async def test_a_client_that_reads_slowly_is_not_cut_off(tmp_path: Path, model: 
         with Raw(server, receive_buffer=4096) as client:
             client.send_chat(chat("tiny", max_tokens=2000, n=8, **LARGE))
             started, received = time.monotonic(), 0
-            while time.monotonic() - started < 5 * SEND_TIMEOUT:
+            while time.monotonic() - started < 3 * SEND_TIMEOUT:
                 received += len(await asyncio.to_thread(client.socket.recv, 2048))
                 await asyncio.sleep(0.1)  # this client is slow
-        assert received > 50 * 1024
+        assert received > 30 * 1024
