@@ -26,7 +26,7 @@ from mlx_server.errors import (
     Unauthorized,
     Unavailable,
 )
-from mlx_server.schemas.openai import ErrorBody, ErrorDetails
+from mlx_server.schemas.openai.common import ErrorBody, ErrorDetails
 from mlx_server.telemetry import event
 
 logger = logging.getLogger(__name__)

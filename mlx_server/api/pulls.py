@@ -17,7 +17,7 @@ from mlx_server.api.streaming import StreamedAnswer, sse
 from mlx_server.models.download import Progress
 from mlx_server.models.pulls import PullManager
 from mlx_server.schemas.admin import PullEvent, PullRequest
-from mlx_server.schemas.openai import ErrorBody
+from mlx_server.schemas.openai.common import ErrorBody
 
 router = APIRouter(
     prefix="/admin", dependencies=[AdminDep], route_class=JsonRoute, strict_content_type=False

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from mlx_server.schemas.openai import Body, Lenient, NonEmpty
+from mlx_server.schemas.openai.common import Body, Lenient, NonEmpty
 
 
 class PullRequest(Lenient):

@@ -11,15 +11,17 @@ from mlx_server.api.streaming import sse
 from mlx_server.api.v1 import chat, completions
 from mlx_server.api.v1.generation import SYSTEM_FINGERPRINT, Header
 from mlx_server.schemas.internal import TextDelta, TokenLogprob
-from mlx_server.schemas.openai import (
+from mlx_server.schemas.openai.chat import (
     ChatChunkChoice,
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatDelta,
+    chat_logprobs,
+)
+from mlx_server.schemas.openai.completions import (
     Completion,
     CompletionChoice,
     CompletionRequest,
-    chat_logprobs,
     text_logprobs,
 )
 

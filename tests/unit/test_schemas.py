@@ -27,13 +27,8 @@ from mlx_server.schemas.internal import (
     TokenPrompt,
     Usage,
 )
-from mlx_server.schemas.openai import (
-    UNSUPPORTED,
-    ChatCompletionRequest,
-    CompletionRequest,
-    chat_logprobs,
-    text_logprobs,
-)
+from mlx_server.schemas.openai.chat import UNSUPPORTED, ChatCompletionRequest, chat_logprobs
+from mlx_server.schemas.openai.completions import CompletionRequest, text_logprobs
 from mlx_server.telemetry import Metrics, RequestTimer
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -205,7 +200,7 @@ def test_arguments_that_are_no_object_stay_text() -> None:
     assert prompt.messages[1]["tool_calls"][0]["function"]["arguments"] == "{oops"
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED["chat"])
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
     with pytest.raises(BadRequest) as refused:
         chat_request(**{name: {"some": "thing"}})

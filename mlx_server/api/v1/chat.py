@@ -30,7 +30,7 @@ from mlx_server.schemas.internal import (
     TokenLogprob,
     Usage,
 )
-from mlx_server.schemas.openai import (
+from mlx_server.schemas.openai.chat import (
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
@@ -38,9 +38,9 @@ from mlx_server.schemas.openai import (
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatDelta,
-    ErrorBody,
     chat_logprobs,
 )
+from mlx_server.schemas.openai.common import ErrorBody
 
 router = APIRouter(prefix="/v1", route_class=JsonRoute, strict_content_type=False)
 

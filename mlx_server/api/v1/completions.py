@@ -35,12 +35,12 @@ from mlx_server.schemas.internal import (
     TokenPrompt,
     Usage,
 )
-from mlx_server.schemas.openai import (
+from mlx_server.schemas.openai.common import ErrorBody
+from mlx_server.schemas.openai.completions import (
     MAX_PROMPTS,
     Completion,
     CompletionChoice,
     CompletionRequest,
-    ErrorBody,
     text_logprobs,
 )
 

@@ -17,7 +17,7 @@ from mlx_server.config import Settings
 from mlx_server.engine.protocol import Sampling
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import Event, Finished, InferenceRequest, TextDelta, Usage
-from mlx_server.schemas.openai import (
+from mlx_server.schemas.openai.common import (
     CompletionTokensDetails,
     CompletionUsage,
     GenerationRequest,

@@ -11,7 +11,7 @@ from mlx_server.api.errors import documented
 from mlx_server.api.requests import JsonRoute
 from mlx_server.models.catalog import ModelEntry
 from mlx_server.models.pool import ModelPoolManager
-from mlx_server.schemas.openai import Model, ModelList
+from mlx_server.schemas.openai.models import Model, ModelList
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)], route_class=JsonRoute)
 
