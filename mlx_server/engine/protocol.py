@@ -94,6 +94,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     generated: int = 0
+    grammar: str | None = None
+    """What the completion must match, as llguidance reads grammars; None for anything at all."""
     caller: str = ""
     priority: int = 0
     """Requests with lower numbers are admitted first; callers take turns within a priority."""

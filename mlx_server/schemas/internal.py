@@ -2,9 +2,39 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from mlx_server.engine.protocol import FinishReason, Sampling
+from mlx_server.engine.protocol import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a completion must match from its first character to its last.
+
+    `value` is, by `kind`: a JSON schema (an object or a bool); nothing; a regular expression; a
+    list of texts; a grammar in Lark or GBNF. `param` names the request's field that holds it, for
+    errors.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    value: Any
+    param: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """Which tools the model may call, and whether it must.
+
+    `tools` are as chat templates read them: `{"type": "function", "function": {"name", "description",
+    "parameters", "strict"}}`. `choice` is `auto`, `required`, or the name of the tool to call as
+    `named`; tools that may not be called are not here at all, whatever the template is shown.
+    """
+
+    tools: list[dict[str, Any]]
+    choice: Literal["auto", "required", "named"] = "auto"
+    name: str | None = None
+    parallel: bool = True
+    """Whether one answer may hold several calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,12 +43,16 @@ class ChatPrompt:
 
     `messages` are template-ready dictionaries: `role`, `content` (a string), and what a tool call
     or a tool result adds. `continue_final` leaves a last assistant message open, to be continued.
+    `tools` are shown to the template; `use` says what may come of them, None that nothing may.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     continue_final: bool = False
+    use: ToolUse | None = None
+    thinking_budget: int | None = None
+    """Tokens after which the model must end its thinking; None leaves it to the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +109,7 @@ class InferenceRequest:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
     ignore_eos: bool = False
     priority: int = 0
     keep_alive: float | None = None
@@ -113,6 +148,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of the completion's, those the model thought with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +170,39 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More of what a choice thinks before its answer."""
+
+    choice: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """A choice calls a tool: its `call`-th, counted from 0. Its arguments follow."""
+
+    choice: int
+    call: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """More of a tool call's arguments, which together are a JSON object."""
+
+    choice: int
+    call: int
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """A choice is complete."""
 
     choice: int
-    reason: FinishReason
+    reason: Literal["stop", "length", "tool_calls"]
     usage: Usage
 
 
-Event = PromptScored | TextDelta | Finished
+Event = PromptScored | TextDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | Finished

@@ -1,7 +1,7 @@
 """What a model family must tell the front: how prompts are rendered, where turns end."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -19,12 +19,50 @@ class Capabilities:
     system_role: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """The markers around a block of thinking, such as `<think>` and `</think>`."""
+
+    start: str
+    end: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallSyntax:
+    """How tool calls stand in a model's text: each, or a list of them, between two markers.
+
+    An `end` of "" is the end of the answer. `json` says that what stands between is, or is a list
+    of, JSON objects whose keys `name` and `arguments` come in this order, so that it can be read
+    while it comes; anything else is read by `Adapter.parse_calls` when it is whole.
+    """
+
+    start: str
+    end: str
+    json: bool
+    arguments: str = "arguments"
+    """The key of the arguments; Llama says `parameters`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Syntax:
+    """What is more than plain text in a model's completion.
+
+    `visible` are special tokens among the markers, with their texts: they have no bytes in running
+    text, and must be seen all the same.
+    """
+
+    reasoning: Reasoning | None = None
+    calls: CallSyntax | None = None
+    visible: dict[int, str] = field(default_factory=dict)
+
+
 class Adapter(Protocol):
     """The text side of one loaded model. Methods block and are safe to call from any thread."""
 
     family: str
     capabilities: Capabilities
     stop_tokens: frozenset[int]
+    syntax: Syntax
     tokenizer: Tokenizer
 
     def render(self, prompt: ChatPrompt) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from tokenizers import Tokenizer
 
 from mlx_server.errors import BadRequest, ModelLoadFailed
-from mlx_server.models.adapters.base import Capabilities
+from mlx_server.models.adapters.base import Capabilities, Syntax
 from mlx_server.models.adapters.pieces import TokenBytes
 from mlx_server.models.folder import one_line, read_optional_config
 from mlx_server.schemas.internal import ChatPrompt
@@ -65,6 +65,7 @@ class GenericAdapter:
         self._beginning = self._find_beginning()
         self.stop_tokens = self._find_stop_tokens(config, read_optional_config(path))
         self.capabilities = self._find_capabilities()
+        self.syntax = Syntax()
 
     def render(self, prompt: ChatPrompt) -> list[int]:
         return self._encode(self._render_text(prompt))

@@ -21,11 +21,11 @@ from mlx_server.models.text.protocol import (
     Decoded,
     Open,
     Opened,
+    Prepared,
     Refused,
     Reply,
     Request,
     Text,
-    Tokens,
     decode_reply,
 )
 from mlx_server.schemas.internal import ChatPrompt, Prompt, TextPrompt
@@ -34,7 +34,7 @@ from mlx_server.telemetry import event
 RECEIVE_BYTES = 1 << 18
 ENDED = "The process that prepares prompts ended; ask again."
 
-R = TypeVar("R", Opened, Tokens, Decoded)
+R = TypeVar("R", Opened, Prepared, Decoded)
 
 log = logging.getLogger("mlx_server.text")
 
@@ -164,6 +164,7 @@ class ModelText:
             self.family = opened.family
             self.capabilities = opened.capabilities
             self.stop_tokens = frozenset(opened.stop_tokens)
+            self.syntax = opened.syntax
             self._names = opened.names
             self._pieces = opened.pieces
             self._offsets = array("I")
@@ -191,9 +192,9 @@ class ModelText:
                     continue_final=prompt.continue_final,
                     limit=limit,
                 )
-                return (await self._ask(ask, Tokens)).tokens
+                return (await self._ask(ask, Prepared)).tokens
             case TextPrompt(text=text):
-                return (await self._ask(partial(Text, text=text, limit=limit), Tokens)).tokens
+                return (await self._ask(partial(Text, text=text, limit=limit), Prepared)).tokens
             case _:
                 return prompt.ids
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import msgspec
 
-from mlx_server.models.adapters.base import Capabilities
+from mlx_server.models.adapters.base import Capabilities, Syntax
+from mlx_server.schemas.internal import Constraint, ToolUse
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
@@ -33,6 +34,9 @@ class Chat(msgspec.Struct, frozen=True, tag="chat"):
     continue_final: bool
     limit: int
     """Tokens beyond which the answer may be a refusal instead."""
+    use: ToolUse | None = None
+    thinking_budget: int | None = None
+    constraint: Constraint | None = None
 
 
 class Text(msgspec.Struct, frozen=True, tag="text"):
@@ -42,6 +46,24 @@ class Text(msgspec.Struct, frozen=True, tag="text"):
     handle: int
     text: str
     limit: int
+    constraint: Constraint | None = None
+
+
+class Constrain(msgspec.Struct, frozen=True, tag="constrain"):
+    """Make a grammar for the completion of a prompt that is already tokens."""
+
+    id: int
+    handle: int
+    constraint: Constraint
+
+
+class Parse(msgspec.Struct, frozen=True, tag="parse"):
+    """Read tool calls out of `text`, which stood between a family's markers for them."""
+
+    id: int
+    handle: int
+    text: str
+    tools: list[dict[str, Any]]
 
 
 class Decode(msgspec.Struct, frozen=True, tag="decode"):
@@ -66,13 +88,30 @@ class Opened(msgspec.Struct, frozen=True, tag="opened"):
     offsets: bytes
     pieces: bytes
     names: dict[int, str]
+    syntax: Syntax
+    """How reasoning and tool calls stand in the model's text."""
 
 
-class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
-    """The answer to `Chat` and `Text`."""
+class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
+    """The answer to `Chat`, `Text` and `Constrain`: a prompt, and what its completion is bound to.
+
+    `grammar` covers the whole completion, thinking included. `thinking` says that the prompt leaves
+    a block of thinking open. `forced` says that the completion is, after any thinking, nothing but
+    tool calls.
+    """
 
     id: int
     tokens: list[int]
+    grammar: str | None = None
+    thinking: bool = False
+    forced: bool = False
+
+
+class Parsed(msgspec.Struct, frozen=True, tag="parsed"):
+    """The answer to `Parse`: names and arguments (JSON objects) of the calls, none if garbled."""
+
+    id: int
+    calls: list[tuple[str, str]]
 
 
 class Decoded(msgspec.Struct, frozen=True, tag="decoded"):
@@ -92,8 +131,8 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     code: str | None
 
 
-Request = Open | Close | Chat | Text | Decode
-Reply = Opened | Tokens | Decoded | Refused
+Request = Open | Close | Chat | Text | Constrain | Parse | Decode
+Reply = Opened | Prepared | Parsed | Decoded | Refused
 
 decode_request = msgspec.msgpack.Decoder(Request).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode

@@ -27,11 +27,11 @@ from mlx_server.models.text.protocol import (
     Decoded,
     Open,
     Opened,
+    Prepared,
     Refused,
     Reply,
     Request,
     Text,
-    Tokens,
     decode_request,
 )
 from mlx_server.schemas.internal import ChatPrompt
@@ -85,11 +85,11 @@ class TextWorker:
             case Open():
                 return self._open(request)
             case Chat():
-                return Tokens(request.id, self._chat(request))
+                return Prepared(request.id, self._chat(request))
             case Text():
                 adapter = self._adapters[request.handle]
                 _check_length(adapter, request.text, request.limit, "prompt")
-                return Tokens(request.id, adapter.encode(request.text))
+                return Prepared(request.id, adapter.encode(request.text))
             case Decode():
                 return Decoded(request.id, self._adapters[request.handle].decode(request.tokens))
             case _:
@@ -111,6 +111,7 @@ class TextWorker:
             offsets=offsets.tobytes(),
             pieces=b"".join(pieces),
             names={t: adapter.token_name(t) for t, piece in enumerate(pieces) if not piece},
+            syntax=adapter.syntax,
         )
 
     def _chat(self, request: Chat) -> list[int]:
