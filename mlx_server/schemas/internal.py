@@ -25,8 +25,8 @@ class Constraint:
 class ToolUse:
     """Which tools the model may call, and whether it must.
 
-    `tools` are as chat templates read them: `{"type": "function", "function": {"name", "description",
-    "parameters", "strict"}}`. `choice` is `auto`, `required`, or the name of the tool to call as
+    `tools` are as chat templates read them: objects whose `type` is `function` and whose `function`
+    has a `name` and may have `description`, `parameters` and `strict`. `choice` is `auto`, `required`, or the name of the tool to call as
     `named`; tools that may not be called are not here at all, whatever the template is shown.
     """
 
