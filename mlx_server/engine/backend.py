@@ -14,7 +14,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache, make_prompt_cache
-from mlx_lm.utils import dequantize_model, get_total_parameters, load_adapters, load_model
+from mlx_lm.utils import (
+    _get_classes,
+    dequantize_model,
+    get_total_parameters,
+    load_adapters,
+    load_model,
+)
 
 from mlx_server.engine import mixed
 from mlx_server.engine.kv_layout import Cache, KvLayout, leaves
@@ -52,22 +58,15 @@ class Backend:
         memory: DeviceMemory,
         adapter_path: Path | None = None,
     ) -> None:
-        self.release: Callable[[], None] = _nothing
+        self.path = path
+        self.release = speed_up()
         """Lets go of what outlives a step; for when nothing runs."""
-        if device_name() == "cpu":
-            from mlx_server.engine import cpu
-
-            cpu.speed_up()  # before the model's own module is imported
-            self.release = cpu.forget
-        self.model, config = _load(path, options)
+        self.model, config = load_weights(path, options)
         if adapter_path is not None:
             self.model = _with_adapter(self.model, adapter_path)
         self.model_type = str(config.get("model_type", "unknown"))
-        self.context_length = _context_length(config, options.context_length)
-        self.dequantized = _wants_float32(options, self.model, memory)
-        if self.dequantized:
-            self.model = dequantize_model(self.model)
-            self.model.set_dtype(mx.float32)
+        self.context_length = context_length(config, options.context_length)
+        self.model, self.dequantized = as_computed(self.model, options, memory)
         self.kv_bits = _usable_kv_bits(self.model, options)
         mx.eval(self.model.parameters())
         arrays: dict[str, mx.array] = dict(tree_flatten(self.model.parameters()))
@@ -219,13 +218,38 @@ def cache_bytes(cache: Cache) -> int:
     return sum(int(layer.nbytes) for layer in cache)
 
 
+def speed_up() -> Callable[[], None]:
+    """Prepare this process for the device; returns what lets go of what outlives a step.
+
+    Call it before a model's own module is imported.
+    """
+    if device_name() != "cpu":
+        return _nothing
+    from mlx_server.engine import cpu
+
+    cpu.speed_up()
+    return cpu.forget
+
+
 def _nothing() -> None:
     return None
 
 
-def _load(path: Path, options: LoadOptions) -> tuple[Any, dict[str, Any]]:
+Classes = Callable[[dict[str, Any]], tuple[type, type]]
+"""The classes of a model and of its arguments, for its configuration."""
+
+
+def load_weights(
+    path: Path, options: LoadOptions, classes: Classes = _get_classes
+) -> tuple[Any, dict[str, Any]]:
+    """The model in `path`, its weights not read yet, and its config. Raises ModelError."""
     try:
-        model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
+        model, config = load_model(
+            path,
+            lazy=True,
+            get_model_classes=classes,
+            trust_remote_code=options.trust_remote_code,
+        )
     except json.JSONDecodeError as error:
         raise ModelError(f"config.json is not valid JSON: {error}") from error
     except FileNotFoundError as error:
@@ -233,6 +257,40 @@ def _load(path: Path, options: LoadOptions) -> tuple[Any, dict[str, Any]]:
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise ModelError(f"{type(error).__name__}: {error}") from error
     return model, config
+
+
+def body_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """The classes for a decoder that ends before the output projection.
+
+    Its model is called with tokens (rows, tokens) and the rows' lengths, and gives the last layer's
+    output (rows, tokens, width). Checkpoints have its weights with the projection's or alone.
+    """
+    whole, arguments = _get_classes(config)
+
+    class Body(whole):  # type: ignore[misc, valid-type]
+        def __call__(self, tokens: mx.array, lengths: Sequence[int]) -> mx.array:
+            # No token sees those after it, so padding on the right changes nothing.
+            states: mx.array = self.model(tokens)
+            return states
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            if not any(name.startswith("model.") for name in weights):
+                weights = {f"model.{name}": weight for name, weight in weights.items()}
+            if hasattr(whole, "sanitize"):
+                weights = super().sanitize(weights)
+            self.pop("lm_head", None)
+            return {name: w for name, w in weights.items() if not name.startswith("lm_head.")}
+
+    return Body, arguments
+
+
+def as_computed(model: Any, options: LoadOptions, memory: DeviceMemory) -> tuple[Any, bool]:
+    """`model` in the format that it is to be computed in; whether that is float32 for its sake."""
+    if not _wants_float32(options, model, memory):
+        return model, False
+    model = dequantize_model(model)
+    model.set_dtype(mx.float32)
+    return model, True
 
 
 def _with_adapter(model: Any, path: Path) -> Any:
@@ -273,6 +331,7 @@ def _from_config(config: dict[str, Any], name: str) -> Any:
     return config.get(name) or (config.get("text_config") or {}).get(name)
 
 
-def _context_length(config: dict[str, Any], cap: int | None) -> int:
+def context_length(config: dict[str, Any], cap: int | None) -> int:
+    """Tokens that the model was made for, up to `cap`."""
     own = int(_from_config(config, "max_position_embeddings") or DEFAULT_CONTEXT)
     return min(own, cap) if cap else own

@@ -8,11 +8,12 @@ import mlx.core as mx
 
 from mlx_server.engine import backend
 from mlx_server.engine.backend import Backend
+from mlx_server.engine.constraints import Constraints, Masks
 from mlx_server.engine.kv_layout import Cache
 from mlx_server.engine.mixed import Part
 from mlx_server.engine.prefill import Prefill
 from mlx_server.engine.prefix_cache import PrefixCache
-from mlx_server.engine.protocol import Logprobs, Row
+from mlx_server.engine.protocol import Failed, Logprobs, Row
 from mlx_server.engine.sampling import BatchSampler, Draw
 from mlx_server.engine.sequence import Sequence, logprob_entries, store
 
@@ -28,6 +29,25 @@ class Step:
 
     rows: list[Sequence]
     draw: Draw
+    masks: Masks | None = None
+
+    def begin_masks(self) -> None:
+        """Have masks computed for the constrained rows, all tokens before this step being known."""
+        if self.masks is not None:
+            rows = enumerate(self.rows)
+            self.masks.begin({i: r.constraint for i, r in rows if r.constraint and not r.done})
+
+    def finish(self) -> list[Failed]:
+        """Make the tokens valid; returns the requests that cannot go on."""
+        self.draw.finish()
+        allowed = self.masks.wait() if self.masks is not None else None
+        failed = []
+        for place, problem in allowed.problems.items() if allowed is not None else ():
+            sequence = self.rows[place]
+            if not sequence.done:
+                sequence.done = True
+                failed.append(Failed(sequence.id, problem))
+        return failed
 
     def read(self) -> list[Row]:
         """Wait for the tokens and hand them to their sequences."""
@@ -91,16 +111,23 @@ class Batch:
     pass, all share one.
 
     Step n+1 is built before the tokens of step n are drawn, where that is the host's to do, and
-    started before they are read, so the host's work hides behind the device's.
+    started before they are read, so the host's work hides behind the device's. Masks of constrained
+    rows are computed in the meantime, from when the tokens before them have been read.
+
+    `failed` are requests that could not go on while all others did, for the caller to take.
     """
 
-    def __init__(self, model: Backend, prefix: PrefixCache) -> None:
+    def __init__(self, model: Backend, prefix: PrefixCache, constraints: Constraints) -> None:
         self.model = model
         self.prefix = prefix
+        self.constraints = constraints
         self.groups: list[Group] = []
         self.rows: list[Sequence] = []
-        self.inputs = mx.array([], dtype=mx.uint32)
         self.pending: Step | None = None
+        self.failed: list[Failed] = []
+        self._inputs = mx.array([], dtype=mx.uint32)
+        self._drawn: Draw | None = None
+        """What gives the inputs, unless they have been asked for since."""
         self._sampler: BatchSampler | None = None
 
     def __len__(self) -> int:
@@ -109,6 +136,16 @@ class Batch:
     @property
     def busy(self) -> bool:
         return bool(self.rows) or self.pending is not None
+
+    @property
+    def inputs(self) -> mx.array:
+        """The tokens (rows,) that the next step feeds to the model. May wait for masks."""
+        if self._drawn is not None:
+            self._feed(self._drawn.tokens)
+        return self._inputs
+
+    def _feed(self, inputs: mx.array) -> None:
+        self._inputs, self._drawn = inputs, None
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +165,7 @@ class Batch:
             group.rows += new.rows
             group.cache = backend.extend(group.cache, new.cache)
         last = mx.array([s.request.prompt[-1] for s in new.rows], dtype=mx.uint32)
-        self.inputs = mx.concatenate([self.inputs[:place], last, self.inputs[place:]])
+        self._feed(mx.concatenate([self.inputs[:place], last, self.inputs[place:]]))
         self._changed()
 
     def leave(self, gone: Many[Sequence]) -> None:
@@ -140,7 +177,7 @@ class Batch:
         for group in self.groups:
             self._leave_group(group, ids)
         self.groups = [group for group in self.groups if group.rows]
-        self.inputs = self.inputs[mx.array(keep)] if keep else mx.array([], dtype=mx.uint32)
+        self._feed(self.inputs[mx.array(keep)] if keep else mx.array([], dtype=mx.uint32))
         self._changed()
 
     def step(self) -> list[Row]:
@@ -150,16 +187,19 @@ class Batch:
         if self.rows:
             self.pending = self._build()
         if previous:
-            previous.draw.finish()
+            self.failed += previous.finish()
         if self.pending:
             self.pending.draw.start()
-        return previous.read() if previous else []
+        rows = previous.read() if previous else []
+        if self.pending:
+            self.pending.begin_masks()
+        return rows
 
     def settle(self) -> list[Row]:
         """Read the step under way and drop the rows that have ended; starts no other."""
         previous, self.pending = self.pending, None
         if previous:
-            previous.draw.finish()
+            self.failed += previous.finish()
         rows = previous.read() if previous else []
         for row in self.rows:
             row.in_flight = False
@@ -174,6 +214,7 @@ class Batch:
         chunk = prefill.next_chunk(budget)
         self.pending = self._build(Part(chunk, prefill.cache))
         self.pending.draw.start()
+        self.pending.begin_masks()
         written = [layer.state for layer in prefill.cache]
         mx.async_eval(written, prefill.computed(chunk.size))  # type: ignore[no-untyped-call]
 
@@ -205,20 +246,24 @@ class Batch:
         """The graph of the next step; its inputs may still have to be drawn."""
         if self._sampler is None:
             wanted = [row.request.logprobs for row in self.rows]
-            self._sampler = BatchSampler(self.rows, self.inputs, self.model.vocab_size, wanted)
+            bound = [i for i, row in enumerate(self.rows) if row.constraint is not None]
+            vocab_size = self.model.vocab_size
+            self._sampler = BatchSampler(self.rows, self.inputs, vocab_size, wanted, bound)
+        masks = self.constraints.masks() if any(row.constraint for row in self.rows) else None
         logits = self.model.step([*self._parts(), *chunk], len(self.rows))
-        draw = self._sampler.launch(logits[:, -1, :].astype(mx.float32))
+        draw = self._sampler.launch(logits[:, -1, :].astype(mx.float32), masks)
         for row in self.rows:
             row.launched += 1
             row.in_flight = True
-        self.inputs = draw.tokens
-        return Step(list(self.rows), draw)
+        self._drawn = draw
+        return Step(list(self.rows), draw, masks)
 
     def _parts(self) -> list[Part]:
         parts, start = [], 0
+        inputs = self.inputs
         for group in self.groups:
             end = start + len(group.rows)
-            parts.append(Part(self.inputs[start:end, None], group.cache))
+            parts.append(Part(inputs[start:end, None], group.cache))
             start = end
         return parts
 

@@ -6,7 +6,7 @@ What happens to a request when its engine ends is told in `models/supervisor.py`
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,8 @@ import msgspec
 from mlx_server.engine.protocol import (
     Abort,
     Begun,
+    Embed,
+    Embedding,
     Failed,
     FrameReader,
     Generate,
@@ -86,7 +88,12 @@ class EngineClient:
 
     @classmethod
     async def start(
-        cls, model_id: str, path: Path, options: LoadOptions, adapter_path: Path | None = None
+        cls,
+        model_id: str,
+        path: Path,
+        options: LoadOptions,
+        adapter_path: Path | None = None,
+        embedding: Embedding | None = None,
     ) -> "EngineClient":
         """Start an engine with a fresh interpreter and wait until it has loaded `path`.
 
@@ -95,7 +102,8 @@ class EngineClient:
         """
         client = cls(model_id, await spawn("mlx_server.engine.worker"))
         try:
-            client._send(Load(str(path), options, str(adapter_path) if adapter_path else None))
+            adapter = str(adapter_path) if adapter_path else None
+            client._send(Load(str(path), options, adapter, embedding))
             client.ready = await client._loaded
         except BaseException:
             await client.kill()
@@ -115,7 +123,7 @@ class EngineClient:
         """Requests that wait for tokens."""
         return len(self._recipients)
 
-    def generate(self, requests: list[Generate]) -> "RowStream":
+    def generate(self, requests: Sequence[Generate | Embed]) -> "RowStream":
         """Send `requests` at once, under ids of our own; returns the stream of their rows.
 
         Raises EngineFailed when the engine has ended.
@@ -129,7 +137,7 @@ class EngineClient:
             self.submit(msgspec.structs.replace(request, id=id_), stream)
         return stream
 
-    def submit(self, request: Generate, recipient: Recipient) -> None:
+    def submit(self, request: Generate | Embed, recipient: Recipient) -> None:
         """Send `request` under the id it has. An engine that has ended never answers."""
         self._recipients[request.id] = recipient
         self._send(request)
@@ -268,8 +276,8 @@ class RowStream:
     def __init__(self, holder: Holder, ids: range) -> None:
         self.begun = False
         """Whether an engine has begun to work on one of the requests."""
+        self.ids = ids
         self._holder = holder
-        self._ids = ids
         self._open = set(ids)
         self._items: deque[Row | Failed | ServerError] = deque()
         self._arrived = asyncio.Event()
@@ -286,7 +294,7 @@ class RowStream:
         self._arrived.set()
         if isinstance(item, Row):
             self._unread += _size(item)
-            if self._unread > MOST_UNREAD * len(self._ids) and not self._paused:
+            if self._unread > MOST_UNREAD * len(self.ids) and not self._paused:
                 self._paused = True
                 self._holder.pause(self._open)
 
@@ -304,7 +312,7 @@ class RowStream:
 
     def abort(self, index: int) -> None:
         """Give up the request at `index` of those sent; no more rows come for it."""
-        id_ = self._ids[index]
+        id_ = self.ids[index]
         self._open.discard(id_)
         self._holder.abort([id_])
 
@@ -342,7 +350,7 @@ class RowStream:
             if row.id in self._open:
                 if row.finish is not None:
                     self._open.discard(row.id)
-                yield row.id - self._ids.start, row
+                yield row.id - self.ids.start, row
 
     def _go_on(self) -> None:
         """The reader has caught up."""

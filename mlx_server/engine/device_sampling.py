@@ -1,12 +1,16 @@
 """Drawing the tokens of all rows of a batch in one graph, which the host need not wait for."""
 
 import math
+from collections.abc import Container, Iterator
 from collections.abc import Sequence as Many
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
 from mlx_server.engine.protocol import Sampling
+
+if TYPE_CHECKING:
+    from mlx_server.engine.grammar import Allowed
 
 COLDEST = 2.0**-126
 """The lowest temperature that float32 can divide by; anything below is none."""
@@ -54,28 +58,54 @@ class DeviceSampler:
 
     def __init__(self, rows: Many[SampledRow], inputs: mx.array, vocab_size: int) -> None:
         settings = [row.sampling for row in rows]
+        self.settings = settings
         self.bias = _Bias.of(settings)
         self.penalties = _Penalties.of(rows, inputs, vocab_size)
         drawn = [i for i, s in enumerate(settings) if s.temperature >= COLDEST]
         self.plain = _Draw.of(settings, [i for i in drawn if not filters(settings[i])])
         self.filtered = _FilteredDraw.of(settings, [i for i in drawn if filters(settings[i])])
 
-    def sample(self, logits: mx.array, shares: list[float]) -> mx.array:
+    def sample(
+        self, logits: mx.array, shares: list[float], allowed: "Allowed | None" = None
+    ) -> mx.array:
         """Tokens (rows,) uint32 of `logits` (rows, vocab) float32.
 
-        Each is the one at its share in [0, 1) of the row's cumulative distribution.
+        Each is the one at its share in [0, 1) of the row's cumulative distribution, in which
+        tokens that are not `allowed` have no part.
         """
+        if allowed and allowed.rows:
+            logits = _masked(logits, allowed)
         if self.bias:
             logits = self.bias.apply(logits)
         if self.penalties:
             logits = self.penalties.apply(logits)
         tokens = mx.argmax(logits, axis=-1).astype(mx.uint32)
-        for draw in (self.plain, self.filtered):
-            if draw:
-                tokens[draw.index] = draw.sample(logits, shares)
+        for draw in self._draws(allowed.forced if allowed else ()):
+            tokens[draw.index] = draw.sample(logits, shares)
         if self.penalties:
             self.penalties.count(tokens)
         return tokens
+
+    def _draws(self, forced: Container[int]) -> "Iterator[_Draw]":
+        """The draws of all rows but those which are `forced`: the largest logit is theirs."""
+        for draw in (self.plain, self.filtered):
+            if draw is None:
+                continue
+            free = [i for i in draw.members if i not in forced]
+            if len(free) == len(draw.members):
+                yield draw
+            elif free:
+                yield type(draw)(self.settings, free)
+
+
+def _masked(logits: mx.array, allowed: "Allowed") -> mx.array:
+    """`logits` (rows, vocab) with minus infinity for tokens that constrained rows may not take."""
+    index, words = mx.array(allowed.rows), mx.array(allowed.words)
+    bits = (words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    bits = bits.reshape(words.shape[0], -1)[:, : logits.shape[1]]
+    masked = mx.array(logits)  # the caller still wants the unmodified ones
+    masked[index] = mx.where(bits.astype(mx.bool_), logits[index], -mx.inf)
+    return masked
 
 
 class _Bias:

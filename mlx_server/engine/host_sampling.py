@@ -6,6 +6,7 @@ results are those of `device_sampling`, up to float rounding.
 """
 
 from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,9 @@ import numpy.typing as npt
 
 from mlx_server.engine.device_sampling import COLDEST, SampledRow, filters, penalises
 from mlx_server.engine.protocol import Sampling
+
+if TYPE_CHECKING:
+    from mlx_server.engine.grammar import Allowed
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
@@ -36,20 +40,28 @@ class HostSampler:
 
     def __init__(self, rows: Many[SampledRow], inputs: mx.array, vocab_size: int) -> None:
         self.rows = [RowSampler(r.sampling, r.prompt, r.completion, vocab_size) for r in rows]
+        self._vocab_size = vocab_size
         self._in_flight = [i for i, row in enumerate(rows) if row.in_flight]
         self._inputs = inputs
 
-    def sample(self, logits: mx.array, shares: list[float], tokens: mx.array) -> None:
+    def sample(
+        self,
+        logits: mx.array,
+        shares: list[float],
+        tokens: mx.array,
+        allowed: "Allowed | None" = None,
+    ) -> None:
         """Write the tokens of `logits` (rows, vocab) to `tokens` (rows,), waiting for the logits.
 
-        Shares are as in `DeviceSampler.sample`.
+        Shares are as in `DeviceSampler.sample`, and so is what is `allowed`.
         """
+        choices = allowed.choices(self._vocab_size) if allowed else {}
         values = np.asarray(logits)
         if self._in_flight:
             self._count(np.asarray(self._inputs))
         drawn = np.array(tokens, copy=False)
         for i, (row, share) in enumerate(zip(self.rows, shares, strict=True)):
-            drawn[i] = row.draw(values[i], share)
+            drawn[i] = row.draw(values[i], share, choices.get(i))
             row.count(int(drawn[i]))
 
     def _count(self, inputs: npt.NDArray[np.uint32]) -> None:
@@ -71,9 +83,19 @@ class RowSampler:
             _Penalties(sampling, prompt, completion, vocab_size) if penalises(sampling) else None
         )
 
-    def draw(self, logits: Floats, share: float) -> int:
-        """The token of `logits` (vocab,) at `share` in [0, 1) of the filtered distribution."""
-        logits = self._adjusted(logits)
+    def draw(self, logits: Floats, share: float, choice: Ids | None = None) -> int:
+        """The token of `logits` (vocab,) at `share` in [0, 1) of the filtered distribution.
+
+        It is one of `choice`, in rising order, if that is given, and all others might not exist.
+        """
+        if choice is None:
+            return self._pick(self._adjusted(logits), share)
+        if len(choice) == 1:
+            return int(choice[0])
+        return int(choice[self._pick(self._adjusted(logits)[choice], share)])
+
+    def _pick(self, logits: Floats, share: float) -> int:
+        """Where in `logits`, biased and penalised, the draw at `share` is."""
         best = int(logits.argmax())
         # Infinite or undefined logits, as a broken model gives them, have no distribution.
         if self.sampling.temperature < COLDEST or not np.isfinite(logits[best]):

@@ -11,15 +11,20 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length"]
+ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
+"""Kinds of model that make vectors of texts and do nothing else."""
 HEADER = struct.Struct(">I")
 MAX_FRAME = 256 * 1024 * 1024
+MOST_ROW_ITEMS, MOST_STEP_ITEMS = 20_000, 200_000
+"""Of llguidance's parser, the same where a grammar is checked and where it is followed."""
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token is drawn from the logits.
 
-    The order is: bias, penalties, temperature, top-k, top-p, min-p, draw. Temperature 0 takes the
-    most likely token. `repetition_penalty` looks at prompt and completion, `presence_penalty` and
+    The order is: bias, penalties, temperature, top-k, top-p, min-p, draw. Tokens that a grammar
+    rules out have no part in any of it. Temperature 0 takes the most likely token.
+    `repetition_penalty` looks at prompt and completion, `presence_penalty` and
     `frequency_penalty` at the completion alone. The draw of step i depends on `seed` and i only.
     """
 
@@ -65,6 +70,20 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     trust_remote_code: bool = False
 
 
+PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"]
+
+
+class Embedding(msgspec.Struct, frozen=True):
+    """How an embedding model makes a text's vector of the vectors of its tokens.
+
+    The outcomes of several ways of `pooling` are put side by side; `normalize` scales the whole to
+    length 1.
+    """
+
+    pooling: list[PoolingMode]
+    normalize: bool
+
+
 # front → engine
 
 
@@ -75,6 +94,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     options: LoadOptions
     adapter_path: str | None = None
     """A folder of LoRA adapters to apply."""
+    embedding: Embedding | None = None
+    """None for a model that generates."""
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
@@ -95,10 +116,27 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     prompt_logprobs: int | None = None
     generated: int = 0
     grammar: str | None = None
-    """What the completion must match, as llguidance reads grammars; None for anything at all."""
+    """What the completion must match, as llguidance reads grammars; None for anything at all.
+
+    One of `stop_tokens`, or without any, of the model's own, comes where it may end.
+    """
     caller: str = ""
     priority: int = 0
     """Requests with lower numbers are admitted first; callers take turns within a priority."""
+
+
+class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):
+    """Make a vector of each of `texts`. They come back in `Tokens` frames under `id`, in any order.
+
+    A text without tokens is passed over: an earlier engine has made its vector. `dimensions` keeps
+    that many of a vector's first numbers, scaled to length 1.
+    """
+
+    id: int
+    texts: list[list[int]]
+    dimensions: int | None = None
+    caller: str = ""
+    priority: int = 0
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -146,6 +184,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     dequantized: bool
     blas: str | None
     memory: Memory
+    width: int = 0
+    """Numbers in a vector of an embedding model; 0 for a model that generates."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
@@ -166,7 +206,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """What one request got in one step.
 
     `cached` is how many prompt tokens came from a cache, sent with a request's first row.
-    A stop token ends the tokens and is included in them.
+    A stop token ends the tokens and is included in them. `vectors` are pairs of a text's index and
+    its vector, in float32 numbers, the lowest byte first.
     """
 
     id: int
@@ -175,6 +216,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs | None] | None = None
     cached: int | None = None
+    vectors: list[tuple[int, bytes]] | None = None
 
 
 class Begun(msgspec.Struct, frozen=True, tag="begun"):
@@ -227,7 +269,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """Seconds that the longest turn took since the engine began; nothing is sent during a turn."""
 
 
-ToEngine = Load | Generate | Abort | Stop
+ToEngine = Load | Generate | Embed | Abort | Stop
 ToFront = Ready | LoadFailed | Begun | Tokens | Failed | Stats
 
 encoder = msgspec.msgpack.Encoder()

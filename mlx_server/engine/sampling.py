@@ -9,6 +9,7 @@ by falling probability, of equals the lowest token first, where top-k, top-p or 
 """
 
 from collections.abc import Sequence as Many
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx_server.engine.protocol import Sampling
 from mlx_server.utils.memory import device_name
 
 if TYPE_CHECKING:
+    from mlx_server.engine.constraints import Masks
     from mlx_server.engine.host_sampling import HostSampler
 
 __all__ = ["BatchSampler", "Draw", "LogprobReader", "SampledRow", "token_logprobs", "uniform"]
@@ -45,11 +47,15 @@ def _mix(value: int) -> int:
 class Draw(Protocol):
     """The tokens of one step, drawn on the device or to be drawn on the host.
 
-    `tokens` (rows,) uint32 may be built upon at once, but evaluated only after `finish`. So the
-    host can build the next step's graph while the device still computes this step's logits.
+    So the host can build the next step's graph while the device still computes this step's logits.
     """
 
-    tokens: mx.array
+    @property
+    def tokens(self) -> mx.array:
+        """(rows,) uint32, to be built upon at once, but evaluated only after `finish`.
+
+        Where they come out of a graph with masks in it, this waits for the masks.
+        """
 
     def start(self) -> None:
         """Have the device begin with all that it has to do for this step."""
@@ -73,24 +79,32 @@ class BatchSampler:
         inputs: mx.array,
         vocab_size: int,
         logprobs: Many[int | None] = (),
+        constrained: Many[int] = (),
     ) -> None:
         """`inputs` (rows,) are the tokens the next step will feed to the model.
 
         `logprobs` tells for each row how many alternatives it asks for, None for nothing.
+        `constrained` are the places of rows for which there are masks.
         """
         self.rows = rows
         self.reader = LogprobReader(list(logprobs))
-        plain = self.reader.index is None and all(_is_argmax(row.sampling) for row in rows)
+        plain = self.reader.index is None and not constrained
+        plain = plain and all(_is_argmax(row.sampling) for row in rows)
         new = _host_sampler if _on_host() and not plain else DeviceSampler
         self._sampler = new(rows, inputs, vocab_size)
 
-    def launch(self, logits: mx.array) -> Draw:
-        """The draw from `logits` (rows, vocab) float32; steps are to finish in their order."""
+    def launch(self, logits: mx.array, masks: "Masks | None" = None) -> Draw:
+        """The draw from `logits` (rows, vocab) float32; steps are to finish in their order.
+
+        `masks` are those of the constrained rows, to be begun before anybody waits for them.
+        """
         shares = [uniform(row.sampling.seed, row.position) for row in self.rows]
-        if isinstance(self._sampler, DeviceSampler):
-            tokens = self._sampler.sample(logits, shares)
-            return _DeviceDraw(tokens, self.reader.read(logits, tokens))
-        return _HostDraw(self._sampler, self.reader, logits, shares)
+        if not isinstance(self._sampler, DeviceSampler):
+            return _HostDraw(self._sampler, self.reader, logits, shares, masks)
+        if masks is not None:
+            return _MaskedDraw(self._sampler, self.reader, logits, shares, masks)
+        tokens = self._sampler.sample(logits, shares)
+        return _DeviceDraw(tokens, self.reader.read(logits, tokens))
 
     def sample(self, logits: mx.array) -> mx.array:
         """Tokens (rows,) uint32 drawn from `logits` (rows, vocab) float32."""
@@ -131,6 +145,43 @@ class _DeviceDraw:
         return self._logprobs
 
 
+class _MaskedDraw:
+    """Tokens that come out of the graph, the last of which is built when the masks are known."""
+
+    def __init__(
+        self,
+        sampler: DeviceSampler,
+        reader: "LogprobReader",
+        logits: mx.array,
+        shares: list[float],
+        masks: "Masks",
+    ) -> None:
+        self._sampler, self._reader = sampler, reader
+        self._logits, self._shares, self._masks = logits, shares, masks
+
+    @cached_property
+    def _drawn(self) -> tuple[mx.array, tuple[mx.array, ...] | None]:
+        """The tokens and what `LogprobReader` reads, on which the device has begun."""
+        tokens = self._sampler.sample(self._logits, self._shares, self._masks.wait())
+        logprobs = self._reader.read(self._logits, tokens)
+        mx.async_eval(tokens, logprobs or ())  # type: ignore[no-untyped-call]
+        return tokens, logprobs
+
+    @property
+    def tokens(self) -> mx.array:
+        return self._drawn[0]
+
+    def start(self) -> None:
+        mx.async_eval(self._logits)  # type: ignore[no-untyped-call]
+
+    def finish(self) -> None:
+        """Have the device draw, if that has not been asked for."""
+        _ = self._drawn
+
+    def logprobs(self) -> tuple[mx.array, ...] | None:
+        return self._drawn[1]
+
+
 class _HostDraw:
     """Tokens that the host draws as soon as their logits are there, and writes where they belong.
 
@@ -138,17 +189,23 @@ class _HostDraw:
     """
 
     def __init__(
-        self, sampler: "HostSampler", reader: "LogprobReader", logits: mx.array, shares: list[float]
+        self,
+        sampler: "HostSampler",
+        reader: "LogprobReader",
+        logits: mx.array,
+        shares: list[float],
+        masks: "Masks | None",
     ) -> None:
         self.tokens = mx.array([0] * len(shares), dtype=mx.uint32)
         self._sampler, self._reader = sampler, reader
-        self._logits, self._shares = logits, shares
+        self._logits, self._shares, self._masks = logits, shares, masks
 
     def start(self) -> None:
         mx.async_eval(self._logits)  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
-        self._sampler.sample(self._logits, self._shares, self.tokens)
+        allowed = self._masks.wait() if self._masks else None
+        self._sampler.sample(self._logits, self._shares, self.tokens, allowed)
 
     def logprobs(self) -> tuple[mx.array, ...] | None:
         return self._reader.read(self._logits, self.tokens)

@@ -10,10 +10,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from concurrent.futures import wait
 
 from mlx_server.engine.backend import Backend, cache_bytes
 from mlx_server.engine.batch import Batch, alike, most_padded
 from mlx_server.engine.caution import Caution
+from mlx_server.engine.constraints import Constraints
 from mlx_server.engine.disk_cache import BlockRead
 from mlx_server.engine.pace import SMALLEST_CHUNK, Pace
 from mlx_server.engine.prefill import Prefill
@@ -40,8 +42,8 @@ LEAST_SHARED = 48
 """Tokens that must be saved for prompts to be computed one after another rather than at once."""
 GROUPED_SNAPSHOTS = 4 * BLOCK
 """Prompts from this length on prefill alone where the prefix cache needs snapshots of them."""
-READ_WAIT = 0.02
-"""Seconds between looks at the inbox while there is nothing to do but to wait for the disk."""
+THREADS_WAIT = 0.02
+"""Seconds between looks at the inbox while there is nothing to do but to wait for other threads."""
 
 
 class Scheduler:
@@ -77,7 +79,8 @@ class Scheduler:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.prefills: deque[Prefill] = deque()
-        self.batch = Batch(model, prefix)
+        self.constraints = Constraints(model.path, model.vocab_size)
+        self.batch = Batch(model, prefix, self.constraints)
         self._gathering_until = 0.0
         self._newcomers_next = False
         self._chunk_last_turn = False
@@ -111,10 +114,11 @@ class Scheduler:
             row.done = True
         self.batch.leave(rows)
 
-    def turn(self) -> Iterator[Tokens | Begun]:
+    def turn(self) -> Iterator[Tokens | Begun | Failed]:
         """One decode step and at most one chunk of prefill; yields what comes out of each."""
         started = time.perf_counter()
         self._make_room()
+        yield from self._constrain()
         decoding = any(row.reported for row in self.batch.rows)
         prefill = self._next_prefill(self.pace.chunk(0, decoding))
         if prefill is not None and not prefill.begun:
@@ -127,10 +131,12 @@ class Scheduler:
                 yield Tokens(self._decode())
             if prefill is not None:
                 yield Tokens(self._prefill(prefill, decoding))
+        failed, self.batch.failed = self.batch.failed, []
+        yield from failed
         self._chunk_last_turn = prefill is not None
         self.prefix.pump()
         if not (self.batch.busy or self.prefills):
-            self._await_disk()
+            self._await_threads()
         self.longest_turn = max(self.longest_turn, time.perf_counter() - started)
 
     def warm_up(self) -> None:
@@ -157,9 +163,10 @@ class Scheduler:
             self.waiting.remove(frozenset(sequence.id for sequence in begun))
         for sequence in begun:
             self.prefix.let_go(sequence.held)
+        failed = self.batch.failed
         self.prefills.clear()
         self.prefix.clear()
-        self.batch = Batch(self.model, self.prefix)
+        self.batch = Batch(self.model, self.prefix, self.constraints)
         self._beside = None
         self.memory.release()
         out_of_memory = is_out_of_memory(error)
@@ -174,11 +181,12 @@ class Scheduler:
                 again = sequence.anew()
                 again.suspect = not guilty
                 self.waiting.put_back(again)
-        return [Failed(sequence.id, f"{type(error).__name__}: {error}") for sequence in guilty]
+        failed += [Failed(sequence.id, f"{type(error).__name__}: {error}") for sequence in guilty]
+        return failed
 
     def _begun(self) -> list[Sequence]:
         """Every request that has been admitted and has not ended."""
-        found = {sequence.id: sequence for sequence in self._admitted()}
+        found = {sequence.id: sequence for sequence in self._admitted() if not sequence.done}
         if self.batch.pending:
             found |= {row.id: row for row in self.batch.pending.rows if not row.done}
         return list(found.values())
@@ -196,6 +204,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Let the prefix cache finish what it writes."""
+        self.constraints.close()
         self.prefix.close()
 
     def stats(self) -> Stats:
@@ -380,11 +389,28 @@ class Scheduler:
         self._apportion([*self._admitted(), *group])
         return prefill
 
+    def _constrain(self) -> list[Failed]:
+        """Have the grammars compiled of requests that may be next; some may be of no use."""
+        failed = []
+        for sequence in list(self._considered()):
+            if sequence.bound:
+                continue
+            if sequence.grammar is None:
+                sequence.grammar = self.constraints.compile(sequence.request.grammar or "")
+            if not sequence.grammar.done():
+                continue
+            try:
+                sequence.constrain(sequence.grammar.result())
+            except ValueError as error:
+                self.abort([sequence.id])
+                failed.append(Failed(sequence.id, str(error)))
+        return failed
+
     def _considered(self) -> Iterator[Sequence]:
         return itertools.islice(self.waiting, MOST_CONSIDERED)
 
     def _ready(self, sequence: Sequence) -> bool:
-        """Whether all that can be had of a waiting request's prefix is in memory."""
+        """Whether a waiting request's grammar, and all that can be had of its prefix, is here."""
         if sequence.read is not None:
             if not sequence.read.done:
                 return False
@@ -394,7 +420,7 @@ class Scheduler:
         if not sequence.fetched:
             sequence.fetched = True
             sequence.read = self.prefix.fetch(sequence.usable_keys)
-        return sequence.read is None
+        return sequence.read is None and sequence.bound
 
     def _take_in(self, sequence: Sequence, read: BlockRead) -> None:
         keys = sequence.usable_keys
@@ -452,11 +478,15 @@ class Scheduler:
         """Tokens of a waiting request's prompt that are cached."""
         return self.prefix.known(sequence.usable_keys) * BLOCK
 
-    def _await_disk(self) -> None:
-        """Let a little time pass if nothing is to be done but to wait for the disk."""
-        reads = [sequence.read for sequence in self._considered() if sequence.read is not None]
-        if reads:
-            reads[0].wait(READ_WAIT)
+    def _await_threads(self) -> None:
+        """Let a little time pass if nothing is to be done but to wait for disk or compiler."""
+        for sequence in self._considered():
+            if sequence.read is not None:
+                sequence.read.wait(THREADS_WAIT)
+                return
+            if sequence.grammar is not None and not sequence.bound:
+                wait([sequence.grammar], THREADS_WAIT)
+                return
 
     @property
     def _kv_room(self) -> int:

@@ -1,7 +1,8 @@
 """One request in an engine, and how far it is."""
 
 import copy
-from typing import cast
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 import msgspec
@@ -17,6 +18,9 @@ from mlx_server.engine.prefix_cache import (
 )
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row, Sampling
 
+if TYPE_CHECKING:
+    from mlx_server.engine.grammar import Constraint, Grammar
+
 EXPECTED_TOKENS = 256
 """Completion tokens that admission makes room for; what gets longer may be preempted."""
 
@@ -27,7 +31,8 @@ class Sequence:
     `launched` counts the completion tokens sampled so far, read back or not. `keys` names the
     blocks of its tokens in the prefix cache, and `cached` is how many tokens came from there.
     `usable_keys` names those that a cache may answer for. While it waits, `held` are the cached
-    blocks it is to use, and `read` those on their way from the disk.
+    blocks it is to use, and `read` those on their way from the disk; `grammar` is being compiled,
+    and `constraint` is None until it is, or where there is none.
     """
 
     def __init__(self, request: Generate, context_length: int) -> None:
@@ -51,6 +56,8 @@ class Sequence:
         self.cached: int | None = None
         self.held: list[Block] = []
         self.read: BlockRead | None = None
+        self.grammar: Future[Grammar] | None = None
+        self.constraint: Constraint | None = None
         self.fetched = False
         self.in_flight = False
         self.suspect = False
@@ -66,6 +73,11 @@ class Sequence:
     def scored(self) -> bool:
         """Whether its prompt's own log-probabilities are wanted, so that all of it is computed."""
         return self.request.prompt_logprobs is not None
+
+    @property
+    def bound(self) -> bool:
+        """Whether the constraint that it asks for, if any, is there."""
+        return self.request.grammar is None or self.constraint is not None
 
     @property
     def position(self) -> int:
@@ -102,7 +114,15 @@ class Sequence:
         again.usable_keys = again._usable_keys()
         again.held, again.read, again.fetched = [], None, False
         again.in_flight = again.done = False
+        again.constraint = None
         return again
+
+    def constrain(self, grammar: "Grammar") -> None:
+        """Bind what is to come to `grammar`. Raises GrammarError when nothing could end it."""
+        from mlx_server.engine.grammar import Constraint  # loaded by now
+
+        self.stop_tokens = grammar.ends(self.stop_tokens)
+        self.constraint = Constraint(grammar, self.stop_tokens, self.completion)
 
     def accept(self, token: int, logprobs: Logprobs | None) -> Row:
         """Take note of the next token read back; says what to report of it."""
@@ -112,6 +132,8 @@ class Sequence:
             finish = "stop"
         elif len(self.completion) >= self.limit:
             finish = "length"
+        elif self.constraint is not None:
+            self.constraint.tell(token)
         self.done = finish is not None
         return self.report([token], finish, [logprobs] if logprobs else None)
 

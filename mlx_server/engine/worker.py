@@ -11,24 +11,30 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_server.engine.blas import ADVICE, load_openblas
 from mlx_server.engine.imports import leave_out_text_side
+from mlx_server.engine.pace import Pace
 from mlx_server.engine.protocol import (
     Abort,
     Begun,
+    Embed,
+    Embedding,
+    Failed,
     FrameReader,
     Generate,
     Load,
     LoadFailed,
     LoadOptions,
     Ready,
+    Stats,
     Stop,
     ToEngine,
     ToFront,
+    Tokens,
     decode_to_engine,
     frame,
 )
@@ -37,6 +43,7 @@ from mlx_server.utils.units import parse_bytes
 
 if TYPE_CHECKING:
     from mlx_server.engine.backend import Backend
+    from mlx_server.engine.embedding import Embedder
     from mlx_server.engine.prefix_cache import PrefixCache
     from mlx_server.engine.scheduler import Scheduler
     from mlx_server.utils.memory import DeviceMemory
@@ -92,10 +99,42 @@ class Inbox:
             return b""
 
 
+class Work(Protocol):
+    """What has an engine's requests and decides what is computed next: a `Scheduler`, or for
+    embedding models an `Embedder`."""
+
+    pace: Pace
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to compute."""
+
+    def add(self, request: Any) -> Failed | None:
+        """Queue a request of the kind that the model takes; says why when it can never run."""
+
+    def abort(self, ids: Sequence[int]) -> None:
+        """Forget these requests."""
+
+    def turn(self) -> Iterator[Tokens | Begun | Failed]:
+        """Compute for a bounded time; yields what comes of it."""
+
+    def recover(self, error: Exception) -> list[Failed]:
+        """Go on after a turn that raised `error`; returns the requests that are given up."""
+
+    def release(self) -> None:
+        """Give memory back that is not needed now."""
+
+    def stats(self) -> Stats:
+        """The present figures."""
+
+    def close(self) -> None:
+        """Finish what must not be lost."""
+
+
 class Engine:
     """The loop over one loaded model."""
 
-    def __init__(self, connection: socket.socket, inbox: Inbox, scheduler: "Scheduler") -> None:
+    def __init__(self, connection: socket.socket, inbox: Inbox, scheduler: Work) -> None:
         self.connection = connection
         self.inbox = inbox
         self.scheduler = scheduler
@@ -121,7 +160,7 @@ class Engine:
         return self.inbox.burst(self.scheduler.pace.burst_seconds())
 
     def _take(self, message: ToEngine) -> None:
-        if isinstance(message, Generate):
+        if isinstance(message, Generate | Embed):
             refusal = self.scheduler.add(message)
             if refusal:
                 self._send(refusal)
@@ -131,7 +170,7 @@ class Engine:
     def _turn(self) -> None:
         try:
             for message in self.scheduler.turn():
-                if isinstance(message, Begun) or message.rows:
+                if not isinstance(message, Tokens) or message.rows:
                     self._send(message)
         except (RuntimeError, ValueError, MemoryError) as error:
             # MLX raises these for a failed allocation or operation.
@@ -150,7 +189,7 @@ class Engine:
         self.connection.sendall(frame(message))
 
 
-def load(message: Load) -> tuple["Scheduler", Ready]:
+def load(message: Load) -> tuple[Work, Ready]:
     """Load the model that `message` names.
 
     Raises ModelError when the folder does not hold a model that can run.
@@ -161,27 +200,21 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
     if not options.trust_remote_code:  # a model's own code may well read text
         leave_out_text_side()
     # Only now: a BLAS loaded after MLX would never be used.
-    from mlx_server.engine.backend import Backend
-    from mlx_server.engine.scheduler import Scheduler
     from mlx_server.utils.memory import DeviceMemory, device_name
 
     memory = DeviceMemory(options.memory_limit, options.cache_limit)
     device = device_name()
     if device == "cpu" and sys.platform.startswith("linux"):
         log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
-    adapter = Path(message.adapter_path) if message.adapter_path else None
-    backend = Backend(Path(message.path), options, memory, adapter)
-    kv_limit = _kv_limit(options, memory, backend)
-    scheduler = Scheduler(
-        backend,
-        memory,
-        _prefix_cache(message, backend, kv_limit),
-        max_batch=options.max_batch,
-        kv_limit=kv_limit,
-        prefill_chunk=options.prefill_chunk,
-        kv_share=options.kv_share,
-    )
+    scheduler: Scheduler | Embedder
+    width = 0
+    if message.embedding is None:
+        scheduler = _scheduler(message, memory)
+    else:
+        scheduler = _embedder(message, message.embedding, memory)
+        width = scheduler.model.width
     scheduler.warm_up()
+    backend = scheduler.model
     ready = Ready(
         pid=os.getpid(),
         device=device,
@@ -195,8 +228,39 @@ def load(message: Load) -> tuple["Scheduler", Ready]:
         dequantized=backend.dequantized,
         blas=blas,
         memory=memory.read(),
+        width=width,
     )
     return scheduler, ready
+
+
+def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":
+    from mlx_server.engine.backend import Backend
+    from mlx_server.engine.scheduler import Scheduler
+
+    options = message.options
+    adapter = Path(message.adapter_path) if message.adapter_path else None
+    backend = Backend(Path(message.path), options, memory, adapter)
+    kv_limit = _kv_limit(options, memory, backend)
+    return Scheduler(
+        backend,
+        memory,
+        _prefix_cache(message, backend, kv_limit),
+        max_batch=options.max_batch,
+        kv_limit=kv_limit,
+        prefill_chunk=options.prefill_chunk,
+        kv_share=options.kv_share,
+    )
+
+
+def _embedder(message: Load, embedding: Embedding, memory: "DeviceMemory") -> "Embedder":
+    from mlx_server.engine.backend import ModelError
+    from mlx_server.engine.embedding import Embedder
+    from mlx_server.engine.embedding_backend import EmbeddingBackend
+
+    if message.adapter_path is not None:
+        raise ModelError("LoRA adapters are not applied to embedding models")
+    backend = EmbeddingBackend(Path(message.path), message.options, memory, embedding)
+    return Embedder(backend, memory)
 
 
 def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCache":
