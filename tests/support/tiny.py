@@ -6,7 +6,7 @@ given text and then a given stop token. Both write a folder such as a hub reposi
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,9 @@ def build_scripted_model(
     """
     tokenizer = _tokenizer(family, tuple(extra_tokens), ())
     pieces = _unrepeated(_pieces(tokenizer, text))
-    tokenizer = _with_pieces(tokenizer, pieces, FAMILIES[family])
+    tokenizer = _with_pieces(tokenizer, pieces, KINDS[family])
     _save_text_side(folder, family, tokenizer, template)
-    script = [*pieces, stop or FAMILIES[family].eos[0]]
+    script = [*pieces, stop or KINDS[family].eos[0]]
     hidden = 32 * (len(script) // 32 + 1)
     config = _write_config(folder, family, tokenizer, context, 2, hidden)
     _save_weights(
@@ -177,7 +177,7 @@ def token_id(tokenizer: Tokenizer, name: str) -> int:
 
 
 def _save_text_side(folder: Path, family: str, tokenizer: Tokenizer, template: str | None) -> None:
-    kind = FAMILIES[family]
+    kind = KINDS[family]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": kind.bos,
@@ -195,7 +195,7 @@ def _save_text_side(folder: Path, family: str, tokenizer: Tokenizer, template: s
 def _write_config(
     folder: Path, family: str, tokenizer: Tokenizer, context: int, layers: int, hidden: int
 ) -> dict[str, Any]:
-    kind = FAMILIES[family]
+    kind = KINDS[family]
     ends = [i for name in kind.eos if (i := tokenizer.token_to_id(name)) is not None]
     config = {
         "hidden_size": hidden,
@@ -314,7 +314,7 @@ def _with_pieces(tokenizer: Tokenizer, pieces: list[str], kind: Family) -> Token
 
 @lru_cache(maxsize=32)
 def _tokenizer(family: str, extra: tuple[str, ...], omit: tuple[str, ...]) -> Tokenizer:
-    kind = FAMILIES[family]
+    kind = KINDS[family]
     tokenizer = kind.make_tokenizer(kind, omit)
     plain = [name for name in (*kind.plain_tokens, *extra) if name not in omit]
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in plain])
@@ -570,3 +570,140 @@ FAMILIES = {
         eos=("<|endoftext|>",),
     ),
 }
+
+# families with their newer templates: tools, and blocks of thinking
+
+MISTRAL_TOOL_TEMPLATE = """\
+{{- bos_token }}
+{%- if tools %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '[TOOL_RESULTS] ' + ({'content': message.content} | tojson) + '[/TOOL_RESULTS]' }}
+{%- elif message.tool_calls %}
+{{- '[TOOL_CALLS] [' }}
+{%- for call in message.tool_calls %}
+{{- call.function | tojson + (', ' if not loop.last else ']') }}
+{%- endfor %}
+{{- eos_token }}
+{%- elif message.role == 'assistant' %}
+{{- ' ' + message.content + eos_token }}
+{%- else %}
+{{- '[INST] ' + message.content + '[/INST]' }}
+{%- endif %}
+{%- endfor %}"""
+
+HEADERS_TEMPLATE = MISTRAL_TOOL_TEMPLATE.replace("{{- '[TOOL_CALLS] [' }}\n", "").replace(
+    "{{- call.function | tojson + (', ' if not loop.last else ']') }}",
+    "{{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + (call.function.arguments | tojson) }}",
+)
+
+MISTRAL_TOKENS = (
+    "[TOOL_CALLS]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+)
+
+PHI_TOOL_TEMPLATE = """\
+{%- for message in messages %}
+{%- if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}
+{{- '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|><|end|>' }}
+{%- else %}
+{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{% else %}{{- eos_token }}{% endif %}"""
+
+GEMMA_TOOL_TEMPLATE = """\
+{{- bos_token }}
+{%- if tools %}{{- '<|turn>system\n' + (tools | tojson) + '<turn|>\n' }}{% endif %}
+{%- for message in messages %}
+{{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}
+{{- message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+{{- '<|tool_call>call:' + call.function.name + (call.function.arguments | tojson) }}
+{{- '<tool_call|>' }}
+{%- endfor %}
+{{- '<turn|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|turn>model\n' }}{% endif %}"""
+
+FUNCTION_GEMMA_TEMPLATE = """\
+{{- bos_token }}
+{%- if tools %}
+{{- '<start_of_turn>developer\n' }}
+{%- for tool in tools %}{{- tool | tojson }}{% endfor %}
+{{- '<end_of_turn>\n' }}
+{%- endif %}
+{%- for message in messages %}
+{{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}
+{{- message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+{{- '<start_function_call>call:' + call.function.name + '{}<end_function_call>' }}
+{%- endfor %}
+{{- '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{% endif %}"""
+
+QWEN_CODER_TEMPLATE = """\
+{%- if tools %}
+{{- '<|im_start|>system\n' }}
+{%- for tool in tools %}{{- tool | tojson + '\n' }}{% endfor %}
+{{- 'Answer with\n<tool_call>\n<function=name>\n...</function>\n</tool_call><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>\n<function=' + call.function.name + '>\n' }}
+{%- for name, value in call.function.arguments | items %}
+{{- '<parameter=' + name + '>\n' + (value | string) + '\n</parameter>\n' }}
+{%- endfor %}
+{{- '</function>\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
+
+OPEN_THINKING_TEMPLATE = QWEN_TEMPLATE.replace(
+    "{{- '<think>\\n\\n</think>\\n\\n' }}\n{%- endif %}",
+    "{{- '<think>\\n\\n</think>\\n\\n' }}\n{%- else %}\n{{- '<think>\\n' }}\n{%- endif %}",
+)
+
+
+def _variant(family: str, template: str, tokens: tuple[str, ...] = ()) -> Family:
+    kind = FAMILIES[family]
+    specials = (*kind.special_tokens, *tokens)
+    return replace(kind, template=template, special_tokens=specials)
+
+
+VARIANTS = {
+    "mistral-tools": _variant("mistral", MISTRAL_TOOL_TEMPLATE, MISTRAL_TOKENS),
+    "mistral-headers": _variant(
+        "mistral", HEADERS_TEMPLATE, (*MISTRAL_TOKENS, "[ARGS]", "[THINK]", "[/THINK]")
+    ),
+    "phi-tools": _variant(
+        "phi",
+        PHI_TOOL_TEMPLATE,
+        ("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>"),
+    ),
+    "gemma-tools": _variant(
+        "gemma",
+        GEMMA_TOOL_TEMPLATE,
+        ("<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>"),
+    ),
+    "function-gemma": _variant(
+        "gemma",
+        FUNCTION_GEMMA_TEMPLATE,
+        (
+            "<start_function_call>",
+            "<end_function_call>",
+            "<escape>",
+        ),
+    ),
+    "qwen-coder": _variant("qwen", QWEN_CODER_TEMPLATE),
+    "qwen-thinking": _variant("qwen", OPEN_THINKING_TEMPLATE),
+}
+"""Families once more, as later models of theirs speak."""
+
+KINDS = FAMILIES | VARIANTS

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from mlx_server.errors import BadRequest, ModelLoadFailed
-from mlx_server.models.adapters.base import Adapter, Capabilities
+from mlx_server.models.adapters.base import Adapter, Capabilities, Reasoning
 from mlx_server.models.adapters.pieces import TokenBytes
 from mlx_server.models.adapters.registry import find_family, load_adapter
 from mlx_server.schemas.internal import ChatPrompt
@@ -282,20 +282,64 @@ def test_a_model_needs_no_generation_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "capabilities"),
+    ("family", "tool_syntax", "reasoning", "system_role"),
     [
-        ("llama", Capabilities(chat=True, tools=True, reasoning=False, system_role=True)),
-        ("qwen", Capabilities(chat=True, tools=True, reasoning=True, system_role=True)),
-        ("mistral", Capabilities(chat=True, tools=False, reasoning=False, system_role=True)),
-        ("gemma", Capabilities(chat=True, tools=False, reasoning=False, system_role=False)),
-        ("phi", Capabilities(chat=True, tools=False, reasoning=False, system_role=True)),
-        ("generic", Capabilities(chat=True, tools=False, reasoning=False, system_role=True)),
+        ("llama", "llama", False, True),
+        ("qwen", "hermes", True, True),
+        ("mistral", "generic", False, True),
+        ("gemma", "generic", False, False),
+        ("phi", "generic", False, True),
+        ("generic", "generic", False, True),
+        ("mistral-headers", "mistral-headers", True, True),
+        ("gemma-tools", "gemma", True, True),
     ],
 )
 def test_capabilities_are_read_from_the_files(
-    load: Load, family: str, capabilities: Capabilities
+    load: Load, family: str, tool_syntax: str, reasoning: bool, system_role: bool
 ) -> None:
-    assert load(family).capabilities == capabilities
+    assert load(family).capabilities == Capabilities(
+        chat=True,
+        tools=True,
+        reasoning=reasoning,
+        system_role=system_role,
+        tool_syntax=tool_syntax,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shown", "tool_syntax"),
+    [
+        ("tools <tool_call> tool_call.name", "hermes"),
+        ("tools <tool_call>", "hermes"),
+        ("tools <tool_call>\n<function=", "qwen-coder"),
+        ("tools [TOOL_CALLS]", "mistral"),
+        ("tools [TOOL_CALLS][ARGS]", "mistral-headers"),
+        ("tools <|tool_call>call:<tool_call|>", "gemma"),
+        ("tools <start_function_call>", "function-gemma"),
+        ("tools <|tool|>", "phi"),
+        ("tools <|python_tag|>", "llama"),
+        ("tools <|tool_calls_section_begin|>", "kimi"),
+        ("tools <arg_key>", "glm47"),
+        ("tools", "generic"),
+        ("<tool_call>", "generic"),
+        ("", "generic"),
+    ],
+)
+def test_the_template_tells_how_calls_are_written(load: Load, shown: str, tool_syntax: str) -> None:
+    adapter = load("generic", template=f"{{#- {shown} -#}}{{{{ messages[0].content }}}}")
+    assert adapter.capabilities.tool_syntax == tool_syntax
+
+
+@pytest.mark.parametrize(
+    ("shown", "markers"),
+    [("<think></think>", Reasoning("<think>", "</think>")), ("<think>", None), ("", None)],
+)
+def test_the_template_tells_how_a_model_thinks(
+    load: Load, shown: str, markers: Reasoning | None
+) -> None:
+    adapter = load("generic", template=f"{{#- {shown} -#}}{{{{ messages[0].content }}}}")
+    assert adapter.syntax.reasoning == markers
+    assert adapter.capabilities.reasoning is (markers is not None)
 
 
 # text and tokens

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
-from mlx_server.schemas.internal import ChatPrompt
+from mlx_server.schemas.internal import ChatPrompt, Constraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,8 @@ class Capabilities:
     tools: bool
     reasoning: bool
     system_role: bool
+    tool_syntax: str | None = None
+    """How calls are written: a family's way, or `generic`, which the prompt asks for in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,20 @@ class Syntax:
     visible: dict[int, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """A conversation in tokens, and what its completion is bound to.
+
+    `grammar` covers the whole completion, thinking included. `thinking` says that the prompt leaves
+    a block of thinking open; `forced` that the completion is, after any thinking, calls alone.
+    """
+
+    tokens: list[int]
+    grammar: str | None = None
+    thinking: bool = False
+    forced: bool = False
+
+
 class Adapter(Protocol):
     """The text side of one loaded model. Methods block and are safe to call from any thread."""
 
@@ -69,6 +85,21 @@ class Adapter(Protocol):
         """Token ids of the conversation, ready to be continued.
 
         Raises BadRequest when the model has no template or its template refuses the messages.
+        """
+
+    def prepare(self, prompt: ChatPrompt, constraint: Constraint | None) -> PreparedChat:
+        """The same, with what the completion is bound to by its constraint, tools and budget.
+
+        Raises BadRequest for what cannot be kept, too.
+        """
+
+    def bind(self, constraint: Constraint) -> str:
+        """The grammar of a bare text's completion. Raises BadRequest."""
+
+    def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        """Names and arguments (JSON objects) of the calls in `text`; none if it is garbled.
+
+        `text` stood between the markers of `syntax.calls`, in an answer to a prompt with `tools`.
         """
 
     def encode(self, text: str) -> list[int]:

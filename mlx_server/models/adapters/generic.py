@@ -1,7 +1,6 @@
 """The adapter that works from what a model ships, and that the families specialise."""
 
 import importlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,17 @@ from typing import Any, ClassVar
 from tokenizers import Tokenizer
 
 from mlx_server.errors import BadRequest, ModelLoadFailed
-from mlx_server.models.adapters.base import Capabilities, Syntax
+from mlx_server.models.adapters.base import Capabilities, PreparedChat, Syntax
+from mlx_server.models.adapters.binding import Binder
+from mlx_server.models.adapters.calls import read_calls
+from mlx_server.models.adapters.grammars import Grammars
+from mlx_server.models.adapters.markers import Markers
 from mlx_server.models.adapters.pieces import TokenBytes
+from mlx_server.models.adapters.reasoning import Thinking, find_reasoning, thinking_after
+from mlx_server.models.adapters.tool_prompts import plain_messages
+from mlx_server.models.adapters.tools import GENERIC, CallStyle, find_style
 from mlx_server.models.folder import one_line, read_optional_config
-from mlx_server.schemas.internal import ChatPrompt
+from mlx_server.schemas.internal import ChatPrompt, Constraint
 
 # Arguments of the renderer itself: `chat_template` would let a client supply the program, the
 # others change what comes back.
@@ -39,6 +45,7 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 )
 MLX_LM_SETTINGS = {"chat_template_type", "tool_parser_type"}
 """Entries of tokenizer_config.json that only mlx-lm's own loader understands."""
+TOOLS_IN_TEMPLATE = re.compile(r"\btools\b")
 PROBE = "a probe of the system role"
 SLICE = 1 << 16
 SLICE_SLACK = 256
@@ -64,11 +71,32 @@ class GenericAdapter:
         self._token_bytes = TokenBytes(self.tokenizer)
         self._beginning = self._find_beginning()
         self.stop_tokens = self._find_stop_tokens(config, read_optional_config(path))
+        self._template = _template_text(self._wrapper.chat_template)
+        self._reasoning = find_reasoning(self._wrapper, self._template)
+        self._style = self._find_style()
         self.capabilities = self._find_capabilities()
-        self.syntax = Syntax()
+        self.syntax = self._find_syntax()
+        grammars = Grammars(self.tokenizer, self.stop_tokens)
+        self._binder = Binder(grammars, self._reasoning, self._style)
 
     def render(self, prompt: ChatPrompt) -> list[int]:
         return self._encode(self._render_text(prompt))
+
+    def prepare(self, prompt: ChatPrompt, constraint: Constraint | None) -> PreparedChat:
+        text = self._render_text(prompt)
+        thinking = self._thinking_after(prompt, text)
+        return PreparedChat(
+            tokens=self._encode(text),
+            grammar=self._binder.chat(prompt, constraint, thinking),
+            thinking=thinking is Thinking.OPEN,
+            forced=prompt.use is not None and prompt.use.choice != "auto",
+        )
+
+    def bind(self, constraint: Constraint) -> str:
+        return self._binder.text(constraint)
+
+    def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        return read_calls(text, tools, self._wrapper.tool_parser)
 
     def encode(self, text: str) -> list[int]:
         ids = self._encode(text)
@@ -96,13 +124,16 @@ class GenericAdapter:
 
     def _render_text(self, prompt: ChatPrompt) -> str:
         self._check(prompt)
+        return self._apply_template(prompt, add_generation_prompt=not prompt.continue_final)
+
+    def _apply_template(self, prompt: ChatPrompt, **options: Any) -> str:
         try:
             rendered: str = self._wrapper.apply_chat_template(
-                prompt.messages,
-                tools=prompt.tools,
-                add_generation_prompt=not prompt.continue_final,
+                self._messages(prompt),
+                tools=None if self._style is GENERIC else prompt.tools,
                 continue_final_message=prompt.continue_final,
                 tokenize=False,
+                **options,
                 **prompt.template_kwargs,
             )
         except Exception as error:
@@ -113,6 +144,27 @@ class GenericAdapter:
                 param="messages",
             ) from error
         return rendered
+
+    def _messages(self, prompt: ChatPrompt) -> list[dict[str, Any]]:
+        """The messages as the template takes them."""
+        if self._style is not GENERIC:
+            return prompt.messages
+        tools = prompt.tools
+        return plain_messages(
+            prompt.messages, tools, system_role=tools is None or self.capabilities.system_role
+        )
+
+    def _thinking_after(self, prompt: ChatPrompt, text: str) -> Thinking:
+        """What of a block of thinking is still to come after the prompt, rendered as `text`."""
+        if self._reasoning is None:
+            return Thinking.DONE
+        if prompt.continue_final:
+            said = str(prompt.messages[-1]["content"])
+            after = thinking_after(said, self._reasoning)
+            return Thinking.DONE if after is Thinking.POSSIBLE and said.strip() else after
+        # A user may write of the markers, so only what the template adds for the answer counts.
+        bare = self._apply_template(prompt, add_generation_prompt=False)
+        return thinking_after(_addition(text, bare), self._reasoning)
 
     def _check(self, prompt: ChatPrompt) -> None:
         if not self._wrapper.has_chat_template:
@@ -152,13 +204,48 @@ class GenericAdapter:
             ids |= _as_ids(settings.get("eos_token_id"))
         return frozenset(i for i in ids if i is not None)
 
+    def _find_style(self) -> CallStyle | None:
+        if not self._wrapper.has_chat_template:
+            return None
+        if self._template and not TOOLS_IN_TEMPLATE.search(self._template):
+            return GENERIC
+        parser = self._wrapper.tool_parser
+        style = find_style(
+            self._template,
+            parser.__module__.rpartition(".")[2] if parser else None,
+            self._wrapper.tool_call_start or "",
+            self._wrapper.tool_call_end or "",
+        )
+        return style or self._usual_style() or GENERIC
+
+    def _usual_style(self) -> CallStyle | None:
+        """How the family writes calls where its template does not tell."""
+        return None
+
     def _find_capabilities(self) -> Capabilities:
-        template = json.dumps(self._wrapper.chat_template or "")
         return Capabilities(
             chat=self._wrapper.has_chat_template,
-            tools=self._wrapper.has_tool_calling or "tools" in template,
-            reasoning=self._wrapper.has_thinking,
+            tools=self._style is not None,
+            reasoning=self._reasoning is not None,
             system_role=self._has_system_role(),
+            tool_syntax=self._style.name if self._style else None,
+        )
+
+    def _find_syntax(self) -> Syntax:
+        special = {
+            token.content: i
+            for i, token in self.tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        marks: list[str] = []
+        if self._reasoning is not None:
+            marks += [self._reasoning.start, self._reasoning.end]
+        if self._style is not None:
+            marks += [self._style.syntax.start, self._style.syntax.end, *self._style.marks]
+        return Syntax(
+            reasoning=self._reasoning,
+            calls=self._style.syntax if self._style else None,
+            visible=Markers(special).found(*marks),
         )
 
     def _has_system_role(self) -> bool:
@@ -226,6 +313,21 @@ def _wrapped(tokenizer_utils: Any, path: Path, trust_remote_code: bool) -> Any:
 def _as_ids(value: Any) -> set[int]:
     values = value if isinstance(value, list) else [value]
     return {i for i in values if isinstance(i, int)}
+
+
+def _addition(text: str, beginning: str) -> str:
+    """`text` from where it departs from `beginning`."""
+    if text.startswith(beginning):
+        return text[len(beginning) :]
+    pairs = enumerate(zip(text, beginning, strict=False))
+    return text[next((i for i, (ours, theirs) in pairs if ours != theirs), len(text)) :]
+
+
+def _template_text(template: Any) -> str:
+    """A chat template, or all of those that a model names."""
+    if isinstance(template, dict):
+        return "\n".join(map(str, template.values()))
+    return str(template or "")
 
 
 def _ends_with_assistant_text(messages: list[dict[str, Any]]) -> bool:

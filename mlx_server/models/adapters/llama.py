@@ -3,6 +3,7 @@
 import re
 
 from mlx_server.models.adapters.generic import GenericAdapter
+from mlx_server.models.adapters.tools import LLAMA, CallStyle
 
 
 class LlamaAdapter(GenericAdapter):
@@ -15,3 +16,7 @@ class LlamaAdapter(GenericAdapter):
     model_types = re.compile(r"llama")
     names = re.compile(r"llama")
     end_of_turn = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>")
+
+    def _usual_style(self) -> CallStyle | None:
+        known = self.tokenizer.token_to_id(LLAMA.syntax.start) is not None
+        return LLAMA if known else None

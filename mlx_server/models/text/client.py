@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mlx_server import errors
 from mlx_server.engine.protocol import FrameReader, frame
@@ -17,24 +17,32 @@ from mlx_server.errors import BadRequest, ServerError, Unavailable
 from mlx_server.models.text.protocol import (
     Chat,
     Close,
+    Constrain,
     Decode,
     Decoded,
     Open,
     Opened,
+    Parse,
+    Parsed,
     Prepared,
+    Question,
     Refused,
     Reply,
     Request,
     Text,
+    Texts,
+    Tokenized,
     decode_reply,
 )
-from mlx_server.schemas.internal import ChatPrompt, Prompt, TextPrompt
+from mlx_server.schemas.internal import ChatPrompt, Constraint, Prompt, TextPrompt
 from mlx_server.telemetry import event
 
 RECEIVE_BYTES = 1 << 18
 ENDED = "The process that prepares prompts ended; ask again."
 
-R = TypeVar("R", Opened, Prepared, Decoded)
+R = TypeVar("R", Opened, Prepared, Tokenized, Parsed, Decoded)
+Ask = Callable[[int, int], Question]
+"""Makes a question of an id and a model's handle."""
 
 log = logging.getLogger("mlx_server.text")
 
@@ -64,7 +72,7 @@ class TextProcess:
         await text.reopen()
         return text
 
-    async def ask(self, request: Open | Chat | Text | Decode, answer: type[R]) -> R:
+    async def ask(self, request: Open | Question, answer: type[R]) -> R:
         """The answer to `request`. Raises what it was refused with."""
         child = await self._started()
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -111,6 +119,8 @@ class TextProcess:
         except (OverflowError, ValueError, TypeError) as error:
             # Numbers beyond 64 bits, which JSON permits.
             raise BadRequest(f"The request holds a value out of range: {error}.") from error
+        except RecursionError as error:
+            raise BadRequest("The request is nested too deeply.") from error
 
     async def _started(self) -> Child:
         async with self._starting:
@@ -176,27 +186,49 @@ class ModelText:
             self._process.tell(Close(self._handle))
         self._child = None
 
-    async def tokenize(self, prompt: Prompt, limit: int) -> list[int]:
-        """Token ids of a prompt.
+    async def prepare(self, prompt: Prompt, constraint: Constraint | None, limit: int) -> Prepared:
+        """A prompt's tokens, and the grammar that its completion is bound to.
 
-        Raises BadRequest when the model has no template or it refuses the messages, and
-        ContextLengthExceeded when it is plain early that there are more than `limit` tokens.
+        Raises BadRequest when the model has no template or it refuses the messages, or when the
+        constraint or a tool cannot be kept; ContextLengthExceeded when it is plain early that
+        there are more than `limit` tokens.
         """
         match prompt:
             case ChatPrompt():
-                ask = partial(
+                ask: Ask = partial(
                     Chat,
                     messages=prompt.messages,
                     tools=prompt.tools,
                     template_kwargs=prompt.template_kwargs,
                     continue_final=prompt.continue_final,
                     limit=limit,
+                    use=prompt.use,
+                    thinking_budget=prompt.thinking_budget,
+                    constraint=constraint,
                 )
-                return (await self._ask(ask, Prepared)).tokens
+                return await self._ask(ask, Prepared)
             case TextPrompt(text=text):
-                return (await self._ask(partial(Text, text=text, limit=limit), Prepared)).tokens
+                ask = partial(Text, text=text, limit=limit, constraint=constraint)
+                return await self._ask(ask, Prepared)
+            case _ if constraint is None:
+                return Prepared(0, prompt.ids)
             case _:
-                return prompt.ids
+                bound = await self._ask(partial(Constrain, constraint=constraint), Prepared)
+                return Prepared(bound.id, prompt.ids, bound.grammar)
+
+    async def tokenize_all(self, texts: list[str], limit: int) -> list[list[int]]:
+        """Token ids of whole texts, with all that the tokenizer itself puts around one.
+
+        Raises ContextLengthExceeded when it is plain early that one has more than `limit` tokens.
+        """
+        return (await self._ask(partial(Texts, texts=texts, limit=limit), Tokenized)).tokens
+
+    async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        """Names and arguments (JSON objects) of the calls in `text`, none if it is garbled.
+
+        `text` is what stood between the markers of `syntax.calls`.
+        """
+        return (await self._ask(partial(Parse, text=text, tools=tools), Parsed)).calls
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, special tokens left out."""
@@ -208,11 +240,16 @@ class ModelText:
             return b""
         return self._pieces[self._offsets[token] : self._offsets[token + 1]]
 
+    def visible_bytes(self, token: int) -> bytes:
+        """`token_bytes`, and the texts of special tokens that mark thinking or a tool call."""
+        marker = self.syntax.visible.get(token)
+        return self.token_bytes(token) if marker is None else marker.encode()
+
     def token_name(self, token: int) -> str:
         """What the vocabulary calls a token that has no bytes."""
         return self._names.get(token) or f"<{token}>"
 
-    async def _ask(self, request: Callable[[int, int], Chat | Text | Decode], answer: type[R]) -> R:
+    async def _ask(self, request: Ask, answer: type[R]) -> R:
         """The answer to what `request` makes of an id and the model's handle."""
         try:
             return await self._ask_once(request, answer)
@@ -220,9 +257,7 @@ class ModelText:
             # Nothing is lost by asking again, unless this very prompt ends the process.
             return await self._ask_once(request, answer)
 
-    async def _ask_once(
-        self, request: Callable[[int, int], Chat | Text | Decode], answer: type[R]
-    ) -> R:
+    async def _ask_once(self, request: Ask, answer: type[R]) -> R:
         await self.reopen()
         seconds = self._process.request_seconds
         try:

@@ -49,6 +49,15 @@ class Text(msgspec.Struct, frozen=True, tag="text"):
     constraint: Constraint | None = None
 
 
+class Texts(msgspec.Struct, frozen=True, tag="texts"):
+    """Tokenize whole texts, with all that the tokenizer puts around one."""
+
+    id: int
+    handle: int
+    texts: list[str]
+    limit: int
+
+
 class Constrain(msgspec.Struct, frozen=True, tag="constrain"):
     """Make a grammar for the completion of a prompt that is already tokens."""
 
@@ -107,6 +116,13 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     forced: bool = False
 
 
+class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
+    """The answer to `Texts`: the tokens of each."""
+
+    id: int
+    tokens: list[list[int]]
+
+
 class Parsed(msgspec.Struct, frozen=True, tag="parsed"):
     """The answer to `Parse`: names and arguments (JSON objects) of the calls, none if garbled."""
 
@@ -131,8 +147,10 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     code: str | None
 
 
-Request = Open | Close | Chat | Text | Constrain | Parse | Decode
-Reply = Opened | Prepared | Parsed | Decoded | Refused
+Question = Chat | Text | Texts | Constrain | Parse | Decode
+"""What is asked of a text side that is open."""
+Request = Open | Close | Question
+Reply = Opened | Prepared | Tokenized | Parsed | Decoded | Refused
 
 decode_request = msgspec.msgpack.Decoder(Request).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode

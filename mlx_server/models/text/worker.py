@@ -12,6 +12,7 @@ import sys
 import threading
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from mlx_server.engine.protocol import FrameReader, frame
@@ -20,18 +21,25 @@ from mlx_server.errors import ContextLengthExceeded, ServerError
 from mlx_server.models.adapters.base import Adapter
 from mlx_server.models.adapters.generic import import_tokenizers
 from mlx_server.models.adapters.registry import load_adapter
+from mlx_server.models.text.batches import tokenize_all
 from mlx_server.models.text.protocol import (
     Chat,
     Close,
+    Constrain,
     Decode,
     Decoded,
     Open,
     Opened,
+    Parse,
+    Parsed,
     Prepared,
+    Question,
     Refused,
     Reply,
     Request,
     Text,
+    Texts,
+    Tokenized,
     decode_request,
 )
 from mlx_server.schemas.internal import ChatPrompt
@@ -66,7 +74,7 @@ class TextWorker:
             # Nobody is left to answer; a template that runs on must not keep the process.
             os._exit(0)
 
-    def _serve(self, request: Open | Chat | Text | Decode) -> None:
+    def _serve(self, request: Open | Question) -> None:
         try:
             reply = self._reply(request)
         except ServerError as error:
@@ -85,11 +93,17 @@ class TextWorker:
             case Open():
                 return self._open(request)
             case Chat():
-                return Prepared(request.id, self._chat(request))
+                return self._chat(request)
             case Text():
-                adapter = self._adapters[request.handle]
-                _check_length(adapter, request.text, request.limit, "prompt")
-                return Prepared(request.id, adapter.encode(request.text))
+                return self._text(request)
+            case Constrain():
+                grammar = self._adapters[request.handle].bind(request.constraint)
+                return Prepared(request.id, [], grammar)
+            case Parse():
+                calls = self._adapters[request.handle].parse_calls(request.text, request.tools)
+                return Parsed(request.id, calls)
+            case Texts():
+                return Tokenized(request.id, self._tokenize_all(request))
             case Decode():
                 return Decoded(request.id, self._adapters[request.handle].decode(request.tokens))
             case _:
@@ -114,7 +128,13 @@ class TextWorker:
             syntax=adapter.syntax,
         )
 
-    def _chat(self, request: Chat) -> list[int]:
+    def _text(self, request: Text) -> Prepared:
+        adapter = self._adapters[request.handle]
+        _check_length(adapter, request.text, request.limit, "prompt")
+        grammar = adapter.bind(request.constraint) if request.constraint else None
+        return Prepared(request.id, adapter.encode(request.text), grammar)
+
+    def _chat(self, request: Chat) -> Prepared:
         adapter = self._adapters[request.handle]
         contents = (message.get("content") for message in request.messages)
         longest = max((text for text in contents if isinstance(text, str)), key=len, default="")
@@ -124,8 +144,16 @@ class TextWorker:
             tools=request.tools,
             template_kwargs=request.template_kwargs,
             continue_final=request.continue_final,
+            use=request.use,
+            thinking_budget=request.thinking_budget,
         )
-        return adapter.render(prompt)
+        chat = adapter.prepare(prompt, request.constraint)
+        return Prepared(request.id, chat.tokens, chat.grammar, chat.thinking, chat.forced)
+
+    def _tokenize_all(self, request: Texts) -> list[list[int]]:
+        adapter = self._adapters[request.handle]
+        check = partial(_check_length, adapter, limit=request.limit, param="input")
+        return tokenize_all(adapter, request.texts, check)
 
 
 def _check_length(adapter: Adapter, text: str, limit: int, param: str) -> None:

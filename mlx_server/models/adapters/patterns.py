@@ -1,0 +1,32 @@
+"""Regular expressions of schemas, read so that whoever checks the text agrees.
+
+`\\d` and `\\w` are ASCII in ECMA-262, by which JSON schema goes, and all of Unicode in Python and
+others. What is let through is what matches either way.
+"""
+
+import re
+
+DIGITS = r"\p{Nd}"
+WORDS = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}"
+NARROW = {"D": f"[^{DIGITS}]", "W": f"[^{WORDS}]"}
+"""What no one counts among digits or word characters."""
+NARROW_WITHIN_NEGATION = {"d": DIGITS, "w": WORDS, "D": "[^0-9]", "W": "[^0-9A-Za-z_]"}
+"""The widest readings, which a negated class turns to the narrowest."""
+PART = re.compile(r"\\(.)|\[\^?|\]|.", re.DOTALL)
+
+
+def agreed(pattern: str) -> str:
+    """`pattern` with its classes of characters narrowed to what all readings share."""
+    negated: list[bool] = []
+    result = []
+    for part in PART.finditer(pattern):
+        text, escaped = part[0], part[1]
+        if escaped is not None:
+            meanings = NARROW_WITHIN_NEGATION if negated and negated[-1] else NARROW
+            text = meanings.get(escaped, text)
+        elif text.startswith("["):
+            negated.append(text == "[^")
+        elif text == "]" and negated:
+            negated.pop()
+        result.append(text)
+    return "".join(result)
