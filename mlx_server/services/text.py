@@ -24,46 +24,35 @@ class TokenTexts(Protocol):
         """What the vocabulary calls a token that has no bytes."""
 
 
-class AlignedText:
-    """The text of a choice, cut before the first stop string, and the log-probabilities with it.
+class CutText:
+    """A text that ends before the first stop string, and the entries of the tokens that make it.
 
     An entry is released with the last character that its token contributes to, so that the
     `bytes` of the entries released so far join to the text emitted so far. Entries of tokens
     behind the cut are dropped; one whose token the cut divides stays.
     """
 
-    def __init__(self, texts: TokenTexts, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = ()) -> None:
         self.stopped = False
         """Whether a stop string has come; nothing follows then."""
-        self._texts = texts
-        self._decoder = TokenDecoder(texts.token_bytes)
         self._matcher = StopMatcher(stops)
-        self._decoded = 0
         self._emitted = 0
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
 
-    def push(
-        self, token: int, logprobs: Logprobs | None = None
-    ) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """Take the next token. Returns what it makes certain."""
-        if self.stopped:
-            return "", ()
-        offset = self._decoded
-        text = self._decoder.push(token)
-        self._decoded += len(text)
-        if logprobs is not None:
-            end = self._decoded + self._decoder.inside_character
-            self._waiting.append((end, token_logprob(self._texts, logprobs, offset)))
+    def expect(self, end: int, entry: TokenLogprob) -> None:
+        """Take the entry of a token whose text ends `end` characters from the beginning."""
+        self._waiting.append((end, entry))
+
+    def add(self, text: str) -> tuple[str, tuple[TokenLogprob, ...]]:
+        """Take more text. Returns what it makes certain."""
         text, self.stopped = self._matcher.push(text)
         self._emitted += len(text)
         return text, self._release() if self._waiting else ()
 
     def finish(self) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """What was held back in case a stop string came; call when no more tokens do.
-
-        Bytes that began a character are dropped, the entries of their tokens are not.
-        """
+        """What was held back in case a stop string came; one in what is added later begins anew."""
         text = self._matcher.flush()
+        self._emitted += len(text)
         entries = tuple(entry for _, entry in self._waiting)
         self._waiting.clear()
         return text, entries
@@ -77,6 +66,36 @@ class AlignedText:
         while waiting and waiting[0][0] <= emitted:
             released.append(waiting.popleft()[1])
         return tuple(released)
+
+
+class AlignedText(CutText):
+    """The same of all tokens of a choice.
+
+    Bytes that began a character at the end are dropped, the entries of their tokens are not.
+    """
+
+    def __init__(self, texts: TokenTexts, stops: Sequence[str] = ()) -> None:
+        super().__init__(stops)
+        self._texts = texts
+        self._decoder = TokenDecoder(texts.token_bytes)
+        self._decoded = 0
+
+    def push(
+        self, token: int, logprobs: Logprobs | None = None
+    ) -> tuple[str, tuple[TokenLogprob, ...]]:
+        """Take the next token. Returns what it makes certain."""
+        if self.stopped:
+            return "", ()
+        offset = self._decoded
+        text = self._decoder.push(token)
+        self._decoded += len(text)
+        if logprobs is not None:
+            end = self._decoded + self._decoder.inside_character
+            self.expect(end, token_logprob(self._texts, logprobs, offset))
+        # As `add` does, without a call for each token.
+        text, self.stopped = self._matcher.push(text)
+        self._emitted += len(text)
+        return text, self._release() if self._waiting else ()
 
 
 class TokenDecoder:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_server.engine.protocol import Logprobs
@@ -61,6 +61,7 @@ def pieces_of(text: str, sizes: Sequence[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_streamed_tokens_join_to_the_text(
     adapters: dict[str, Adapter], family: str, text: str
@@ -73,6 +74,7 @@ def test_streamed_tokens_join_to_the_text(
         assert not decoder.inside_character
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=60))
 def test_any_bytes_stream_as_they_decode_with_at_most_three_held_back(data: bytes) -> None:
     decoder = TokenDecoder(lambda token: bytes([token]))
@@ -140,6 +142,7 @@ def longest_beginning(text: str, stops: Sequence[str]) -> int:
     return max(lengths, default=0)
 
 
+@settings(deadline=None)
 @given(
     text=st.text(st.sampled_from("abc"), max_size=40),
     stops=STOPS,
@@ -228,6 +231,7 @@ def run(
     return text + more, entries + list(released)
 
 
+@settings(deadline=None)
 @given(before=TEXTS, after=TEXTS, stop=st.sampled_from(["<end>", "\n\n#", "🦙🦙!", "ab"]))
 def test_entries_join_to_the_text_when_a_stop_falls_on_a_token_boundary(
     adapters: dict[str, Adapter], before: str, after: str, stop: str
@@ -242,6 +246,7 @@ def test_entries_join_to_the_text_when_a_stop_falls_on_a_token_boundary(
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_each_entry_tells_where_its_token_begins(
     adapters: dict[str, Adapter], family: str, text: str

@@ -16,7 +16,16 @@ from mlx_server.api.streaming import DONE, StreamedAnswer, WholeAnswer
 from mlx_server.config import Settings
 from mlx_server.engine.protocol import Sampling
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.internal import Event, Finished, InferenceRequest, TextDelta, Usage
+from mlx_server.schemas.internal import (
+    Event,
+    Finished,
+    InferenceRequest,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+    ToolCallStart,
+    Usage,
+)
 from mlx_server.schemas.openai.common import (
     CompletionTokensDetails,
     CompletionUsage,
@@ -33,6 +42,8 @@ MERGE_BUFFER = 64
 LEAST_TEMPERATURE = 2.0**-126
 """The smallest normal float32; devices may take smaller ones for 0."""
 
+SAID = (TextDelta, ReasoningDelta, ToolCallStart, ToolCallDelta)
+"""The events that a client sees as something new."""
 IndexedEvents = tuple[int, list[Event]]
 """Events that came together and the index of the prompt they belong to."""
 
@@ -169,20 +180,22 @@ class ChunkTemplate:
 
 
 class Tally:
-    """Adds up the usage of all choices and times their text."""
+    """Adds up the usage of all choices and times what they say."""
 
     def __init__(self, timer: RequestTimer) -> None:
         self._timer = timer
         self._prompts: dict[int, tuple[int, int]] = {}
         self._completion_tokens = 0
+        self._reasoning_tokens = 0
 
     def feed(self, prompt: int, event: Event) -> None:
         """Take in an event."""
-        if isinstance(event, TextDelta):
+        if isinstance(event, SAID):
             # One number per sequence; no request has this many choices.
             self._timer.text(prompt << 16 | event.choice)
         elif isinstance(event, Finished):
             self._completion_tokens += event.usage.completion_tokens
+            self._reasoning_tokens += event.usage.reasoning_tokens
             # The prompt of several choices is one prompt. Its tokens came from a cache as far as
             # they did for every choice.
             cached = event.usage.cached_tokens
@@ -195,6 +208,7 @@ class Tally:
             prompt_tokens=sum(tokens for tokens, _ in self._prompts.values()),
             completion_tokens=self._completion_tokens,
             cached_tokens=sum(cached for _, cached in self._prompts.values()),
+            reasoning_tokens=self._reasoning_tokens,
         )
         self._timer.finished(usage)
         return usage
@@ -207,7 +221,7 @@ def usage_body(usage: Usage) -> CompletionUsage:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
-        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=usage.reasoning_tokens),
     )
 
 

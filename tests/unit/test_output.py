@@ -1,0 +1,597 @@
+"""Completions read as they come, against what they say as a whole."""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_server.engine.protocol import FinishReason, Logprobs, Row
+from mlx_server.errors import Unavailable
+from mlx_server.models.adapters.base import Adapter, CallSyntax, Reasoning, Syntax
+from mlx_server.models.adapters.registry import load_adapter
+from mlx_server.schemas.internal import (
+    Event,
+    Finished,
+    ReasoningDelta,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    ToolCallStart,
+    ToolUse,
+)
+from mlx_server.services.choices import ReadChoice
+from mlx_server.services.output import OutputReader
+from mlx_server.services.pieces import Kind, Piece
+from tests.support.tiny import build_tiny_model, token_id
+
+THINK = Reasoning("<think>", "</think>")
+HERMES = CallSyntax("<tool_call>", "</tool_call>", json=True)
+MISTRAL = CallSyntax("[TOOL_CALLS]", "", json=True)
+LLAMA = CallSyntax("<|python_tag|>", "", json=True, arguments="parameters")
+OTHER = CallSyntax("<call>", "</call>", json=False)
+ENDLESS = CallSyntax("[CALL]", "", json=False)
+SYNTAXES = [HERMES, MISTRAL, LLAMA, OTHER, ENDLESS]
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in ("add", "weather")
+]
+USE = ToolUse(TOOLS)
+ONE = ToolUse(TOOLS, parallel=False)
+
+
+@dataclass
+class Outcome:
+    """A completion's pieces, put together."""
+
+    thinking: str = ""
+    text: str = ""
+    calls: list[list[str]] = field(default_factory=list)
+    parts: list[tuple[Kind, str, int]] = field(default_factory=list)
+    """Pieces of one kind that follow each other are one."""
+
+
+def parse(text: str) -> list[tuple[str, str]]:
+    """The calls in blocks that are not JSON as expected: `add(a=1); weather(city="X")`."""
+    pattern = r"(\w+)\((?:(\w+)=([^)]*))?\)"
+    if not re.fullmatch(rf"\s*{pattern}(; {pattern})*\s*", text):
+        return []
+    return [
+        (name, f'{{"{key}": {value}}}' if key else "{}")
+        for name, key, value in re.findall(pattern, text)
+    ]
+
+
+def read(
+    text: str | Sequence[str],
+    *,
+    calls: CallSyntax | None = HERMES,
+    reasoning: Reasoning | None = THINK,
+    use: ToolUse | None = USE,
+    thinking: bool = False,
+    reason: FinishReason = "stop",
+) -> Outcome:
+    """Read a completion that comes whole or in pieces."""
+    reader = OutputReader(Syntax(reasoning, calls), use, thinking=thinking)
+    pieces: list[Piece] = []
+
+    def take(new: list[Piece]) -> None:
+        pieces.extend(new)
+        while (block := reader.unparsed) is not None:
+            pieces.extend(reader.parsed(parse(block)))
+
+    for part in [text] if isinstance(text, str) else text:
+        take(reader.push(part))
+        if reader.done:
+            return outcome(pieces)
+    take(reader.finish(reason))
+    if not reader.done:
+        assert sum(piece.width for piece in pieces) == len("".join(text))
+    return outcome(pieces)
+
+
+def outcome(pieces: Sequence[Piece]) -> Outcome:
+    """What `pieces` are together."""
+    result = Outcome()
+    for kind, group in groupby(pieces, lambda piece: piece.kind):
+        together = list(group)
+        if kind is Kind.CALL:
+            result.calls += [[piece.text, ""] for piece in together]
+        whole = "".join(piece.text for piece in together)
+        if kind is Kind.ARGUMENTS:
+            result.calls[-1][1] += whole
+        result.text += whole if kind is Kind.TEXT else ""
+        result.thinking += whole if kind is Kind.THINKING else ""
+        result.parts.append((kind, whole, sum(piece.width for piece in together)))
+    return result
+
+
+def hermes(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+# however it is cut
+
+CALL = '{"name": "add", "arguments": {"a": "<}\\""}}'
+PARTS = [
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"),
+    *("<call>", "</call>", "[CALL]", "add(a=1)", "drop()", "; ", CALL, CALL + ", ", f"[{CALL}]"),
+    *(f"<tool_call>{CALL}</tool_call>", f"<tool_call>[{CALL}, {CALL}]</tool_call>"),
+    *(f"[TOOL_CALLS][{CALL}]", "<call>add(a=1); add()</call>", "<think>Hm.</think>"),
+    *('{"name": "add", "arguments": ', '{"name": "add", "parameters": ', '{"name": "drop", '),
+    *('{"a": 1}', '{"b": {"c": ["}", "</tool_call>"]}}', "{", "}", "[", "]", ",", '"', "\\", ":"),
+    *('"id": "x1"', "<", "<t", "</t", "[T", "<th", "hello", " ", "\n", "日", " " * 150),
+]
+SIZES = st.lists(st.integers(0, 6), max_size=60)
+
+
+def cut(text: str, sizes: Sequence[int]) -> list[str]:
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(text[start : start + size])
+        start += size
+    return [*pieces, text[start:]]
+
+
+@pytest.mark.parametrize("calls", SYNTAXES, ids=lambda syntax: syntax.start)
+@settings(deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(PARTS), max_size=12),
+    sizes=SIZES,
+    use=st.sampled_from([USE, ONE, None]),
+    thinking=st.booleans(),
+    reason=st.sampled_from(["stop", "length"]),
+)
+def test_a_completion_says_the_same_however_it_is_cut(
+    calls: CallSyntax,
+    parts: list[str],
+    sizes: list[int],
+    use: ToolUse | None,
+    thinking: bool,
+    reason: FinishReason,
+) -> None:
+    text = "".join(parts)
+    options: dict[str, Any] = {"calls": calls, "use": use, "thinking": thinking, "reason": reason}
+    whole = read(text, **options)
+    assert read(cut(text, sizes), **options) == whole
+    assert read(list(text), **options) == whole
+
+
+@settings(deadline=None)
+@given(parts=st.lists(st.sampled_from(PARTS), max_size=12), sizes=SIZES)
+def test_what_is_neither_thinking_nor_a_call_is_text_to_the_letter(
+    parts: list[str], sizes: list[int]
+) -> None:
+    text = "".join(parts)
+    unread = read(cut(text, sizes), use=None, reasoning=None)
+    assert (unread.text, unread.thinking, unread.calls) == (text, "", [])
+    result = read(cut(text, sizes), reasoning=None)
+    if not result.calls:
+        assert result.text == text
+
+
+# thinking
+
+
+@pytest.mark.parametrize(
+    ("said", "thinking", "thought", "text"),
+    [
+        ("<think>\nHm.\n</think>\n\nYes.", False, "Hm.\n", "Yes."),
+        ("Hm.</think>Yes.", True, "Hm.", "Yes."),
+        ("\n\nHm.</think>\n\n Yes. ", True, "Hm.", "Yes. "),
+        ("<think>never ends", False, "never ends", ""),
+        ("never </thin ends", True, "never </thin ends", ""),
+        ("never ends </thi", True, "never ends </thi", ""),
+        ("<think>\n\n</think>\n\nYes.", False, "", "Yes."),
+        ("</think>Yes.", True, "", "Yes."),
+        ("\n<think>Hm.</think>Yes.", False, "Hm.", "Yes."),
+        ("<thinking> is", False, "", "<thinking> is"),
+        ("The <think> tag </think>", False, "", "The <think> tag </think>"),
+        ("<think>a <think> b</think>c</think>", False, "a <think> b", "c</think>"),
+        ("<think>a</think>\n<think>b</think>c", False, "ab", "c"),
+        ("Yes.", False, "", "Yes."),
+        ("\n Yes.\n", False, "", "\n Yes.\n"),
+        ("<thi", False, "", "<thi"),
+        ("  ", False, "", "  "),
+        ("", True, "", ""),
+    ],
+)
+@pytest.mark.parametrize("use", [None, USE])
+def test_thinking_and_text_separate(
+    said: str, thinking: bool, thought: str, text: str, use: ToolUse | None
+) -> None:
+    for pieces in ([said], list(said)):
+        result = read(pieces, thinking=thinking, use=use)
+        assert (result.thinking, result.text, result.calls) == (thought, text, [])
+
+
+@pytest.mark.parametrize(
+    "markers",
+    [
+        THINK,
+        Reasoning("[THINK]", "[/THINK]"),
+        Reasoning("<|channel>thought", "<channel|>"),
+        Reasoning("<|START_THINKING|>", "<|END_THINKING|>"),
+        Reasoning("◁think▷", "◁/think▷"),
+    ],
+    ids=lambda markers: markers.start,
+)
+def test_each_familys_markers_of_thinking_are_seen(markers: Reasoning) -> None:
+    said = f"{markers.start}\nHm, < and [ and 日.{markers.end}\n\nYes."
+    for pieces in ([said], list(said), [said[:3], said[3:]]):
+        result = read(pieces, reasoning=markers)
+        assert (result.thinking, result.text) == ("Hm, < and [ and 日.", "Yes.")
+
+
+def test_a_call_among_the_thinking_is_thought() -> None:
+    result = read("<think>" + hermes("add", "{}") + "</think>" + hermes("weather", "{}"))
+    assert result.thinking == hermes("add", "{}")
+    assert result.calls == [["weather", "{}"]]
+
+
+def test_a_model_may_think_again_after_a_call() -> None:
+    result = read(hermes("add", "{}") + "\n<think>Hm.</think>\nYes.")
+    assert (result.calls, result.thinking, result.text) == ([["add", "{}"]], "Hm.", "Yes.")
+
+
+# calls
+
+ARGUMENTS = '{"a": [1, {"b": "}\\"]</tool_call>{"}], "ü": null}'
+
+
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [
+        (HERMES, hermes("add", ARGUMENTS)),
+        (HERMES, f'<tool_call>{{"name":"add","arguments":{ARGUMENTS}}}</tool_call>'),
+        (HERMES, f'<tool_call>[{{"name": "add", "arguments": {ARGUMENTS}}}]</tool_call>'),
+        (HERMES, f'<tool_call>{{"name": "add", "arguments": {ARGUMENTS}, "id": 1}}</tool_call>'),
+        (HERMES, f'<tool_call>{{"name": "add", "arguments": {ARGUMENTS}</tool_call>'),
+        (HERMES, f'<tool_call>{{"name": "add", "arguments": {ARGUMENTS}}}'),
+        (HERMES, f'<tool_call>{{"name": "\\u0061dd", "arguments": {ARGUMENTS}}}</tool'),
+        (MISTRAL, f'[TOOL_CALLS] [{{"name": "add", "arguments": {ARGUMENTS}}}]'),
+        (MISTRAL, f'[TOOL_CALLS][{{"name": "add", "arguments": {ARGUMENTS}, "id": "a}}b"}}]'),
+        (LLAMA, f'<|python_tag|>{{"name": "add", "parameters": {ARGUMENTS}}}'),
+        (LLAMA, f'{{"name": "add", "parameters": {ARGUMENTS}}}'),
+        (LLAMA, f'\n[{{"name": "add", "parameters": {ARGUMENTS}}}]\n'),
+    ],
+)
+def test_a_calls_arguments_are_the_json_that_was_generated(calls: CallSyntax, said: str) -> None:
+    for pieces in ([said], list(said)):
+        result = read(pieces, calls=calls)
+        assert result.calls == [["add", ARGUMENTS]]
+        assert (result.text, result.thinking) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [
+        (HERMES, hermes("add", '{"a": 1}') + "\n" + hermes("weather", "{}")),
+        (HERMES, '<tool_call>[{"name": "add", "arguments": {"a": 1}}, '
+                 '{"name": "weather", "arguments": {}}]</tool_call>'),
+        (HERMES, '<tool_call>{"name": "add", "arguments": {"a": 1}}\n'
+                 '{"name": "weather", "arguments": {}}</tool_call>'),
+        (MISTRAL, '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, '
+                  '{"name": "weather", "arguments": {}}]'),
+        (MISTRAL, '[TOOL_CALLS]{"name": "add", "arguments": {"a": 1}}'
+                  '[TOOL_CALLS]{"name": "weather", "arguments": {}}'),
+        (LLAMA, '{"name": "add", "parameters": {"a": 1}}; {"name": "weather", "parameters": {}}'),
+        (OTHER, "<call>add(a=1); weather()</call>"),
+        (OTHER, "<call>add(a=1)</call> <call>weather()</call>"),
+        (ENDLESS, "[CALL]add(a=1); weather()"),
+    ],
+)  # fmt: skip
+def test_several_calls_are_counted_in_their_order(calls: CallSyntax, said: str) -> None:
+    for pieces in ([said], list(said)):
+        result = read(pieces, calls=calls)
+        assert (result.calls, result.text) == ([["add", '{"a": 1}'], ["weather", "{}"]], "")
+        assert read(pieces, calls=calls, use=ONE).calls == [["add", '{"a": 1}']]
+
+
+def test_text_around_calls_stays_and_white_space_around_them_goes() -> None:
+    add, weather = hermes("add", "{}"), hermes("weather", "{}")
+    result = read(f"\n I'll look.\n\n{add}\n \nAnd then: {weather} \n Done. ")
+    assert result.text == "\n I'll look.And then:Done. "
+    assert result.calls == [["add", "{}"], ["weather", "{}"]]
+
+
+def test_a_name_is_told_before_its_arguments_and_those_as_they_come() -> None:
+    reader = OutputReader(Syntax(None, HERMES), USE, thinking=False)
+    assert reader.push('<tool_call>{"name": "add", "argu') == []
+    started = reader.push('ments": {')
+    assert [(p.kind, p.text) for p in started if p.width == 0] == [(Kind.CALL, "add")]
+    assert started[-1] == Piece(Kind.ARGUMENTS, "{", 1)
+    assert reader.push('"a": "<') == [Piece(Kind.ARGUMENTS, '"a": "<', 7)]
+    assert reader.push("/tool") == [Piece(Kind.ARGUMENTS, "/tool", 5)]
+
+
+def test_markers_stay_in_the_text_when_no_tool_may_be_called() -> None:
+    said = "Look: " + hermes("add", "{}")
+    assert read(said, use=None).text == said
+    assert read("<think>Hm.</think>" + said, use=None).text == said
+
+
+def test_text_that_begins_no_marker_is_not_held_back() -> None:
+    reader = OutputReader(Syntax(THINK, HERMES), USE, thinking=False)
+    assert reader.push("a <") == [Piece(Kind.TEXT, "a", 1)]
+    assert reader.push("b") == [Piece(Kind.TEXT, " <b", 3)]
+    assert reader.push(" <tool") == []
+    assert reader.push("s") == [Piece(Kind.TEXT, " <tools", 7)]
+
+
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [
+        (HERMES, "<tool_call>"),
+        (HERMES, "  <tool_call> \n </tool_call> "),
+        (HERMES, "Well: <tool_call>no JSON</tool_call> then."),
+        (HERMES, "a <tool_call>[]</tool_call> b"),
+        (HERMES, "a <tool_call>{}</tool_call> b"),
+        (HERMES, 'a\n<tool_call>{"name": "add"}</tool_call> b'),
+        (HERMES, "a " + hermes("drop", "{}") + " b"),
+        (HERMES, "a " + hermes("add", '"text"')),
+        (HERMES, "a " + hermes("add", "[1]")),
+        (HERMES, '<tool_call>{"arguments": {}, "name": "add"}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "a\\xdd", "arguments": {}}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "add", "arguments": '),
+        (HERMES, '<tool_call>{"name": "' + "a" * 3000 + '", "arguments": {}}</tool_call>'),
+        (HERMES, "<tool_call>" + " " * 3000 + "</tool_call>"),
+        (MISTRAL, "[TOOL_CALLS]"),
+        (MISTRAL, '[TOOL_CALLS] [{"name": "drop", "arguments": {}}]'),
+        (LLAMA, '{"answer": 42}'),
+        (LLAMA, '\n[1, 2, {"name": "add", "parameters": {}}]'),
+        (LLAMA, 'So: {"name": "add", "parameters": {}}'),
+        (OTHER, "a <call>add[a=1]</call> b"),
+        (OTHER, "a <call>add(a=1); drop()</call> b"),
+        (OTHER, "a <call>add(a=1)<call>"),
+        (ENDLESS, "a [CALL]who knows?"),
+    ],
+)
+def test_a_garbled_call_is_given_back_to_the_letter(calls: CallSyntax, said: str) -> None:
+    for pieces in ([said], list(said)):
+        result = read(pieces, calls=calls)
+        assert (result.text, result.calls) == (said, [])
+
+
+def test_a_call_after_a_garbled_one_is_a_call() -> None:
+    result = read("<tool_call>\n" + hermes("add", "{}"))
+    assert (result.text, result.calls) == ("<tool_call>", [["add", "{}"]])
+    result = read(hermes("drop", "{}") + hermes("add", "{}"))
+    assert (result.text, result.calls) == (hermes("drop", "{}"), [["add", "{}"]])
+
+
+def test_of_a_block_that_is_garbled_in_the_middle_the_calls_stay_and_the_rest_is_text() -> None:
+    call = '{"name": "add", "arguments": {}}'
+    unknown = '{"name": "drop", "arguments": {}}'
+    result = read(f"<tool_call>[{call}, {unknown}]</tool_call> b")
+    assert (result.calls, result.text) == ([["add", "{}"]], f", {unknown}]</tool_call> b")
+    result = read(f"<tool_call>{call} oh</tool_call> b")
+    assert (result.calls, result.text) == ([["add", "{}"]], "oh</tool_call> b")
+    result = read(f"[TOOL_CALLS][{call}] Done; see.", calls=MISTRAL)
+    assert (result.calls, result.text) == ([["add", "{}"]], "Done; see.")
+
+
+@pytest.mark.parametrize("said", ['{"a": 1', '{"a": "x</tool_call>', '{"a": [1, 2', '{"a": "\\'])
+def test_arguments_that_were_cut_off_stay_as_far_as_they_came(said: str) -> None:
+    result = read(f'<tool_call>{{"name": "add", "arguments": {said}', reason="length")
+    assert (result.calls, result.text) == ([["add", said]], "")
+
+
+def test_half_a_call_is_no_call() -> None:
+    said = "a <call>add(a=1)"
+    assert read(said, calls=OTHER).calls == [["add", '{"a": 1}']]
+    assert read(said, calls=OTHER, reason="length").text == said
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        "<tool_call>" * 20_000 + "</tool_call>",
+        "<tool_call>{" * 20_000,
+        "<tool_call>" + " " * 200_000,
+        " " * 200_000,
+        "<think>" + "</thin" * 30_000,
+        '<tool_call>{"name": "add", "arguments": {"a": "' + "\\" * 200_001,
+        '<tool_call>{"name": "add", "arguments": {}}' + " ,;" * 60_000,
+        '<tool_call>{"name": "add", "arguments": ' + '{"a":' * 40_000,
+    ],
+    ids=range(8),
+)
+def test_whatever_a_model_says_is_read_in_linear_time(flood: str) -> None:
+    started = time.process_time()
+    read(re.findall(".{1,3}", flood))
+    assert time.process_time() - started < 10
+
+
+# from tokens to events
+
+
+class Texts:
+    """The text side of a model, as the front sees it."""
+
+    def __init__(self, adapter: Adapter, visible: Sequence[str] = ()) -> None:
+        self.token_bytes = adapter.token_bytes
+        self.token_name = adapter.token_name
+        self._visible = {token_id(adapter.tokenizer, name): name for name in visible}
+
+    def visible_bytes(self, token: int) -> bytes:
+        return self._visible.get(token, "").encode() or self.token_bytes(token)
+
+    async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        assert tools == TOOLS
+        if "trouble" in text:
+            raise Unavailable("The process ended.")
+        return parse(text)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    folder = tmp_path_factory.mktemp("qwen")
+    return load_adapter(build_tiny_model(folder, "qwen"), "qwen")
+
+
+def tokens_of(adapter: Adapter, text: str) -> list[int]:
+    ids: list[int] = adapter.tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def row(tokens: Sequence[int], finish: FinishReason | None = None) -> Row:
+    scores = [Logprobs(token, -1.0, [(token, -1.0)]) for token in tokens]
+    return Row(0, list(tokens), finish=finish, logprobs=scores)
+
+
+async def choose(
+    adapter: Adapter,
+    said: str,
+    *,
+    calls: CallSyntax = HERMES,
+    use: ToolUse | None = USE,
+    stops: tuple[str, ...] = (),
+    thinking: bool = False,
+    finish: FinishReason = "stop",
+) -> list[Event]:
+    """The events of a choice whose tokens come one by one; a stop token ends them."""
+    reader = OutputReader(Syntax(THINK, calls), use, thinking=thinking)
+    choice = ReadChoice(2, Texts(adapter), reader, use, stops, prompt_tokens=7)
+    events: list[Event] = []
+    for token in tokens_of(adapter, said):
+        events += await choice.take(row([token]))
+        if events and isinstance(events[-1], Finished):
+            return events
+    last = [token_id(adapter.tokenizer, "<|im_end|>")] if finish == "stop" else []
+    return events + await choice.take(row(last, finish))
+
+
+def text_of(events: Sequence[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def entries_of(events: Sequence[Event]) -> list[TokenLogprob]:
+    return [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
+
+
+def end_of(events: Sequence[Event]) -> Finished:
+    assert isinstance(events[-1], Finished)
+    return events[-1]
+
+
+async def test_events_tell_thinking_text_and_calls_with_their_ids(adapter: Adapter) -> None:
+    calls = [hermes("add", '{"a": 1}'), hermes("weather", "{}")]
+    events = await choose(adapter, f"<think>Hm, 日.</think>I add.{calls[0]}\n{calls[1]}")
+    thought = [event.text for event in events if isinstance(event, ReasoningDelta)]
+    assert "".join(thought) == "Hm, 日."
+    assert len(thought) > 1
+    assert text_of(events) == "I add."
+    starts = [event for event in events if isinstance(event, ToolCallStart)]
+    assert [(start.call, start.name) for start in starts] == [(0, "add"), (1, "weather")]
+    assert all(re.fullmatch("call_[A-Za-z0-9]{24}", start.id) for start in starts)
+    assert starts[0].id != starts[1].id
+    arguments = ["", ""]
+    for event in events:
+        if isinstance(event, ToolCallDelta):
+            arguments[event.call] += event.arguments
+    assert [json.loads(one) for one in arguments] == [{"a": 1}, {}]
+    assert {event.choice for event in events} == {2}
+    assert end_of(events).reason == "tool_calls"
+
+
+async def test_tokens_of_thinking_are_counted_and_its_markers_are_not(adapter: Adapter) -> None:
+    thought = tokens_of(adapter, "Hello, world 日!")
+    said = "<think>Hello, world 日!</think>Fine."
+    usage = end_of(await choose(adapter, said)).usage
+    assert usage.reasoning_tokens == len(thought)
+    assert usage.completion_tokens == len(tokens_of(adapter, said)) + 1
+    assert usage.prompt_tokens == 7
+    cut_off = await choose(adapter, "Hello, world 日!", thinking=True, finish="length")
+    assert end_of(cut_off).usage.reasoning_tokens == len(thought)
+    assert end_of(cut_off).reason == "length"
+
+
+async def test_entries_are_those_of_the_answers_tokens(adapter: Adapter) -> None:
+    answer = "Hello, wörld 日! <b>"
+    events = await choose(adapter, f"<think>Hm.</think>{answer}{hermes('add', '{}')}")
+    assert text_of(events) == answer
+    entries = entries_of(events)
+    assert b"".join(entry.bytes for entry in entries) == answer.encode()
+    said = b""
+    for entry in entries:
+        assert entry.offset == len(said.decode(errors="ignore"))
+        said += entry.bytes
+
+
+@settings(deadline=None)
+@given(
+    parts=st.lists(
+        st.sampled_from(["Hello", " <", "</", "\n", "日本", "<tool", "é ", "{", "STOP", "ST"]),
+        max_size=8,
+    )
+)
+async def test_entries_join_to_a_text_in_which_nothing_is_found(
+    adapter: Adapter, parts: list[str]
+) -> None:
+    said = "Say: " + "".join(parts)
+    events = await choose(adapter, said, finish="length")
+    assert text_of(events) == said
+    assert b"".join(entry.bytes for entry in entries_of(events)) == said.encode()
+
+
+async def test_stop_strings_end_the_text_and_not_thinking_nor_arguments(adapter: Adapter) -> None:
+    call = hermes("add", '{"a": "STOP"}')
+    events = await choose(
+        adapter, f"<think>STOP here?</think>I {call} go STOP and on", stops=("STOP",)
+    )
+    assert text_of(events) == "Igo "
+    assert end_of(events).reason == "tool_calls"
+    told = "".join(event.arguments for event in events if isinstance(event, ToolCallDelta))
+    assert told == '{"a": "STOP"}'
+    events = await choose(adapter, "<think>Hm.</think>go STOP and on", stops=("STOP",))
+    assert (text_of(events), end_of(events).reason) == ("go ", "stop")
+    assert b"".join(entry.bytes for entry in entries_of(events)) == b"go "
+
+
+async def test_no_stop_string_reaches_over_a_call(adapter: Adapter) -> None:
+    events = await choose(adapter, f"ST{hermes('add', '{}')}OP", stops=("STOP",))
+    assert text_of(events) == "STOP"
+    assert [type(event) for event in events if not isinstance(event, ToolCallDelta)] == [
+        TextDelta, ToolCallStart, TextDelta, TextDelta, Finished
+    ]  # fmt: skip
+
+
+async def test_one_call_ends_a_choice_that_may_hold_one(adapter: Adapter) -> None:
+    said = '<tool_call>{"name": "add", "arguments": {}'
+    events = await choose(adapter, said + "}</tool_call> more", use=ONE)
+    assert text_of(events) == ""
+    assert end_of(events).reason == "tool_calls"
+    assert end_of(events).usage.completion_tokens <= len(tokens_of(adapter, said)) + 1
+
+
+async def test_calls_that_cannot_be_parsed_for_want_of_a_process_are_text(
+    adapter: Adapter,
+) -> None:
+    said = "a <call>trouble</call> b"
+    events = await choose(adapter, said, calls=OTHER)
+    assert (text_of(events), end_of(events).reason) == (said, "stop")
+    events = await choose(adapter, "a <call>add(a=1)</call> b", calls=OTHER)
+    assert (text_of(events), end_of(events).reason) == ("ab", "tool_calls")
+
+
+async def test_markers_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
+    adapter = load_adapter(build_tiny_model(tmp_path, "llama"), "llama")
+    texts = Texts(adapter, ["<|python_tag|>"])
+    reader = OutputReader(Syntax(None, LLAMA), USE, thinking=False)
+    choice = ReadChoice(0, texts, reader, USE, (), 1)
+    call = '{"name": "add", "parameters": {"a": 1}}'
+    tokens = [token_id(adapter.tokenizer, "<|python_tag|>"), *tokens_of(adapter, call)]
+    end = token_id(adapter.tokenizer, "<|eom_id|>")
+    events = await choice.take(row([*tokens, end], "stop"))
+    assert isinstance(events[0], ToolCallStart)
+    assert end_of(events).reason == "tool_calls"
+    assert text_of(events) == ""
