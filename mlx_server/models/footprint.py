@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ KV_GROUP_SIZES = (64, 32)
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 """Sizes of quantized weights that MLX knows."""
 SAMPLING_COPIES = 4
+SCORE_COPIES = 2
+UNFUSED_KEYS = 512
+"""Tokens of a text up to which attention may have all its scores in memory at once."""
 FULL_ATTENTION = ("full_attention", "attention")
 """What configurations call a layer whose KV cache grows with the tokens."""
 LARGEST_HEADER = 100_000_000
@@ -62,6 +65,8 @@ class Footprint:
     context_length: int
     vocabulary: int
     activations_per_token: int
+    largest_chunk: int = LARGEST_CHUNK
+    """Tokens whose activations are in memory at once, at most."""
 
     def kv(self, tokens: int) -> int:
         """The KV cache of one sequence."""
@@ -70,7 +75,7 @@ class Footprint:
     def working(self, max_batch: int) -> int:
         """Room to compute in: a chunk's activations, and a batch's logits while sampling."""
         logits = max_batch * self.vocabulary * FLOAT32_BYTES
-        return LARGEST_CHUNK * self.activations_per_token + SAMPLING_COPIES * logits
+        return self.largest_chunk * self.activations_per_token + SAMPLING_COPIES * logits
 
 
 def read_footprint(
@@ -100,6 +105,25 @@ def read_footprint(
         vocabulary=_number(config, "vocab_size", 0),
         activations_per_token=number
         * (8 * _number(config, "hidden_size", 0) + 4 * _number(config, "intermediate_size", 0)),
+    )
+
+
+def read_embedding_footprint(path: Path, float32: bool, longest: int | None) -> Footprint:
+    """Estimate an embedding model, which takes each text of up to `longest` tokens at once.
+
+    It keeps no KV caches and computes no logits. Raises ModelLoadFailed for damaged files.
+    """
+    plain = read_footprint(path, float32)
+    context = min(plain.context_length, longest or plain.context_length)
+    heads = _number(read_config(path), "num_attention_heads", 1)
+    scores = SCORE_COPIES * FLOAT32_BYTES * heads * min(context, UNFUSED_KEYS)
+    return replace(
+        plain,
+        kv_per_token=0,
+        context_length=context,
+        vocabulary=0,
+        activations_per_token=plain.activations_per_token + scores,
+        largest_chunk=max(LARGEST_CHUNK, context),
     )
 
 

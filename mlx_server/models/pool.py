@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Literal
 
 from mlx_server.config import Settings
 from mlx_server.engine.protocol import Device
@@ -20,8 +21,9 @@ from mlx_server.errors import (
     ServerError,
     Unavailable,
 )
-from mlx_server.models.catalog import Catalog
+from mlx_server.models.catalog import Catalog, ModelEntry
 from mlx_server.models.device import find_device
+from mlx_server.models.embedding import MODULES
 from mlx_server.models.slot import LoadedModel, ModelStatus, Slot
 from mlx_server.models.text.client import TextProcess
 from mlx_server.telemetry import event
@@ -29,6 +31,8 @@ from mlx_server.utils.units import parse_bytes
 
 SHORTEST_RETRY = 1.0
 """Seconds a client is told to wait at least before it asks again."""
+
+Purpose = Literal["generate", "embed", "any"]
 
 log = logging.getLogger("mlx_server.pool")
 
@@ -115,16 +119,17 @@ class ModelPoolManager:
 
     @asynccontextmanager
     async def acquire(
-        self, model_id: str, keep_alive: float | None = None
+        self, model_id: str, keep_alive: float | None = None, purpose: Purpose = "generate"
     ) -> AsyncIterator[LoadedModel]:
         """The model of that id or alias, loaded and kept loaded as long as the block lasts.
 
         `keep_alive` is how many seconds it stays loaded afterwards, negative for as long as there
-        is room, None as the settings say. Raises ModelNotFound, ModelLoading when it does not load
-        within `settings.load_wait` seconds, ModelLoadFailed, and InsufficientMemory when it can
-        never fit.
+        is room, None as the settings say. Raises ModelNotFound, BadRequest for a model that does
+        not serve `purpose`, ModelLoading when it does not load within `settings.load_wait` seconds,
+        ModelLoadFailed, and InsufficientMemory when it can never fit.
         """
         slot = await self._slot(model_id)
+        _check_purpose(slot.entry, purpose)
         model = slot.offer() or await self._wait_for(slot)
         slot.take()
         if self._line:
@@ -300,3 +305,21 @@ class ModelPoolManager:
             # The soonest may have come since those that have expired were ended.
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, min(times) - now), self._arrange)
+
+
+def _check_purpose(entry: ModelEntry, purpose: Purpose) -> None:
+    """Raise BadRequest for a model that cannot do what is asked for."""
+    if entry.embeds and purpose == "generate":
+        raise BadRequest(
+            f"The model `{entry.id}` makes embeddings and generates no text; "
+            "use it with /v1/embeddings.",
+            param="model",
+            code="model_cannot_generate",
+        )
+    if purpose == "embed" and not entry.embeds:
+        raise BadRequest(
+            f"The model `{entry.id}` generates text and was not made for embeddings: "
+            f"its folder has no {MODULES}, as embedding models have.",
+            param="model",
+            code="model_cannot_embed",
+        )

@@ -13,10 +13,11 @@ import msgspec
 
 from mlx_server.config import Settings
 from mlx_server.engine.client import EngineClient
-from mlx_server.engine.protocol import Device, LoadOptions, Memory, PrefixStats, Ready
+from mlx_server.engine.protocol import Device, Embedding, LoadOptions, Memory, PrefixStats, Ready
 from mlx_server.errors import InsufficientMemory, LoadCrashed, ModelLoadFailed, ServerError
 from mlx_server.models.catalog import ModelEntry
-from mlx_server.models.footprint import Footprint, read_footprint
+from mlx_server.models.embedding import EmbeddingFiles, read_embedding
+from mlx_server.models.footprint import Footprint, read_embedding_footprint, read_footprint
 from mlx_server.models.locks import ModelLock
 from mlx_server.models.supervisor import StartEngine, SupervisedEngine
 from mlx_server.models.text.client import ModelText, TextProcess
@@ -142,6 +143,7 @@ class Slot:
         self._error: ServerError | None = None
         self._need: Need | None = None
         self._footprint: Footprint | None = None
+        self._embedding: EmbeddingFiles | None = None
         self._float32 = False
         self._measured: dict[Footprint, int] = {}
         """What the weights took when they were loaded, by what was estimated of the same files."""
@@ -299,21 +301,27 @@ class Slot:
             self._notify()
 
     async def _measure(self, device: Device, budget: int) -> None:
-        path, adapter, mode = self.entry.path, self.entry.adapter_path, self.settings.dequantize
+        path, mode = self.entry.path, self.settings.dequantize
         if path is None:
             raise ModelLoadFailed("it has not been pulled yet")
-        kv_bits = self.settings.kv_bits
         float32 = mode == "always" or (mode == "auto" and device.name == "cpu")
-        footprint = await asyncio.to_thread(read_footprint, path, float32, adapter, kv_bits)
+        footprint = await asyncio.to_thread(self._read_footprint, path, float32)
         try:
             self._need = self._needed(footprint, budget)
         except InsufficientMemory:
             if not float32 or mode == "always":
                 raise
             # Slower as it is stored, but it runs.
-            footprint = await asyncio.to_thread(read_footprint, path, False, adapter, kv_bits)
+            footprint = await asyncio.to_thread(self._read_footprint, path, False)
             self._need = self._needed(footprint, budget)
         self._float32 = footprint.float32
+
+    def _read_footprint(self, path: Path, float32: bool) -> Footprint:
+        if self.entry.embeds:
+            self._embedding = read_embedding(path)
+            return read_embedding_footprint(path, float32, self._embedding.longest)
+        self._embedding = None
+        return read_footprint(path, float32, self.entry.adapter_path, self.settings.kv_bits)
 
     def _needed(self, footprint: Footprint, budget: int) -> Need:
         settings = self.settings
@@ -471,8 +479,12 @@ class Slot:
             kv_limit=self._need.kv,
             dequantize="always" if self._float32 else "never",
         )
+        embedding = None
+        if self._embedding is not None:
+            embedding = self._embedding.embedding
+            options = _limited(options, self._embedding.longest)
         lock = ModelLock(self.settings.home, path)
-        start = partial(self._start_engine, path, options, self.entry.adapter_path)
+        start = partial(self._start_engine, path, options, self.entry.adapter_path, embedding)
         try:
             engine, text = await self._start_both(start, path, options)
         except BaseException:
@@ -483,11 +495,16 @@ class Slot:
         return LoadedModel(self.entry.id, supervised, text, engine.ready, lock)
 
     async def _start_engine(
-        self, path: Path, options: LoadOptions, adapter_path: Path | None, kv_share: float
+        self,
+        path: Path,
+        options: LoadOptions,
+        adapter_path: Path | None,
+        embedding: Embedding | None,
+        kv_share: float,
     ) -> EngineClient:
         options = msgspec.structs.replace(options, kv_share=kv_share)
         async with asyncio.timeout(self.settings.load_timeout):
-            return await EngineClient.start(self.entry.id, path, options, adapter_path)
+            return await EngineClient.start(self.entry.id, path, options, adapter_path, embedding)
 
     async def _start_both(
         self, start: StartEngine, path: Path, options: LoadOptions
@@ -573,3 +590,9 @@ class Slot:
         """Wake everybody who waits for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _limited(options: LoadOptions, longest: int | None) -> LoadOptions:
+    """`options` for a model that takes texts of up to `longest` tokens."""
+    limits = [limit for limit in (options.context_length, longest) if limit is not None]
+    return msgspec.structs.replace(options, context_length=min(limits, default=None))

@@ -9,12 +9,13 @@ import asyncio
 import logging
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 
 from mlx_server.engine.client import EngineClient, RowStream
-from mlx_server.engine.protocol import Failed, Generate, Row, Stats
+from mlx_server.engine.protocol import Embed, Failed, Generate, Row, Stats
 from mlx_server.errors import EngineFailed, LoadCrashed, ServerError, Unavailable
 from mlx_server.telemetry import event
 
@@ -46,55 +47,47 @@ StartEngine = Callable[[float], Awaitable[EngineClient]]
 """Starts an engine that uses so much of its KV memory at first."""
 
 
-class OpenRequest:
+class OpenRequest(ABC):
     """A request that has not ended: what was asked, and all that came of it so far.
 
     `evidence` weighs the ends of engines that worked on it, since its latest token.
     """
 
     def __init__(
-        self, request: Generate, request_id: str, stream: RowStream, supervisor: "SupervisedEngine"
+        self, id_: int, request_id: str, stream: RowStream, supervisor: "SupervisedEngine"
     ) -> None:
-        self.id = request.id
-        self.engine_id = request.id
+        self.id = id_
+        self.engine_id = id_
         """What the engine calls it: another name each time it is taken up again, as what was made
         under the last one may still be on its way."""
         self.request_id = request_id
-        self.tokens: list[int] = []
         self.evidence = 0
         self.paused = False
         """Whether its reader has to catch up first."""
         self.sent = False
         self.begun = False
         """Whether the present engine works on it."""
-        self._request = request
         self._stream = stream
         self._supervisor = supervisor
         self._resumed = False
-        self._reported = False
 
     @property
     def suspect(self) -> bool:
         return self.evidence >= SUSPICION
 
     @property
-    def left(self) -> int:
-        """Tokens that it may still get."""
-        return self._request.max_tokens - len(self.tokens)
+    @abstractmethod
+    def spent(self) -> bool:
+        """Whether all of it has come but the word that it has ended."""
 
     @property
-    def rest(self) -> Generate:
+    @abstractmethod
+    def rest(self) -> Generate | Embed:
         """What remains to be computed."""
-        request = self._request
-        return msgspec.structs.replace(
-            request,
-            id=self.engine_id,
-            prompt=request.prompt + self.tokens,
-            generated=request.generated + len(self.tokens),
-            max_tokens=self.left,
-            prompt_logprobs=None if self._reported else request.prompt_logprobs,
-            priority=RESUMED_PRIORITY if self._resumed else request.priority,
-        )
+
+    @abstractmethod
+    def _kept(self, row: Row) -> Row:
+        """Keep what `row` brings; returns what of it is news."""
 
     def begin(self) -> None:
         """The engine is about to work on it."""
@@ -124,12 +117,79 @@ class OpenRequest:
         """End it, and with it all that was asked for together with it."""
         self._stream.fail(error)
 
+    def _priority(self, asked: int) -> int:
+        return RESUMED_PRIORITY if self._resumed else asked
+
+
+class OpenGeneration(OpenRequest):
+    """A request for tokens, and those that came."""
+
+    def __init__(
+        self, request: Generate, request_id: str, stream: RowStream, supervisor: "SupervisedEngine"
+    ) -> None:
+        super().__init__(request.id, request_id, stream, supervisor)
+        self._request = request
+        self._tokens: list[int] = []
+        self._reported = False
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return self._request.max_tokens - len(self._tokens)
+
+    @property
+    def spent(self) -> bool:
+        return bool(self._tokens) and self.left <= 0
+
+    @property
+    def rest(self) -> Generate:
+        request = self._request
+        return msgspec.structs.replace(
+            request,
+            id=self.engine_id,
+            prompt=request.prompt + self._tokens,
+            generated=request.generated + len(self._tokens),
+            max_tokens=self.left,
+            prompt_logprobs=None if self._reported else request.prompt_logprobs,
+            priority=self._priority(request.priority),
+        )
+
     def _kept(self, row: Row) -> Row:
-        self.tokens += row.tokens
+        self._tokens += row.tokens
         if self._reported and row.cached is not None:
             # Told before, of the prompt as it came; these are the tokens generated, too.
             row = msgspec.structs.replace(row, cached=None)
         self._reported = True
+        return row
+
+
+class OpenEmbedding(OpenRequest):
+    """A request for vectors, and the texts whose vectors have not come."""
+
+    def __init__(
+        self, request: Embed, request_id: str, stream: RowStream, supervisor: "SupervisedEngine"
+    ) -> None:
+        super().__init__(request.id, request_id, stream, supervisor)
+        self._request = request
+        self._missing = list(request.texts)
+        """What has come is empty here."""
+
+    @property
+    def spent(self) -> bool:
+        return not any(self._missing)
+
+    @property
+    def rest(self) -> Embed:
+        return msgspec.structs.replace(
+            self._request,
+            id=self.engine_id,
+            texts=self._missing,
+            priority=self._priority(self._request.priority),
+        )
+
+    def _kept(self, row: Row) -> Row:
+        for index, _ in row.vectors or ():
+            self._missing[index] = []
         return row
 
 
@@ -186,16 +246,27 @@ class SupervisedEngine:
 
         `request_id` is what their client knows them by. Raises what has ended the engine for good.
         """
-        if self._failure is not None:
-            raise self._failure
-        ids = range(self._next_id, self._next_id + len(requests))
-        self._next_id = ids.stop
-        stream = RowStream(self, ids)
-        for id_, request in zip(ids, requests, strict=True):
+        stream = self._new_stream(len(requests))
+        for id_, request in zip(stream.ids, requests, strict=True):
             named = msgspec.structs.replace(request, id=id_)
-            self._open[id_] = OpenRequest(named, request_id, stream, self)
+            self._open[id_] = OpenGeneration(named, request_id, stream, self)
         self._send_what_may()
         return stream
+
+    def embed(self, request: Embed, request_id: str) -> RowStream:
+        """Take `request` on, as `generate` does; its rows carry vectors."""
+        stream = self._new_stream(1)
+        named = msgspec.structs.replace(request, id=stream.ids.start)
+        self._open[named.id] = OpenEmbedding(named, request_id, stream, self)
+        self._send_what_may()
+        return stream
+
+    def _new_stream(self, requests: int) -> RowStream:
+        if self._failure is not None:
+            raise self._failure
+        ids = range(self._next_id, self._next_id + requests)
+        self._next_id = ids.stop
+        return RowStream(self, ids)
 
     def abort(self, ids: Iterable[int]) -> None:
         """Give up those of these requests that have not ended."""
@@ -272,7 +343,7 @@ class SupervisedEngine:
         self._blame(KILL if killed else CRASH)
         for request in list(self._open.values()):
             request.take_back()
-            if request.tokens and request.left <= 0:
+            if request.spent:
                 request.put(Row(request.id, [], "length"))
 
     async def restart(self) -> None:

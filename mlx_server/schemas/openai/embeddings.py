@@ -1,0 +1,78 @@
+"""OpenAI's wire format of embeddings."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mlx_server.schemas.openai.common import INT32_MAX, Body, KeepAlive, Lenient, NonEmpty
+
+MAX_INPUTS = 2048
+
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+EmbeddingInput = (
+    NonEmpty
+    | TokenIds
+    | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+)
+
+
+class EmbeddingRequest(Lenient):
+    """The body of `POST /v1/embeddings`."""
+
+    model: NonEmpty
+    input: EmbeddingInput = Field(
+        description="A text, or several; or their token ids, which are taken as they are."
+    )
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="`base64` is of little-endian float32 numbers."
+    )
+    dimensions: int | None = Field(
+        None,
+        ge=1,
+        le=INT32_MAX,
+        description="Keep that many of a vector's first numbers, scaled to length 1.",
+    )
+    user: str | None = Field(None, description="Accepted, and not used.")
+    keep_alive: KeepAlive | None = Field(
+        None,
+        description="How long the model stays loaded afterwards: seconds, or a text such as `5m`; "
+        "-1 for good.",
+    )
+    priority: int = Field(
+        0, ge=-INT32_MAX, le=INT32_MAX, description="Lower ones are admitted first."
+    )
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        """The texts, one or many, in a list."""
+        if isinstance(self.input, str):
+            return [self.input]
+        if isinstance(self.input[0], int):
+            return [self.input]
+        return self.input
+
+
+class Embedding(Body):
+    """The vector of one text: numbers, or their bytes in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Body):
+    """Token counts of a request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Body):
+    """The answer of `POST /v1/embeddings`."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
