@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from mlx_server import __version__
-from mlx_server.api import admin, errors, health, pulls
+from mlx_server.api import admin, errors, health, pulls, tokenize
 from mlx_server.api.middleware import (
     BodyLimit,
     Doorkeeper,
@@ -20,12 +20,13 @@ from mlx_server.api.middleware import (
 )
 from mlx_server.api.rate_limits import RATE_HEADERS, RateLimits
 from mlx_server.api.stopping import Stopping
-from mlx_server.api.v1 import chat, completions, models
+from mlx_server.api.v1 import chat, completions, embeddings, models
 from mlx_server.config import Settings
 from mlx_server.keys import KeyRing, warn_of_exposure
 from mlx_server.models.catalog import Catalog
 from mlx_server.models.pool import ModelPoolManager
 from mlx_server.models.pulls import PullManager
+from mlx_server.services.embeddings import EmbeddingService
 from mlx_server.services.inference import InferenceService
 from mlx_server.telemetry import Metrics, setup_logging, setup_tracing, untraced
 
@@ -64,9 +65,10 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.state.pool = ModelPoolManager(settings, catalog)
     app.state.pulls = PullManager(settings, catalog)
     app.state.service = InferenceService(app.state.pool, settings)
+    app.state.embeddings = EmbeddingService(app.state.pool, settings)
     metrics.registry.register(health.PoolCollector(app.state.pool))
     errors.install(app)
-    for module in (chat, completions, models, admin, pulls, health):
+    for module in (chat, completions, embeddings, models, tokenize, admin, pulls, health):
         app.include_router(module.router)
     return app
 

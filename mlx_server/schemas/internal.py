@@ -26,8 +26,9 @@ class ToolUse:
     """Which tools the model may call, and whether it must.
 
     `tools` are as chat templates read them: objects whose `type` is `function` and whose `function`
-    has a `name` and may have `description`, `parameters` and `strict`. `choice` is `auto`, `required`, or the name of the tool to call as
-    `named`; tools that may not be called are not here at all, whatever the template is shown.
+    has a `name` and may have `description`, `parameters` and `strict`. With the choice `named`,
+    `name` is the tool to call. Tools that may not be called are not here at all, whatever the
+    template is shown.
     """
 
     tools: list[dict[str, Any]]

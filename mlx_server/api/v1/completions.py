@@ -91,6 +91,7 @@ def to_inference(
             n=body.n,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
+            constraint=body.constraint,
             ignore_eos=body.ignore_eos,
             priority=body.priority,
             keep_alive=body.keep_alive,
@@ -132,7 +133,7 @@ class CompletionAnswer:
         if isinstance(event, TextDelta):
             self._texts[index].append(event.text)
             self._logprobs[index].extend(event.logprobs)
-        else:
+        elif isinstance(event, Finished):
             self._reasons[index] = event.reason
 
     def body(self, usage: Usage) -> bytes:
@@ -186,6 +187,8 @@ class CompletionStream:
         index = prompt * self._n + event.choice
         if isinstance(event, Finished):
             return self._text(index, "", reason=event.reason)
+        if not isinstance(event, TextDelta):
+            return b""
         if event.logprobs:
             return self._text(index, event.text, event.logprobs, len(self._echo.texts[prompt]))
         return self._bare.fill(index, event.text)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
@@ -9,9 +10,10 @@ from starlette.responses import Response
 from mlx_server.api.dependencies import CatalogDep, PoolDep, authenticated
 from mlx_server.api.errors import documented
 from mlx_server.api.requests import JsonRoute
+from mlx_server.models.capabilities import read_capabilities
 from mlx_server.models.catalog import ModelEntry
 from mlx_server.models.pool import ModelPoolManager
-from mlx_server.schemas.openai.models import Model, ModelList
+from mlx_server.schemas.openai.models import Model, ModelCapabilities, ModelList
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)], route_class=JsonRoute)
 
@@ -19,10 +21,13 @@ router = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)], route_cl
 @router.get("/models", response_model=ModelList, responses=documented(400, 401, 403, 413))
 async def list_models(catalog: CatalogDep, pool: PoolDep) -> Response:
     """Every model that can be served, loaded or not."""
-    entries = await asyncio.to_thread(catalog.entries)
     states = model_states(pool)
-    listed = ModelList(object="list", data=[_model(entry, states) for entry in entries])
-    return Response(listed.to_json(), media_type="application/json")
+
+    def listed() -> bytes:
+        models = [_model(entry, states) for entry in catalog.entries()]
+        return ModelList(object="list", data=models).to_json()
+
+    return Response(await asyncio.to_thread(listed), media_type="application/json")
 
 
 @router.get(
@@ -32,8 +37,12 @@ async def list_models(catalog: CatalogDep, pool: PoolDep) -> Response:
 )
 async def get_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
     """One model, by id or alias."""
-    entry = await asyncio.to_thread(catalog.find, model_id)
-    return Response(_model(entry, model_states(pool)).to_json(), media_type="application/json")
+    states = model_states(pool)
+
+    def found() -> bytes:
+        return _model(catalog.find(model_id), states).to_json()
+
+    return Response(await asyncio.to_thread(found), media_type="application/json")
 
 
 def model_states(pool: ModelPoolManager) -> dict[str, str]:
@@ -52,4 +61,11 @@ def _model(entry: ModelEntry, states: Mapping[str, str]) -> Model:
         context_length=entry.context_length,
         model_type=entry.model_type,
         aliases=list(entry.aliases),
+        capabilities=_capabilities(entry),
     )
+
+
+def _capabilities(entry: ModelEntry) -> ModelCapabilities | None:
+    """What the model's files tell; reads them."""
+    found = read_capabilities(entry)
+    return None if found is None else ModelCapabilities(**asdict(found))

@@ -1,226 +1,143 @@
 """OpenAI's wire format of chat completions."""
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.config import JsonDict, JsonValue
+from pydantic import AliasChoices, Field, model_validator
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.internal import TokenLogprob
+from mlx_server.schemas.internal import TokenLogprob, ToolUse
 from mlx_server.schemas.openai.common import (
     INT32_MAX,
     Body,
     CompletionUsage,
-    GenerationRequest,
     Lenient,
     Refusal,
-    empty,
     finite,
     never,
 )
+from mlx_server.schemas.openai.constraints import ConstrainedRequest
+from mlx_server.schemas.openai.messages import Messages
+from mlx_server.schemas.openai.tools import (
+    Few,
+    FunctionChoice,
+    FunctionDefinition,
+    FunctionName,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    tool_use,
+)
 
-MAX_PIECES = 10_000
-"""Checking them takes some 50 ms, in which no other request is served."""
+NO_LIMIT = -1
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 UNSUPPORTED: Mapping[str, Refusal] = {
-    "audio": Refusal(never),
+    "audio": Refusal(never, "it writes text only"),
     "modalities": Refusal(lambda value, body: value == ["text"], 'only ["text"] is'),
-    "functions": Refusal(empty),
-    "function_call": Refusal(lambda value, body: value in ("none", "auto")),
-    "web_search_options": Refusal(never),
-    "prediction": Refusal(never),
-    "moderation": Refusal(never),
-    "tools": Refusal(empty),
-    "tool_choice": Refusal(lambda value, body: value in ("none", "auto")),
-    "response_format": Refusal(
-        lambda value, body: value == {"type": "text"}, 'only {"type": "text"} is'
-    ),
+    "web_search_options": Refusal(never, "it does not search the web"),
+    "prediction": Refusal(never, "it gains nothing from one"),
+    "moderation": Refusal(never, "it does not moderate"),
 }
 """What of a chat completion's fields is not honoured."""
 
+TOLERATED: Mapping[str, str] = {
+    "metadata": "Nothing is kept of a request.",
+    "prompt_cache_key": "Prompts are cached by what they begin with, for all callers.",
+    "prompt_cache_options": "See `prompt_cache_key`.",
+    "prompt_cache_retention": "See `prompt_cache_key`.",
+    "safety_identifier": "Nobody is told.",
+    "service_tier": "There is one. `priority` is this server's own.",
+    "store": "Nothing is kept of a request.",
+    "user": "Callers are told apart by their keys.",
+    "verbosity": "Say it in a message, or in `chat_template_kwargs` where a template knows it.",
+}
+"""Fields that change nothing here."""
 
-def _having(required: Sequence[str], **properties: JsonValue) -> JsonDict:
-    """The JSON schema of objects with these properties, the required ones not null."""
-    given: dict[str, JsonValue] = {name: {"not": {"type": "null"}} for name in required}
-    return {"required": list(required), "properties": given | properties}
 
+class PromptOptions(Lenient):
+    """What a chat's prompt is made of besides its messages."""
 
-class ContentPart(Lenient):
-    """A part of a message. Text is all that this server reads."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [
-                _having(["text"], type={"const": "text"}),
-                _having(["refusal"], type={"const": "refusal"}),
-            ]
-        }
+    tools: Few[Tool] = Field(default_factory=list, description="Functions; no custom tools.")
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    functions: Few[FunctionDefinition] = Field(
+        default_factory=list,
+        description="Deprecated form of `tools`; the answer has the old form too.",
+    )
+    function_call: FunctionChoice = Field(
+        "auto", description="Deprecated form of `tool_choice`, for `functions`."
+    )
+    reasoning_effort: ReasoningEffort | None = Field(
+        None,
+        description="Passed to the chat template, as far as it knows it; `none` also sets its "
+        "`enable_thinking` to false.",
+    )
+    thinking_budget: int | None = Field(
+        None,
+        ge=NO_LIMIT,
+        le=INT32_MAX,
+        validation_alias=AliasChoices(
+            "thinking_budget", "thinking_token_budget", "reasoning_budget"
+        ),
+        description="Tokens after which the model must end its thinking; -1 for no limit. Also "
+        "taken as `thinking_token_budget` and `reasoning_budget`.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables for the model's chat template, such as `enable_thinking`.",
     )
 
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
     @model_validator(mode="after")
-    def _is_text(self) -> Self:
-        if self.type not in ("text", "refusal"):
-            raise ValueError(
-                f"content parts of type '{self.type[:40]}' are not supported: "
-                "this server takes text only"
-            )
-        if (self.text if self.type == "text" else self.refusal) is None:
-            raise ValueError(f"a part of type '{self.type}' must have a string `{self.type}`")
+    def _names_tools_once(self) -> Self:
+        if self.tools and self.functions:
+            raise BadRequest("`functions` is an old form of `tools`: give one.", param="functions")
         return self
 
     @property
-    def value(self) -> str:
-        """The part's text."""
-        return (self.text if self.type == "text" else self.refusal) or ""
+    def all_tools(self) -> list[Tool]:
+        """The tools, in whichever form they were given."""
+        return self.tools or [Tool(function=one) for one in self.functions]
 
-
-class FunctionCall(Lenient):
-    """What an earlier tool call asked for."""
-
-    name: str
-    arguments: str = "{}"
-
-
-class ToolCall(Lenient):
-    """A tool call that the assistant made earlier in the conversation."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-    def for_template(self) -> dict[str, Any]:
-        """The call as chat templates read it: arguments are an object where they can be."""
-        return {
-            "id": self.id,
-            "type": self.type,
-            "function": {
-                "name": self.function.name,
-                "arguments": _object_or_text(self.function.arguments),
-            },
-        }
-
-
-def _object_or_text(text: str) -> Any:
-    """The JSON object in `text`, or `text` itself when it holds none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
-
-
-class Message(Lenient):
-    """One turn of a conversation."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [
-                _having(
-                    ["content"],
-                    role={"enum": ["system", "developer", "user"]},
-                    tool_calls={"type": ["array", "null"], "maxItems": 0},
-                ),
-                _having(
-                    ["content", "tool_call_id"],
-                    role={"const": "tool"},
-                    tool_calls={"type": ["array", "null"], "maxItems": 0},
-                ),
-                _having(["content"], role={"const": "assistant"}),
-                _having(["refusal"], role={"const": "assistant"}),
-                _having(
-                    ["tool_calls"],
-                    role={"const": "assistant"},
-                    tool_calls={"type": "array", "minItems": 1},
-                ),
-            ]
-        }
-    )
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> Self:
-        if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a message of role 'tool' must have a `tool_call_id`")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"a message of role '{self.role}' cannot have `tool_calls`")
-        optional = self.role == "assistant" and (self.tool_calls or self.refusal is not None)
-        if self.content is None and not optional:
-            raise ValueError(f"a message of role '{self.role}' must have `content`")
-        return self
+    def tool_use(self) -> ToolUse | None:
+        """What may come of the tools; None when none may be called. Raises BadRequest."""
+        if not self.functions and not isinstance(self.function_call, FunctionName):
+            return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        old = self.function_call
+        choice: ToolChoice = NamedTool(function=old) if isinstance(old, FunctionName) else old
+        return tool_use(self.all_tools, choice, parallel=False)
 
     @property
-    def text(self) -> str:
-        """The content in one string; parts stand on lines of their own."""
-        if self.content is None:
-            return self.refusal or ""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.value for part in self.content)
+    def template_kwargs(self) -> dict[str, Any]:
+        """The template's variables; those that the client names count."""
+        variables: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            variables["reasoning_effort"] = self.reasoning_effort
+        if self.reasoning_effort == "none" or self.thinking_budget == 0:
+            variables["enable_thinking"] = False
+        return variables | self.chat_template_kwargs
 
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates read it."""
-        message: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": self.text,
-        }
-        if self.tool_calls:
-            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        for field in ("name", "tool_call_id", "reasoning_content"):
-            value = getattr(self, field)
-            if value is not None:
-                message[field] = value
-        return message
+    @property
+    def most_thinking(self) -> int | None:
+        """Tokens that the model may think for; None for as many as it likes."""
+        return None if self.thinking_budget == NO_LIMIT else self.thinking_budget
 
 
-def _few_pieces(messages: Any) -> Any:
-    """Refuse more messages, parts and tool calls than can be looked at one by one in no time."""
-    if not isinstance(messages, list):
-        return messages
-    pieces = len(messages)
-    if pieces <= MAX_PIECES:
-        lists = (
-            message[name]
-            for message in messages
-            if isinstance(message, dict)
-            for name in ("content", "tool_calls")
-            if isinstance(message.get(name), list)
-        )
-        pieces += sum(map(len, lists))
-    if pieces > MAX_PIECES:
-        raise ValueError(f"must have at most {MAX_PIECES} messages, parts and tool calls in all")
-    return messages
-
-
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(PromptOptions, ConstrainedRequest):
     """The body of `POST /v1/chat/completions`."""
 
     unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
+    tolerated: ClassVar[Mapping[str, str]] = TOLERATED
 
-    messages: Annotated[
-        list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_few_pieces)
-    ]
+    messages: Messages = Field(
+        description="Text only. A last message of the assistant is the beginning of the answer."
+    )
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     max_completion_tokens: int | None = Field(
         None, ge=1, le=INT32_MAX, description="Wins over `max_tokens`."
     )
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Variables for the model's chat template."
-    )
 
     @model_validator(mode="after")
     def _logprobs_agree(self) -> Self:
@@ -250,12 +167,30 @@ class ChatLogprobs(Body):
     refusal: None
 
 
+class CalledFunction(Body):
+    """A function that the model calls; the arguments are the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(Body):
+    """A tool call of a complete answer."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Body):
-    """A complete answer."""
+    """A complete answer. `reasoning_content` is this server's own."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    function_call: CalledFunction | None = None
 
 
 class ChatChoice(Body):
@@ -279,11 +214,30 @@ class ChatCompletion(Body):
     usage: CompletionUsage
 
 
+class FunctionDelta(Body):
+    """What a chunk adds to a call: its name first, then pieces of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class CallDelta(Body):
+    """What a chunk adds to the tool call of that index; `id` and `type` come with the name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(Body):
     """What a chunk adds to a message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
+    function_call: FunctionDelta | None = None
 
 
 class ChatChunkChoice(Body):

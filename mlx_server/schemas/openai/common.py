@@ -61,7 +61,7 @@ def empty(value: Any, body: dict[str, Any]) -> bool:
 
 def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
     """The JSON schema of a field that can also be null."""
-    if isinstance(field.get("type"), str):
+    if isinstance(field.get("type"), str) and not {"const", "enum"} & field.keys():
         return {**field, "type": [field["type"], "null"]}
     null = {"type": "null"}
     if "anyOf" not in field:
@@ -74,6 +74,8 @@ class Lenient(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     unsupported: ClassVar[Mapping[str, Refusal]] = {}
+    tolerated: ClassVar[Mapping[str, str]] = {}
+    """Fields that OpenAI knows and that change nothing here, with a remark on each."""
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -114,6 +116,7 @@ class StreamOptions(Lenient):
 
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Stops = NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOPS, fail_fast=True)]
 
 

@@ -11,11 +11,11 @@ from mlx_server.schemas.openai.common import (
     INT32_MAX,
     Body,
     CompletionUsage,
-    GenerationRequest,
     Refusal,
     empty,
     finite,
 )
+from mlx_server.schemas.openai.constraints import ConstrainedRequest
 
 MAX_PROMPTS = 256
 
@@ -24,9 +24,12 @@ UNSUPPORTED: Mapping[str, Refusal] = {
         lambda value, body: type(value) is int and value == body.get("n", 1),
         "only a value equal to `n` is",
     ),
-    "suffix": Refusal(empty),
+    "suffix": Refusal(empty, "it does not fill in"),
 }
 """What of a completion's fields is not honoured."""
+
+TOLERATED: Mapping[str, str] = {"user": "Callers are told apart by their keys."}
+"""Fields that change nothing here."""
 
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -38,12 +41,13 @@ PromptInput = (
 )
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(ConstrainedRequest):
     """The body of `POST /v1/completions`."""
 
     unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
+    tolerated: ClassVar[Mapping[str, str]] = TOLERATED
 
-    prompt: PromptInput
+    prompt: PromptInput = Field(description="A text, token ids, or a list of either.")
     max_tokens: int = Field(16, ge=0, le=INT32_MAX, description="0 with `echo` only.")
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)

@@ -5,6 +5,17 @@ from typing import Literal
 from mlx_server.schemas.openai.common import Body
 
 
+class ModelCapabilities(Body):
+    """What a model can be asked for."""
+
+    chat: bool
+    tools: bool
+    native_tools: bool
+    reasoning: bool
+    structured_output: bool
+    embeddings: bool
+
+
 class Model(Body):
     """A model that can be served. Everything after `owned_by` is this server's own."""
 
@@ -17,6 +28,7 @@ class Model(Body):
     context_length: int | None
     model_type: str | None
     aliases: list[str]
+    capabilities: ModelCapabilities | None
 
 
 class ModelList(Body):

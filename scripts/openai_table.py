@@ -1,0 +1,71 @@
+"""Rewrites the tables of parameters in docs/openai.md from the request schemas.
+
+`python scripts/openai_table.py`; a test fails while a table is stale.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic.fields import FieldInfo
+
+from mlx_server.schemas.openai.chat import ChatCompletionRequest
+from mlx_server.schemas.openai.common import Lenient
+from mlx_server.schemas.openai.completions import CompletionRequest
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "openai.md"
+REQUESTS: dict[str, type[Lenient]] = {
+    "chat completions": ChatCompletionRequest,
+    "completions": CompletionRequest,
+}
+HONOURED, TOLERATED, REFUSED = "honoured", "tolerated", "refused"
+
+
+def updated(text: str) -> str:
+    """The document `text` with fresh tables between the markers."""
+    for name, request in REQUESTS.items():
+        begin, end = markers(name)
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}{table(request)}{end}{after}"
+    return text
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines before and behind the table of that name."""
+    return (
+        f"<!-- {name}: written by scripts/openai_table.py -->\n",
+        f"<!-- end of {name} -->\n",
+    )
+
+
+def table(request: type[Lenient]) -> str:
+    """Every parameter, what becomes of it, and what there is to know."""
+    lines = ["| parameter | | remark |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | {fate} | {remark} |" for name, fate, remark in sorted(rows(request))]
+    return "\n".join(lines).replace("  |", " |") + "\n"
+
+
+def rows(request: type[Lenient]) -> Iterator[tuple[str, str, str]]:
+    """Name, fate and remark of every parameter that the schema knows."""
+    for name, field in request.model_fields.items():
+        yield name, HONOURED, _remark(field)
+    for name, remark in request.tolerated.items():
+        yield name, TOLERATED, remark
+    for name, refusal in request.unsupported.items():
+        yield name, REFUSED, _sentence(refusal.hint)
+
+
+def _remark(field: FieldInfo) -> str:
+    remark = (field.description or "").replace("|", "\\|")
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, bool | int | float | str) and default not in ("", False):
+        remark = f"{remark} Default: `{str(default).lower()}`.".strip()
+    return remark
+
+
+def _sentence(hint: str) -> str:
+    return f"{hint[:1].upper()}{hint[1:]}" + (" honoured." if hint.endswith(" is") else ".")
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(updated(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
