@@ -1,7 +1,10 @@
 """What users of the OpenAI SDK rely on: inputs, streams, errors, headers, leaving early."""
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from enum import StrEnum
 from typing import Any
 
 import httpx
@@ -9,6 +12,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionChunk
+from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
 from tests.e2e.conftest import MODEL
@@ -200,6 +204,173 @@ def test_the_sdks_stream_helper_folds_our_chunks(client: OpenAI) -> None:
         final = stream.get_final_completion()
     assert "".join(deltas) == final.choices[0].message.content == "The capital of France is Paris."
     assert final.choices[0].finish_reason == "stop"
+
+
+# structured output and tools
+
+
+class Continent(StrEnum):
+    AFRICA = "Africa"
+    EUROPE = "Europe"
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=120)
+
+
+class City(BaseModel):
+    """A place where people live."""
+
+    name: str = Field(max_length=20)
+    continent: Continent
+    inhabitants: int = Field(ge=0, le=99_999_999)
+    mayor: Person | None
+    sights: list[Person] = Field(max_length=2)
+
+
+class Weather(BaseModel):
+    """Tells the weather of a city."""
+
+    city: str = Field(max_length=20)
+    days: int = Field(ge=1, le=9)
+
+
+CITY: Any = [{"role": "user", "content": "Tell me about Paris."}]
+WEATHER: Any = [{"role": "user", "content": "How is the weather in Rome?"}]
+TOOL = openai.pydantic_function_tool(Weather)
+TEMPERATURES = pytest.mark.parametrize("temperature", [0, 1])
+
+
+@TEMPERATURES
+def test_parse_gives_back_the_pydantic_model(client: OpenAI, temperature: float) -> None:
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=CITY, response_format=City, temperature=temperature, max_tokens=300
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, City)
+    assert City.model_validate_json(choice.message.content or "") == choice.message.parsed
+
+
+@TEMPERATURES
+def test_a_stream_of_a_pydantic_model_grows_into_it(client: OpenAI, temperature: float) -> None:
+    with client.chat.completions.stream(
+        model=MODEL, messages=CITY, response_format=City, temperature=temperature, max_tokens=300
+    ) as stream:
+        parsed = [event.parsed for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion()
+    assert isinstance(final.choices[0].message.parsed, City)
+    assert any(isinstance(part, dict) for part in parsed)
+
+
+def test_a_document_that_is_cut_short_says_so(client: OpenAI) -> None:
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(
+            model=MODEL, messages=CITY, response_format=City, max_tokens=3
+        )
+
+
+@TEMPERATURES
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "Weather"}}], ids=str
+)
+def test_a_tool_call_makes_the_round_trip(client: OpenAI, choice: Any, temperature: float) -> None:
+    options: dict[str, Any] = {"model": MODEL, "tools": [TOOL], "temperature": temperature}
+    asked = client.chat.completions.parse(
+        messages=WEATHER, tool_choice=choice, parallel_tool_calls=False, max_tokens=100, **options
+    ).choices[0]
+    assert asked.finish_reason == "tool_calls"
+    assert asked.message.content is None
+    assert asked.message.tool_calls is not None
+    (call,) = asked.message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Weather)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Sunny"}
+    # The SDK's own way to send a message back.
+    conversation: Any = [*WEATHER, asked.message, result]
+    answer = client.chat.completions.create(
+        messages=conversation, tool_choice="none", max_tokens=8, **options
+    ).choices[0]
+    assert answer.message.content
+    assert answer.message.tool_calls is None
+
+
+def test_a_streamed_tool_call_is_the_whole_one(client: OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": MODEL,
+        "messages": WEATHER,
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "temperature": 0,
+        "max_tokens": 100,
+    }
+    whole = client.chat.completions.parse(**options).choices[0].message
+    with client.chat.completions.stream(**options) as stream:
+        names = [event.type for event in stream]
+        final = stream.get_final_completion().choices[0].message
+    assert whole.tool_calls is not None
+    assert final.tool_calls is not None
+    assert [call.function for call in final.tool_calls] == [
+        call.function for call in whole.tool_calls
+    ]
+    assert final.content is None
+    assert names.count("tool_calls.function.arguments.delta") > 1
+    assert names.count("tool_calls.function.arguments.done") == 1
+
+
+def test_old_functions_are_answered_in_their_old_form(client: OpenAI) -> None:
+    message = client.chat.completions.create(
+        model=MODEL,
+        messages=WEATHER,
+        functions=[TOOL["function"]],  # type: ignore[list-item]
+        function_call={"name": "Weather"},
+        max_tokens=200,
+    ).choices[0]
+    assert message.finish_reason == "function_call"
+    assert message.message.tool_calls is None
+    assert message.message.function_call is not None
+    assert message.message.function_call.name == "Weather"
+    Weather.model_validate_json(message.message.function_call.arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"guided_choice": ["Paris", "London"]}, r"Paris|London"),
+        ({"guided_regex": r"[0-9]{3}-[a-f]{2}"}, r"[0-9]{3}-[a-f]{2}"),
+        ({"grammar": 'root ::= "yes" | "no" [!]'}, r"yes|no!"),
+        ({"structured_outputs": {"grammar": 'start: "a" /b{2}/'}}, r"abb"),
+    ],
+    ids=str,
+)
+async def test_completions_and_chats_match_what_other_servers_fields_ask_for(
+    async_client: AsyncOpenAI, fields: dict[str, Any], pattern: str
+) -> None:
+    chat, text = await asyncio.gather(
+        async_client.chat.completions.create(
+            model=MODEL, messages=PARIS, max_tokens=32, extra_body=fields
+        ),
+        async_client.completions.create(
+            model=MODEL, prompt="Paris", max_tokens=32, extra_body=fields
+        ),
+    )
+    assert re.fullmatch(pattern, chat.choices[0].message.content or "")
+    assert re.fullmatch(pattern, text.choices[0].text)
+    assert chat.choices[0].finish_reason == text.choices[0].finish_reason == "stop"
+
+
+async def test_json_mode_gives_an_object(async_client: AsyncOpenAI) -> None:
+    answer = await async_client.chat.completions.create(
+        model=MODEL,
+        messages=CITY,
+        response_format={"type": "json_object"},
+        temperature=0,
+        max_tokens=200,
+    )
+    said, reason = answer.choices[0].message.content or "", answer.choices[0].finish_reason
+    assert said.startswith("{")
+    assert reason == "length" or isinstance(json.loads(said), dict)
 
 
 # models and errors

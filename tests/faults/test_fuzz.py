@@ -19,6 +19,7 @@ from schemathesis.checks import load_all_checks
 from mlx_server.config import Settings
 from mlx_server.main import create_app
 from tests.server.test_errors import assert_refused
+from tests.support.bert import build_tiny_bert
 from tests.support.hub import Hub, running
 from tests.support.server import Server, serving
 from tests.support.tiny import build_tiny_model
@@ -28,6 +29,7 @@ Operation = APIOperation[Any, Any, Any, Any]
 MODEL = "fuzzed"
 UNLOADED = "unloaded"
 REMOVED = "removed"
+EMBEDDER = "embedder"
 REPO = "tiny/pulled"
 ABSENT = "no/such-model"
 USER_KEY, ADMIN_KEY = "user-key", "admin-key"
@@ -57,6 +59,9 @@ BODY_NAMES = {
     "ChatCompletionRequest": [MODEL, ABSENT],
     "CompletionRequest": [MODEL, ABSENT],
     "PullRequest": [REPO, ABSENT],
+    "TokenizeRequest": [MODEL, ABSENT],
+    "DetokenizeRequest": [MODEL, ABSENT],
+    "EmbeddingRequest": [EMBEDDER, ABSENT],
 }
 """The same for the field `model` of a body."""
 
@@ -80,6 +85,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("home")
     for name in (MODEL, UNLOADED, REMOVED):
         shutil.copytree(tiny, home / "models" / name)
+    build_tiny_bert(home / "models" / EMBEDDER)
     files = {file.name: file.read_bytes() for file in tiny.iterdir()}
     with running(Hub({REPO: files})) as hub, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.endpoint)

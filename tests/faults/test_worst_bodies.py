@@ -221,6 +221,14 @@ COMMON: dict[str, set[str]] = {
     "stream_options": set(WORDS) - {"object"},
     "logit_bias": set(WORDS),
     "keep_alive": (HUGE | NO_NUMBERS | NOT_NUMBERS) - {"number as text", "-2**64", "-1e308"},
+    "response_format": set(WORDS),
+    "structured_outputs": set(WORDS) - {"object"},
+    "guided_json": set(WORDS) - {"object"},
+    "guided_regex": WRONG_TEXT,
+    "guided_choice": set(WORDS),
+    "guided_grammar": WRONG_TEXT,
+    "grammar": WRONG_TEXT - {"empty text"},
+    "json_schema": set(WORDS) - {"object"},
 }
 WRONG: dict[str, dict[str, set[str]]] = {
     CHAT: COMMON
@@ -234,7 +242,13 @@ WRONG: dict[str, dict[str, set[str]]] = {
         "audio": set(WORDS),
         "modalities": set(WORDS),
         "prediction": set(WORDS),
-        "functions": set(WORDS) - {"empty text", "empty list"},
+        "functions": set(WORDS) - {"empty list"},
+        "function_call": set(WORDS),
+        "tools": set(WORDS) - {"empty list"},
+        "tool_choice": set(WORDS),
+        "parallel_tool_calls": WRONG_SWITCH,
+        "reasoning_effort": set(WORDS),
+        "thinking_budget": WRONG_INTEGER,
     },
     TEXT: COMMON
     | {
@@ -276,6 +290,30 @@ def message(**fields: Any) -> dict[str, Any]:
 def part(**fields: Any) -> dict[str, Any]:
     """The same with one part."""
     return message(content=[{"type": "text", "text": "x"} | fields])
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of so many levels."""
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth // 2):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
+def tool(**fields: Any) -> dict[str, Any]:
+    """A tool, changed by `fields`."""
+    return {"type": "function", "function": {"name": "f"} | fields}
+
+
+def called(**fields: Any) -> dict[str, Any]:
+    """The fields `tools` and `tool_choice` with one tool that must be called, changed likewise."""
+    return {"tools": [tool(**fields)], "tool_choice": "required"}
+
+
+def laughs(word: str, levels: int) -> dict[str, Any]:
+    """A schema that is of exponential size when its references are replaced by what they mean."""
+    defs = {f"a{i}": {word: [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(levels)}
+    return {"$ref": "#/$defs/a0", "$defs": defs | {f"a{levels}": {"type": "integer"}}}
 
 
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -357,8 +395,54 @@ CHAT_SHAPES: dict[str, dict[str, Any]] = {
         }
     },
     "a schema without schema": {"response_format": {"type": "json_schema"}},
+    "a schema of an impossible name": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}
+    },
     "tools as object": {"tools": {"type": "function"}},
+    "ten thousand tools": {"tools": [tool(name=f"f{i}") for i in TEN_THOUSAND]},
+    "ten thousand bad tools": {"tools": [{"type": "x"} for _ in TEN_THOUSAND]},
+    "one tool too many": {"tools": [tool(name=f"f{i}") for i in range(129)]},
+    "two tools of one name": {"tools": [tool(), tool()]},
+    "a tool of another type": {"tools": [{"type": "custom", "custom": {"name": "f"}}]},
+    "a tool's type of a megabyte": {"tools": [{"type": "t" * 1_000_000}]},
+    "a tool without name": {"tools": [tool(name=None)]},
+    "a tool of an empty name": {"tools": [tool(name="")]},
+    "a tool's name of a megabyte": {"tools": [tool(name="f" * 1_000_000)]},
+    "a tool's name with a space": {"tools": [tool(name="f f")]},
+    "a tool's name with a line break": {"tools": [tool(name="f\n")]},
+    "a tool's name in Greek": {"tools": [tool(name="φ")]},
+    "a tool's name that ends its marker": {"tools": [tool(name='f"}</tool_call>')]},
+    "a tool's description of a megabyte": {"tools": [tool(description="d" * 1_000_000)]},
+    "a tool's parameters as list": {"tools": [tool(parameters=[])]},
+    "a tool's parameters of a text": {"tools": [tool(parameters={"type": "string"})]},
+    "a tool's parameters too deep": {"tools": [tool(parameters=nested(150))]},
+    "a tool's parameters without end": {"tools": [tool(parameters={"enum": list(range(100_000))})]},
+    "a tool's parameters that refer to nothing": called(parameters={"$ref": "#/$defs/a"}),
+    "a tool's parameters that refer to themselves": called(parameters=RECURSIVE),
+    "a tool's parameters that nothing matches": called(
+        parameters={"properties": {"a": False}, "required": ["a"]}
+    ),
     "a tool choice of nothing": {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    "a tool choice without tools": {"tool_choice": "required"},
+    "a tool choice of another": called()
+    | {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+    "a tool choice of a megabyte": called()
+    | {"tool_choice": {"type": "function", "function": {"name": "g" * 1_000_000}}},
+    "a tool choice of ten thousand": called()
+    | {
+        "tool_choice": {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto", "tools": [tool() for _ in TEN_THOUSAND]},
+        }
+    },
+    "a tool choice of none of them": called()
+    | {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+    "a tool choice in no mode": called()
+    | {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": [tool()]}}},
+    "tools and functions": called() | {"functions": [{"name": "f"}]},
+    "a function call of nothing": {"function_call": {"name": "f"}},
+    "a function's answer to nothing": message(role="function"),
+    "a user's function call": message(function_call={"name": "f"}),
     "another template": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
     "a template that loops": {
         "chat_template_kwargs": {"chat_template": "{% for i in range(10**9) %}x{% endfor %}"}
@@ -398,6 +482,41 @@ TEXT_SHAPES: dict[str, dict[str, Any]] = {
     "too many logprobs": {"logprobs": 21},
 }
 SHARED_SHAPES: dict[str, dict[str, Any]] = {
+    "a schema too deep": {"guided_json": nested(150)},
+    "a schema too deep as text": {"guided_json": '{"a":' * 10_000 + "1" + "}" * 10_000},
+    "a schema of a hundred thousand values": {"guided_json": {"enum": list(range(100_000))}},
+    "a schema of ten thousand properties": {
+        "guided_json": {"properties": {f"p{i}": {} for i in TEN_THOUSAND}}
+    },
+    "a schema of a megabyte": {"guided_json": {"const": "a" * 1_000_000}},
+    "a schema of itself": {"guided_json": {"$ref": "#"}},
+    "a schema in a circle": {"guided_json": laughs("anyOf", 3) | {"$ref": "#/$defs/none"}},
+    "a schema of a file": {"guided_json": {"$ref": "file:///etc/passwd"}},
+    "a schema of a web page": {"guided_json": {"$ref": "http://127.0.0.1:1/a.json"}},
+    "a schema of nothing": {"guided_json": {"enum": []}},
+    "a schema of a number": {"guided_json": {"type": 1}},
+    "a schema of numbers beyond all": {"guided_json": {"type": "integer", "minimum": 10**400}},
+    "a schema of half an expression": {"guided_json": {"type": "string", "pattern": "("}},
+    "an expression that looks ahead": {"guided_regex": "(?=a)b"},
+    "an expression that looks back": {"guided_regex": "(a)\\1"},
+    "an expression of a megabyte": {"guided_regex": "a" * 1_000_000},
+    "an expression of a hundred thousand brackets": {"guided_regex": "(" * 100_000},
+    "an expression nested ten thousand times": {"guided_regex": "(" * 10_000 + ")" * 10_000},
+    "a hundred thousand choices": {"guided_choice": [str(i) for i in range(100_000)]},
+    "choices of a megabyte": {"guided_choice": ["a" * 1_000_000]},
+    "no choice": {"guided_choice": []},
+    "an empty choice": {"guided_choice": ["a", ""]},
+    "a choice of null": {"guided_choice": [None]},
+    "a grammar of a megabyte": {"guided_grammar": "start: " + '"a" ' * 250_000},
+    "a grammar of brackets": {"guided_grammar": "start: " + "(" * 100_000},
+    "a grammar without beginning": {"guided_grammar": 'other: "a"'},
+    "a grammar that leads nowhere": {"guided_grammar": "start: start"},
+    "half a grammar of llama.cpp's": {"grammar": 'root ::= "a'},
+    "an outer grammar": {"guided_grammar": "%import /etc/passwd"},
+    "a structural tag": {"structured_outputs": {"structural_tag": "{}"}},
+    "two bonds": {"guided_regex": "a", "guided_json": {}},
+    "all bonds": {"structured_outputs": {"regex": "a", "choice": ["a"], "grammar": "a"}},
+    "a bond without end": {"guided_regex": "a", "ignore_eos": True},
     "no model": {"model": None},
     "ten thousand stops": {"stop": [str(i) for i in TEN_THOUSAND]},
     "an empty stop among others": {"stop": ["a", ""]},
@@ -440,6 +559,57 @@ def test_a_shape_that_means_nothing_here_is_refused(
     client: httpx.Client, path: str, change: dict[str, Any]
 ) -> None:
     assert_refused(send(client, path, json.dumps(GOOD[path] | change).encode()))
+
+
+# what a grammar may or may not be made of
+
+COSTLY: dict[str, dict[str, Any]] = {
+    "an expression for backtracking": {"guided_regex": "(a*)*b"},
+    "an expression of alternatives": {"guided_regex": "(a|a)*(a|aa)*b"},
+    "an expression of repetitions": {"guided_regex": "((a{1,100}){1,100}){1,100}"},
+    "an expression that counts far": {"guided_regex": ".*a.{1000}"},
+    "an expression that counts too far": {"guided_regex": "[ab]*a[ab]{100000}"},
+    "an expression of all characters": {"guided_regex": r"[\s\S]{1,100000}"},
+    "an expression of nothing": {"guided_regex": "[^\\s\\S]"},
+    "a text of a thousand million characters": {
+        "guided_json": {"type": "string", "minLength": 10**9}
+    },
+    "a list of a thousand million numbers": {
+        "guided_json": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}
+    },
+    "multiples of almost nothing": {"guided_json": {"type": "number", "multipleOf": 1e-300}},
+    "a pattern for backtracking": {"guided_json": {"type": "string", "pattern": "^(a+)+$"}},
+    "properties of strange names": {
+        "guided_json": {"properties": {"": {}, "\0": {}, '"': {}, "__proto__": {}, "é🦙": {}}}
+    },
+    "laughs of alternatives": {"guided_json": laughs("anyOf", 30)},
+    "laughs of exclusive alternatives": {"guided_json": laughs("oneOf", 30)},
+    "laughs of intersections": {"guided_json": laughs("allOf", 30)},
+    "a thousand properties": {"guided_json": {"properties": {f"p{i}": {} for i in range(1000)}}},
+    "ten thousand values": {"guided_json": {"enum": [f"v{i}" for i in TEN_THOUSAND]}},
+    "ten thousand choices": {"guided_choice": [f"v{i}" for i in TEN_THOUSAND]},
+    "a thousand alternatives": {
+        "guided_json": {"anyOf": [{"properties": {f"p{i}": {}}} for i in range(1000)]}
+    },
+    "a grammar of a thousand rules": {
+        "guided_grammar": "start: a0\n"
+        + "\n".join(f"a{i}: a{i + 1} | /b/" for i in range(1000))
+        + "\na1000: /c/"
+    },
+    "an ambiguous grammar": {"guided_grammar": "start: start start | /a/ |"},
+    "a GBNF that recurs to the left": {"grammar": 'root ::= root "a" | "a"'},
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+@pytest.mark.parametrize("name", COSTLY)
+def test_what_costs_much_to_bind_to_is_refused_or_kept_at_once(
+    client: httpx.Client, path: str, name: str
+) -> None:
+    body = GOOD[path] | COSTLY[name] | {"max_tokens": 2}
+    answer = send(client, path, json.dumps(body).encode())
+    if answer.status_code != 200:
+        assert_refused(answer)
 
 
 # models
@@ -517,6 +687,9 @@ TOLERATED: dict[str, str] = {
     "ten thousand unknown fields": ", ".join(f'"x{i}": {i}' for i in TEN_THOUSAND),
     "an unknown field of 10**400": '"x": 1' + "0" * 400,
     "equal keys, of which the last counts": '"temperature": "hot", "temperature": 0',
+    "a choice of tools without tools": '"tool_choice": "auto", "tools": []',
+    "a format of any text": '"response_format": {"type": "text"}, "grammar": ""',
+    "what only OpenAI needs": '"store": true, "metadata": [], "service_tier": 1, "verbosity": {}',
     "stream_options without stream": '"stream_options": {"include_usage": true}',
     "nulls": '"n": null, "stop": null, "stream": null, "logit_bias": null, "seed": null',
     "the smallest temperature there is": '"temperature": 5e-324, "min_p": 0.5',

@@ -94,7 +94,14 @@ CHAT_CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ),
     ("audio", {"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
     ("modalities with audio", {"modalities": ["text", "audio"]}, "modalities"),
-    ("functions", {"functions": [{"name": "f"}]}, "functions"),
+    (
+        "functions beside tools",
+        {
+            "functions": [{"name": "f"}],
+            "tools": [{"type": "function", "function": {"name": "g"}}],
+        },
+        "functions",
+    ),
     ("prediction", {"prediction": {"type": "content", "content": "x"}}, "prediction"),
     ("web search", {"web_search_options": {}}, "web_search_options"),
     ("messages null", {"messages": None}, "messages"),

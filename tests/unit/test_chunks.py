@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from mlx_server.api.streaming import sse
 from mlx_server.api.v1 import chat, completions
 from mlx_server.api.v1.generation import SYSTEM_FINGERPRINT, Header
-from mlx_server.schemas.internal import TextDelta, TokenLogprob
+from mlx_server.schemas.internal import ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta
 from mlx_server.schemas.openai.chat import (
+    CallDelta,
     ChatChunkChoice,
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatDelta,
+    FunctionDelta,
     chat_logprobs,
 )
 from mlx_server.schemas.openai.completions import (
@@ -48,13 +50,17 @@ def in_full(kind: Any, name: str, choice: Any, header: Header, usage: dict[str, 
     return sse(chunk.to_json())
 
 
+def delta_chunk(
+    header: Header, usage: dict[str, Any], index: int, delta: ChatDelta, logprobs: Any = None
+) -> bytes:
+    choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=None)
+    return in_full(ChatCompletionChunk, "chat.completion.chunk", choice, header, usage)
+
+
 def chat_chunk(
     header: Header, usage: dict[str, Any], index: int, text: str, logprobs: Any = None
 ) -> bytes:
-    choice = ChatChunkChoice(
-        index=index, delta=ChatDelta(content=text), logprobs=logprobs, finish_reason=None
-    )
-    return in_full(ChatCompletionChunk, "chat.completion.chunk", choice, header, usage)
+    return delta_chunk(header, usage, index, ChatDelta(content=text), logprobs)
 
 
 def completion_chunk(
@@ -88,6 +94,23 @@ def test_any_text_is_written_as_its_model_writes_it(
         for prompt in (0, 1):
             number = prompt * CHOICES + index
             assert texts.feed(prompt, delta) == completion_chunk(header, usage, number, text)
+
+
+@pytest.mark.parametrize("usage", USAGES, ids=["bare", "usage"])
+@given(pieces=TEXTS, call=st.integers(0, 300))
+def test_any_thought_or_argument_is_written_as_its_model_writes_it(
+    usage: dict[str, Any], pieces: list[tuple[int, str]], call: int
+) -> None:
+    chats = chat_stream(HEADER, **usage)
+    for index, text in pieces:
+        thought = ChatDelta(reasoning_content=text)
+        assert chats.feed(0, ReasoningDelta(index, text)) == delta_chunk(
+            HEADER, usage, index, thought
+        )
+        added = CallDelta(index=call, function=FunctionDelta(arguments=text))
+        assert chats.feed(0, ToolCallDelta(index, call, text)) == delta_chunk(
+            HEADER, usage, index, ChatDelta(tool_calls=[added])
+        )
 
 
 def test_log_probabilities_are_written_between_texts_that_have_none() -> None:

@@ -3,7 +3,14 @@
 import runpy
 from pathlib import Path
 
+import pytest
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
+
 from mlx_server.config import Settings
+from mlx_server.schemas.openai.chat import ChatCompletionRequest
+from mlx_server.schemas.openai.common import Lenient
+from mlx_server.schemas.openai.completions import CompletionRequest
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -19,3 +26,27 @@ def test_the_table_of_settings_is_fresh() -> None:
 
 def test_every_setting_says_what_it_does() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_the_tables_of_openais_parameters_are_fresh() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "openai_table.py"))
+    text = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
+    for name in script["REQUESTS"]:
+        assert all(marker in text for marker in script["markers"](name))
+    assert text == script["updated"](text), "run `python scripts/openai_table.py`"
+
+
+@pytest.mark.parametrize(
+    ("request_model", "known"),
+    [
+        (ChatCompletionRequest, chat_params.CompletionCreateParamsStreaming),
+        (CompletionRequest, text_params.CompletionCreateParamsStreaming),
+    ],
+)
+def test_every_parameter_that_openai_knows_has_one_fate(
+    request_model: type[Lenient], known: type
+) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "openai_table.py"))
+    names = [name for name, _, _ in script["rows"](request_model)]
+    assert known.__annotations__.keys() - set(names) == set()
+    assert len(names) == len(set(names))

@@ -17,18 +17,31 @@ from mlx_server.schemas.internal import (
     Alternative,
     Caller,
     ChatPrompt,
+    Constraint,
     Event,
     Finished,
     InferenceRequest,
     PromptScored,
+    ReasoningDelta,
     TextDelta,
     TextPrompt,
     TokenLogprob,
     TokenPrompt,
+    ToolCallDelta,
+    ToolCallStart,
+    ToolUse,
     Usage,
 )
-from mlx_server.schemas.openai.chat import UNSUPPORTED, ChatCompletionRequest, chat_logprobs
+from mlx_server.schemas.openai.chat import (
+    TOLERATED,
+    UNSUPPORTED,
+    ChatCompletionRequest,
+    chat_logprobs,
+)
 from mlx_server.schemas.openai.completions import CompletionRequest, text_logprobs
+from mlx_server.schemas.openai.constraints import MAX_CHARACTERS, MAX_DEPTH, MAX_KEYS, MAX_VALUES
+from mlx_server.schemas.openai.tokens import TokenizeRequest
+from mlx_server.schemas.openai.tools import MAX_TOOLS
 from mlx_server.telemetry import Metrics, RequestTimer
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -211,15 +224,356 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
     "fields",
     [
         {"tools": [], "tool_choice": "auto"},
-        {"tool_choice": "none"},
-        {"response_format": {"type": "text"}},
+        {"tool_choice": "none", "parallel_tool_calls": False},
+        {"functions": [], "function_call": "auto"},
+        {"response_format": {"type": "text"}, "grammar": ""},
         {"modalities": ["text"]},
         {"audio": None, "functions": None},
+        dict.fromkeys(TOLERATED, "anything"),
+        {name: {"any": ["thing"]} for name in TOLERATED},
     ],
     ids=str,
 )
-def test_unsupported_fields_that_ask_for_nothing_pass(fields: dict[str, Any]) -> None:
-    assert chat_request(**fields).model == "m"
+def test_fields_that_ask_for_nothing_change_nothing(fields: dict[str, Any]) -> None:
+    assert translated(**fields) == translated()
+
+
+# tools
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        "strict": True,
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+TOOLS = [WEATHER, CLOCK]
+
+
+def use_of(**fields: Any) -> ToolUse | None:
+    prompt = translated(**fields).prompt
+    assert isinstance(prompt, ChatPrompt)
+    return prompt.use
+
+
+def names_of(use: ToolUse | None) -> list[str]:
+    assert use is not None
+    return [tool["function"]["name"] for tool in use.tools]
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def test_tools_reach_the_template_as_it_reads_them() -> None:
+    prompt = translated(tools=TOOLS).prompt
+    assert isinstance(prompt, ChatPrompt)
+    weather = {name: value for name, value in WEATHER["function"].items() if name != "strict"}
+    clock = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+    assert prompt.tools == [
+        {"type": "function", "function": weather},
+        {"type": "function", "function": clock},
+    ]
+
+
+def test_tools_may_be_called_unless_the_choice_says_otherwise() -> None:
+    use = use_of(tools=TOOLS)
+    assert use is not None
+    assert (use.choice, use.parallel, names_of(use)) == ("auto", True, ["weather", "clock"])
+    assert [tool["function"]["strict"] for tool in use.tools] == [True, False]
+    required = use_of(tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert required is not None
+    assert (required.choice, required.parallel) == ("required", False)
+
+
+def test_tools_that_may_not_be_called_are_still_shown() -> None:
+    prompt = translated(tools=TOOLS, tool_choice="none").prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.use is None
+    assert prompt.tools is not None
+    assert len(prompt.tools) == 2
+
+
+def test_a_named_tool_is_called_once() -> None:
+    use = use_of(tools=TOOLS, tool_choice=named("clock"))
+    assert use is not None
+    assert (use.choice, use.name, names_of(use), use.parallel) == (
+        "named",
+        "clock",
+        ["clock"],
+        False,
+    )
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_are_the_only_ones_that_may_be_called(mode: str) -> None:
+    allowed = {"mode": mode, "tools": [named("clock")]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    use = use_of(tools=TOOLS, tool_choice=choice)
+    assert use is not None
+    assert (use.choice, names_of(use)) == (mode, ["clock"])
+
+
+def test_functions_are_tools_in_an_old_form() -> None:
+    functions = [tool["function"] for tool in TOOLS]
+    old, new = translated(functions=functions), translated(tools=TOOLS, parallel_tool_calls=False)
+    assert old == new
+    use = use_of(functions=functions, function_call={"name": "clock"})
+    assert use is not None
+    assert (use.choice, use.name) == ("named", "clock")
+
+
+def test_a_round_trip_of_functions_reaches_the_template_as_one_of_tools() -> None:
+    call = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    assistant, result = messages_of(
+        HELLO[0],
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "weather", "content": "sunny"},
+    ).messages[1:]
+    made = assistant["tool_calls"][0]
+    assert made["function"] == {"name": "weather", "arguments": {"city": "Rome"}}
+    assert (result["role"], result["name"]) == ("tool", "weather")
+    assert result["tool_call_id"] == made["id"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"tools": TOOLS, "tool_choice": named("unknown")}, "tool_choice"),
+        ({"tool_choice": named("weather")}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"function_call": {"name": "weather"}}, "tool_choice"),
+        ({"tools": TOOLS, "functions": [CLOCK["function"]]}, "functions"),
+        ({"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [named("unknown")]},
+                },
+            },
+            "tool_choice",
+        ),
+    ],
+    ids=str,
+)
+def test_a_choice_that_cannot_be_made_is_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        translated(**fields)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "custom", "custom": {"name": "f"}},
+        {"type": "web_search"},
+        {"type": "function"},
+        {"type": "function", "function": {"name": ""}},
+        {"type": "function", "function": {"name": "a b"}},
+        {"type": "function", "function": {"name": "a" * 65}},
+        {"type": "function", "function": {"name": "f\n"}},
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}},
+        {"type": "function", "function": {"name": "f", "parameters": []}},
+        {"type": "function", "function": {"name": "f", "strict": "yes"}},
+    ],
+    ids=str,
+)
+def test_a_tool_that_is_no_function_is_refused(tool: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as invalid:
+        chat_request(tools=[tool])
+    body = {"model": "m", "messages": HELLO, "tools": [tool]}
+    assert (invalid_request(invalid.value.errors(), body).param or "").startswith("tools.0")
+
+
+def test_a_custom_tool_is_refused_in_plain_words() -> None:
+    body = {"model": "m", "messages": HELLO, "tools": [{"type": "custom", "custom": {}}]}
+    with pytest.raises(ValidationError) as invalid:
+        ChatCompletionRequest.model_validate(body)
+    assert "'custom' are not supported" in invalid_request(invalid.value.errors(), body).message
+
+
+# constraints
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+BINDING: list[tuple[dict[str, Any], Constraint]] = [
+    (
+        {"response_format": {"type": "json_object"}},
+        Constraint("json_object", None, "response_format"),
+    ),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": SCHEMA},
+            }
+        },
+        Constraint("json_schema", SCHEMA, "response_format"),
+    ),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": SCHEMA, "strict": False},
+            }
+        },
+        Constraint("json_schema", SCHEMA, "response_format"),
+    ),
+    (
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        Constraint("json_schema", SCHEMA, "response_format"),
+    ),
+    ({"guided_json": SCHEMA}, Constraint("json_schema", SCHEMA, "guided_json")),
+    ({"guided_json": json.dumps(SCHEMA)}, Constraint("json_schema", SCHEMA, "guided_json")),
+    ({"json_schema": SCHEMA}, Constraint("json_schema", SCHEMA, "json_schema")),
+    ({"guided_regex": "a+"}, Constraint("regex", "a+", "guided_regex")),
+    ({"guided_choice": ["a", "b"]}, Constraint("choice", ["a", "b"], "guided_choice")),
+    ({"guided_grammar": "start: /a/"}, Constraint("grammar", "start: /a/", "guided_grammar")),
+    ({"grammar": 'root ::= "a"'}, Constraint("grammar", 'root ::= "a"', "grammar")),
+    (
+        {"structured_outputs": {"json": SCHEMA}},
+        Constraint("json_schema", SCHEMA, "structured_outputs.json"),
+    ),
+    (
+        {"structured_outputs": {"json_object": True}},
+        Constraint("json_object", None, "structured_outputs.json_object"),
+    ),
+    (
+        {"structured_outputs": {"regex": "a+", "json_object": False}},
+        Constraint("regex", "a+", "structured_outputs.regex"),
+    ),
+    (
+        {"structured_outputs": {"choice": ["a"]}},
+        Constraint("choice", ["a"], "structured_outputs.choice"),
+    ),
+    (
+        {"structured_outputs": {"grammar": "start: /a/"}},
+        Constraint("grammar", "start: /a/", "structured_outputs.grammar"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "wanted"), BINDING, ids=str)
+def test_every_way_to_bind_an_answer_is_one_constraint(
+    fields: dict[str, Any], wanted: Constraint
+) -> None:
+    assert translated(**fields).constraint == wanted
+    (request,) = completions.to_inference(completion_request(**fields), CALLER, Settings())
+    assert request.constraint == wanted
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_json": SCHEMA, "guided_regex": "a"},
+        {"response_format": {"type": "json_object"}, "guided_choice": ["a"]},
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        {"grammar": "x", "guided_grammar": "x"},
+        {"guided_regex": "a", "ignore_eos": True},
+    ],
+    ids=str,
+)
+def test_an_answer_is_bound_once_and_to_its_end(fields: dict[str, Any]) -> None:
+    for refused_by in (chat_request, completion_request):
+        with pytest.raises(BadRequest):
+            refused_by(**fields)
+
+
+def test_a_call_that_must_come_leaves_no_answer_to_bind() -> None:
+    bound = {"tools": TOOLS, "guided_json": SCHEMA}
+    assert translated(**bound).constraint is not None
+    assert translated(**bound, tool_choice="none").constraint is not None
+    assert translated(**bound, tool_choice="required").constraint is None
+    assert translated(**bound, tool_choice=named("clock")).constraint is None
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of so many levels."""
+    schema: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        nested(MAX_DEPTH + 1),
+        {"enum": list(range(MAX_VALUES))},
+        {"properties": {str(i): {} for i in range(MAX_KEYS + 1)}},
+        {"const": "a" * MAX_CHARACTERS},
+        {"properties": {"a" * MAX_CHARACTERS: {}}},
+    ],
+    ids=["deep", "long", "broad", "wordy", "of a huge name"],
+)
+def test_a_schema_beyond_all_measure_is_refused(schema: dict[str, Any]) -> None:
+    assert chat_request(guided_json=nested(MAX_DEPTH)).constraint is not None
+    format = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"a": schema}}}
+    bodies: list[dict[str, Any]] = [
+        {"guided_json": schema},
+        {"guided_json": json.dumps(schema)},
+        {"json_schema": schema},
+        {"structured_outputs": {"json": schema}},
+        {"response_format": format},
+        {"tools": [tool]},
+        {"functions": [tool["function"]]},
+    ]
+    for body in bodies:
+        with pytest.raises(ValidationError):
+            chat_request(**body)
+
+
+def test_more_tools_than_are_allowed_are_refused() -> None:
+    tools = [named(f"f{i}") for i in range(MAX_TOOLS + 1)]
+    assert len(names_of(use_of(tools=tools[:-1]))) == MAX_TOOLS
+    with pytest.raises(ValidationError):
+        chat_request(tools=tools)
+
+
+# thinking
+
+
+def test_the_effort_of_thinking_is_the_templates_to_read() -> None:
+    def variables(**fields: Any) -> dict[str, Any]:
+        prompt = translated(**fields).prompt
+        assert isinstance(prompt, ChatPrompt)
+        return prompt.template_kwargs
+
+    assert variables() == {}
+    assert variables(reasoning_effort="low") == {"reasoning_effort": "low"}
+    assert variables(reasoning_effort="none") == {
+        "reasoning_effort": "none",
+        "enable_thinking": False,
+    }
+    assert variables(thinking_budget=0) == {"enable_thinking": False}
+    own = {"enable_thinking": True, "reasoning_effort": "high", "x": 1}
+    assert variables(reasoning_effort="none", chat_template_kwargs=own) == own
+
+
+@pytest.mark.parametrize("name", ["thinking_budget", "thinking_token_budget", "reasoning_budget"])
+def test_a_thinking_budget_goes_by_the_names_it_has_elsewhere(name: str) -> None:
+    def budget(value: int | None) -> int | None:
+        prompt = translated(**{name: value}).prompt
+        assert isinstance(prompt, ChatPrompt)
+        return prompt.thinking_budget
+
+    assert [budget(value) for value in (None, -1, 0, 100)] == [None, None, 0, 100]
+    with pytest.raises(ValidationError):
+        chat_request(**{name: -2})
+
+
+def test_only_one_thing_is_tokenized() -> None:
+    for fields in ({}, {"prompt": "a", "content": "a"}, {"prompt": "a", "messages": HELLO}):
+        with pytest.raises(BadRequest):
+            TokenizeRequest.model_validate({"model": "m"} | fields)
+    assert TokenizeRequest.model_validate({"model": "m", "prompt": ""}).text == ""
 
 
 def test_best_of_must_equal_n() -> None:
@@ -305,6 +659,88 @@ def test_a_chat_answer_has_its_required_keys_when_they_are_null() -> None:
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert body["object"] == "chat.completion"
+
+
+CALLS: list[Event] = [
+    ReasoningDelta(0, "Let me "),
+    ReasoningDelta(0, "see."),
+    ToolCallStart(0, 0, "c1", "weather"),
+    ToolCallDelta(0, 0, '{"city": '),
+    ToolCallDelta(0, 0, '"Rome"}'),
+    ToolCallStart(0, 1, "c2", "clock"),
+    ToolCallDelta(0, 1, "{}"),
+    Finished(0, "tool_calls", USAGE),
+]
+
+
+def answered(body: ChatCompletionRequest, events: list[Event]) -> dict[str, Any]:
+    """The only choice of the whole answer."""
+    answer = chat.ChatAnswer(HEADER, body)
+    for event in events:
+        answer.feed(0, event)
+    choice: dict[str, Any] = json.loads(answer.body(USAGE))["choices"][0]
+    return choice
+
+
+def streamed(body: ChatCompletionRequest, events: list[Event]) -> list[dict[str, Any]]:
+    """The deltas of the only choice."""
+    stream = chat.ChatStream(HEADER, body)
+    data = stream.begin() + b"".join(stream.feed(0, event) for event in events)
+    return [chunk["choices"][0]["delta"] for chunk in chunks_of(data)]
+
+
+def test_an_answer_that_only_calls_tools_has_no_content() -> None:
+    choice = answered(chat_request(tools=TOOLS), CALLS)
+    weather = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "reasoning_content": "Let me see.",
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": weather},
+            {"id": "c2", "type": "function", "function": {"name": "clock", "arguments": "{}"}},
+        ],
+    }
+    assert choice["finish_reason"] == "tool_calls"
+
+
+def test_text_before_a_call_is_kept() -> None:
+    choice = answered(chat_request(tools=TOOLS), [TextDelta(0, "Sure: "), *CALLS])
+    assert choice["message"]["content"] == "Sure: "
+    assert len(choice["message"]["tool_calls"]) == 2
+
+
+def test_calls_stream_their_names_first_and_then_their_arguments() -> None:
+    weather, clock = {"name": "weather", "arguments": ""}, {"name": "clock", "arguments": ""}
+    assert streamed(chat_request(tools=TOOLS), CALLS) == [
+        {"role": "assistant", "content": None},
+        {"reasoning_content": "Let me "},
+        {"reasoning_content": "see."},
+        {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": weather}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": '}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '"Rome"}'}}]},
+        {"tool_calls": [{"index": 1, "id": "c2", "type": "function", "function": clock}]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]},
+        {},
+    ]
+
+
+def test_who_asks_for_functions_is_answered_in_the_old_form() -> None:
+    body = chat_request(functions=[WEATHER["function"]])
+    events = [*CALLS[2:5], CALLS[-1]]
+    choice = answered(body, events)
+    call = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    assert choice["message"]["function_call"] == call
+    assert "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] == "function_call"
+    assert streamed(body, events) == [
+        {"role": "assistant", "content": None},
+        {"function_call": {"name": "weather", "arguments": ""}},
+        {"function_call": {"arguments": '{"city": '}},
+        {"function_call": {"arguments": '"Rome"}'}},
+        {},
+    ]
 
 
 def test_a_chat_stream_opens_with_the_role_and_closes_with_the_reason() -> None:
