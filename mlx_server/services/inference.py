@@ -102,11 +102,12 @@ class Generation:
         self._tokens = prompt.tokens
         self._stream = stream
         self._span = span
+        self._charge = request.caller.charge
         self._choices = [_choice(index, request, prompt, model.text) for index in range(request.n)]
 
     async def settle(self) -> None:
-        """Charge the caller for the tokens taken so far. Call once, when no more will come."""
-        charge = self._request.caller.charge
+        """Charge the caller, once, for the tokens taken so far. Call when no more will come."""
+        charge, self._charge = self._charge, None
         if charge is not None:
             completions = sum(choice.completion_tokens for choice in self._choices)
             await charge(self.prompt_tokens + completions)
@@ -133,6 +134,8 @@ class Generation:
                     events += self._told(await choice.take(row), row)
             if events:
                 yield events
+        # Before the caller hears that all has come, and may ask for more.
+        await self.settle()
 
     async def _scored(self, logprobs: Sequence[Logprobs | None]) -> PromptScored:
         decoded = await self.prompt_text()

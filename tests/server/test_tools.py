@@ -191,12 +191,15 @@ def wild(model: str, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", STYLES)
 @pytest.mark.parametrize("named", [False, True], ids=["required", "named"])
+@pytest.mark.parametrize("rounds", [1, pytest.param(7, marks=pytest.mark.soak)])
 async def test_a_forced_call_validates_in_each_familys_syntax_whole_and_streamed(
-    client: httpx.AsyncClient, model: str, named: bool
+    client: httpx.AsyncClient, model: str, named: bool, rounds: int
 ) -> None:
     choice = {"type": "function", "function": {"name": "forecast"}} if named else "required"
-    reply = await both(client, wild(model, tool_choice=choice))
-    for one in reply.choices:
+    replies = [
+        await both(client, wild(model, tool_choice=choice, seed=5 + i)) for i in range(rounds)
+    ]
+    for one in (one for reply in replies for one in reply.choices):
         assert (one.reason, one.content) == ("tool_calls", None)
         assert one.calls
         for call in one.calls:
