@@ -20,13 +20,18 @@ FREE_SECONDS = 1.0
 """How soon the engine must have let go of a request whose client left."""
 
 
+def pulled(model: str) -> Path:
+    """The folder of a model, which is pulled if it is not there."""
+    pull = [sys.executable, "-m", "mlx_server", "pull", model]
+    done = subprocess.run(pull, capture_output=True, text=True)
+    assert done.returncode == 0, f"{model} could not be pulled:\n{done.stderr[-4000:]}"
+    return Settings.load().models_folder / model
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """The folder of the demo model, pulled if it is not there."""
-    pull = [sys.executable, "-m", "mlx_server", "pull", MODEL]
-    done = subprocess.run(pull, capture_output=True, text=True)
-    assert done.returncode == 0, f"the demo model could not be pulled:\n{done.stderr[-4000:]}"
-    return Settings.load().models_folder / MODEL
+    """The folder of the demo model."""
+    return pulled(MODEL)
 
 
 @pytest.fixture(scope="session")

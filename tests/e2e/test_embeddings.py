@@ -1,8 +1,6 @@
 """The real MiniLM: the numbers of the formulae, meanings in order, and the official SDK."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import psutil
 import pytest
 from tokenizers import Tokenizer
 
-from mlx_server.config import Settings
+from tests.e2e.conftest import pulled
 from tests.support.bert import ReferenceEncoder
 from tests.support.server import Server, serving
 
@@ -48,11 +46,8 @@ PARAPHRASES = [(0, 1), (2, 3), (4, 5), (6, 7), (13, 14)]
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    """The model's folder, pulled if it is not there."""
-    pull = [sys.executable, "-m", "mlx_server", "pull", MODEL]
-    done = subprocess.run(pull, capture_output=True, text=True)
-    assert done.returncode == 0, f"the model could not be pulled:\n{done.stderr[-4000:]}"
-    return Settings.load().models_folder / MODEL
+    """The folder of the embedding model."""
+    return pulled(MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -172,10 +172,27 @@ KeepAlive = Annotated[
 ]
 
 
-class GenerationRequest(Lenient):
-    """What chat completions and completions have in common."""
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
+class ModelRequest(Lenient):
+    """What all work for a model has in common."""
 
     model: NonEmpty
+    keep_alive: KeepAlive | None = Field(
+        None,
+        description="How long the model stays loaded afterwards: seconds, or a text such as `5m`; "
+        "-1 for good.",
+    )
+    priority: int = Field(
+        0, ge=-INT32_MAX, le=INT32_MAX, description="Lower ones are admitted first."
+    )
+
+
+class GenerationRequest(ModelRequest):
+    """What chat completions and completions have in common."""
+
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=LEAST_REPETITION_PENALTY, le=2)
@@ -190,14 +207,6 @@ class GenerationRequest(Lenient):
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     ignore_eos: bool = Field(False, description="Go on past the model's own stop tokens.")
-    keep_alive: KeepAlive | None = Field(
-        None,
-        description="How long the model stays loaded afterwards: seconds, or a text such as `5m`; "
-        "-1 for good.",
-    )
-    priority: int = Field(
-        0, ge=-INT32_MAX, le=INT32_MAX, description="Lower ones are admitted first."
-    )
 
     @property
     def stops(self) -> tuple[str, ...]:

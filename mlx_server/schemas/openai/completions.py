@@ -12,6 +12,7 @@ from mlx_server.schemas.openai.common import (
     Body,
     CompletionUsage,
     Refusal,
+    TokenIds,
     empty,
     finite,
 )
@@ -31,8 +32,6 @@ UNSUPPORTED: Mapping[str, Refusal] = {
 TOLERATED: Mapping[str, str] = {"user": "Callers are told apart by their keys."}
 """Fields that change nothing here."""
 
-TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 PromptInput = (
     str
     | TokenIds

@@ -4,12 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mlx_server.schemas.openai.common import INT32_MAX, Body, KeepAlive, Lenient, NonEmpty
+from mlx_server.schemas.openai.common import INT32_MAX, Body, ModelRequest, NonEmpty, TokenIds
 
 MAX_INPUTS = 2048
 
-TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 EmbeddingInput = (
     NonEmpty
     | TokenIds
@@ -18,10 +16,9 @@ EmbeddingInput = (
 )
 
 
-class EmbeddingRequest(Lenient):
+class EmbeddingRequest(ModelRequest):
     """The body of `POST /v1/embeddings`."""
 
-    model: NonEmpty
     input: EmbeddingInput = Field(
         description="A text, or several; or their token ids, which are taken as they are."
     )
@@ -35,14 +32,6 @@ class EmbeddingRequest(Lenient):
         description="Keep that many of a vector's first numbers, scaled to length 1.",
     )
     user: str | None = Field(None, description="Accepted, and not used.")
-    keep_alive: KeepAlive | None = Field(
-        None,
-        description="How long the model stays loaded afterwards: seconds, or a text such as `5m`; "
-        "-1 for good.",
-    )
-    priority: int = Field(
-        0, ge=-INT32_MAX, le=INT32_MAX, description="Lower ones are admitted first."
-    )
 
     @property
     def inputs(self) -> list[str] | list[list[int]]:
