@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_server.engine.protocol import Sampling
-from mlx_server.engine.sampling import BatchSampler
+from mlx_server.engine.sampling.sampler import BatchSampler
 
 ZIPF_EXPONENT = 1.5
 SEEN_TOKENS = 500

@@ -8,7 +8,7 @@ mlx-server's engine loads a fast BLAS by itself; this gives its peers the same l
 import runpy
 import sys
 
-from mlx_server.engine.blas import load_openblas
+from mlx_server.engine.cpu.blas import load_openblas
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pydantic_settings import (
 )
 
 from mlx_server.engine.protocol import LoadOptions
-from mlx_server.utils.units import DURATION, parse_bytes, parse_seconds
+from mlx_server.units import DURATION, parse_bytes, parse_seconds
 
 
 def _as_number(value: object) -> object:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from mlx_server.config import Settings
-from mlx_server.telemetry import event
+from mlx_server.events import event
 
 Scope = Literal["inference", "admin"]
 

@@ -10,25 +10,29 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from mlx_server import __version__
-from mlx_server.api import admin, errors, health, pulls, tokenize
-from mlx_server.api.middleware import (
+from mlx_server.api import admin, health
+from mlx_server.api import model_pulls as pulls
+from mlx_server.api.http import failures as errors
+from mlx_server.api.http.limits import RATE_HEADERS, RateLimits
+from mlx_server.api.http.middleware import (
     BodyLimit,
     Doorkeeper,
     HostCheck,
     OriginCheck,
     RequestContext,
 )
-from mlx_server.api.rate_limits import RATE_HEADERS, RateLimits
-from mlx_server.api.stopping import Stopping
-from mlx_server.api.v1 import chat, completions, embeddings, models
+from mlx_server.api.http.stopping import Stopping
+from mlx_server.api.openai import chat, completions, embeddings, models
+from mlx_server.api.openai import tokens as tokenize
 from mlx_server.config import Settings
+from mlx_server.events import setup_logging
 from mlx_server.keys import KeyRing, warn_of_exposure
-from mlx_server.models.catalog import Catalog
-from mlx_server.models.pool import ModelPoolManager
-from mlx_server.models.pulls import PullManager
+from mlx_server.models.pool.manager import ModelPoolManager
+from mlx_server.models.store.catalog import Catalog
+from mlx_server.models.store.pulls import PullManager
 from mlx_server.services.embeddings import EmbeddingService
 from mlx_server.services.inference import InferenceService
-from mlx_server.telemetry import Metrics, setup_logging, setup_tracing, untraced
+from mlx_server.telemetry import Metrics, setup_tracing, untraced
 
 # Request spans come from FastAPI itself: one per request, none per chunk of a stream, and neither
 # bodies nor arguments in them.

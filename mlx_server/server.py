@@ -14,10 +14,10 @@ import psutil
 import uvicorn
 from fastapi import FastAPI
 
-from mlx_server.api.connection import SPARE_CONNECTIONS, Connection, ConnectionLimits
-from mlx_server.api.stopping import Stopping
+from mlx_server.api.http.connection import SPARE_CONNECTIONS, Connection, ConnectionLimits
+from mlx_server.api.http.stopping import Stopping
 from mlx_server.config import Settings
-from mlx_server.telemetry import event
+from mlx_server.events import event
 
 KEEP_ALIVE_SECONDS = 20
 """More than the 5 s for which Python's clients keep an idle connection: who closes it first should

@@ -7,7 +7,7 @@ import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from mlx_server.api.dependencies import (
+from mlx_server.api.http.dependencies import (
     AdminDep,
     CatalogDep,
     MetricsDep,
@@ -15,13 +15,13 @@ from mlx_server.api.dependencies import (
     PullsDep,
     SettingsDep,
 )
-from mlx_server.api.errors import documented
-from mlx_server.api.requests import JsonRoute
-from mlx_server.api.streaming import WholeAnswer
-from mlx_server.models.catalog import Catalog, ModelEntry
-from mlx_server.models.pulls import PullStatus
-from mlx_server.models.removal import plan_removal, remove
-from mlx_server.models.slot import ModelStatus
+from mlx_server.api.http.failures import documented
+from mlx_server.api.http.json_route import JsonRoute
+from mlx_server.api.http.streaming import WholeAnswer
+from mlx_server.models.pool.slot import ModelStatus
+from mlx_server.models.store.catalog import Catalog, ModelEntry
+from mlx_server.models.store.pulls import PullStatus
+from mlx_server.models.store.removal import plan_removal, remove
 from mlx_server.schemas.admin import AdminModel, AdminModelList, AdminStats, Removed
 
 router = APIRouter(

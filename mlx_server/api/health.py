@@ -8,11 +8,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from mlx_server.api.dependencies import MetricsDep, PoolDep, authenticated
-from mlx_server.api.errors import documented
+from mlx_server.api.http.dependencies import MetricsDep, PoolDep, authenticated
+from mlx_server.api.http.failures import documented
 from mlx_server.errors import Unavailable
-from mlx_server.models.pool import ModelPoolManager
-from mlx_server.models.slot import ModelStatus
+from mlx_server.models.pool.manager import ModelPoolManager
+from mlx_server.models.pool.slot import ModelStatus
 
 router = APIRouter()
 

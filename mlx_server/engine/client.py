@@ -1,6 +1,6 @@
 """The front's handle on one engine process: start it, send it requests, stop it.
 
-What happens to a request when its engine ends is told in `models/supervisor.py`.
+What happens to a request when its engine ends is told in `models/pool/supervisor.py`.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from mlx_server.engine.protocol import (
 )
 from mlx_server.engine.spawn import Child, next_line, spawn
 from mlx_server.errors import EngineFailed, LoadCrashed, ModelLoadFailed, ServerError
-from mlx_server.telemetry import event
+from mlx_server.events import event
 
 RECEIVE_BYTES = 1 << 18
 KEPT_LOG_LINES = 50

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 import msgspec
 
-from mlx_server.engine.disk_cache import BlockRead
-from mlx_server.engine.kv_layout import Cache
-from mlx_server.engine.prefix_cache import (
+from mlx_server.engine.cache.disk import BlockRead
+from mlx_server.engine.cache.layout import Cache
+from mlx_server.engine.cache.prefix import (
     BLOCK,
     Block,
     PrefixCache,
@@ -19,7 +19,7 @@ from mlx_server.engine.prefix_cache import (
 from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row, Sampling
 
 if TYPE_CHECKING:
-    from mlx_server.engine.grammar import Constraint, Grammar
+    from mlx_server.engine.grammar.grammar import Constraint, Grammar
 
 EXPECTED_TOKENS = 256
 """Completion tokens that admission makes room for; what gets longer may be preempted."""
@@ -119,7 +119,7 @@ class Sequence:
 
     def constrain(self, grammar: "Grammar") -> None:
         """Bind what is to come to `grammar`. Raises GrammarError when nothing could end it."""
-        from mlx_server.engine.grammar import Constraint  # loaded by now
+        from mlx_server.engine.grammar.grammar import Constraint  # loaded by now
 
         self.stop_tokens = grammar.ends(self.stop_tokens)
         self.constraint = Constraint(grammar, self.stop_tokens, self.completion)

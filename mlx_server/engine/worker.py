@@ -15,9 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlx_server.engine.blas import ADVICE, load_openblas
-from mlx_server.engine.imports import leave_out_text_side
-from mlx_server.engine.pace import Pace
+from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import (
     Abort,
     Begun,
@@ -38,15 +36,17 @@ from mlx_server.engine.protocol import (
     decode_to_engine,
     frame,
 )
+from mlx_server.engine.run.patches import leave_out_text_side
+from mlx_server.engine.schedule.pace import Pace
 from mlx_server.engine.spawn import step_back
-from mlx_server.utils.units import parse_bytes
+from mlx_server.units import parse_bytes
 
 if TYPE_CHECKING:
-    from mlx_server.engine.backend import Backend
-    from mlx_server.engine.embedding import Embedder
-    from mlx_server.engine.prefix_cache import PrefixCache
-    from mlx_server.engine.scheduler import Scheduler
-    from mlx_server.utils.memory import DeviceMemory
+    from mlx_server.engine.cache.prefix import PrefixCache
+    from mlx_server.engine.embedding.embedder import Embedder
+    from mlx_server.engine.memory import DeviceMemory
+    from mlx_server.engine.run.backend import Backend
+    from mlx_server.engine.schedule.scheduler import Scheduler
 
 STATS_INTERVAL = 1.0
 """Seconds between statistics while the engine works."""
@@ -200,7 +200,7 @@ def load(message: Load) -> tuple[Work, Ready]:
     if not options.trust_remote_code:  # a model's own code may well read text
         leave_out_text_side()
     # Only now: a BLAS loaded after MLX would never be used.
-    from mlx_server.utils.memory import DeviceMemory, device_name
+    from mlx_server.engine.memory import DeviceMemory, device_name
 
     memory = DeviceMemory(options.memory_limit, options.cache_limit)
     device = device_name()
@@ -234,8 +234,8 @@ def load(message: Load) -> tuple[Work, Ready]:
 
 
 def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":
-    from mlx_server.engine.backend import Backend
-    from mlx_server.engine.scheduler import Scheduler
+    from mlx_server.engine.run.backend import Backend
+    from mlx_server.engine.schedule.scheduler import Scheduler
 
     options = message.options
     adapter = Path(message.adapter_path) if message.adapter_path else None
@@ -253,9 +253,9 @@ def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":
 
 
 def _embedder(message: Load, embedding: Embedding, memory: "DeviceMemory") -> "Embedder":
-    from mlx_server.engine.backend import ModelError
-    from mlx_server.engine.embedding import Embedder
-    from mlx_server.engine.embedding_backend import EmbeddingBackend
+    from mlx_server.engine.embedding.backend import EmbeddingBackend
+    from mlx_server.engine.embedding.embedder import Embedder
+    from mlx_server.engine.run.backend import ModelError
 
     if message.adapter_path is not None:
         raise ModelError("LoRA adapters are not applied to embedding models")
@@ -264,9 +264,9 @@ def _embedder(message: Load, embedding: Embedding, memory: "DeviceMemory") -> "E
 
 
 def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCache":
-    from mlx_server.engine.disk_cache import DiskCache
-    from mlx_server.engine.identity import model_identity
-    from mlx_server.engine.prefix_cache import PrefixCache
+    from mlx_server.engine.cache.disk import DiskCache
+    from mlx_server.engine.cache.identity import model_identity
+    from mlx_server.engine.cache.prefix import PrefixCache
 
     options = message.options
     limit = parse_bytes(options.prefix_cache, kv_limit)
@@ -285,7 +285,7 @@ def _kv_limit(options: LoadOptions, memory: "DeviceMemory", backend: "Backend") 
     left = memory.limit - backend.weights_bytes
     limit = left if options.kv_limit is None else min(options.kv_limit, left)
     if backend.kv_cost.longest(limit, backend.context_length) == 0:
-        from mlx_server.engine.backend import ModelError
+        from mlx_server.engine.run.backend import ModelError
 
         raise ModelError(
             f"its weights take {backend.weights_bytes:,} of the {memory.limit:,} bytes that it may "

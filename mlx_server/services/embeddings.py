@@ -12,10 +12,10 @@ from mlx_server.config import Settings
 from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import Embed
 from mlx_server.errors import BadRequest, ContextLengthExceeded
-from mlx_server.models.pool import ModelPoolManager
-from mlx_server.models.slot import LoadedModel
+from mlx_server.models.pool.manager import ModelPoolManager
+from mlx_server.models.pool.slot import LoadedModel
 from mlx_server.schemas.internal import Caller
-from mlx_server.services.admission import Admission
+from mlx_server.services.backpressure import Admission
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from mlx_server.config import Settings
 from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import Generate, Logprobs, Row
 from mlx_server.errors import BadRequest, ContextLengthExceeded
-from mlx_server.models.pool import ModelPoolManager
-from mlx_server.models.slot import LoadedModel
+from mlx_server.models.pool.manager import ModelPoolManager
+from mlx_server.models.pool.slot import LoadedModel
 from mlx_server.models.text.client import ModelText
 from mlx_server.models.text.protocol import Prepared
 from mlx_server.schemas.internal import (
@@ -22,10 +22,10 @@ from mlx_server.schemas.internal import (
     InferenceRequest,
     PromptScored,
 )
-from mlx_server.services.admission import Admission
-from mlx_server.services.choices import PlainChoice, ReadChoice
-from mlx_server.services.output import OutputReader
-from mlx_server.services.text import prompt_logprobs
+from mlx_server.services.backpressure import Admission
+from mlx_server.services.output.choices import PlainChoice, ReadChoice
+from mlx_server.services.output.completion import OutputReader
+from mlx_server.services.output.text import prompt_logprobs
 from mlx_server.telemetry import InferenceSpan, inference_span
 
 SEED_BITS = 64

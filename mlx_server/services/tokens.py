@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_server.errors import BadRequest
-from mlx_server.models.pool import ModelPoolManager
+from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.schemas.internal import Prompt, TextPrompt
-from mlx_server.services.text import token_text
+from mlx_server.services.output.text import token_text
 
 
 @dataclass(frozen=True, slots=True)

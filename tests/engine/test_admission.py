@@ -12,14 +12,14 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from mlx_server.engine.backend import Backend, KvCost, cache_bytes, extend, keep_rows, merge
+from mlx_server.engine.cache.prefix import PrefixCache
 from mlx_server.engine.client import EngineClient
-from mlx_server.engine.prefix_cache import PrefixCache
+from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import Begun, Generate, LoadOptions, Row, Sampling, Stats
-from mlx_server.engine.scheduler import Scheduler
+from mlx_server.engine.run.backend import Backend, KvCost, cache_bytes, extend, keep_rows, merge
+from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.engine.sequence import Sequence
 from mlx_server.errors import EngineFailed, ModelLoadFailed
-from mlx_server.utils.memory import DeviceMemory
 from tests.engine.conftest import request, rows_of, started, tokens_of
 from tests.support.tiny import build_tiny_model
 

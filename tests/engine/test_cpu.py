@@ -14,7 +14,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from mlx_server.engine import cpu
+from mlx_server.engine.cpu import attention as cpu
 
 ATTENTION = mx.fast.scaled_dot_product_attention
 SWIGLU = activations.swiglu

@@ -15,8 +15,8 @@ import mlx.core as mx
 import pytest
 from safetensors import deserialize
 
-from mlx_server.engine import disk_cache
-from mlx_server.engine.disk_cache import (
+from mlx_server.engine.cache import disk as disk_cache
+from mlx_server.engine.cache.disk import (
     DTYPES,
     TEMPORARY,
     Damaged,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Embed, Embedding, LoadOptions, PoolingMode
 from mlx_server.errors import EngineFailed, ModelLoadFailed
-from mlx_server.models.supervisor import SupervisedEngine
+from mlx_server.models.pool.supervisor import SupervisedEngine
 from tests.engine.conftest import idle, request
 from tests.support.bert import ReferenceEncoder, build_tiny_bert, unit, wordpiece
 from tests.support.tiny import build_tiny_model

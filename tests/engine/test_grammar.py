@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher
 
-from mlx_server.engine import sampling
-from mlx_server.engine.backend import Backend
+from mlx_server.engine.cache.prefix import PrefixCache
 from mlx_server.engine.client import EngineClient
-from mlx_server.engine.device_sampling import DeviceSampler
-from mlx_server.engine.grammar import Allowed, Constraint, Grammar, Masker, Vocabulary
-from mlx_server.engine.host_sampling import HostSampler
-from mlx_server.engine.prefix_cache import PrefixCache
+from mlx_server.engine.grammar.grammar import Allowed, Constraint, Grammar, Masker, Vocabulary
+from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import Failed, Generate, LoadOptions, Row, Sampling, Tokens
-from mlx_server.engine.scheduler import Scheduler
+from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.sampling import sampler as sampling
+from mlx_server.engine.sampling.graph import DeviceSampler
+from mlx_server.engine.sampling.host import HostSampler
+from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.errors import EngineFailed
-from mlx_server.utils.memory import DeviceMemory
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of
 from tests.support.tiny import build_tiny_model, tiny_tokenizer, token_id
 

@@ -11,8 +11,7 @@ from mlx_lm.utils import _get_classes, load_model
 from pydantic import ValidationError
 
 from mlx_server.config import Settings
-from mlx_server.engine import backend
-from mlx_server.engine.kv_quant import (
+from mlx_server.engine.cache.quant import (
     BatchQuantizedKVCache,
     CannotQuantize,
     QuantizedKVCache,
@@ -20,6 +19,7 @@ from mlx_server.engine.kv_quant import (
     group_size_of,
     quantize_cache,
 )
+from mlx_server.engine.run import backend
 from tests.support.tiny import build_tiny_model
 
 TOLERANCE = {8: 0.06, 4: 0.6}

@@ -8,13 +8,13 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from mlx_server.engine import mixed
-from mlx_server.engine.backend import Backend, merge
-from mlx_server.engine.mixed import Part
-from mlx_server.engine.prefix_cache import PrefixCache
+from mlx_server.engine.cache.prefix import PrefixCache
+from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import Generate, LoadOptions, Sampling, Tokens
-from mlx_server.engine.scheduler import Scheduler
-from mlx_server.utils.memory import DeviceMemory
+from mlx_server.engine.run import mixed
+from mlx_server.engine.run.backend import Backend, merge
+from mlx_server.engine.run.mixed import Part
+from mlx_server.engine.schedule.scheduler import Scheduler
 from tests.engine.conftest import request
 from tests.support.tiny import build_recurrent_model, build_tiny_model
 

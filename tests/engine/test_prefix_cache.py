@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_server.engine.cache.prefix import BLOCK
 from mlx_server.engine.client import EngineClient
-from mlx_server.engine.prefix_cache import BLOCK
 from mlx_server.engine.protocol import Generate, Row, Sampling, Stats
 from tests.engine.conftest import request, rows_of, started, tokens_of, until
 from tests.support.tiny import build_recurrent_model, build_tiny_model

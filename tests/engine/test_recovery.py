@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_server.engine.caution import LOWERED, RAISE_SECONDS, RAISED, Caution
 from mlx_server.engine.protocol import Sampling
+from mlx_server.engine.schedule.backoff import LOWERED, RAISE_SECONDS, RAISED, Caution
 from mlx_server.errors import EngineFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of
 from tests.support.tiny import build_tiny_model

@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_server.engine import device_sampling
-from mlx_server.engine.device_sampling import DeviceSampler
-from mlx_server.engine.host_sampling import HostSampler
 from mlx_server.engine.protocol import Sampling
-from mlx_server.engine.sampling import BatchSampler, token_logprobs, uniform
+from mlx_server.engine.sampling import graph as device_sampling
+from mlx_server.engine.sampling.graph import DeviceSampler
+from mlx_server.engine.sampling.host import HostSampler
+from mlx_server.engine.sampling.sampler import BatchSampler, token_logprobs, uniform
 
 VOCAB = 97
 Sampler = DeviceSampler | HostSampler

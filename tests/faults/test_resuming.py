@@ -20,7 +20,7 @@ import pytest
 from mlx_server.engine import client as engine_client
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import LoadOptions, Row, Sampling
-from mlx_server.models.supervisor import SupervisedEngine
+from mlx_server.models.pool.supervisor import SupervisedEngine
 from tests.engine.conftest import request
 from tests.faults.conftest import (
     CONTEXT,

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from mlx_server.api.rate_limits import Window
+from mlx_server.api.http.limits import Window
 from tests.server.conftest import MODEL
 from tests.server.test_errors import assert_refused
 from tests.support.raw import Raw

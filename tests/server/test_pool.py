@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from mlx_server.models.footprint import read_footprint
+from mlx_server.models.pool.footprint import read_footprint
 from tests.support.pool import (
     BATCH,
     LIVELY,

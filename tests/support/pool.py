@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_server.models.footprint import read_footprint
+from mlx_server.models.pool.footprint import read_footprint
 from tests.support.server import Server, chat, serving
 from tests.support.tiny import build_tiny_model
 

@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from mlx_server.errors import BadRequest, ModelLoadFailed
-from mlx_server.models.adapters.base import Adapter, Capabilities, Reasoning
-from mlx_server.models.adapters.pieces import TokenBytes
-from mlx_server.models.adapters.registry import find_family, load_adapter
+from mlx_server.models.text.adapters.base import Adapter, Capabilities, Reasoning
+from mlx_server.models.text.adapters.registry import find_family, load_adapter
+from mlx_server.models.text.adapters.token_bytes import TokenBytes
 from mlx_server.schemas.internal import ChatPrompt
 from tests.support.tiny import FAMILIES, build_tiny_model, tiny_tokenizer, token_id
 
@@ -474,7 +474,7 @@ def test_loading_prints_nothing(tmp_path: Path) -> None:
     build_tiny_model(tmp_path, "phi")
     code = (
         "import sys; from pathlib import Path\n"
-        "from mlx_server.models.adapters.registry import load_adapter\n"
+        "from mlx_server.models.text.adapters.registry import load_adapter\n"
         "assert 'transformers' not in sys.modules\n"
         "load_adapter(Path(sys.argv[1]), 'x')\n"
     )

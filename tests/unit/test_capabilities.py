@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_server.models.adapters.registry import load_adapter
-from mlx_server.models.capabilities import read_capabilities
-from mlx_server.models.catalog import ModelEntry
+from mlx_server.models.store.capabilities import read_capabilities
+from mlx_server.models.store.catalog import ModelEntry
+from mlx_server.models.text.adapters.registry import load_adapter
 from tests.support.tiny import FAMILIES, build_tiny_model
 
 THINKS = "{% if enable_thinking %}<think>{% endif %}</think>{{ messages[0]['content'] }}"

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, ModelNotFound
-from mlx_server.models.catalog import DEMO, Catalog
+from mlx_server.models.store.catalog import DEMO, Catalog
 
 COMMIT = "a" * 40
 OLDER = "b" * 40

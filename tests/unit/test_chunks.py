@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_server.api.streaming import sse
-from mlx_server.api.v1 import chat, completions
-from mlx_server.api.v1.generation import SYSTEM_FINGERPRINT, Header
+from mlx_server.api.generation import SYSTEM_FINGERPRINT, Header
+from mlx_server.api.http.streaming import sse
+from mlx_server.api.openai import chat, completions
 from mlx_server.schemas.internal import ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta
 from mlx_server.schemas.openai.chat import (
     CallDelta,

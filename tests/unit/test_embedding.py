@@ -10,10 +10,10 @@ from huggingface_hub import constants
 from mlx_server.config import Settings
 from mlx_server.engine.protocol import Embedding
 from mlx_server.errors import ModelLoadFailed
-from mlx_server.models.catalog import Catalog
-from mlx_server.models.download import pull
-from mlx_server.models.embedding import EmbeddingFiles, makes_vectors, read_embedding
-from mlx_server.models.footprint import read_embedding_footprint, read_footprint
+from mlx_server.models.pool.footprint import read_embedding_footprint, read_footprint
+from mlx_server.models.store.catalog import Catalog
+from mlx_server.models.store.embedding_files import EmbeddingFiles, makes_vectors, read_embedding
+from mlx_server.models.store.hub import pull
 from tests.support.bert import build_tiny_bert, write_modules
 from tests.support.hub import Hub, running
 from tests.support.tiny import build_tiny_model

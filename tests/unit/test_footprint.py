@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_model
 
-from mlx_server.engine.backend import KvCost
-from mlx_server.engine.kv_quant import quantize_cache
+from mlx_server.engine.cache.quant import quantize_cache
+from mlx_server.engine.run.backend import KvCost
 from mlx_server.errors import ModelLoadFailed
-from mlx_server.models.footprint import read_footprint
+from mlx_server.models.pool.footprint import read_footprint
 from tests.support.tiny import build_tiny_model
 
 

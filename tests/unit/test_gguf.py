@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, ServerError
-from mlx_server.models.catalog import Catalog
-from mlx_server.models.gguf import exclusive, import_gguf, import_into
+from mlx_server.models.store.catalog import Catalog
+from mlx_server.models.store.gguf import exclusive, import_gguf, import_into
 
 HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, LAYERS = 64, 4, 2, 96, 2
 F32, Q4_1, Q8_0 = 0, 3, 8

@@ -9,8 +9,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from mlx_server.errors import BadRequest
-from mlx_server.models.adapters.base import Adapter
-from mlx_server.models.adapters.registry import load_adapter
+from mlx_server.models.text.adapters.base import Adapter
+from mlx_server.models.text.adapters.registry import load_adapter
 from mlx_server.models.text.client import ModelText, TextProcess
 from mlx_server.schemas.internal import ChatPrompt, Constraint, TextPrompt, TokenPrompt
 from tests.support.tiny import build_tiny_model

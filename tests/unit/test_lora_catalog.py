@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from mlx_server.config import Settings
 from mlx_server.errors import ModelNotFound
-from mlx_server.models.catalog import Catalog
+from mlx_server.models.store.catalog import Catalog
 from tests.unit.test_catalog import COMMIT, OLDER, ids, make_model, make_snapshot
 
 

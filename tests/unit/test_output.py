@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mlx_server.engine.protocol import FinishReason, Logprobs, Row
 from mlx_server.errors import Unavailable
-from mlx_server.models.adapters.base import Adapter, CallSyntax, Reasoning, Syntax
-from mlx_server.models.adapters.registry import load_adapter
+from mlx_server.models.text.adapters.base import Adapter, CallSyntax, Reasoning, Syntax
+from mlx_server.models.text.adapters.registry import load_adapter
 from mlx_server.schemas.internal import (
     Event,
     Finished,
@@ -27,9 +27,9 @@ from mlx_server.schemas.internal import (
     ToolCallStart,
     ToolUse,
 )
-from mlx_server.services.choices import ReadChoice
-from mlx_server.services.output import OutputReader
-from mlx_server.services.pieces import Kind, Piece
+from mlx_server.services.output.choices import ReadChoice
+from mlx_server.services.output.completion import OutputReader
+from mlx_server.services.output.pieces import Kind, Piece
 from tests.support.tiny import build_tiny_model, token_id
 
 THINK = Reasoning("<think>", "</think>")

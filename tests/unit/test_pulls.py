@@ -10,9 +10,9 @@ from huggingface_hub import constants
 
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, ModelNotFound, Unavailable
-from mlx_server.models.catalog import Catalog
-from mlx_server.models.download import Progress
-from mlx_server.models.pulls import PullManager
+from mlx_server.models.store.catalog import Catalog
+from mlx_server.models.store.hub import Progress
+from mlx_server.models.store.pulls import PullManager
 from tests.support.hub import Hub, running
 from tests.support.server import until
 

@@ -7,10 +7,10 @@ from huggingface_hub import constants
 
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest
-from mlx_server.models.catalog import Catalog
-from mlx_server.models.gguf import exclusive
-from mlx_server.models.locks import ModelLock
-from mlx_server.models.removal import plan_removal, remove
+from mlx_server.models.store.catalog import Catalog
+from mlx_server.models.store.gguf import exclusive
+from mlx_server.models.store.locks import ModelLock
+from mlx_server.models.store.removal import plan_removal, remove
 from tests.support.hub import COMMIT as REAL_COMMIT
 from tests.unit.test_catalog import COMMIT, OLDER, ids, make_model, make_snapshot
 

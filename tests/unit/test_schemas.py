@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mlx_server.api.errors import invalid_request
-from mlx_server.api.v1 import chat, completions
-from mlx_server.api.v1.generation import Header, Tally
+from mlx_server.api.generation import Header, Tally
+from mlx_server.api.http.failures import invalid_request
+from mlx_server.api.openai import chat, completions
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import (

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_server.engine.protocol import Logprobs
-from mlx_server.models.adapters.base import Adapter
-from mlx_server.models.adapters.registry import load_adapter
+from mlx_server.models.text.adapters.base import Adapter
+from mlx_server.models.text.adapters.registry import load_adapter
 from mlx_server.schemas.internal import TokenLogprob
-from mlx_server.services.text import (
+from mlx_server.services.output.text import (
     AlignedText,
     StopMatcher,
     TokenDecoder,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_server.errors import BadRequest
-from mlx_server.models.adapters.base import Adapter
+from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.schemas.internal import ChatPrompt, Constraint, ToolUse
 from tests.support.tiny import FAMILIES
 from tests.unit.test_grammars import Speaker, accepts, tiny_adapter, user

@@ -1,8 +1,8 @@
 """The order in which waiting requests are admitted."""
 
 from mlx_server.engine.protocol import Generate, Sampling
+from mlx_server.engine.schedule.waiting import WaitingQueue
 from mlx_server.engine.sequence import Sequence
-from mlx_server.engine.waiting import WaitingQueue
 
 
 def sequence(id_: int, caller: str = "", priority: int = 0) -> Sequence:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from mlx_server.errors import ContextLengthExceeded
-from mlx_server.models.adapters.base import Adapter
+from mlx_server.models.text.adapters.base import Adapter
 
 SLICE = 64
 """Texts given to the tokenizer at once, so that other requests' get their turn."""

@@ -14,6 +14,7 @@ from mlx_server import errors
 from mlx_server.engine.protocol import FrameReader, frame
 from mlx_server.engine.spawn import Child, next_line, spawn
 from mlx_server.errors import BadRequest, ServerError, Unavailable
+from mlx_server.events import event
 from mlx_server.models.text.protocol import (
     Chat,
     Close,
@@ -35,7 +36,6 @@ from mlx_server.models.text.protocol import (
     decode_reply,
 )
 from mlx_server.schemas.internal import ChatPrompt, Constraint, Prompt, TextPrompt
-from mlx_server.telemetry import event
 
 RECEIVE_BYTES = 1 << 18
 ENDED = "The process that prepares prompts ended; ask again."

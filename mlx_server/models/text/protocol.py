@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_server.models.adapters.base import Capabilities, Syntax
+from mlx_server.models.text.adapters.base import Capabilities, Syntax
 from mlx_server.schemas.internal import Constraint, ToolUse
 
 

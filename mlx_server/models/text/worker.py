@@ -18,9 +18,9 @@ from pathlib import Path
 from mlx_server.engine.protocol import FrameReader, frame
 from mlx_server.engine.spawn import step_back
 from mlx_server.errors import ContextLengthExceeded, ServerError
-from mlx_server.models.adapters.base import Adapter
-from mlx_server.models.adapters.generic import import_tokenizers
-from mlx_server.models.adapters.registry import load_adapter
+from mlx_server.models.text.adapters.base import Adapter
+from mlx_server.models.text.adapters.generic import import_tokenizers
+from mlx_server.models.text.adapters.registry import load_adapter
 from mlx_server.models.text.batches import tokenize_all
 from mlx_server.models.text.protocol import (
     Chat,

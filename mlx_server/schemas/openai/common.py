@@ -23,7 +23,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from mlx_server.errors import BadRequest
-from mlx_server.utils.units import DURATION, parse_seconds
+from mlx_server.units import DURATION, parse_seconds
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1

@@ -1,0 +1,282 @@
+"""Quantized KV caches that take part in continuous batching.
+
+mlx-lm has one for a single sequence only. Keys and values are each held as a triple of arrays
+(rows, heads, tokens, width), as `mx.quantize` gives them: packed numbers, scales, biases. Padding,
+offsets and masks are those of mlx-lm's plain caches. Layers whose cache is bounded anyway, by a
+window or as a recurrent state, stay as they are.
+"""
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    CacheList,
+    KVCache,
+    dynamic_roll,
+    make_prompt_cache,
+)
+
+from mlx_server.engine.memory import device_name
+
+Planes = tuple[mx.array, mx.array, mx.array]
+"""Packed numbers, scales and biases, each (rows, heads, tokens, width)."""
+
+GROUP_SIZES = (64, 32)
+"""Numbers that share a scale and a bias; the first that divides a head is taken."""
+DIRECT_HEAD_DIM = 64
+"""Attention over packed values is right on Metal for heads that are multiples of this: some
+releases of MLX leave columns out otherwise (https://github.com/ml-explore/mlx/issues/4250)."""
+
+
+class CannotQuantize(Exception):
+    """The model's attention does not work with a quantized KV cache; the message says why."""
+
+
+def quantize_cache(cache: Many[Any], bits: int) -> list[Any]:
+    """The empty prompt cache `cache` with quantized layers in place of those that grow."""
+    return [_quantized(layer, bits) for layer in cache]
+
+
+def check_support(model: Any, bits: int) -> int:
+    """How many of the model's caches are quantized; the others are bounded.
+
+    Traces, without computing anything, what the engine does: a chunk of prefill, a merge, a decode
+    step. Raises CannotQuantize for heads that no group size divides, and for attention that cannot
+    read what the cache returns: most latent ones (MLA), those with sinks, and some that share keys
+    between layers.
+    """
+    cache = quantize_cache(make_prompt_cache(model), bits)
+    count = _count_quantized(cache)
+    if not count:
+        return 0
+    try:
+        model(mx.zeros((1, 2), dtype=mx.int32), cache=cache)
+        cache = [layer.merge([layer]) for layer in cache]
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise CannotQuantize(
+            "kv_bits is set and its attention cannot use a quantized KV cache "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return count
+
+
+def group_size_of(*widths: int) -> int:
+    """The group size for heads of these widths. Raises CannotQuantize if there is none."""
+    for size in GROUP_SIZES:
+        if all(width and width % size == 0 for width in widths):
+            return size
+    sizes = " and ".join(map(str, sorted(set(widths))))
+    raise CannotQuantize(
+        f"kv_bits needs heads of a multiple of {GROUP_SIZES[-1]} numbers, and they have {sizes}"
+    )
+
+
+class _QuantizedArrays:
+    """Storage and access that the two caches share.
+
+    mlx-lm's attention works on packed keys and values where the cache has `bits`, and on plain
+    ones where it has not. A decode step reads the whole cache for one query, which is quickest
+    packed. For a chunk of prefill the keys and values of the layer are dequantized for the moment,
+    because its fused attention then needs no scores (heads, chunk, tokens) in memory; so it is
+    always on CUDA, whose packed product does not take a part of an array.
+    """
+
+    keys: Planes | None
+    values: Planes | None
+    step: int
+
+    def __init__(self, bits: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.kv_bits = bits
+        self._direct = device_name() != "cuda"
+        self._packed = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of the packed numbers last returned; absent when those were dequantized."""
+        if not self._packed:
+            raise AttributeError("bits")
+        return self.kv_bits
+
+    @property
+    def group_size(self) -> int:
+        """Numbers that share a scale and a bias."""
+        assert self.keys is not None
+        packed, scales, _ = self.keys
+        return packed.shape[3] * 8 * packed.itemsize // self.kv_bits // scales.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*(self.keys or ()), *(self.values or ())))
+
+    def _write(self, keys: mx.array, values: mx.array, start: int) -> None:
+        """Put `keys` and `values` (rows, heads, tokens, head_dim) at position `start`."""
+        widths = keys.shape[3], values.shape[3]
+        size = group_size_of(*widths)
+        aligned = all(width % DIRECT_HEAD_DIM == 0 for width in widths)
+        self._packed = self._direct and aligned and keys.shape[2] == 1
+        self.keys = self._written(self.keys, mx.quantize(keys, size, self.kv_bits), start)
+        self.values = self._written(self.values, mx.quantize(values, size, self.kv_bits), start)
+
+    def _written(self, held: Planes | None, new: Planes, start: int) -> Planes:
+        """`new` at position `start` of `held`, which grows by steps where it is too short."""
+        tokens = new[0].shape[2]
+        if held is None or start + tokens > held[0].shape[2]:
+            room = -(-tokens // self.step) * self.step
+            space = _each(lambda x: mx.zeros((*x.shape[:2], room, x.shape[3]), x.dtype), new)
+            held = space if held is None else _joined(_part(held, 0, start), space)
+        for buffer, plane in zip(held, new, strict=True):
+            buffer[..., start : start + tokens, :] = plane
+        return held
+
+    def _read(self, end: int) -> tuple[Any, Any]:
+        """Keys and values of the first `end` positions, packed or not."""
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = _part(self.keys, 0, end), _part(self.values, 0, end)
+        if self._packed:
+            return keys, values
+        size, bits = self.group_size, self.kv_bits
+        return mx.dequantize(*keys, size, bits), mx.dequantize(*values, size, bits)
+
+
+class QuantizedKVCache(_QuantizedArrays, KVCache):  # type: ignore[misc]
+    """The keys and values of one sequence, quantized."""
+
+    offset: int
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        self._write(keys, values, self.offset)
+        self.offset += keys.shape[2]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        return self._read(self.offset)
+
+    def plane(self, index: int) -> KVCache:
+        """One of the three arrays of keys and of values, as a plain cache."""
+        plain = KVCache()
+        if self.keys is not None and self.values is not None:
+            plain.keys, plain.values = self.keys[index], self.values[index]
+        plain.offset = self.offset
+        return plain
+
+    @classmethod
+    def merge(cls, caches: list["QuantizedKVCache"]) -> "BatchQuantizedKVCache":
+        return BatchQuantizedKVCache.merge(caches)
+
+
+class BatchQuantizedKVCache(_QuantizedArrays, BatchKVCache):  # type: ignore[misc]
+    """The keys and values of a left-padded batch, quantized."""
+
+    offset: mx.array
+    left_padding: mx.array
+    _idx: int
+    _right_padding: mx.array | None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        self._write(keys, values, self._idx)
+        self.offset = self.offset + keys.shape[2]
+        self._idx += keys.shape[2]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        return self._read(self._idx)
+
+    def finalize(self) -> None:
+        padding = self._right_padding
+        if padding is None or self.keys is None or self.values is None:
+            return
+        self.keys = _each(lambda x: dynamic_roll(x, padding[:, None], axis=2), self.keys)
+        self.values = _each(lambda x: dynamic_roll(x, padding[:, None], axis=2), self.values)
+        self.offset = self.offset - padding
+        self.left_padding = self.left_padding + padding
+        self._right_padding = None
+
+    def filter(self, batch_indices: Any) -> None:
+        keys, values, before = self.keys, self.values, self._idx
+        self.keys = self.values = None
+        super().filter(batch_indices)  # of an empty cache: padding, offsets and index alone
+        shift = before - self._idx
+        if keys is not None and values is not None:
+            rows = mx.array(batch_indices)
+            self.keys = _each(lambda x: x[rows][..., shift:, :], keys)
+            self.values = _each(lambda x: x[rows][..., shift:, :], values)
+
+    def extend(self, other: "BatchQuantizedKVCache") -> None:
+        planes = [self.plane(index) for index in range(3)]
+        for index, plane in enumerate(planes):
+            plane.extend(other.plane(index))
+        self._assemble(planes)
+
+    def extract(self, idx: int) -> QuantizedKVCache:
+        cache = QuantizedKVCache(self.kv_bits)
+        padding = cast(list[int], self.left_padding.tolist())[idx]
+        cache.offset = self._idx - padding
+        if self.keys is not None and self.values is not None:
+            part = (slice(idx, idx + 1), slice(None), slice(padding, self._idx))
+            cache.keys = _each(lambda x: mx.contiguous(x[part]), self.keys)
+            cache.values = _each(lambda x: mx.contiguous(x[part]), self.values)
+        return cache
+
+    @classmethod
+    def merge(cls, caches: list[QuantizedKVCache]) -> "BatchQuantizedKVCache":
+        merged = cls(caches[0].kv_bits, [0] * len(caches))
+        merged._assemble(
+            [BatchKVCache.merge([cache.plane(index) for cache in caches]) for index in range(3)]
+        )
+        return merged
+
+    def plane(self, index: int) -> BatchKVCache:
+        """One of the three arrays of keys and of values, as a plain cache."""
+        plain = BatchKVCache([])
+        if self.keys is not None and self.values is not None:
+            plain.keys, plain.values = self.keys[index], self.values[index]
+        plain.offset, plain.left_padding, plain._idx = self.offset, self.left_padding, self._idx
+        return plain
+
+    def _assemble(self, planes: list[BatchKVCache]) -> None:
+        """Take over arrays, padding and offsets of plain caches, of one array each."""
+        first = planes[0]
+        if first.keys is not None:
+            self.keys = _planes(plane.keys for plane in planes)
+            self.values = _planes(plane.values for plane in planes)
+        self.offset, self.left_padding, self._idx = first.offset, first.left_padding, first._idx
+
+
+def _planes(arrays: Iterable[mx.array]) -> Planes:
+    packed, scales, biases = arrays
+    return packed, scales, biases
+
+
+def _each(change: Callable[[mx.array], mx.array], planes: Planes) -> Planes:
+    return _planes(map(change, planes))
+
+
+def _part(planes: Planes, start: int, end: int) -> Planes:
+    return _each(lambda x: x[..., start:end, :], planes)
+
+
+def _joined(first: Planes, second: Planes) -> Planes:
+    pairs = zip(first, second, strict=True)
+    return _planes(mx.concatenate(list(pair), axis=2) for pair in pairs)
+
+
+def _quantized(layer: Any, bits: int) -> Any:
+    if isinstance(layer, CacheList):
+        return CacheList(*quantize_cache(layer.caches, bits))
+    # Not of its subclasses: they are kept in other ways.
+    return QuantizedKVCache(bits) if type(layer) is KVCache else layer
+
+
+def _count_quantized(cache: Many[Any]) -> int:
+    return sum(
+        _count_quantized(layer.caches)
+        if isinstance(layer, CacheList)
+        else isinstance(layer, QuantizedKVCache)
+        for layer in cache
+    )

@@ -1,0 +1,54 @@
+"""Log events: one line each, a name and fields. Nothing secret and no prompt text."""
+
+import logging
+import time
+
+
+def event(name: str, **fields: object) -> str:
+    """The message of a log event: `event=name key=value …`, None values left out."""
+    given = {"event": name} | {key: value for key, value in fields.items() if value is not None}
+    return " ".join(f"{key}={_value(value)}" for key, value in given.items())
+
+
+def _value(value: object) -> str:
+    """`value` as one word, or quoted when it is none."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    if text and all(char.isprintable() and char not in ' "=' for char in text):
+        return text
+    return '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
+
+
+class EventFormatter(logging.Formatter):
+    """One line per event; what other libraries write as sentences becomes an event too."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            fmt="%(asctime)s.%(msecs)03dZ level=%(levelname)s %(message)s",
+            datefmt="%Y-%m-%dT%H:%M:%S",
+        )
+        self.converter = time.gmtime
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if not record.message.startswith("event="):
+            record.message = event("log", logger=record.name, message=record.message)
+        return super().formatMessage(record)
+
+
+def setup_logging(level: str) -> None:
+    """Send every logger's events to standard error, from `level` on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(EventFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    # The request event says the same and more.
+    logging.getLogger("uvicorn.access").propagate = False
+    # At debug level this one logs every chunk, which is the completion's text.
+    logging.getLogger("sse_starlette").setLevel(logging.INFO)
+    # These log the addresses of downloads, which may be signed and so as good as a key.
+    for name in ("httpx2", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,225 @@
+"""What a model will take in memory, told from its files' headers before anything is loaded."""
+
+import json
+import math
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_server.errors import ModelLoadFailed
+from mlx_server.models.store.catalog import WEIGHTS
+from mlx_server.models.store.folder import read_config
+from mlx_server.models.store.lora import WEIGHTS as ADAPTER_WEIGHTS
+
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+}
+FLOAT32_BYTES = 4
+KV_BYTES = 2
+"""Bytes of a number in a KV cache on a device that computes in half precision."""
+KV_GROUP_SIZES = (64, 32)
+"""Numbers of a quantized KV cache that share a scale and a bias: the first that divides a head."""
+PACKED_BITS = (2, 3, 4, 5, 6, 8)
+"""Sizes of quantized weights that MLX knows."""
+SAMPLING_COPIES = 4
+SCORE_COPIES = 2
+UNFUSED_KEYS = 512
+"""Tokens of a text up to which attention may have all its scores in memory at once."""
+FULL_ATTENTION = ("full_attention", "attention")
+"""What configurations call a layer whose KV cache grows with the tokens."""
+LARGEST_HEADER = 100_000_000
+HEADER = struct.Struct("<Q")
+
+
+KV_STEP = 256
+"""Tokens by which caches grow, so that one may hold room for as many more than it needs."""
+LARGEST_CHUNK = 2048
+"""Tokens whose activations are in memory at once, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of memory: the weights once loaded, and the KV cache per token of one sequence.
+
+    `float32` says that the weights are dequantized to that.
+    """
+
+    float32: bool
+    weights: int
+    kv_per_token: int
+    context_length: int
+    vocabulary: int
+    activations_per_token: int
+    largest_chunk: int = LARGEST_CHUNK
+    """Tokens whose activations are in memory at once, at most."""
+
+    def kv(self, tokens: int) -> int:
+        """The KV cache of one sequence."""
+        return (tokens + KV_STEP) * self.kv_per_token
+
+    def working(self, max_batch: int) -> int:
+        """Room to compute in: a chunk's activations, and a batch's logits while sampling."""
+        logits = max_batch * self.vocabulary * FLOAT32_BYTES
+        return self.largest_chunk * self.activations_per_token + SAMPLING_COPIES * logits
+
+
+def read_footprint(
+    path: Path, float32: bool, adapter: Path | None = None, kv_bits: int | None = None
+) -> Footprint:
+    """Estimate the model folder `path` with the LoRA weights in the folder `adapter`.
+
+    The weights are dequantized to float32, or stay as they are stored; KV caches are quantized to
+    `kv_bits`, or hold numbers as they are computed.
+    Raises ModelLoadFailed for files that are damaged.
+    """
+    config = read_config(path)
+    tensors = [tensor for file in sorted(path.glob(WEIGHTS)) for tensor in _tensors(file)]
+    if not tensors:
+        raise ModelLoadFailed(f"{path.name} has no {WEIGHTS} file.")
+    added = _tensors(adapter / ADAPTER_WEIGHTS) if adapter else []
+    stored = sum(tensor.bytes for tensor in (*tensors, *added))
+    parameters = _parameters(tensors, config) + sum(tensor.elements for tensor in added)
+    weights = parameters * FLOAT32_BYTES if float32 else stored
+    wide = sum(tensor.bytes for tensor in tensors if tensor.dtype == "F32") > stored / 2
+    number = FLOAT32_BYTES if float32 or wide else KV_BYTES
+    return Footprint(
+        float32=float32,
+        weights=weights,
+        kv_per_token=_kv_bytes_per_token(config, number, kv_bits),
+        context_length=_number(config, "max_position_embeddings", 4096),
+        vocabulary=_number(config, "vocab_size", 0),
+        activations_per_token=number
+        * (8 * _number(config, "hidden_size", 0) + 4 * _number(config, "intermediate_size", 0)),
+    )
+
+
+def read_embedding_footprint(path: Path, float32: bool, longest: int | None) -> Footprint:
+    """Estimate an embedding model, which takes each text of up to `longest` tokens at once.
+
+    It keeps no KV caches and computes no logits. Raises ModelLoadFailed for damaged files.
+    """
+    plain = read_footprint(path, float32)
+    context = min(plain.context_length, longest or plain.context_length)
+    heads = _number(read_config(path), "num_attention_heads", 1)
+    scores = SCORE_COPIES * FLOAT32_BYTES * heads * min(context, UNFUSED_KEYS)
+    return replace(
+        plain,
+        kv_per_token=0,
+        context_length=context,
+        vocabulary=0,
+        activations_per_token=plain.activations_per_token + scores,
+        largest_chunk=max(LARGEST_CHUNK, context),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    name: str
+    dtype: str
+    elements: int
+    bytes: int
+
+
+def _tensors(file: Path) -> list[_Tensor]:
+    """What the safetensors file holds, after checking that all of it is there."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = HEADER.unpack(stream.read(HEADER.size))
+            if length > LARGEST_HEADER:
+                raise ValueError("its header is implausibly large")
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise TypeError("its header is no object")
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = [_tensor(name, entry) for name, entry in header.items()]
+        size = file.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+        raise ModelLoadFailed(f"{file.name} is no readable safetensors file: {error}") from error
+    expected = HEADER.size + length + end
+    if size < expected:
+        raise ModelLoadFailed(
+            f"{file.name} is truncated: it has {size:,} of {expected:,} bytes. Pull it again."
+        )
+    return tensors
+
+
+def _tensor(name: str, entry: dict[str, Any]) -> _Tensor:
+    elements = math.prod(entry["shape"])
+    begin, end = entry["data_offsets"]
+    bits = BITS.get(entry["dtype"])
+    if bits is not None and elements * bits != (end - begin) * 8:
+        raise ValueError(f"the shape of {name} does not match its size")
+    return _Tensor(name, entry["dtype"], elements, end - begin)
+
+
+def _parameters(tensors: list[_Tensor], config: dict[str, Any]) -> int:
+    """Parameters after dequantization: packed weights unpack, their scales and biases go."""
+    quantized = {t.name.removesuffix(".scales") for t in tensors if t.name.endswith(".scales")}
+    settings = config.get("quantization")
+    settings = settings if isinstance(settings, dict) else {}
+    total = 0
+    for tensor in tensors:
+        base, _, part = tensor.name.rpartition(".")
+        if base not in quantized:
+            total += tensor.elements
+        elif part == "weight":
+            own = settings.get(base)
+            bits = (own if isinstance(own, dict) else settings).get("bits")
+            total += tensor.bytes * 8 // (bits if bits in PACKED_BITS else 4)
+    return total
+
+
+def _number(config: dict[str, Any], name: str, default: int) -> int:
+    """A size from the configuration, or from its text part in a multimodal model."""
+    value = config.get(name)
+    if value is None and isinstance(text := config.get("text_config"), dict):
+        value = text.get(name)
+    if isinstance(value, list):  # one for each layer
+        value = max((size for size in value if isinstance(size, int)), default=None)
+    return value if isinstance(value, int) and value >= 0 else default
+
+
+def _kv_bytes_per_token(config: dict[str, Any], number: int, kv_bits: int | None) -> int:
+    """Keys and values of all layers; families with a cheaper cache are overestimated.
+
+    `number` is what an unquantized one takes.
+    """
+    layers = _number(config, "num_hidden_layers", 0)
+    heads = max(1, _number(config, "num_attention_heads", 1))
+    kv_heads = _number(config, "num_key_value_heads", heads)
+    head_dim = _number(config, "head_dim", _number(config, "hidden_size", 0) // heads)
+    plain = 2 * kv_heads * head_dim * number
+    group = next((size for size in KV_GROUP_SIZES if head_dim % size == 0), None)
+    if kv_bits is None or group is None:
+        return layers * plain
+    groups = 2 * kv_heads * head_dim // group
+    quantized = groups * (group * kv_bits // 8 + 2 * number)  # with a scale and a bias
+    growing = _growing_layers(config, layers)
+    return growing * quantized + (layers - growing) * plain
+
+
+def _growing_layers(config: dict[str, Any], layers: int) -> int:
+    """Layers that attend to everything; only their caches are quantized."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        kinds = part.get("layer_types")
+        if isinstance(kinds, list):
+            return min(layers, sum(kind in FULL_ATTENTION for kind in kinds))
+    pattern = _number(config, "sliding_window_pattern", 0)
+    return layers // pattern if pattern else layers

@@ -1,0 +1,14 @@
+"""Alibaba's Qwen, from 1.5 on, and its mixtures of experts."""
+
+import re
+
+from mlx_server.models.text.adapters.generic import GenericAdapter
+
+
+class QwenAdapter(GenericAdapter):
+    """Ends a turn with `<|im_end|>`; base models end a text with `<|endoftext|>`."""
+
+    family = "qwen"
+    model_types = re.compile(r"qwen")
+    names = re.compile(r"qwen|qwq")
+    end_of_turn = ("<|im_end|>", "<|endoftext|>")

@@ -1,0 +1,44 @@
+"""Which adapter a model gets: by its own config, by its name only as a fallback."""
+
+from pathlib import Path
+from typing import Any
+
+from mlx_server.models.store.folder import read_config
+from mlx_server.models.text.adapters.base import Adapter
+from mlx_server.models.text.adapters.gemma import GemmaAdapter
+from mlx_server.models.text.adapters.generic import GenericAdapter
+from mlx_server.models.text.adapters.llama import LlamaAdapter
+from mlx_server.models.text.adapters.mistral import MistralAdapter
+from mlx_server.models.text.adapters.phi import PhiAdapter
+from mlx_server.models.text.adapters.qwen import QwenAdapter
+
+FAMILIES: tuple[type[GenericAdapter], ...] = (
+    LlamaAdapter,
+    QwenAdapter,
+    MistralAdapter,
+    GemmaAdapter,
+    PhiAdapter,
+)
+
+
+def load_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adapter:
+    """The adapter of the model in the folder `path`, known to users as `name`.
+
+    Blocks for as long as reading its tokenizer takes. Raises ModelLoadFailed when the folder's
+    config or tokenizer is missing or broken.
+    """
+    config = read_config(path)
+    return find_family(config, name)(path, config, trust_remote_code)
+
+
+def find_family(config: dict[str, Any], name: str) -> type[GenericAdapter]:
+    """The family that the config's `model_type` belongs to; else that of `name`; else generic."""
+    model_type = str(config.get("model_type") or "").lower()
+    short_name = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    for family in FAMILIES:
+        if family.model_types and family.model_types.search(model_type):
+            return family
+    for family in FAMILIES:
+        if family.names and family.names.search(short_name):
+            return family
+    return GenericAdapter

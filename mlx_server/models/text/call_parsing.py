@@ -1,0 +1,70 @@
+"""Reads tool calls out of the text between a family's markers for them."""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from mlx_server.events import event
+
+ARGUMENT_KEYS = ("arguments", "parameters")
+BETWEEN = " \t\r\n,;"
+"""What may stand between one JSON object and the next."""
+
+Parser = Callable[[str, list[dict[str, Any]]], Any]
+
+log = logging.getLogger("mlx_server.text")
+
+
+def read_calls(
+    text: str, tools: list[dict[str, Any]], parser: Parser | None
+) -> list[tuple[str, str]]:
+    """Names and arguments (JSON objects) of all calls in `text`; none if any of it is garbled.
+
+    JSON is read whatever the family, for that is what grammars write where a family's notation
+    cannot say what a schema asks; `parser` is mlx-lm's for all else.
+    """
+    calls = _json_calls(text)
+    if calls is None and parser is not None:
+        try:
+            calls = parser(text, tools)
+        except Exception as error:  # noqa: BLE001
+            # Parsers raise whatever comes of taking a model's text for a call.
+            log.info(event("tool_call_garbled", kind=type(error).__name__))
+            return []
+    read = [_call(one) for one in (calls if isinstance(calls, list) else [calls])]
+    return [] if None in read else [one for one in read if one is not None]
+
+
+def _json_calls(text: str) -> list[Any] | None:
+    """The JSON values in `text`, in a list or one after the other; None if it is not that."""
+    decoder = json.JSONDecoder()
+    found: list[Any] = []
+    rest = text.strip(BETWEEN)
+    while rest:
+        try:
+            value, end = decoder.raw_decode(rest)
+        except (ValueError, RecursionError):
+            return None
+        found += value if isinstance(value, list) else [value]
+        rest = rest[end:].strip(BETWEEN)
+    return found
+
+
+def _call(call: Any) -> tuple[str, str] | None:
+    if not isinstance(call, dict):
+        return None
+    call = call.get("function") if isinstance(call.get("function"), dict) else call
+    name = call.get("name")
+    arguments: Any = next((call[key] for key in ARGUMENT_KEYS if key in call), {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+        return None
+    try:
+        return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return None
