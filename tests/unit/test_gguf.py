@@ -338,7 +338,7 @@ def test_another_model_of_that_name_is_never_overwritten(tmp_path: Path) -> None
 
 def test_the_front_never_loads_mlx_for_a_conversion() -> None:
     script = (
-        "import sys, mlx_server.models.gguf, mlx_server.models.catalog, mlx_server.models.download;"
+        "import sys, mlx_server.models.store.gguf, mlx_server.models.store.hub;"
         "sys.exit('mlx.core' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
