@@ -23,7 +23,7 @@ from mlx_server.schemas.internal import (
     PromptScored,
 )
 from mlx_server.services.backpressure import Admission
-from mlx_server.services.output.choices import PlainChoice, ReadChoice
+from mlx_server.services.output.choices import ParsedChoice, PlainChoice
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.text import prompt_logprobs
 from mlx_server.telemetry import InferenceSpan, inference_span
@@ -225,10 +225,10 @@ def _engine_requests(
 
 def _choice(
     index: int, request: InferenceRequest, prompt: Prepared, text: ModelText
-) -> PlainChoice | ReadChoice:
+) -> PlainChoice | ParsedChoice:
     """The choice at `index`; that of a chat is read where there may be more in it than text."""
     chat = request.prompt if isinstance(request.prompt, ChatPrompt) else None
     if chat is None or (text.syntax.reasoning is None and chat.use is None):
         return PlainChoice(index, text, request.stop, len(prompt.tokens))
     reader = OutputReader(text.syntax, chat.use, thinking=prompt.thinking)
-    return ReadChoice(index, text, reader, chat.use, request.stop, len(prompt.tokens))
+    return ParsedChoice(index, text, reader, chat.use, request.stop, len(prompt.tokens))

@@ -27,7 +27,7 @@ from mlx_server.schemas.internal import (
     ToolCallStart,
     ToolUse,
 )
-from mlx_server.services.output.choices import ReadChoice
+from mlx_server.services.output.choices import ParsedChoice
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.pieces import Kind, Piece
 from tests.support.tiny import build_tiny_model, token_id
@@ -109,7 +109,7 @@ def outcome(pieces: Sequence[Piece]) -> Outcome:
         if kind is Kind.ARGUMENTS:
             result.calls[-1][1] += whole
         result.text += whole if kind is Kind.TEXT else ""
-        result.thinking += whole if kind is Kind.THINKING else ""
+        result.thinking += whole if kind is Kind.REASONING else ""
         result.parts.append((kind, whole, sum(piece.width for piece in together)))
     return result
 
@@ -460,7 +460,7 @@ async def choose(
 ) -> list[Event]:
     """The events of a choice whose tokens come one by one; a stop token ends them."""
     reader = OutputReader(Syntax(THINK, calls), use, thinking=thinking)
-    choice = ReadChoice(2, Texts(adapter), reader, use, stops, prompt_tokens=7)
+    choice = ParsedChoice(2, Texts(adapter), reader, use, stops, prompt_tokens=7)
     events: list[Event] = []
     for token in tokens_of(adapter, said):
         events += await choice.take(row([token]))
@@ -587,7 +587,7 @@ async def test_markers_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
     adapter = load_adapter(build_tiny_model(tmp_path, "llama"), "llama")
     texts = Texts(adapter, ["<|python_tag|>"])
     reader = OutputReader(Syntax(None, LLAMA), USE, thinking=False)
-    choice = ReadChoice(0, texts, reader, USE, (), 1)
+    choice = ParsedChoice(0, texts, reader, USE, (), 1)
     call = '{"name": "add", "parameters": {"a": 1}}'
     tokens = [token_id(adapter.tokenizer, "<|python_tag|>"), *tokens_of(adapter, call)]
     end = token_id(adapter.tokenizer, "<|eom_id|>")

@@ -12,9 +12,9 @@ from mlx_server.engine.protocol import Logprobs
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import load_adapter
 from mlx_server.schemas.internal import TokenLogprob
+from mlx_server.services.output.stops import StopMatcher
 from mlx_server.services.output.text import (
     AlignedText,
-    StopMatcher,
     TokenDecoder,
     prompt_logprobs,
     token_text,
@@ -111,7 +111,7 @@ def test_a_character_left_incomplete_is_dropped(adapters: dict[str, Adapter]) ->
     text = AlignedText(adapters["llama"])
     tokens = one_byte_tokens(adapters["llama"], "a🦙")[:-1]
     assert [text.push(token)[0] for token in tokens] == ["a", "", "", ""]
-    assert text.finish() == ("", ())
+    assert text.flush() == ("", ())
 
 
 def test_the_first_token_of_an_answer_keeps_its_space(adapters: dict[str, Adapter]) -> None:
@@ -227,7 +227,7 @@ def run(
         said = b"".join(entry.bytes for entry in entries)
         # A token longer than what may be shown of it waits for the rest.
         assert text.encode().startswith(said) or aligned.stopped
-    more, released = aligned.finish()
+    more, released = aligned.flush()
     return text + more, entries + list(released)
 
 
@@ -282,7 +282,7 @@ def test_nothing_follows_a_stop(adapters: dict[str, Adapter]) -> None:
     assert aligned.push(token, Logprobs(token, -1.0, [])) == ("", ())
     assert aligned.stopped
     assert aligned.push(token) == ("", ())
-    assert aligned.finish() == ("", ())
+    assert aligned.flush() == ("", ())
 
 
 def test_the_scores_of_an_unfinished_character_are_not_lost(adapters: dict[str, Adapter]) -> None:
