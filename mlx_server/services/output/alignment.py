@@ -17,10 +17,9 @@ class _Token:
 
 
 class TokenAligner:
-    """Finds the tokens of each piece, by character positions in the completion.
+    """Finds the tokens of each piece by their positions in the completion, in characters.
 
-    The entry of a token that contributes to the answer goes to `text`, before its first character
-    does; `reasoning_tokens` counts those that contribute to reasoning.
+    Passes the entries of the answer's tokens to `text`, and counts the tokens of reasoning.
     """
 
     def __init__(self, text: TruncatedText) -> None:
@@ -32,14 +31,11 @@ class TokenAligner:
         self._last_kind = Kind.TEXT
 
     def add_token(self, start: int, end: int, entry: TokenLogprob | None) -> None:
-        """Take the next token, which is characters `start` to `end` of the completion.
-
-        A token without characters counts as part of what follows it.
-        """
+        """Take the next token; one without characters belongs to what follows it."""
         self._tokens.append(_Token(start, end, entry))
 
     def add_piece(self, kind: Kind, width: int) -> None:
-        """Take the next piece, `width` characters of the completion, before its text is added."""
+        """Take the next piece. Call before its text is added to `text`."""
         if not width:
             return
         begin, end = self._position, self._position + width
@@ -61,5 +57,5 @@ class TokenAligner:
             self._text_length += width
 
     def finish(self) -> None:
-        """Take the completion's end: tokens that are left belong to the last piece."""
+        """Give the tokens that are left to the last piece."""
         self.add_piece(self._last_kind, 1)

@@ -38,7 +38,7 @@ log = logging.getLogger("mlx_server.services")
 
 
 class PlainChoice:
-    """A choice that holds nothing but text."""
+    """A choice that is nothing but text."""
 
     def __init__(
         self, index: int, vocabulary: Vocabulary, stops: tuple[str, ...], prompt_tokens: int
@@ -50,7 +50,7 @@ class PlainChoice:
         self.cached_tokens = 0
 
     def take(self, row: Row) -> list[Event]:
-        """The events that `row` causes. `Finished` is the last of a choice."""
+        """The events that `row` causes."""
         events: list[Event] = []
         self.cached_tokens = row.cached or self.cached_tokens
         # A stop token ends the text and is no part of it.
@@ -78,13 +78,11 @@ class PlainChoice:
 
 
 class TextSide(Vocabulary, Protocol):
-    """What a model's text side knows of its markers and tool calls."""
-
     def visible_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token in running text, or of the marker that it is."""
+        """`token_bytes`, or the bytes of a special token that is a marker."""
 
     async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Names and arguments of the tool calls in `text`, none if it is garbled."""
+        """Names and arguments in `text`, none if it is garbled."""
 
 
 class ParsedChoice:
@@ -118,7 +116,7 @@ class ParsedChoice:
         self._events: list[Event] = []
 
     async def take(self, row: Row) -> list[Event]:
-        """The events that `row` causes. `Finished` is the last of a choice."""
+        """The events that `row` causes."""
         self.cached_tokens = row.cached or self.cached_tokens
         # A stop token ends the completion and is no part of it.
         text_tokens = len(row.tokens) - (row.finish == "stop")
@@ -147,7 +145,6 @@ class ParsedChoice:
         return text
 
     async def _emit_unparsed(self) -> None:
-        """Parse the blocks of calls that the reader has met, and go on behind them."""
         while not self._text.stopped and (block := self._reader.unparsed) is not None:
             self._emit(self._reader.parsed(await self._parse(block)))
 
@@ -203,13 +200,10 @@ class ParsedChoice:
 
 
 class VisibleVocabulary:
-    """A model's tokens, with markers shown as text."""
-
     def __init__(self, text_side: TextSide) -> None:
         self.token_bytes = text_side.visible_bytes
         self.token_name = text_side.token_name
 
 
 def call_id() -> str:
-    """A fresh id for a tool call."""
     return "call_" + "".join(secrets.choice(ID_CHARACTERS) for _ in range(ID_LENGTH))

@@ -10,17 +10,15 @@ from mlx_server.services.output.reasoning import ReasoningReader
 from mlx_server.services.output.tool_calls import CallReader
 
 MAX_SPACE = 200
-"""Characters of white space held back in case a marker follows, before which they are dropped."""
+"""Characters of white space held back in case a marker follows."""
 
 
 class OutputReader:
-    """Reads one completion, cut anywhere.
+    """Reads one completion that comes cut anywhere.
 
-    Reasoning is a block before the answer, or right after a tool call; the same markers within a
-    text are text. Calls are looked for if `use` allows any. White space around blocks is dropped.
-    `thinking` says that the completion begins inside a block of reasoning.
-
-    While a block is `unparsed`, `parsed` must be called before anything else.
+    Reasoning is a block before the answer or right after a tool call; its markers within text are
+    text. Calls are looked for if `use` allows any. White space around blocks is dropped. With
+    `thinking`, the completion begins inside a block of reasoning.
     """
 
     def __init__(self, syntax: Syntax, use: ToolUse | None, *, thinking: bool) -> None:
@@ -39,7 +37,7 @@ class OutputReader:
 
     @property
     def unparsed(self) -> str | None:
-        """A block of tool calls that must be parsed before more can be read."""
+        """Tool calls to parse: `parsed` must be called next."""
         return self._block.unparsed if isinstance(self._block, CallReader) else None
 
     def push(self, text: str) -> list[Piece]:
@@ -48,13 +46,13 @@ class OutputReader:
         return self._read()
 
     def parsed(self, calls: Sequence[tuple[str, str]]) -> list[Piece]:
-        """Go on with the names and arguments found in `unparsed`, none if it was garbled."""
+        """Take the names and arguments in `unparsed`, none if it is garbled."""
         assert isinstance(self._block, CallReader)
         self._block.parsed(calls)
         return self._read()
 
     def finish(self, reason: FinishReason) -> list[Piece]:
-        """Take the completion's end. There may be something `unparsed` then."""
+        """Take the completion's end. Something may be `unparsed` then."""
         match self._block:
             case CallReader() as calls:
                 calls.finish(reason)
@@ -70,7 +68,7 @@ class OutputReader:
         return self._buffer.drain()
 
     def _step(self) -> bool:
-        """Read on. Returns whether something else begins that can be read at once."""
+        """Whether something else begins that can be read at once."""
         if self._block is not None:
             return self._read_block(self._block)
         if self._skips_space:
@@ -93,7 +91,7 @@ class OutputReader:
         return True
 
     def _read_start(self) -> bool:
-        """Look for what may begin before the answer's text only."""
+        """Look for what may only precede text."""
         text = self._buffer.text.lstrip()
         space = len(self._buffer.text) - len(text)
         if space <= MAX_SPACE:
@@ -110,10 +108,7 @@ class OutputReader:
         return True
 
     def _is_bare_call(self, text: str) -> bool:
-        """Whether `text` may be a call without a start marker.
-
-        Models leave it out where JSON calls last to the end of the answer.
-        """
+        """Models leave the start marker out where JSON calls last to the end of the answer."""
         syntax = self._call_syntax
         if syntax is None or syntax.end or not syntax.json:
             return False
@@ -132,7 +127,6 @@ class OutputReader:
         return found >= 0 and self._open_calls(space + len(marker))
 
     def _open_calls(self, length: int) -> bool:
-        """Begin a block of calls, of which the first `length` characters are the opening."""
         assert self._call_syntax is not None
         assert self._use is not None
         buffer = self._buffer

@@ -9,10 +9,9 @@ SPACE = re.compile(r"\s*")
 
 
 class ObjectScan:
-    """Finds the end of a JSON object by its brackets and strings alone.
+    """Finds the end of a JSON object by brackets and strings alone, `depth` of which are open.
 
-    `marker` outside of strings ends it too, as it cannot stand there. `depth` counts the objects
-    and lists that are open already.
+    `marker` outside of strings ends it too, as it cannot stand there.
     """
 
     def __init__(self, marker: str, depth: int = 0) -> None:
@@ -22,9 +21,9 @@ class ObjectScan:
         self._special = re.compile(r'["{}\[\]' + re.escape(marker[:1]) + "]")
 
     def push(self, text: str) -> tuple[int, bool]:
-        """How many characters of `text` surely belong to the object, and whether it ends there.
+        """Characters of `text` that are certain, and whether the object ends behind them.
 
-        The rest of `text` must come again, at the beginning of the next one.
+        The others must come again at the front of the next text.
         """
         position = 0
         while True:
@@ -47,7 +46,6 @@ class ObjectScan:
                 return position, True
 
     def _closes(self, character: str) -> bool:
-        """Whether this bracket or quote closes the object."""
         if character == '"':
             self._in_string = True
         elif character in "{[":
@@ -59,9 +57,9 @@ class ObjectScan:
 
 
 def find_header(text: str, arguments_key: str) -> tuple[str, int] | None:
-    """The name in the call that `text` begins with, and the index where its arguments begin.
+    """The name of the call at the front of `text`, and where its arguments begin.
 
-    None while `text` is too short to tell. Raises ValueError when it is no such call.
+    None while `text` is too short to tell. Raises ValueError if it is no such call.
     """
     name = ""
     position = match_length(SPACE, text)
@@ -84,7 +82,6 @@ def find_header(text: str, arguments_key: str) -> tuple[str, int] | None:
 
 
 def match_length(pattern: re.Pattern[str], text: str, start: int = 0) -> int:
-    """Characters that `pattern`, which must match anything, matches at `start`."""
     match = pattern.match(text, start)
     assert match is not None
     return match.end() - start

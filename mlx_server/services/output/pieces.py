@@ -1,4 +1,4 @@
-"""The pieces that a completion is read into, and the buffer that they are cut from."""
+"""Pieces of a completion, and the buffer they are cut from."""
 
 from enum import Enum, auto
 from typing import NamedTuple
@@ -15,10 +15,7 @@ class Kind(Enum):
 
 
 class Piece(NamedTuple):
-    """`width` is the number of the completion's characters that the piece was read from.
-
-    The widths of all pieces add up to the completion's length.
-    """
+    """`width` counts the completion's characters that the piece was read from."""
 
     kind: Kind
     text: str
@@ -26,30 +23,25 @@ class Piece(NamedTuple):
 
 
 class PieceBuffer:
-    """Text that is not understood yet, and the pieces cut off its front.
-
-    The readers of a completion share one, so that each goes on where another has stopped.
-    """
+    """Text not understood yet, and the pieces cut off its front. All readers share it."""
 
     def __init__(self) -> None:
         self.text = ""
         self.pieces: list[Piece] = []
 
     def cut(self, kind: Kind, length: int) -> None:
-        """Make a piece of the first `length` characters, if there are any."""
+        """Make a piece of the first `length` characters."""
         if length:
             text = self.text
             self.pieces.append(Piece(kind, text[:length], length))
             self.text = text[length:]
 
     def hide(self, length: int) -> None:
-        """Drop the first `length` characters."""
         if length:
             self.pieces.append(Piece(Kind.HIDDEN, "", length))
             self.text = self.text[length:]
 
     def hide_space(self) -> None:
-        """Drop white space at the front."""
         self.hide(len(self.text) - len(self.text.lstrip()))
 
     def drain(self) -> list[Piece]:

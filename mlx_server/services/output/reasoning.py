@@ -4,10 +4,9 @@ from mlx_server.services.output.pieces import Kind, PieceBuffer, overlap
 
 
 class ReasoningReader:
-    """Reads one block, from behind its start marker through its end marker.
+    """Reads one block, from behind its start marker through its end marker, if that comes.
 
-    White space behind the start marker is dropped. A block that never ends is reasoning to the
-    completion's end.
+    White space behind the start marker is dropped.
     """
 
     def __init__(self, buffer: PieceBuffer, end_marker: str) -> None:
@@ -17,7 +16,6 @@ class ReasoningReader:
         self._at_start = True
 
     def read(self) -> None:
-        """Cut what is certain off the buffer."""
         buffer, marker = self._buffer, self._end_marker
         if self._at_start:
             buffer.hide_space()
@@ -32,5 +30,4 @@ class ReasoningReader:
         self.ended = True
 
     def finish(self) -> None:
-        """Take the completion's end."""
         self._buffer.cut(Kind.REASONING, len(self._buffer.text))

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Finds the first stop string in a text that comes in pieces, and passes what precedes it.
+    """Passes text on until the first stop string; of several that end together, the longest counts.
 
-    The match that ends first wins; of those that end together, the longest. Only the longest end
-    of the text that begins a stop string is held back. An Aho–Corasick automaton: its states are
-    the beginnings of the stop strings, the current one is that longest end.
-    (Aho and Corasick, "Efficient string matching", CACM 18(6), 1975.)
+    An Aho–Corasick automaton ("Efficient string matching", CACM 18(6), 1975): its states are the
+    beginnings of the stop strings, the current one the longest that the text ends in. That much is
+    held back.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -49,7 +48,7 @@ class StopMatcher:
         return whole[:certain], False
 
     def flush(self) -> str:
-        """The text that is held back; call when the text ends without a stop string."""
+        """The text held back. What follows is matched anew."""
         held = self._held
         self._state, self._held = 0, ""
         return held

@@ -1,7 +1,4 @@
-"""Tokens to text while they stream: whole characters, with log-probabilities in step.
-
-Each object belongs to one choice; `push` runs once per token.
-"""
+"""Streaming tokens to text, with log-probabilities in step. `push` runs once per token."""
 
 import codecs
 from collections import deque
@@ -15,10 +12,8 @@ from mlx_server.services.output.stops import StopMatcher
 
 
 class Vocabulary(Protocol):
-    """What single tokens stand for."""
-
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token in running text; empty for special tokens."""
+        """UTF-8 in running text; empty for special tokens."""
 
     def token_name(self, token: int) -> str:
         """The name of a token that has no bytes."""
@@ -27,20 +22,18 @@ class Vocabulary(Protocol):
 class TruncatedText:
     """A text that ends before the first stop string, and the log-probabilities of its tokens.
 
-    An entry is released with the last character that its token contributes to, so that the
-    `bytes` of released entries join to the text emitted so far. The entry of a token that the end
-    divides stays; those behind it are dropped.
+    An entry is released with the last character that its token contributes to: the `bytes` of
+    released entries join to the text so far. The entry of a token that the end divides stays.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self.stopped = False
-        """Whether a stop string has come; nothing follows then."""
         self._matcher = StopMatcher(stops)
         self._emitted = 0
         self._pending: deque[tuple[int, TokenLogprob]] = deque()
 
     def add_entry(self, end: int, entry: TokenLogprob) -> None:
-        """Take the entry of a token whose text ends before character `end` of the whole."""
+        """Take the entry of a token that ends at character `end`."""
         self._pending.append((end, entry))
 
     def add(self, text: str) -> tuple[str, tuple[TokenLogprob, ...]]:
@@ -50,7 +43,7 @@ class TruncatedText:
         return text, self._release() if self._pending else ()
 
     def flush(self) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """What was held back. Stop strings do not reach across a flush."""
+        """What was held back. No stop string reaches across a flush."""
         text = self._matcher.flush()
         self._emitted += len(text)
         if not self._pending:
@@ -71,9 +64,9 @@ class TruncatedText:
 
 
 class AlignedText(TruncatedText):
-    """The truncated text of all of a choice's tokens.
+    """The truncated text of tokens.
 
-    A character left incomplete at the end is dropped; the entries of its tokens are not.
+    An incomplete last character is dropped; the entries of its tokens are not.
     """
 
     def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = ()) -> None:
@@ -85,7 +78,7 @@ class AlignedText(TruncatedText):
     def push(
         self, token: int, logprobs: Logprobs | None = None
     ) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """Take the next token. Returns what it makes certain."""
+        """Take a token. Returns what it makes certain."""
         if self.stopped:
             return "", ()
         offset = self._decoded
@@ -94,17 +87,16 @@ class AlignedText(TruncatedText):
         if logprobs is not None:
             end = self._decoded + self._decoder.inside_character
             self.add_entry(end, token_logprob(self._vocabulary, logprobs, offset))
-        # The body of `add`: a call per token would cost more than all of it.
+        # `add`, inlined: this runs once per token.
         text, self.stopped = self._matcher.push(text)
         self._emitted += len(text)
         return text, self._release() if self._pending else ()
 
 
 class TokenDecoder:
-    """Joins the bytes of tokens and returns characters as soon as they are whole.
+    """Returns characters as soon as they are whole, U+FFFD for what cannot become one.
 
-    Holds back three bytes at most. What cannot become a character is U+FFFD at once; a character
-    that is incomplete at the end is never returned.
+    Holds back at most three bytes.
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
@@ -113,11 +105,9 @@ class TokenDecoder:
 
     @property
     def inside_character(self) -> bool:
-        """Whether the tokens so far end within a character."""
         return bool(self._pending)
 
     def push(self, token: int) -> str:
-        """The characters that `token` completes."""
         data = self._pending + self._token_bytes(token)
         text, used = codecs.utf_8_decode(data, "replace", False)
         self._pending = data[used:]
@@ -125,7 +115,7 @@ class TokenDecoder:
 
 
 def token_logprob(vocabulary: Vocabulary, logprobs: Logprobs, offset: int) -> TokenLogprob:
-    """An engine's log-probabilities at one position, with texts and bytes for token ids."""
+    """`logprobs` with texts and bytes for token ids."""
     return TokenLogprob(
         token=token_text(vocabulary, logprobs.token),
         bytes=vocabulary.token_bytes(logprobs.token),
@@ -144,7 +134,7 @@ def prompt_logprobs(
     logprobs: Sequence[Logprobs | None],
     decoded: str,
 ) -> tuple[TokenLogprob, ...]:
-    """The entries of a prompt's tokens, with offsets into `decoded`, the prompt's text."""
+    """Entries with offsets into `decoded`, the prompt's text."""
     decoder = TokenDecoder(vocabulary.token_bytes)
     entries, text = [], ""
     for token, known in zip(tokens, logprobs, strict=True):
@@ -157,7 +147,7 @@ def prompt_logprobs(
 
 
 def _without_leading_space(entries: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
-    """For SentencePiece, which puts a space before a text and removes it in decoding."""
+    """SentencePiece adds a space before a text and removes it in decoding."""
     shifted = [replace(entry, offset=max(0, entry.offset - 1)) for entry in entries]
     first = next(i for i, entry in enumerate(entries) if entry.bytes)
     entry = shifted[first]
@@ -166,7 +156,7 @@ def _without_leading_space(entries: Sequence[TokenLogprob]) -> tuple[TokenLogpro
 
 
 def token_text(vocabulary: Vocabulary, token: int) -> str:
-    """A token for people to read: its text, a special one's name, or `bytes:` and their codes."""
+    """A token to read: its text, a special one's name, or `bytes:` and codes."""
     data = vocabulary.token_bytes(token)
     if not data:
         return vocabulary.token_name(token)

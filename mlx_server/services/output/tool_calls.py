@@ -21,12 +21,9 @@ EXTRA_KEY_BEGUN = re.compile(r",\s{0,99}")
 class CallReader:
     """Reads one block, from behind its start marker through its end marker.
 
-    JSON calls are read while they are generated. Everything else is collected and becomes
-    `unparsed` once it is whole; `parsed` must be called then. Garbled calls come back as text, to
-    the letter. A call whose arguments have begun stays a call.
-
-    `opening` is the start marker with the white space in front of it. If it has no marker (a bare
-    call), what is not JSON as expected is text.
+    JSON calls stream. Anything else is collected until it is whole, and `unparsed` until `parsed`
+    is called. What is garbled becomes text, to the letter; a call whose arguments have begun stays
+    a call. `opening` is the start marker, if there is one, with the white space before it.
     """
 
     def __init__(self, buffer: PieceBuffer, syntax: CallSyntax, use: ToolUse, opening: str) -> None:
@@ -34,7 +31,6 @@ class CallReader:
         self.calls = 0
         """Complete ones."""
         self.unparsed: str | None = None
-        """What must be parsed before more can be read."""
         self._buffer = buffer
         self._syntax = syntax
         self._names = {tool["function"]["name"] for tool in use.tools}
@@ -51,7 +47,7 @@ class CallReader:
             pass
 
     def finish(self, reason: FinishReason) -> None:
-        """Take the completion's end, after which there may be something `unparsed`."""
+        """Take the completion's end."""
         buffer = self._buffer
         if self._state in (self._read_header, self._collect):
             self._collected.append(buffer.text)
@@ -83,10 +79,9 @@ class CallReader:
             self.calls += 1
         self.ended = True
 
-    # The states. Each reads on in the buffer and returns whether the next state can do so, too.
+    # The states. Each returns whether the next one can read on at once.
 
     def _read_header(self) -> bool:
-        """From a call's beginning to its arguments."""
         buffer = self._buffer
         try:
             found = find_header(buffer.text, self._syntax.arguments)
@@ -106,7 +101,7 @@ class CallReader:
         return True
 
     def _read_unexpected(self) -> bool:
-        """Other JSON may be a call all the same: collect it. What is no JSON is text."""
+        """Other JSON may still be a call. The rest is text."""
         buffer = self._buffer
         if self._opening.strip() and buffer.text.lstrip().startswith(("{", "[")):
             self._state = self._collect
@@ -128,7 +123,6 @@ class CallReader:
         return True
 
     def _read_call_end(self) -> bool:
-        """From the end of a call's arguments to that of the call."""
         buffer = self._buffer
         buffer.hide_space()
         if not buffer.text or EXTRA_KEY_BEGUN.fullmatch(buffer.text):
@@ -142,7 +136,7 @@ class CallReader:
         return True
 
     def _read_extra_keys(self) -> bool:
-        """What a call holds besides, such as an id that the model gave it."""
+        """Such as an id that the model gave the call."""
         length, complete = self._scan.push(self._buffer.text)
         self._buffer.hide(length)
         if complete:
@@ -150,7 +144,6 @@ class CallReader:
         return complete
 
     def _read_separators(self) -> bool:
-        """From the end of a call to the next call or the block's end."""
         buffer = self._buffer
         buffer.hide_space()
         text, end_marker = buffer.text, self._syntax.end
@@ -172,7 +165,6 @@ class CallReader:
         return False
 
     def _collect(self) -> bool:
-        """Everything up to the block's end."""
         buffer, end_marker = self._buffer, self._syntax.end
         found = buffer.text.find(end_marker) if end_marker else -1
         if found >= 0:
@@ -187,7 +179,7 @@ class CallReader:
 
     @property
     def _block(self) -> str:
-        """All that was collected, with the markers around it."""
+        """What was collected, with its markers."""
         return self._opening + "".join(self._collected) + self._closing
 
     def _give_back(self) -> None:
