@@ -78,8 +78,6 @@ def _request_span(
 
 
 class InferenceSpan:
-    """The span of one inference."""
-
     def __init__(self, span: Span) -> None:
         self._span = span
         self._started = time.perf_counter()
@@ -114,7 +112,6 @@ class InferenceSpan:
 
 @contextmanager
 def inference_span(request: InferenceRequest) -> Iterator[InferenceSpan]:
-    """A span around one inference."""
     operation = "chat" if isinstance(request.prompt, ChatPrompt) else "text_completion"
     attributes: Attributes = {
         "gen_ai.request.temperature": request.sampling.temperature,
@@ -134,8 +131,6 @@ def inference_span(request: InferenceRequest) -> Iterator[InferenceSpan]:
 
 
 class EmbeddingsSpan:
-    """The span of one request for embeddings."""
-
     def __init__(self, span: Span) -> None:
         self._span = span
 
@@ -153,8 +148,6 @@ def embeddings_span(model: str, inputs: int, request_id: str) -> Iterator[Embedd
 
 
 class LoadSpan:
-    """The span of one model load."""
-
     def __init__(self, span: Span) -> None:
         self._span = span
 
@@ -165,7 +158,6 @@ class LoadSpan:
 
 @contextmanager
 def load_span(model: str) -> Iterator[LoadSpan]:
-    """A span around the loading of `model`."""
     with _span(f"load {model}", {"gen_ai.request.model": model}) as span:
         yield LoadSpan(span)
 

@@ -36,7 +36,7 @@ async def tokenized(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> To
 
 
 async def tokenized_bare(pool: ModelPoolManager, model_id: str, text: str) -> Tokens:
-    """The same without the tokens that the tokenizer adds in front."""
+    """The tokens of `text`, without those that the tokenizer adds in front."""
     whole = await tokenized(pool, model_id, TextPrompt(text))
     front = await tokenized(pool, model_id, TextPrompt(""))
     if text.startswith("".join(front.names)):  # the text itself holds them
