@@ -1,16 +1,15 @@
-"""One family of exceptions. Each knows its HTTP status, its type and its code.
+"""The exceptions that clients are told about, raised where the fact is known.
 
-Raised where the fact is known; `api` turns them into the protocol's shape in one place.
+`api/http` turns them into the protocol's shape.
 """
 
 from collections.abc import Iterable
 
 
 class ServerError(Exception):
-    """Base of every error this server tells a client about.
+    """`status` is HTTP's, `type` and `code` are OpenAI's words for it.
 
-    `status` is the HTTP status, `type` and `code` are OpenAI's words for it, `param` names the
-    request field at fault, `retry_after` is in seconds and becomes the `Retry-After` header.
+    `param` names the request's field at fault; `retry_after`, in seconds, becomes the header.
     """
 
     status = 500
@@ -34,16 +33,12 @@ class ServerError(Exception):
 
 
 class BadRequest(ServerError):
-    """The request cannot be honoured as it stands."""
-
     status = 400
     type = "invalid_request_error"
     code: str | None = None
 
 
 class ContextLengthExceeded(BadRequest):
-    """Prompt and completion do not fit the model's context."""
-
     code = "context_length_exceeded"
 
 
@@ -56,38 +51,28 @@ class Unauthorized(ServerError):
 
 
 class Forbidden(ServerError):
-    """The caller is known, and may not do this."""
-
     status = 403
     type = "permission_error"
     code = "forbidden"
 
 
 class NotFound(ServerError):
-    """No such path or object."""
-
     status = 404
     type = "invalid_request_error"
     code = "not_found"
 
 
 class ModelNotFound(NotFound):
-    """No model of that name can be served."""
-
     code = "model_not_found"
 
 
 class MethodNotAllowed(ServerError):
-    """The path exists, the method does not."""
-
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
 
 
 class BodyTooLarge(ServerError):
-    """The request body is over the limit."""
-
     status = 413
     type = "invalid_request_error"
     code = "body_too_large"
@@ -102,7 +87,7 @@ class TooManyRequests(ServerError):
 
 
 class Unavailable(ServerError):
-    """The server cannot do this now and may be able to soon."""
+    """The server may be able to do this soon."""
 
     status = 503
     type = "service_unavailable_error"
@@ -110,21 +95,19 @@ class Unavailable(ServerError):
 
 
 class ModelLoading(Unavailable):
-    """The model is still loading and the wait for it has run out."""
+    """The wait for the model has run out."""
 
     code = "model_loading"
 
 
 class ModelLoadFailed(Unavailable):
-    """The model could not be loaded; the message says why."""
-
     code = "model_load_failed"
 
 
 class LoadCrashed(ModelLoadFailed):
-    """The engine ended while it loaded the model; it might not the next time.
+    """The engine ended while it loaded the model, which may not happen again.
 
-    `last_lines` is the end of what it wrote to standard error.
+    `last_lines` are the last that it wrote to standard error.
     """
 
     def __init__(self, message: str, last_lines: Iterable[str] = ()) -> None:
@@ -133,19 +116,15 @@ class LoadCrashed(ModelLoadFailed):
 
 
 class InsufficientMemory(Unavailable):
-    """The work does not fit the memory there is."""
-
     code = "insufficient_memory"
 
 
 class RequestTimeout(ServerError):
-    """The request took longer than any request may."""
-
     status = 504
     code = "request_timeout"
 
 
 class EngineFailed(ServerError):
-    """The engine could not compute this request, or ended because of it."""
+    """The engine failed on this request, or ended because of it."""
 
     code = "engine_failed"

@@ -11,7 +11,7 @@ def event(name: str, **fields: object) -> str:
 
 
 def _value(value: object) -> str:
-    """`value` as one word, or quoted when it is none."""
+    """One word, or quoted."""
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
@@ -21,7 +21,7 @@ def _value(value: object) -> str:
 
 
 class EventFormatter(logging.Formatter):
-    """One line per event; what other libraries write as sentences becomes an event too."""
+    """One line per event. Sentences of other libraries become events too."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -37,7 +37,7 @@ class EventFormatter(logging.Formatter):
 
 
 def setup_logging(level: str) -> None:
-    """Send every logger's events to standard error, from `level` on."""
+    """Send all loggers' events from `level` on to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(EventFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -45,10 +45,10 @@ def setup_logging(level: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    # The request event says the same and more.
+    # Our request event holds more.
     logging.getLogger("uvicorn.access").propagate = False
-    # At debug level this one logs every chunk, which is the completion's text.
+    # At debug level it logs the completion's text.
     logging.getLogger("sse_starlette").setLevel(logging.INFO)
-    # These log the addresses of downloads, which may be signed and so as good as a key.
+    # They log the URLs of downloads, which may be signed.
     for name in ("httpx2", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)

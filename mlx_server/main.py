@@ -30,6 +30,7 @@ from mlx_server.keys import KeyRing, warn_of_exposure
 from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.store.catalog import Catalog
 from mlx_server.models.store.pulls import PullManager
+from mlx_server.services.backpressure import Backpressure
 from mlx_server.services.embeddings import EmbeddingService
 from mlx_server.services.inference import InferenceService
 from mlx_server.telemetry import Metrics, setup_tracing, untraced
@@ -68,8 +69,14 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.state.limits = RateLimits.of(settings)
     app.state.pool = ModelPoolManager(settings, catalog)
     app.state.pulls = PullManager(settings, catalog)
-    app.state.service = InferenceService(app.state.pool, settings)
-    app.state.embeddings = EmbeddingService(app.state.pool, settings)
+    backpressure = Backpressure(
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        queue_timeout=settings.queue_timeout,
+        request_timeout=settings.request_timeout,
+    )
+    app.state.service = InferenceService(app.state.pool, backpressure)
+    app.state.embeddings = EmbeddingService(app.state.pool, backpressure)
     metrics.registry.register(health.PoolCollector(app.state.pool))
     errors.install(app)
     for module in (chat, completions, embeddings, models, tokenize, admin, pulls, health):

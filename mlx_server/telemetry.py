@@ -1,12 +1,9 @@
-"""What the server tells its operator: OpenTelemetry spans and Prometheus metrics.
-
-No prompt and no completion text passes through here.
-"""
+"""OpenTelemetry spans and Prometheus metrics. No prompt or completion text passes through here."""
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Hashable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from mlx_server import __version__
 from mlx_server.schemas.internal import ChatPrompt, Finished, InferenceRequest, Usage
 
-# Asked for by machines every few seconds: spans of these would drown the others.
+# Polled every few seconds: their spans would drown the others.
 UNTRACED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
 SECONDS = (
@@ -30,6 +27,8 @@ LAG_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 
 # spans
 
+Attributes = dict[str, str | int | float]
+
 
 def setup_tracing() -> None:
     """Configure Logfire: spans leave the process only with a token or an OTLP endpoint set."""
@@ -39,7 +38,7 @@ def setup_tracing() -> None:
         service_name="mlx-server",
         service_version=__version__,
         inspect_arguments=False,
-        # A caller's trace goes on here.
+        # Continue the trace of a caller.
         distributed_tracing=True,
     )
 
@@ -49,9 +48,36 @@ def untraced(scope: MutableMapping[str, Any]) -> bool:
     return scope.get("path") in UNTRACED_PATHS
 
 
-class InferenceSpan:
-    """The span of one inference, with the GenAI semantic conventions' attributes."""
+@contextmanager
+def _span(name: str, attributes: Attributes) -> Iterator[Span]:
+    """A span that is not made current: it may be left in another task than entered it."""
+    span = trace.get_tracer("mlx_server", __version__).start_span(name, attributes=attributes)
+    try:
+        yield span
+    except Exception as error:
+        span.set_status(StatusCode.ERROR)
+        span.set_attribute("error.type", type(error).__qualname__)
+        raise
+    finally:
+        span.end()
 
+
+@contextmanager
+def _request_span(
+    operation: str, model: str, request_id: str, attributes: Attributes
+) -> Iterator[Span]:
+    """A span of a request for a model, after the GenAI semantic conventions."""
+    common: Attributes = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "mlx_server",
+        "gen_ai.request.model": model,
+        "mlx_server.request_id": request_id,
+    }
+    with _span(f"{operation} {model}", common | attributes) as span:
+        yield span
+
+
+class InferenceSpan:
     def __init__(self, span: Span) -> None:
         self._span = span
         self._started = time.perf_counter()
@@ -60,11 +86,11 @@ class InferenceSpan:
         self._output_tokens = 0
 
     def model(self, model: str) -> None:
-        """The model that answers, once it is known under its own name."""
+        """The id of the model that answers, which may have been asked for by an alias."""
         self._span.set_attribute("gen_ai.response.model", model)
 
     def first_token(self) -> None:
-        """Call at each token or at the first: the first call counts."""
+        """Only the first call counts."""
         if self._waiting:
             self._waiting = False
             seconds = time.perf_counter() - self._started
@@ -85,32 +111,43 @@ class InferenceSpan:
 
 
 @contextmanager
-def inference_span(model: str, request: InferenceRequest) -> Iterator[InferenceSpan]:
-    """A span around one inference. It need not be left in the task that entered it."""
+def inference_span(request: InferenceRequest) -> Iterator[InferenceSpan]:
     operation = "chat" if isinstance(request.prompt, ChatPrompt) else "text_completion"
-    attributes: dict[str, str | int | float] = {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": "mlx_server",
-        "gen_ai.request.model": model,
+    attributes: Attributes = {
         "gen_ai.request.temperature": request.sampling.temperature,
         "gen_ai.request.top_p": request.sampling.top_p,
         "gen_ai.request.top_k": request.sampling.top_k,
         "gen_ai.request.frequency_penalty": request.sampling.frequency_penalty,
         "gen_ai.request.presence_penalty": request.sampling.presence_penalty,
         "gen_ai.request.choice.count": request.n,
-        "mlx_server.request_id": request.caller.request_id,
     }
     if request.max_tokens is not None:
         attributes["gen_ai.request.max_tokens"] = request.max_tokens
     if request.seed is not None:
         attributes["gen_ai.request.seed"] = request.seed
-    with _span(f"{operation} {model}", attributes) as span:
+    request_id = request.caller.request_id
+    with _request_span(operation, request.model, request_id, attributes) as span:
         yield InferenceSpan(span)
 
 
-class LoadSpan:
-    """The span of one model load."""
+class EmbeddingsSpan:
+    def __init__(self, span: Span) -> None:
+        self._span = span
 
+    def accepted(self, model: str, input_tokens: int) -> None:
+        self._span.set_attribute("gen_ai.response.model", model)
+        self._span.set_attribute("gen_ai.usage.input_tokens", input_tokens)
+
+
+@contextmanager
+def embeddings_span(model: str, inputs: int, request_id: str) -> Iterator[EmbeddingsSpan]:
+    """A span around the embedding of `inputs` texts."""
+    attributes: Attributes = {"mlx_server.inputs": inputs}
+    with _request_span("embeddings", model, request_id, attributes) as span:
+        yield EmbeddingsSpan(span)
+
+
+class LoadSpan:
     def __init__(self, span: Span) -> None:
         self._span = span
 
@@ -121,30 +158,15 @@ class LoadSpan:
 
 @contextmanager
 def load_span(model: str) -> Iterator[LoadSpan]:
-    """A span around the loading of `model`."""
     with _span(f"load {model}", {"gen_ai.request.model": model}) as span:
         yield LoadSpan(span)
-
-
-@contextmanager
-def _span(name: str, attributes: dict[str, str | int | float]) -> Iterator[Span]:
-    """A span that is ended on leaving, and is not made current: contexts may differ by then."""
-    span = trace.get_tracer("mlx_server", __version__).start_span(name, attributes=attributes)
-    try:
-        yield span
-    except Exception as error:
-        span.set_status(StatusCode.ERROR)
-        span.set_attribute("error.type", type(error).__qualname__)
-        raise
-    finally:
-        span.end()
 
 
 # metrics
 
 
 class Metrics:
-    """This application's Prometheus metrics, in a registry of its own."""
+    """The application's Prometheus metrics, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -193,17 +215,17 @@ class RequestTimer:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._started = time.perf_counter()
-        self._last: dict[int, float] = {}
+        self._last: dict[Hashable, float] = {}
         self._model = ""
         self._gaps: Histogram | None = None
 
     def opened(self, model: str) -> None:
-        """The request was accepted; `model` answers it."""
+        """The request was accepted by `model`."""
         self._model = model
         self._gaps = self._metrics.inter_token_latency.labels(model)
 
-    def text(self, choice: int) -> None:
-        """A piece of a choice's text arrived."""
+    def text(self, choice: Hashable) -> None:
+        """A piece of the text of `choice` arrived."""
         now = time.perf_counter()
         last = self._last.get(choice)
         if last is not None and self._gaps is not None:
@@ -213,7 +235,6 @@ class RequestTimer:
         self._last[choice] = now
 
     def finished(self, usage: Usage) -> None:
-        """The request is complete, having used this."""
         seconds = time.perf_counter() - self._started
         self._metrics.e2e_latency.labels(self._model).observe(seconds)
         self._metrics.prompt_tokens.labels(self._model).inc(usage.prompt_tokens)
@@ -222,11 +243,11 @@ class RequestTimer:
 
 
 class LoopLag:
-    """How late the event loop wakes a 50 ms tick: whatever blocks the loop shows up here."""
+    """How late the event loop wakes from sleeps: whatever blocks the loop shows up here."""
 
     TICK = 0.05
     WINDOW = 1200
-    """Ticks that `quantile` looks back on: a minute of them."""
+    """A minute of ticks, for `quantile`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._window: deque[float] = deque(maxlen=self.WINDOW)

@@ -1,60 +1,66 @@
-"""How long requests may wait for a model and take on it, and how many may do so."""
+"""How many requests may wait for a model, and for how long."""
 
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mlx_server.config import Settings
 from mlx_server.engine.client import RowStream
 from mlx_server.errors import BadRequest, RequestTimeout, TooManyRequests, Unavailable
-from mlx_server.models.pool.slot import LoadedModel
 
-SHORTEST_RETRY = 1.0
-LONGEST_RETRY = 60.0
-"""Seconds between which a client is told to wait when a model's queue is full."""
-NEWEST_WEIGHT = 0.1
-"""Of the latest request in the average of how long requests take."""
+MIN_RETRY_SECONDS = 1.0
+MAX_RETRY_SECONDS = 60.0
+AVERAGE_WEIGHT = 0.1
+"""Of the latest request in the moving average of durations."""
 
 
-class Admission:
-    """The limits of the settings, and what it takes to tell a client when to come back."""
+class Backpressure:
+    """Refuses requests that find no place, and ends those that wait or take too long.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._usual_seconds: dict[str, float] = {}
+    `queue_timeout` is for the wait until the engine begins, `request_timeout` for everything, in
+    seconds.
+    """
 
-    def check_queue(self, model: LoadedModel, new: int) -> None:
-        """Refuse `new` sequences that find no place in the batch nor in the queue before it."""
-        places = self.settings.max_batch + self.settings.max_queue
-        if new > places:
+    def __init__(
+        self, *, max_batch: int, max_queue: int, queue_timeout: float, request_timeout: float
+    ) -> None:
+        self._max_batch = max_batch
+        self._places = max_batch + max_queue
+        self._queue_timeout = queue_timeout
+        self._request_timeout = request_timeout
+        self._average_seconds: dict[str, float] = {}
+
+    def check_queue(self, model_id: str, in_flight: int, new: int) -> None:
+        """Raise TooManyRequests if `new` sequences find no place beside those `in_flight`.
+
+        Raises BadRequest if they never will.
+        """
+        if new > self._places:
             raise BadRequest(
-                f"You asked for {new} completions at once; this server takes {places}.",
+                f"You asked for {new} completions at once; this server takes {self._places}.",
                 code="too_many_completions",
             )
-        lacking = model.engine.in_flight + new - places
-        if lacking > 0:
-            usual = self._usual_seconds.get(model.id, 0.0)
-            wait = usual * lacking / self.settings.max_batch
+        excess = in_flight + new - self._places
+        if excess > 0:
+            average = self._average_seconds.get(model_id, 0.0)
             raise TooManyRequests(
-                f"The queue of the model `{model.id}` is full: {model.engine.in_flight} "
-                f"requests run or wait, and there are {places} places.",
-                retry_after=_bounded(wait),
+                f"The queue of the model `{model_id}` is full: {in_flight} "
+                f"requests run or wait, and there are {self._places} places.",
+                retry_after=_retry_after(average * excess / self._max_batch),
             )
 
     @contextmanager
-    def limited(
+    def timeouts(
         self, streams: Sequence[RowStream], arrived: float, model_id: str
     ) -> Iterator[None]:
-        """End `streams` when none of them begins in time, or when all takes too long.
+        """Fail `streams` when none begins in time, or when they take too long.
 
-        `arrived` is the event loop's time. Timers cost nothing per token, and work while nobody
-        reads.
+        `arrived` is the event loop's time. Timers also fire while nobody reads the streams.
         """
         loop = asyncio.get_running_loop()
         timers = [
-            loop.call_later(self.settings.queue_timeout, self._end_unbegun, streams, model_id),
-            loop.call_at(arrived + self.settings.request_timeout, self._end_overdue, streams),
+            loop.call_later(self._queue_timeout, self._fail_unbegun, streams, model_id),
+            loop.call_at(arrived + self._request_timeout, self._fail_overdue, streams),
         ]
         try:
             yield
@@ -64,35 +70,34 @@ class Admission:
 
     @contextmanager
     def timed(self, model_id: str) -> Iterator[None]:
-        """Learn how long the requests of a model take."""
+        """Learn how long the model's requests take, to tell others when to retry."""
         started = time.monotonic()
         try:
             yield
         finally:
-            taken = time.monotonic() - started
-            usual = self._usual_seconds.get(model_id, taken)
-            self._usual_seconds[model_id] = usual + NEWEST_WEIGHT * (taken - usual)
+            seconds = time.monotonic() - started
+            average = self._average_seconds.get(model_id, seconds)
+            self._average_seconds[model_id] = average + AVERAGE_WEIGHT * (seconds - average)
 
-    def _end_unbegun(self, streams: Sequence[RowStream], model_id: str) -> None:
+    def _fail_unbegun(self, streams: Sequence[RowStream], model_id: str) -> None:
         if any(stream.begun for stream in streams):
             return
         error = Unavailable(
             f"The model `{model_id}` had no place for this request within "
-            f"{self.settings.queue_timeout:g} seconds.",
+            f"{self._queue_timeout:g} seconds.",
             code="queue_timeout",
-            retry_after=_bounded(self._usual_seconds.get(model_id, 0.0)),
+            retry_after=_retry_after(self._average_seconds.get(model_id, 0.0)),
         )
         for stream in streams:
             stream.fail(error)
 
-    def _end_overdue(self, streams: Sequence[RowStream]) -> None:
+    def _fail_overdue(self, streams: Sequence[RowStream]) -> None:
         error = RequestTimeout(
-            f"The request was not finished within {self.settings.request_timeout:g} seconds."
+            f"The request was not finished within {self._request_timeout:g} seconds."
         )
         for stream in streams:
             stream.fail(error)
 
 
-def _bounded(seconds: float) -> float:
-    """When a client is told to come back, if so many seconds are expected."""
-    return min(max(seconds, SHORTEST_RETRY), LONGEST_RETRY)
+def _retry_after(seconds: float) -> float:
+    return min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)

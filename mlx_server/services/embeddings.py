@@ -1,26 +1,23 @@
-"""From texts to vectors: tokenize, check, hold the model, hand over what its engine makes."""
+"""The embeddings path: texts → tokens → vectors."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from opentelemetry import trace
-
-from mlx_server import __version__
-from mlx_server.config import Settings
 from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import Embed
 from mlx_server.errors import BadRequest, ContextLengthExceeded
 from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.pool.slot import LoadedModel
 from mlx_server.schemas.internal import Caller
-from mlx_server.services.backpressure import Admission
+from mlx_server.services.backpressure import Backpressure
+from mlx_server.telemetry import embeddings_span
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRequest:
-    """Texts, or token ids that are taken as they are, to make a vector of each.
+    """Texts or token ids to embed.
 
     `dimensions` keeps that many of a vector's first numbers, scaled to length 1; None keeps all.
     """
@@ -31,76 +28,72 @@ class EmbeddingRequest:
     dimensions: int | None = None
     priority: int = 0
     keep_alive: float | None = None
-    """Seconds that the model stays loaded after this request; None leaves it to the settings."""
+    """Seconds that the model stays loaded afterwards; None leaves it to the settings."""
 
 
 class EmbeddingService:
-    """Turns requests into vectors."""
-
-    def __init__(self, pool: ModelPoolManager, settings: Settings) -> None:
-        self.pool = pool
-        self._admission = Admission(settings)
+    def __init__(self, pool: ModelPoolManager, backpressure: Backpressure) -> None:
+        self._pool = pool
+        self._backpressure = backpressure
 
     @asynccontextmanager
     async def open(self, request: EmbeddingRequest) -> AsyncIterator["Vectors"]:
-        """Tokenize and check the texts, hold the model, and hand its vectors to the caller.
+        """Start a request; leaving the block aborts it.
 
-        The engine begins at once. Leaving the block aborts what still runs and lets the model go.
-        Raises the errors a client should see as a status: BadRequest, ContextLengthExceeded,
-        ModelNotFound, ModelLoading, ModelLoadFailed, TooManyRequests.
+        Raises BadRequest, ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed and
+        TooManyRequests.
         """
+        caller = request.caller
         arrived = asyncio.get_running_loop().time()
         async with AsyncExitStack() as stack:
-            span = stack.enter_context(_span(request))
-            model = await stack.enter_async_context(
-                self.pool.acquire(request.model, request.keep_alive, "embed")
+            span = stack.enter_context(
+                embeddings_span(request.model, len(request.inputs), caller.request_id)
             )
-            texts = await _prepared(request, model)
-            self._admission.check_queue(model, 1)
-            stack.enter_context(self._admission.timed(model.id))
-            wanted = Embed(
-                id=0,  # the engine's client gives the real one
+            model = await stack.enter_async_context(
+                self._pool.acquire(request.model, request.keep_alive, "embed")
+            )
+            texts = await _prepare(request, model)
+            self._backpressure.check_queue(model.id, model.engine.in_flight, 1)
+            stack.enter_context(self._backpressure.timed(model.id))
+            engine_request = Embed(
+                id=0,  # set by the engine's supervisor
                 texts=texts,
                 dimensions=request.dimensions,
-                caller=request.caller.key,
+                caller=caller.key,
                 priority=request.priority,
             )
-            sent = model.engine.embed(wanted, request.caller.request_id)
-            stream = stack.enter_context(sent)
+            stream = stack.enter_context(model.engine.embed(engine_request, caller.request_id))
             vectors = Vectors(model, texts, stream)
-            span.set_attribute("gen_ai.response.model", model.id)
-            span.set_attribute("gen_ai.usage.input_tokens", vectors.prompt_tokens)
-            if request.caller.charge is not None:
-                stack.push_async_callback(request.caller.charge, vectors.prompt_tokens)
-            stack.enter_context(self._admission.limited([stream], arrived, model.id))
+            span.accepted(model.id, vectors.prompt_tokens)
+            if caller.charge is not None:
+                stack.push_async_callback(caller.charge, vectors.prompt_tokens)
+            stack.enter_context(self._backpressure.timeouts([stream], arrived, model.id))
             yield vectors
 
 
 class Vectors:
-    """A request that was accepted, and the vectors that come of it."""
+    """The vectors of a request that its model's engine works on."""
 
     def __init__(self, model: LoadedModel, texts: list[list[int]], stream: RowStream) -> None:
         self.model = model.id
-        """The id under which the model is known, which may differ from the alias asked for."""
+        """Its own id, not the alias asked for."""
         self.prompt_tokens = sum(map(len, texts))
         self._stream = stream
 
     async def arrivals(self) -> AsyncIterator[list[tuple[int, bytes]]]:
-        """Pairs of a text's index and its vector's float32 numbers, the lowest byte first.
+        """Pairs of a text's index and its vector, as little-endian float32, in any order.
 
-        They come in any order, those together that were computed together. Iterate once. Raises
-        EngineFailed when the engine fails the request or cannot survive it, and Unavailable or
-        RequestTimeout when it had to be given up.
+        Iterate once. Raises EngineFailed when the engine fails the request or keeps ending on it,
+        and Unavailable or RequestTimeout when a timeout ended it.
         """
         async for _, row in self._stream.rows():
             if row.vectors:
                 yield row.vectors
 
 
-async def _prepared(request: EmbeddingRequest, model: LoadedModel) -> list[list[int]]:
-    """The tokens of each text. Raises what is wrong with the request."""
+async def _prepare(request: EmbeddingRequest, model: LoadedModel) -> list[list[int]]:
     context, width = model.facts.context_length, model.facts.width
-    if width == 0:  # its folder became another model's since it was loaded
+    if width == 0:  # loaded before its folder became an embedding model's
         raise BadRequest("This model makes no embeddings.", param="model")
     if request.dimensions is not None and request.dimensions > width:
         raise BadRequest(f"`dimensions` is at most {width} for this model.", param="dimensions")
@@ -114,7 +107,6 @@ async def _prepared(request: EmbeddingRequest, model: LoadedModel) -> list[list[
 
 
 def _check(index: int, tokens: list[int], model: LoadedModel) -> None:
-    """Refuse a text that the model cannot take."""
     context, vocabulary = model.facts.context_length, model.facts.vocab_size
     if not tokens:
         raise BadRequest(f"Text {index} of the input holds no token.", param=f"input.{index}")
@@ -130,20 +122,3 @@ def _check(index: int, tokens: list[int], model: LoadedModel) -> None:
             f"{vocabulary}.",
             param=f"input.{index}",
         )
-
-
-@contextmanager
-def _span(request: EmbeddingRequest) -> Iterator[trace.Span]:
-    """A span around one request, with the GenAI semantic conventions' attributes."""
-    attributes: dict[str, str | int] = {
-        "gen_ai.operation.name": "embeddings",
-        "gen_ai.provider.name": "mlx_server",
-        "gen_ai.request.model": request.model,
-        "mlx_server.inputs": len(request.inputs),
-        "mlx_server.request_id": request.caller.request_id,
-    }
-    tracer = trace.get_tracer("mlx_server", __version__)
-    with tracer.start_as_current_span(
-        f"embeddings {request.model}", attributes=attributes, record_exception=False
-    ) as span:
-        yield span

@@ -1,4 +1,4 @@
-"""The one inference path: prompt → tokens → text events, the same for every protocol."""
+"""The one inference path of all protocols: prompt → tokens → text events."""
 
 import asyncio
 import secrets
@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
-from mlx_server.config import Settings
 from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import Generate, Logprobs, Row
 from mlx_server.errors import BadRequest, ContextLengthExceeded
@@ -22,8 +21,8 @@ from mlx_server.schemas.internal import (
     InferenceRequest,
     PromptScored,
 )
-from mlx_server.services.backpressure import Admission
-from mlx_server.services.output.choices import PlainChoice, ReadChoice
+from mlx_server.services.backpressure import Backpressure
+from mlx_server.services.output.choices import ParsedChoice, PlainChoice
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.text import prompt_logprobs
 from mlx_server.telemetry import InferenceSpan, inference_span
@@ -34,57 +33,48 @@ SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 class InferenceService:
-    """Turns internal requests into events."""
-
-    def __init__(self, pool: ModelPoolManager, settings: Settings) -> None:
-        self.pool = pool
-        self._admission = Admission(settings)
-
-    @asynccontextmanager
-    async def open(self, request: InferenceRequest) -> AsyncIterator["Generation"]:
-        """Render and check the prompt, hold the model, and hand the generation to the caller.
-
-        The engine begins at once. Leaving the block aborts what still runs and lets the model go.
-        Raises the errors a client should see as a status: BadRequest, ContextLengthExceeded,
-        ModelNotFound, ModelLoading, ModelLoadFailed, TooManyRequests.
-        """
-        async with self.open_all([request]) as [generation]:
-            yield generation
+    def __init__(self, pool: ModelPoolManager, backpressure: Backpressure) -> None:
+        self._pool = pool
+        self._backpressure = backpressure
 
     @asynccontextmanager
     async def open_all(
         self, requests: Sequence[InferenceRequest]
     ) -> AsyncIterator[list["Generation"]]:
-        """Do the same for several requests for one model, which begin together or not at all.
+        """Start requests for one model, together or not at all; leaving the block aborts them.
 
-        The model is taken once: whoever held it and asked again could wait for a model that makes
-        room, and that waits for them.
+        Raises BadRequest, ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed and
+        TooManyRequests.
         """
         first = requests[0]
         arrived = asyncio.get_running_loop().time()
         async with AsyncExitStack() as stack:
-            spans = [stack.enter_context(inference_span(one.model, one)) for one in requests]
+            spans = [stack.enter_context(inference_span(request)) for request in requests]
+            # Once for all: a second acquisition could wait for a model that waits for this one.
             model = await stack.enter_async_context(
-                self.pool.acquire(first.model, first.keep_alive)
+                self._pool.acquire(first.model, first.keep_alive)
             )
-            prompts = [await _prepare(one, model) for one in requests]
-            self._admission.check_queue(model, sum(one.n for one in requests))
-            stack.enter_context(self._admission.timed(model.id))
+            prompts = [await _prepare(request, model) for request in requests]
+            self._backpressure.check_queue(
+                model.id, model.engine.in_flight, sum(request.n for request in requests)
+            )
+            stack.enter_context(self._backpressure.timed(model.id))
             streams = []
             generations = []
             for request, prompt, span in zip(requests, prompts, spans, strict=True):
                 span.model(model.id)
-                wanted = _engine_requests(prompt, request, model)
-                sent = model.engine.generate(wanted, request.caller.request_id)
-                streams.append(stack.enter_context(sent))
-                generations.append(Generation(request, model, prompt, streams[-1], span))
-                stack.push_async_callback(generations[-1].settle)
-            stack.enter_context(self._admission.limited(streams, arrived, model.id))
+                choices = _engine_requests(prompt, request, model)
+                stream = model.engine.generate(choices, request.caller.request_id)
+                streams.append(stack.enter_context(stream))
+                generation = Generation(request, model, prompt, stream, span)
+                generations.append(generation)
+                stack.push_async_callback(generation.settle)
+            stack.enter_context(self._backpressure.timeouts(streams, arrived, model.id))
             yield generations
 
 
 class Generation:
-    """A request that was accepted: its prompt fits, its model is held, its engine works on it."""
+    """A request that its model's engine works on."""
 
     def __init__(
         self,
@@ -95,7 +85,7 @@ class Generation:
         span: InferenceSpan,
     ) -> None:
         self.model = model.id
-        """The id under which the model is known, which may differ from the alias asked for."""
+        """Its own id, not the alias asked for."""
         self.prompt_tokens = len(prompt.tokens)
         self._request = request
         self._text = model.text
@@ -106,21 +96,21 @@ class Generation:
         self._choices = [_choice(index, request, prompt, model.text) for index in range(request.n)]
 
     async def settle(self) -> None:
-        """Charge the caller, once, for the tokens taken so far. Call when no more will come."""
+        """Charge the caller, once, for all tokens. Call when no more will come."""
         charge, self._charge = self._charge, None
         if charge is not None:
             completions = sum(choice.completion_tokens for choice in self._choices)
             await charge(self.prompt_tokens + completions)
 
     async def prompt_text(self) -> str:
-        """The prompt as text, special tokens left out."""
+        """The prompt without special tokens."""
         return await self._text.decode(self._tokens)
 
     async def events(self) -> AsyncIterator[list[Event]]:
-        """The choices' events, interleaved as they happen, those together that came together.
+        """The events of all choices, grouped as they arrive. Iterate once.
 
-        Iterate once. Raises EngineFailed when the engine fails the request or cannot survive it,
-        and Unavailable or RequestTimeout when it had to be given up.
+        Raises EngineFailed when the engine fails the request or keeps ending on it, and
+        Unavailable or RequestTimeout when a timeout ended it.
         """
         async for rows in self._stream.arrivals():
             events: list[Event] = []
@@ -129,12 +119,14 @@ class Generation:
                     events.append(await self._scored(row.prompt_logprobs))
                 choice = self._choices[index]
                 if isinstance(choice, PlainChoice):
-                    events += self._told(choice.take(row), row)
+                    new = choice.take(row)
                 else:
-                    events += self._told(await choice.take(row), row)
+                    new = await choice.take(row)
+                self._observe(new, row)
+                events += new
             if events:
                 yield events
-        # Before the caller hears that all has come, and may ask for more.
+        # Before the caller knows that all has come, and may ask for more.
         await self.settle()
 
     async def _scored(self, logprobs: Sequence[Logprobs | None]) -> PromptScored:
@@ -144,46 +136,46 @@ class Generation:
         )
         return PromptScored(entries)
 
-    def _told(self, events: list[Event], row: Row) -> list[Event]:
-        """The `events` that `row` brought about, of which the span and the engine are told."""
+    def _observe(self, events: list[Event], row: Row) -> None:
         if row.tokens:
             self._span.first_token()
         if events and isinstance(last := events[-1], Finished):
             self._span.finished(last)
-            if row.finish is None:  # it ended here, of which the engine knows nothing
+            if row.finish is None:  # ended here, by a stop string or a call
                 self._stream.abort(last.choice)
-        return events
 
 
 async def _prepare(request: InferenceRequest, model: LoadedModel) -> Prepared:
-    """The prompt's tokens and what binds the completion. Raises what is wrong with the request."""
     prompt = await model.text.prepare(
         request.prompt, request.constraint, model.facts.context_length
     )
-    _check(prompt.tokens, request, model)
+    _check_length(len(prompt.tokens), request, model)
+    _check_vocabulary(prompt.tokens, request, model)
     return prompt
 
 
-def _check(tokens: list[int], request: InferenceRequest, model: LoadedModel) -> None:
-    """Refuse what this model can never do."""
-    context, vocabulary = model.facts.context_length, model.facts.vocab_size
-    longest = model.facts.longest_sequence
-    if not tokens:
+def _check_length(length: int, request: InferenceRequest, model: LoadedModel) -> None:
+    context, longest = model.facts.context_length, model.facts.longest_sequence
+    if length == 0:
         raise BadRequest("The prompt holds no token.", param="prompt")
     wanted = 1 if request.max_tokens is None else request.max_tokens
-    if len(tokens) + wanted > context:
+    if length + wanted > context:
         raise ContextLengthExceeded(
-            f"This model's context holds {context} tokens. You asked for {len(tokens) + wanted}: "
-            f"{len(tokens)} in the prompt and at least {wanted} in the completion.",
+            f"This model's context holds {context} tokens. You asked for {length + wanted}: "
+            f"{length} in the prompt and at least {wanted} in the completion.",
             param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
         )
-    if len(tokens) + wanted > longest:
+    if length + wanted > longest:
         raise BadRequest(
-            f"{len(tokens)} tokens of prompt and {wanted} of completion can never fit: the KV "
+            f"{length} tokens of prompt and {wanted} of completion can never fit: the KV "
             f"cache of {model.facts.kv_limit:,} bytes holds {longest} tokens of one request.",
             param="max_tokens",
             code="insufficient_memory",
         )
+
+
+def _check_vocabulary(tokens: list[int], request: InferenceRequest, model: LoadedModel) -> None:
+    vocabulary = model.facts.vocab_size
     if not all(0 <= token < vocabulary for token in tokens):
         raise BadRequest(
             f"The prompt has a token id outside this model's vocabulary of {vocabulary}.",
@@ -198,15 +190,15 @@ def _check(tokens: list[int], request: InferenceRequest, model: LoadedModel) -> 
 def _engine_requests(
     prompt: Prepared, request: InferenceRequest, model: LoadedModel
 ) -> list[Generate]:
-    """One engine request per choice; each has a seed of its own."""
+    """One engine request per choice, each with its own seed."""
     room = model.facts.longest_sequence - len(prompt.tokens)
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
-    # What is complete by its grammar has nothing to go on with.
-    endless = request.ignore_eos and prompt.grammar is None
-    stop_tokens = [] if endless else sorted(model.text.stop_tokens)
+    # A text that is complete by its grammar cannot go on.
+    ignore_eos = request.ignore_eos and prompt.grammar is None
+    stop_tokens = [] if ignore_eos else sorted(model.text.stop_tokens)
     return [
         Generate(
-            id=0,  # the client gives the real one
+            id=0,  # set by the engine's supervisor
             prompt=prompt.tokens,
             sampling=msgspec.structs.replace(
                 request.sampling, seed=(seed + index * SEED_STRIDE) % (1 << SEED_BITS)
@@ -225,10 +217,9 @@ def _engine_requests(
 
 def _choice(
     index: int, request: InferenceRequest, prompt: Prepared, text: ModelText
-) -> PlainChoice | ReadChoice:
-    """The choice at `index`; that of a chat is read where there may be more in it than text."""
+) -> PlainChoice | ParsedChoice:
     chat = request.prompt if isinstance(request.prompt, ChatPrompt) else None
     if chat is None or (text.syntax.reasoning is None and chat.use is None):
         return PlainChoice(index, text, request.stop, len(prompt.tokens))
     reader = OutputReader(text.syntax, chat.use, thinking=prompt.thinking)
-    return ReadChoice(index, text, reader, chat.use, request.stop, len(prompt.tokens))
+    return ParsedChoice(index, text, reader, chat.use, request.stop, len(prompt.tokens))

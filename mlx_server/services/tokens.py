@@ -1,4 +1,4 @@
-"""The tokens of texts and conversations, without a completion."""
+"""Tokenizing and detokenizing, without a completion."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,7 @@ from mlx_server.services.output.text import token_text
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A prompt's tokens, and how many the model's context holds.
-
-    `bytes` are what each stands for in running text, none for special ones; `names` are for
-    people to read.
-    """
+    """`bytes` are empty for special tokens; `names` are for people to read."""
 
     ids: list[int]
     bytes: list[bytes]
@@ -24,7 +20,7 @@ class Tokens:
 
 
 async def tokenized(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> Tokens:
-    """The tokens of a prompt, just as a completion of it would have them.
+    """The tokens that a completion of `prompt` would have.
 
     Raises as `ModelPoolManager.acquire` and `ModelText.prepare` do.
     """
@@ -40,24 +36,23 @@ async def tokenized(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> To
 
 
 async def tokenized_bare(pool: ModelPoolManager, model_id: str, text: str) -> Tokens:
-    """The tokens of a text, without those that the tokenizer puts in front of one."""
+    """The tokens of `text`, without those that the tokenizer adds in front."""
     whole = await tokenized(pool, model_id, TextPrompt(text))
     front = await tokenized(pool, model_id, TextPrompt(""))
-    if text.startswith("".join(front.names)):
-        # The text had them itself.
+    if text.startswith("".join(front.names)):  # the text itself holds them
         return whole
     skip = len(front.ids)
     return Tokens(whole.ids[skip:], whole.bytes[skip:], whole.names[skip:], whole.context_length)
 
 
 async def count(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> int:
-    """How many tokens a prompt has. Raises as `tokenized` does."""
+    """Raises as `tokenized` does."""
     async with pool.acquire(model_id, purpose="any") as model:
         return len((await model.text.prepare(prompt, None, model.facts.context_length)).tokens)
 
 
 async def detokenized(pool: ModelPoolManager, model_id: str, tokens: Sequence[int]) -> str:
-    """The text of `tokens`, special ones left out. Raises as `ModelPoolManager.acquire` does."""
+    """The text of `tokens` without special ones. Raises BadRequest, and as `acquire` does."""
     async with pool.acquire(model_id, purpose="any") as model:
         vocabulary = model.facts.vocab_size
         if not all(token < vocabulary for token in tokens):

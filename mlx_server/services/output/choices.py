@@ -1,4 +1,4 @@
-"""One choice's way from an engine's rows to events: as plain text, or read for more than that."""
+"""One choice of a request: an engine's rows in, events out."""
 
 import logging
 import secrets
@@ -20,14 +20,14 @@ from mlx_server.schemas.internal import (
     ToolUse,
     Usage,
 )
+from mlx_server.services.output.alignment import TokenAligner
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.pieces import Kind, Piece
-from mlx_server.services.output.shares import TokenShares
 from mlx_server.services.output.text import (
     AlignedText,
-    CutText,
     TokenDecoder,
-    TokenTexts,
+    TruncatedText,
+    Vocabulary,
     token_logprob,
 )
 
@@ -38,26 +38,26 @@ log = logging.getLogger("mlx_server.services")
 
 
 class PlainChoice:
-    """A choice of which all is text."""
+    """A choice that is nothing but text."""
 
     def __init__(
-        self, index: int, texts: TokenTexts, stops: tuple[str, ...], prompt_tokens: int
+        self, index: int, vocabulary: Vocabulary, stops: tuple[str, ...], prompt_tokens: int
     ) -> None:
         self.index = index
-        self.text = AlignedText(texts, stops)
+        self.text = AlignedText(vocabulary, stops)
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.cached_tokens = 0
 
     def take(self, row: Row) -> list[Event]:
-        """The events that `row` brings about; none follow a `Finished`, which is the last."""
+        """The events that `row` causes."""
         events: list[Event] = []
         self.cached_tokens = row.cached or self.cached_tokens
         # A stop token ends the text and is no part of it.
-        spoken = len(row.tokens) - (row.finish == "stop")
+        text_tokens = len(row.tokens) - (row.finish == "stop")
         for position, token in enumerate(row.tokens):
             self.completion_tokens += 1
-            if position >= spoken:
+            if position >= text_tokens:
                 break
             text, entries = self.text.push(token, row.logprobs[position] if row.logprobs else None)
             if text or entries:
@@ -66,7 +66,7 @@ class PlainChoice:
                 events.append(self._finished("stop"))
                 return events
         if row.finish is not None:
-            text, entries = self.text.finish()
+            text, entries = self.text.flush()
             if text or entries:
                 events.append(TextDelta(self.index, text, entries))
             events.append(self._finished(row.finish))
@@ -77,26 +77,24 @@ class PlainChoice:
         return Finished(self.index, reason, usage)
 
 
-class OutputTexts(TokenTexts, Protocol):
-    """What is known of a model's text where more than plain text is looked for."""
-
+class TextSide(Vocabulary, Protocol):
     def visible_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token in running text, or of the marker that it is."""
+        """`token_bytes`, or the bytes of a special token that is a marker."""
 
     async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Names and arguments of the tool calls in `text`, none if it is garbled."""
+        """Names and arguments in `text`, none if it is garbled."""
 
 
-class ReadChoice:
-    """A choice that is read for thinking and tool calls.
+class ParsedChoice:
+    """A choice that may hold reasoning and tool calls.
 
-    Stop strings are looked for in the answer's text only, and only its log-probabilities are told.
+    Stop strings and log-probabilities concern the answer's text only.
     """
 
     def __init__(
         self,
         index: int,
-        texts: OutputTexts,
+        text_side: TextSide,
         reader: OutputReader,
         use: ToolUse | None,
         stops: tuple[str, ...],
@@ -106,68 +104,71 @@ class ReadChoice:
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.cached_tokens = 0
-        self._texts = texts
-        self._visible = VisibleTexts(texts)
+        self._text_side = text_side
+        self._vocabulary = VisibleVocabulary(text_side)
         self._reader = reader
         self._tools = [] if use is None else use.tools
-        self._decoder = TokenDecoder(texts.visible_bytes)
+        self._decoder = TokenDecoder(text_side.visible_bytes)
         self._decoded = 0
-        self._text = CutText(stops)
-        self._shares = TokenShares(self._text)
+        self._text = TruncatedText(stops)
+        self._aligner = TokenAligner(self._text)
         self._calls = 0
         self._events: list[Event] = []
 
     async def take(self, row: Row) -> list[Event]:
-        """The events that `row` brings about; none follow a `Finished`, which is the last."""
+        """The events that `row` causes."""
         self.cached_tokens = row.cached or self.cached_tokens
         # A stop token ends the completion and is no part of it.
-        spoken = len(row.tokens) - (row.finish == "stop")
+        text_tokens = len(row.tokens) - (row.finish == "stop")
         for position, token in enumerate(row.tokens):
             self.completion_tokens += 1
-            if position >= spoken:
+            if position >= text_tokens:
                 break
             logprobs = row.logprobs[position] if row.logprobs else None
-            entry = None if logprobs is None else token_logprob(self._visible, logprobs, 0)
-            await self._say(self._reader.push(self._decoded_text(token, entry)))
+            entry = None if logprobs is None else token_logprob(self._vocabulary, logprobs, 0)
+            self._emit(self._reader.push(self._decode(token, entry)))
+            if self._reader.unparsed is not None:
+                await self._emit_unparsed()
             if self._text.stopped or self._reader.done:
-                return self._finished("stop")
+                return self._finish("stop")
         if row.finish is not None:
-            await self._say(self._reader.finish(row.finish))
-            return self._finished(row.finish)
-        return self._new_events()
+            self._emit(self._reader.finish(row.finish))
+            await self._emit_unparsed()
+            return self._finish(row.finish)
+        return self._drain()
 
-    def _decoded_text(self, token: int, entry: TokenLogprob | None) -> str:
+    def _decode(self, token: int, entry: TokenLogprob | None) -> str:
         start = self._decoded
         text = self._decoder.push(token)
         self._decoded += len(text)
-        self._shares.expect(start, self._decoded + self._decoder.inside_character, entry)
+        self._aligner.add_token(start, self._decoded + self._decoder.inside_character, entry)
         return text
 
-    async def _say(self, pieces: Sequence[Piece]) -> None:
-        """Make events of `pieces`, and of what has to be parsed first."""
-        for piece in pieces:
-            self._say_piece(piece)
+    async def _emit_unparsed(self) -> None:
         while not self._text.stopped and (block := self._reader.unparsed) is not None:
-            for piece in self._reader.parsed(await self._parse(block)):
-                self._say_piece(piece)
+            self._emit(self._reader.parsed(await self._parse(block)))
 
     async def _parse(self, block: str) -> list[tuple[str, str]]:
         try:
-            return await self._texts.parse_calls(block, self._tools)
+            return await self._text_side.parse_calls(block, self._tools)
         except ServerError as error:
-            # The answer is there all the same.
+            # The block is shown as text instead.
             log.warning(event("tool_calls_unparsed", error=error.code or type(error).__name__))
             return []
 
-    def _say_piece(self, piece: Piece) -> None:
-        if self._text.stopped:
-            return
-        self._shares.take(piece)
+    def _emit(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if self._text.stopped:
+                return
+            self._aligner.add_piece(piece.kind, piece.width)
+            self._emit_piece(piece)
+
+    def _emit_piece(self, piece: Piece) -> None:
         if piece.kind is Kind.TEXT:
-            self._say_text(*self._text.add(piece.text))
+            self._emit_text(*self._text.add(piece.text))
             return
-        self._say_text(*self._text.finish())
-        if piece.kind is Kind.THINKING:
+        self._emit_text(*self._text.flush())
+        if piece.kind is Kind.REASONING:
             self._events.append(ReasoningDelta(self.index, piece.text))
         elif piece.kind is Kind.CALL:
             self._events.append(ToolCallStart(self.index, self._calls, call_id(), piece.text))
@@ -175,34 +176,34 @@ class ReadChoice:
         elif piece.kind is Kind.ARGUMENTS:
             self._events.append(ToolCallDelta(self.index, self._calls - 1, piece.text))
 
-    def _say_text(self, text: str, entries: tuple[TokenLogprob, ...]) -> None:
+    def _emit_text(self, text: str, entries: tuple[TokenLogprob, ...]) -> None:
         if text or entries:
             self._events.append(TextDelta(self.index, text, entries))
 
-    def _finished(self, reason: FinishReason) -> list[Event]:
+    def _finish(self, reason: FinishReason) -> list[Event]:
         if not self._text.stopped:
-            self._shares.finish()
-            self._say_text(*self._text.finish())
+            self._aligner.finish()
+            self._emit_text(*self._text.flush())
         usage = Usage(
-            self.prompt_tokens, self.completion_tokens, self.cached_tokens, self._shares.thinking
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.cached_tokens,
+            self._aligner.reasoning_tokens,
         )
         called = self._calls > 0 and reason == "stop"
         self._events.append(Finished(self.index, "tool_calls" if called else reason, usage))
-        return self._new_events()
+        return self._drain()
 
-    def _new_events(self) -> list[Event]:
+    def _drain(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 
 
-class VisibleTexts:
-    """A model's tokens, markers among them shown as text."""
-
-    def __init__(self, texts: OutputTexts) -> None:
-        self.token_bytes = texts.visible_bytes
-        self.token_name = texts.token_name
+class VisibleVocabulary:
+    def __init__(self, text_side: TextSide) -> None:
+        self.token_bytes = text_side.visible_bytes
+        self.token_name = text_side.token_name
 
 
 def call_id() -> str:
-    """A fresh id for a tool call."""
     return "call_" + "".join(secrets.choice(ID_CHARACTERS) for _ in range(ID_LENGTH))

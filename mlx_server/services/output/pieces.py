@@ -1,48 +1,57 @@
-"""What a completion is made of, once it has been read."""
+"""Pieces of a completion, and the buffer they are cut from."""
 
 from enum import Enum, auto
 from typing import NamedTuple
 
 
 class Kind(Enum):
-    """What a piece of a completion is."""
-
     TEXT = auto()
-    """Of the answer."""
-    THINKING = auto()
+    REASONING = auto()
     CALL = auto()
-    """The name of a tool that is called. What it is called with follows."""
+    """The name of a called tool; its `ARGUMENTS` follow."""
     ARGUMENTS = auto()
     HIDDEN = auto()
-    """Nothing that anybody is shown: a marker, or white space beside one."""
+    """A marker, or white space beside one: shown to nobody."""
 
 
 class Piece(NamedTuple):
-    """A piece of a completion, and how many characters of it were read for that.
-
-    The widths of a completion's pieces add up to its length.
-    """
+    """`width` counts the completion's characters that the piece was read from."""
 
     kind: Kind
     text: str
     width: int
 
 
-def said(text: str) -> Piece:
-    """Text of the answer, as it stands in the completion."""
-    return Piece(Kind.TEXT, text, len(text))
+class PieceBuffer:
+    """Text not understood yet, and the pieces cut off its front. All readers share it."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.pieces: list[Piece] = []
+
+    def cut(self, kind: Kind, length: int) -> None:
+        """Make a piece of the first `length` characters."""
+        if length:
+            text = self.text
+            self.pieces.append(Piece(kind, text[:length], length))
+            self.text = text[length:]
+
+    def hide(self, length: int) -> None:
+        if length:
+            self.pieces.append(Piece(Kind.HIDDEN, "", length))
+            self.text = self.text[length:]
+
+    def hide_space(self) -> None:
+        self.hide(len(self.text) - len(self.text.lstrip()))
+
+    def drain(self) -> list[Piece]:
+        pieces, self.pieces = self.pieces, []
+        return pieces
 
 
-def thought(text: str) -> Piece:
-    """Thinking, as it stands in the completion."""
-    return Piece(Kind.THINKING, text, len(text))
-
-
-def hidden(width: int) -> Piece:
-    """So many characters that nobody is shown."""
-    return Piece(Kind.HIDDEN, "", width)
-
-
-def called(name: str) -> Piece:
-    """The beginning of a call."""
-    return Piece(Kind.CALL, name, 0)
+def overlap(text: str, marker: str) -> int:
+    """How many characters at the end of `text` could begin `marker`, without being all of it."""
+    start = text.find(marker[0], max(0, len(text) - len(marker) + 1))
+    while start >= 0 and not marker.startswith(text[start:]):
+        start = text.find(marker[0], start + 1)
+    return 0 if start < 0 else len(text) - start

@@ -1,51 +1,35 @@
-"""Completions read as they come, against what they say as a whole."""
+"""Completions read while they come, against what they say as a whole."""
 
-import json
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_server.engine.protocol import FinishReason, Logprobs, Row
-from mlx_server.errors import Unavailable
-from mlx_server.models.text.adapters.base import Adapter, CallSyntax, Reasoning, Syntax
-from mlx_server.models.text.adapters.registry import load_adapter
-from mlx_server.schemas.internal import (
-    Event,
-    Finished,
-    ReasoningDelta,
-    TextDelta,
-    TokenLogprob,
-    ToolCallDelta,
-    ToolCallStart,
-    ToolUse,
-)
-from mlx_server.services.output.choices import ReadChoice
+from mlx_server.engine.protocol import FinishReason
+from mlx_server.models.text.adapters.base import CallSyntax, Reasoning, Syntax
+from mlx_server.schemas.internal import ToolUse
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.pieces import Kind, Piece
-from tests.support.tiny import build_tiny_model, token_id
-
-THINK = Reasoning("<think>", "</think>")
-HERMES = CallSyntax("<tool_call>", "</tool_call>", json=True)
-MISTRAL = CallSyntax("[TOOL_CALLS]", "", json=True)
-LLAMA = CallSyntax("<|python_tag|>", "", json=True, arguments="parameters")
-OTHER = CallSyntax("<call>", "</call>", json=False)
-ENDLESS = CallSyntax("[CALL]", "", json=False)
-SYNTAXES = [HERMES, MISTRAL, LLAMA, OTHER, ENDLESS]
-
-TOOLS = [
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
-    for name in ("add", "weather")
-]
-USE = ToolUse(TOOLS)
-ONE = ToolUse(TOOLS, parallel=False)
+from tests.support.outputs import (
+    ENDLESS,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    ONE,
+    OTHER,
+    SYNTAXES,
+    THINK,
+    USE,
+    hermes,
+    parse,
+    pieces_of,
+)
 
 
 @dataclass
@@ -57,17 +41,6 @@ class Outcome:
     calls: list[list[str]] = field(default_factory=list)
     parts: list[tuple[Kind, str, int]] = field(default_factory=list)
     """Pieces of one kind that follow each other are one."""
-
-
-def parse(text: str) -> list[tuple[str, str]]:
-    """The calls in blocks that are not JSON as expected: `add(a=1); weather(city="X")`."""
-    pattern = r"(\w+)\((?:(\w+)=([^)]*))?\)"
-    if not re.fullmatch(rf"\s*{pattern}(; {pattern})*\s*", text):
-        return []
-    return [
-        (name, f'{{"{key}": {value}}}' if key else "{}")
-        for name, key, value in re.findall(pattern, text)
-    ]
 
 
 def read(
@@ -109,13 +82,9 @@ def outcome(pieces: Sequence[Piece]) -> Outcome:
         if kind is Kind.ARGUMENTS:
             result.calls[-1][1] += whole
         result.text += whole if kind is Kind.TEXT else ""
-        result.thinking += whole if kind is Kind.THINKING else ""
+        result.thinking += whole if kind is Kind.REASONING else ""
         result.parts.append((kind, whole, sum(piece.width for piece in together)))
     return result
-
-
-def hermes(name: str, arguments: str) -> str:
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
 # however it is cut
@@ -131,14 +100,6 @@ PARTS = [
     *('"id": "x1"', "<", "<t", "</t", "[T", "<th", "hello", " ", "\n", "日", " " * 150),
 ]
 SIZES = st.lists(st.integers(0, 6), max_size=60)
-
-
-def cut(text: str, sizes: Sequence[int]) -> list[str]:
-    pieces, start = [], 0
-    for size in sizes:
-        pieces.append(text[start : start + size])
-        start += size
-    return [*pieces, text[start:]]
 
 
 @pytest.mark.parametrize("calls", SYNTAXES, ids=lambda syntax: syntax.start)
@@ -161,7 +122,7 @@ def test_a_completion_says_the_same_however_it_is_cut(
     text = "".join(parts)
     options: dict[str, Any] = {"calls": calls, "use": use, "thinking": thinking, "reason": reason}
     whole = read(text, **options)
-    assert read(cut(text, sizes), **options) == whole
+    assert read(pieces_of(text, sizes), **options) == whole
     assert read(list(text), **options) == whole
 
 
@@ -171,9 +132,9 @@ def test_what_is_neither_thinking_nor_a_call_is_text_to_the_letter(
     parts: list[str], sizes: list[int]
 ) -> None:
     text = "".join(parts)
-    unread = read(cut(text, sizes), use=None, reasoning=None)
+    unread = read(pieces_of(text, sizes), use=None, reasoning=None)
     assert (unread.text, unread.thinking, unread.calls) == (text, "", [])
-    result = read(cut(text, sizes), reasoning=None)
+    result = read(pieces_of(text, sizes), reasoning=None)
     if not result.calls:
         assert result.text == text
 
@@ -409,189 +370,3 @@ def test_whatever_a_model_says_is_read_in_linear_time(flood: str) -> None:
     started = time.process_time()
     read(re.findall(".{1,3}", flood))
     assert time.process_time() - started < 10
-
-
-# from tokens to events
-
-
-class Texts:
-    """The text side of a model, as the front sees it."""
-
-    def __init__(self, adapter: Adapter, visible: Sequence[str] = ()) -> None:
-        self.token_bytes = adapter.token_bytes
-        self.token_name = adapter.token_name
-        self._visible = {token_id(adapter.tokenizer, name): name for name in visible}
-
-    def visible_bytes(self, token: int) -> bytes:
-        return self._visible.get(token, "").encode() or self.token_bytes(token)
-
-    async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        assert tools == TOOLS
-        if "trouble" in text:
-            raise Unavailable("The process ended.")
-        return parse(text)
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    folder = tmp_path_factory.mktemp("qwen")
-    return load_adapter(build_tiny_model(folder, "qwen"), "qwen")
-
-
-def tokens_of(adapter: Adapter, text: str) -> list[int]:
-    ids: list[int] = adapter.tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def row(tokens: Sequence[int], finish: FinishReason | None = None) -> Row:
-    scores = [Logprobs(token, -1.0, [(token, -1.0)]) for token in tokens]
-    return Row(0, list(tokens), finish=finish, logprobs=scores)
-
-
-async def choose(
-    adapter: Adapter,
-    said: str,
-    *,
-    calls: CallSyntax = HERMES,
-    use: ToolUse | None = USE,
-    stops: tuple[str, ...] = (),
-    thinking: bool = False,
-    finish: FinishReason = "stop",
-) -> list[Event]:
-    """The events of a choice whose tokens come one by one; a stop token ends them."""
-    reader = OutputReader(Syntax(THINK, calls), use, thinking=thinking)
-    choice = ReadChoice(2, Texts(adapter), reader, use, stops, prompt_tokens=7)
-    events: list[Event] = []
-    for token in tokens_of(adapter, said):
-        events += await choice.take(row([token]))
-        if events and isinstance(events[-1], Finished):
-            return events
-    last = [token_id(adapter.tokenizer, "<|im_end|>")] if finish == "stop" else []
-    return events + await choice.take(row(last, finish))
-
-
-def text_of(events: Sequence[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
-
-
-def entries_of(events: Sequence[Event]) -> list[TokenLogprob]:
-    return [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
-
-
-def end_of(events: Sequence[Event]) -> Finished:
-    assert isinstance(events[-1], Finished)
-    return events[-1]
-
-
-async def test_events_tell_thinking_text_and_calls_with_their_ids(adapter: Adapter) -> None:
-    calls = [hermes("add", '{"a": 1}'), hermes("weather", "{}")]
-    events = await choose(adapter, f"<think>Hm, 日.</think>I add.{calls[0]}\n{calls[1]}")
-    thought = [event.text for event in events if isinstance(event, ReasoningDelta)]
-    assert "".join(thought) == "Hm, 日."
-    assert len(thought) > 1
-    assert text_of(events) == "I add."
-    starts = [event for event in events if isinstance(event, ToolCallStart)]
-    assert [(start.call, start.name) for start in starts] == [(0, "add"), (1, "weather")]
-    assert all(re.fullmatch("call_[A-Za-z0-9]{24}", start.id) for start in starts)
-    assert starts[0].id != starts[1].id
-    arguments = ["", ""]
-    for event in events:
-        if isinstance(event, ToolCallDelta):
-            arguments[event.call] += event.arguments
-    assert [json.loads(one) for one in arguments] == [{"a": 1}, {}]
-    assert {event.choice for event in events} == {2}
-    assert end_of(events).reason == "tool_calls"
-
-
-async def test_tokens_of_thinking_are_counted_and_its_markers_are_not(adapter: Adapter) -> None:
-    thought = tokens_of(adapter, "Hello, world 日!")
-    said = "<think>Hello, world 日!</think>Fine."
-    usage = end_of(await choose(adapter, said)).usage
-    assert usage.reasoning_tokens == len(thought)
-    assert usage.completion_tokens == len(tokens_of(adapter, said)) + 1
-    assert usage.prompt_tokens == 7
-    cut_off = await choose(adapter, "Hello, world 日!", thinking=True, finish="length")
-    assert end_of(cut_off).usage.reasoning_tokens == len(thought)
-    assert end_of(cut_off).reason == "length"
-
-
-async def test_entries_are_those_of_the_answers_tokens(adapter: Adapter) -> None:
-    answer = "Hello, wörld 日! <b>"
-    events = await choose(adapter, f"<think>Hm.</think>{answer}{hermes('add', '{}')}")
-    assert text_of(events) == answer
-    entries = entries_of(events)
-    assert b"".join(entry.bytes for entry in entries) == answer.encode()
-    said = b""
-    for entry in entries:
-        assert entry.offset == len(said.decode(errors="ignore"))
-        said += entry.bytes
-
-
-@settings(deadline=None)
-@given(
-    parts=st.lists(
-        st.sampled_from(["Hello", " <", "</", "\n", "日本", "<tool", "é ", "{", "STOP", "ST"]),
-        max_size=8,
-    )
-)
-async def test_entries_join_to_a_text_in_which_nothing_is_found(
-    adapter: Adapter, parts: list[str]
-) -> None:
-    said = "Say: " + "".join(parts)
-    events = await choose(adapter, said, finish="length")
-    assert text_of(events) == said
-    assert b"".join(entry.bytes for entry in entries_of(events)) == said.encode()
-
-
-async def test_stop_strings_end_the_text_and_not_thinking_nor_arguments(adapter: Adapter) -> None:
-    call = hermes("add", '{"a": "STOP"}')
-    events = await choose(
-        adapter, f"<think>STOP here?</think>I {call} go STOP and on", stops=("STOP",)
-    )
-    assert text_of(events) == "Igo "
-    assert end_of(events).reason == "tool_calls"
-    told = "".join(event.arguments for event in events if isinstance(event, ToolCallDelta))
-    assert told == '{"a": "STOP"}'
-    events = await choose(adapter, "<think>Hm.</think>go STOP and on", stops=("STOP",))
-    assert (text_of(events), end_of(events).reason) == ("go ", "stop")
-    assert b"".join(entry.bytes for entry in entries_of(events)) == b"go "
-
-
-async def test_no_stop_string_reaches_over_a_call(adapter: Adapter) -> None:
-    events = await choose(adapter, f"ST{hermes('add', '{}')}OP", stops=("STOP",))
-    assert text_of(events) == "STOP"
-    assert [type(event) for event in events if not isinstance(event, ToolCallDelta)] == [
-        TextDelta, ToolCallStart, TextDelta, TextDelta, Finished
-    ]  # fmt: skip
-
-
-async def test_one_call_ends_a_choice_that_may_hold_one(adapter: Adapter) -> None:
-    said = '<tool_call>{"name": "add", "arguments": {}'
-    events = await choose(adapter, said + "}</tool_call> more", use=ONE)
-    assert text_of(events) == ""
-    assert end_of(events).reason == "tool_calls"
-    assert end_of(events).usage.completion_tokens <= len(tokens_of(adapter, said)) + 1
-
-
-async def test_calls_that_cannot_be_parsed_for_want_of_a_process_are_text(
-    adapter: Adapter,
-) -> None:
-    said = "a <call>trouble</call> b"
-    events = await choose(adapter, said, calls=OTHER)
-    assert (text_of(events), end_of(events).reason) == (said, "stop")
-    events = await choose(adapter, "a <call>add(a=1)</call> b", calls=OTHER)
-    assert (text_of(events), end_of(events).reason) == ("ab", "tool_calls")
-
-
-async def test_markers_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
-    adapter = load_adapter(build_tiny_model(tmp_path, "llama"), "llama")
-    texts = Texts(adapter, ["<|python_tag|>"])
-    reader = OutputReader(Syntax(None, LLAMA), USE, thinking=False)
-    choice = ReadChoice(0, texts, reader, USE, (), 1)
-    call = '{"name": "add", "parameters": {"a": 1}}'
-    tokens = [token_id(adapter.tokenizer, "<|python_tag|>"), *tokens_of(adapter, call)]
-    end = token_id(adapter.tokenizer, "<|eom_id|>")
-    events = await choice.take(row([*tokens, end], "stop"))
-    assert isinstance(events[0], ToolCallStart)
-    assert end_of(events).reason == "tool_calls"
-    assert text_of(events) == ""

@@ -1,0 +1,83 @@
+"""Stop strings in streaming text."""
+
+import re
+from collections import deque
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Passes text on until the first stop string; of several that end together, the longest counts.
+
+    An Aho–Corasick automaton ("Efficient string matching", CACM 18(6), 1975): its states are the
+    beginnings of the stop strings, the current one the longest that the text ends in. That much is
+    held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._fallback = [0]
+        self._depth = [0]
+        self._match = [0]
+        """By state: characters of the longest stop string that ends there."""
+        for stop in filter(None, stops):
+            self._add(stop)
+        self._link()
+        self._first = re.compile("|".join(map(re.escape, self._next[0]))) if self._next[0] else None
+        self._state = 0
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text that can be shown now, and whether a stop string has ended it."""
+        if self._first is None:
+            return text, False
+        state, position = self._state, 0
+        if state == 0:
+            found = self._first.search(text)
+            if found is None:
+                return text, False
+            position = found.start()
+        for end in range(position, len(text)):
+            state = self._step(state, text[end])
+            if self._match[state]:
+                whole = self._held + text[: end + 1]
+                self._state, self._held = 0, ""
+                return whole[: len(whole) - self._match[state]], True
+        whole = self._held + text
+        certain = len(whole) - self._depth[state]
+        self._state, self._held = state, whole[certain:]
+        return whole[:certain], False
+
+    def flush(self) -> str:
+        """The text held back. What follows is matched anew."""
+        held = self._held
+        self._state, self._held = 0, ""
+        return held
+
+    def _step(self, state: int, character: str) -> int:
+        while state and character not in self._next[state]:
+            state = self._fallback[state]
+        return self._next[state].get(character, 0)
+
+    def _add(self, stop: str) -> None:
+        state = 0
+        for depth, character in enumerate(stop, start=1):
+            if character not in self._next[state]:
+                self._next[state][character] = len(self._next)
+                self._next.append({})
+                self._fallback.append(0)
+                self._depth.append(depth)
+                self._match.append(0)
+            state = self._next[state][character]
+        self._match[state] = len(stop)
+
+    def _link(self) -> None:
+        """Give each state, nearest first, the longest shorter state that its text ends in."""
+        queue = deque(self._next[0].values())
+        while queue:
+            state = queue.popleft()
+            for character, child in self._next[state].items():
+                fallback = self._step(self._fallback[state], character)
+                self._fallback[child] = fallback
+                # The longest of the stop strings that end here is the one that starts first.
+                self._match[child] = self._match[child] or self._match[fallback]
+                queue.append(child)
