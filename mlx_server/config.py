@@ -28,8 +28,6 @@ def _as_number(value: object) -> object:
 
 
 class Settings(BaseSettings):
-    """The server's settings. `Settings.load` reads them from all their sources."""
-
     model_config = SettingsConfigDict(
         env_prefix="MLX_SERVER_", extra="forbid", env_nested_delimiter="__"
     )
@@ -209,7 +207,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> "Settings":
-        """Settings from `flags` (None values left out), the environment and the file `config`.
+        """Read all sources; None values in `flags` count as absent.
 
         Raises pydantic.ValidationError for a bad value and OSError for an unreadable file.
         """
@@ -234,7 +232,7 @@ class Settings(BaseSettings):
         return cls.model_validate(WithFile(**given).model_dump())
 
     def keep_alive_of(self, model_id: str) -> float | None:
-        """Seconds that `model_id` stays loaded unused; None for good."""
+        """Seconds; None for ever."""
         return parse_seconds(self.keep_alive_by_model.get(model_id, self.keep_alive))
 
     @property
@@ -251,7 +249,7 @@ class Settings(BaseSettings):
 
     @property
     def disk_cache_limit(self) -> int:
-        """Bytes for all models' prefix caches on the disk; 0 keeps none."""
+        """Bytes; 0 caches nothing."""
         return 0 if self.disk_cache.strip() == "off" else parse_bytes(self.disk_cache, 0)
 
     def load_options(self, model_id: str) -> LoadOptions:

@@ -1,4 +1,4 @@
-"""API keys: reading them, what each permits, and finding the one in a request."""
+"""API keys: reading, scopes, and lookup."""
 
 import hmac
 import logging
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class KeysError(ValueError):
-    """The keys are configured wrongly. The message says how, and never shows a key."""
+    """Wrongly configured keys. The message never shows a key."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key, known by its SHA-256. The scope `admin` permits everything."""
+    """Known by its SHA-256. The scope `admin` permits everything."""
 
     name: str
     digest: bytes = field(repr=False)
@@ -49,8 +49,6 @@ class ApiKey:
 
 
 class KeyRing:
-    """All keys of a server, and the scopes that require one."""
-
     def __init__(self, keys: Sequence[ApiKey], guarded: frozenset[Scope]) -> None:
         _check_unique(keys)
         self._keys = tuple(keys)
@@ -63,10 +61,7 @@ class KeyRing:
         admin_keys: Sequence[SecretStr] = (),
         keys_file: Path | None = None,
     ) -> Self:
-        """The keys of the settings of these names. Raises KeysError.
-
-        `api_keys` are for administrators too where no other key is.
-        """
+        """Raises KeysError. `api_keys` permit `admin` too where no other key does."""
         listed = [*_keys_file(keys_file)] if keys_file else []
         admins = [*_numbered("admin_keys", "admin", admin_keys, frozenset({"admin"}))]
         has_admin = any(key.permits("admin") for key in [*listed, *admins])
@@ -80,10 +75,7 @@ class KeyRing:
         return scope in self._guarded
 
     def find(self, shown: str) -> ApiKey | None:
-        """The key whose text is `shown`, a header's value.
-
-        Every key is compared, in constant time, so that timing reveals nothing.
-        """
+        """Compares `shown` with every key in constant time, so that timing reveals nothing."""
         # Headers arrive as Latin-1.
         digest = sha256(shown.encode("latin-1", "replace")).digest()
         matches = [hmac.compare_digest(digest, key.digest) for key in self._keys]
@@ -91,7 +83,7 @@ class KeyRing:
 
 
 def warn_if_exposed(keys_file: Path | None) -> None:
-    """Log a warning when other users of this machine can read the file of keys."""
+    """Log when other users of this machine can read the file."""
     path = keys_file and keys_file.expanduser()
     if path and os.name == "posix" and path.stat().st_mode & 0o077:
         log.warning(event("keys_file_readable_by_others", path=path, hint="chmod 600"))
@@ -100,7 +92,6 @@ def warn_if_exposed(keys_file: Path | None) -> None:
 def _numbered(
     setting: str, prefix: str, keys: Sequence[SecretStr], scopes: frozenset[Scope]
 ) -> Iterator[ApiKey]:
-    """The keys of a setting, named by their position in it."""
     for index, key in enumerate(keys):
         secret = key.get_secret_value()
         if not secret.strip():

@@ -33,10 +33,9 @@ log = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """uvicorn's server, which stops in three steps.
 
-    After the first SIGINT or SIGTERM new requests get a 503, while running ones have `grace`
-    seconds to finish and are then ended with an error. Then listeners and connections close, and
-    then the engines end. A second signal kills everything at once, with 128 plus the signal's
-    number as exit code. `on_start` is called once the server listens.
+    After SIGINT or SIGTERM new requests get a 503 and running ones have `grace` seconds before they
+    end with an error. Then connections close, then engines end. A second signal kills everything,
+    with exit code 128 plus its number. `on_start` is called once the server listens.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Server(uvicorn.Server):
         self._starting: asyncio.Task[Any] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal. Raises what keeps the application from starting."""
+        """Raises what keeps the application from starting."""
         self._loop = asyncio.get_running_loop()
         self._starting = asyncio.current_task()
         with self.capture_signals():
@@ -118,7 +117,6 @@ def _kill_everything(number: int) -> NoReturn:
 
 
 def raise_open_file_limit(max_connections: int) -> None:
-    """Raise the process's limit of open files to what `max_connections` need, if it may."""
     if sys.platform == "win32":
         return
     import resource

@@ -21,10 +21,7 @@ def parse_bytes(text: str, whole: int) -> int:
 
 
 def parse_seconds(text: str) -> float | None:
-    """Seconds in `text`: "90", "90s", "5m", "1h", "2d"; None for a negative number.
-
-    Raises ValueError when it is no duration.
-    """
+    """Seconds in `text`: "90", "90s", "5m", "1h", "2d"; None if negative. Raises ValueError."""
     text = text.strip()
     unit = _SECONDS.get(text[-1:])
     seconds = float(text[:-1]) * unit if unit else float(text)

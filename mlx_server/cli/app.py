@@ -1,7 +1,4 @@
-"""The `mlx-server` command.
-
-Commands import what is slow to import themselves, so that help comes at once.
-"""
+"""The `mlx-server` command. Each command imports what is slow itself, so that help is quick."""
 
 import sys
 from typing import Annotated

@@ -77,7 +77,6 @@ def rm(
 
 
 def fetch_with_bar(name: str, sources: "ModelSources") -> Path:
-    """Fetch the model `name` behind a progress bar."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

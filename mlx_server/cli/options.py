@@ -1,4 +1,4 @@
-"""What the commands share: the settings' file, and errors that end a command in one line."""
+"""The settings and the errors that all commands share."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,11 +14,11 @@ ConfigOption = Annotated[
 
 
 class CommandError(Exception):
-    """Ends the command; the user sees its message as one line."""
+    """Ends the command with its message as one line."""
 
 
 def load_settings(config: Path | None, **flags: Any) -> "Settings":
-    """The settings. Raises CommandError, which names the first wrong one."""
+    """Raises CommandError, which names the first wrong setting."""
     from pydantic import ValidationError
 
     from mlx_server.config import Settings

@@ -1,4 +1,4 @@
-"""`ps`: the models of a running server, asked over its admin API."""
+"""`ps`: the models of a running server."""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +53,7 @@ def _first_key(settings: "Settings") -> str | None:
 
 
 def _ask(url: str, key: str | None) -> list[dict[str, Any]]:
-    """The server's `GET /admin/models`. Raises Unavailable for no server, or one that refuses."""
+    """Raises Unavailable for no server, or one that refuses."""
     import httpx2
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -1,4 +1,4 @@
-"""`serve`: listen, resolve the models that the operator named, and run the server."""
+"""`serve`: listen, resolve the models named by the operator, run the server."""
 
 import signal
 import sys
@@ -102,7 +102,6 @@ def _require_key(settings: "Settings", addresses: list[Address]) -> None:
 
 
 def _catalog_with_models(settings: "Settings") -> "Catalog":
-    """The catalog, with every model that the operator named resolved, fetched if need be."""
     from mlx_server.models.store.catalog import Catalog
     from mlx_server.models.store.fetch import can_fetch
     from mlx_server.models.store.sources import ModelSources

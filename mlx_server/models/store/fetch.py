@@ -1,4 +1,4 @@
-"""Fetching a model by name, from the source that has it. Calls block; give them a thread."""
+"""Fetching a model by name from the source that has it. Blocks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ def fetch(model_id: str, sources: ModelSources, on_progress: OnProgress) -> Path
 
 
 def fetch_target(model_id: str, aliases: Mapping[str, str]) -> str:
-    """The demo model or repo that `fetch` would fetch. Raises BadRequest and ModelNotFound."""
+    """The demo model or repo behind `model_id`. Raises BadRequest and ModelNotFound."""
     target = aliases.get(model_id, model_id)
     if "://" in target:
         raise BadRequest(
@@ -40,7 +40,6 @@ def fetch_target(model_id: str, aliases: Mapping[str, str]) -> str:
 
 
 def can_fetch(model_id: str, aliases: Mapping[str, str]) -> bool:
-    """Whether `model_id` has the form of a name that `fetch` accepts."""
     return _is_fetchable(aliases.get(model_id, model_id))
 
 

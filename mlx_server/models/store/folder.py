@@ -1,4 +1,4 @@
-"""A model folder: its JSON files, whether it is complete, and how long a context it names."""
+"""A model folder: its JSON files, and whether it is complete."""
 
 import json
 import os
@@ -26,18 +26,18 @@ TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's config.json. Raises ModelLoadFailed."""
+    """Raises ModelLoadFailed."""
     return read_object(path / "config.json")
 
 
 def read_optional_config(path: Path) -> dict[str, Any]:
-    """The model's generation_config.json, empty when there is none. Raises ModelLoadFailed."""
+    """generation_config.json, empty when there is none. Raises ModelLoadFailed."""
     file = path / "generation_config.json"
     return read_object(file) if file.exists() else {}
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises ModelLoadFailed."""
+    """Raises ModelLoadFailed."""
     content = read_json(file)
     if not isinstance(content, dict):
         raise ModelLoadFailed(f"{file.name} of {file.parent.name} is not a JSON object.")
@@ -45,7 +45,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> Any:
-    """The JSON in `file`. Raises ModelLoadFailed."""
+    """Raises ModelLoadFailed."""
     try:
         return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -55,12 +55,12 @@ def read_json(file: Path) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """The error's message as one line that a response can carry."""
+    """The error's message as one line of bounded length."""
     return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
 
 
 def model_config(folder: Path) -> dict[str, Any] | None:
-    """The folder's config.json if it is that of a model."""
+    """config.json, if it is a model's."""
     try:
         config = read_config(folder)
     except ModelLoadFailed:
@@ -69,7 +69,7 @@ def model_config(folder: Path) -> dict[str, Any] | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Why `folder` cannot be served, or None when it is a complete model."""
+    """Why `folder` cannot be served, or None for a complete model."""
     if folder.name.endswith(PARTIAL):
         return "it is an unfinished download"
     if model_config(folder) is None:
@@ -92,7 +92,7 @@ def _shards(index: Path) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def _read_shards(index: Path, mtime_ns: int) -> tuple[str, ...]:
-    """The weight files that `index` lists; `mtime_ns` is there to miss the cache after a change."""
+    """`mtime_ns` misses the cache after a change."""
     shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ModelLoadFailed(f"{INDEX} has no weight_map")
@@ -100,14 +100,14 @@ def _read_shards(index: Path, mtime_ns: int) -> tuple[str, ...]:
 
 
 def context_length(config: dict[str, Any]) -> int | None:
-    """Tokens that the model was made for, if its config names them."""
+    """In tokens, if the config says it."""
     parts = [config, *(config[key] for key in TEXT_PARTS if isinstance(config.get(key), dict))]
     values = (part.get(key) for part in parts for key in CONTEXT_KEYS)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def subfolders(parent: Path) -> list[Path]:
-    """The complete, visible folders in `parent`; none when it cannot be read."""
+    """The complete, visible ones; none when `parent` cannot be read."""
     try:
         # os.path.isdir is False, where Path.is_dir raises, for a link into a closed folder.
         return sorted(

@@ -1,7 +1,6 @@
-"""The converter of GGUF files to MLX model folders, for Llamas with a byte-level BPE tokenizer.
+"""Converts GGUF files to MLX model folders: Llamas with a byte-level BPE tokenizer.
 
-A process of its own runs it: `python -m mlx_server.models.store.gguf SOURCE FOLDER`. What the front
-calls is `gguf_import`.
+Runs in a process of its own, `python -m mlx_server.models.store.gguf SOURCE FOLDER`.
 """
 
 import json
@@ -56,7 +55,7 @@ SPLITS: dict[str, list[str]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """`arguments` are the GGUF file and an existing folder."""
+    """`arguments`: the GGUF file and an existing folder."""
     source, folder = map(Path, arguments)
     try:
         convert(source, folder)
@@ -67,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write the MLX form of `source` into `folder`. Raises BadRequest for an unsupported file."""
+    """Raises BadRequest for an unsupported file."""
     import mlx.core as mx
 
     tensors, metadata = _read(source)
@@ -129,7 +128,7 @@ def _check_supported(metadata: dict[str, Any]) -> None:
 
 
 def _rename(tensors: "Arrays") -> "Arrays":
-    """The arrays under mlx-lm's names."""
+    """To mlx-lm's names."""
     renamed = {}
     for name, array in tensors.items():
         if name == "rope_freqs.weight":
@@ -153,10 +152,7 @@ def _module_name(stem: str) -> str | None:
 
 
 def _match_norms(weights: "Arrays") -> None:
-    """Give norms the type of the other weights.
-
-    GGUF keeps norms in float32, and a float32 norm would make every activation float32.
-    """
+    """GGUF keeps norms in float32, which would make every activation float32."""
     embedding = "model.embed_tokens"
     like = weights.get(f"{embedding}.scales", weights.get(f"{embedding}.weight"))
     if like is None:
@@ -167,7 +163,7 @@ def _match_norms(weights: "Arrays") -> None:
 
 
 def _quantization(weights: "Arrays") -> dict[str, Any]:
-    """`quantization` of config.json: the commonest width, and the layers that have another."""
+    """The commonest width, and the layers that have another."""
     bits = {
         name.removesuffix(".scales"): 32
         * weights[name.replace(".scales", ".weight")].shape[-1]
@@ -218,10 +214,7 @@ def _model_config(metadata: dict[str, Any], weights: "Arrays") -> dict[str, Any]
 
 
 def _rope_scaling(metadata: dict[str, Any], tensors: "Arrays") -> dict[str, Any]:
-    """`rope_scaling` of config.json.
-
-    Llama 3.1 and later ship the divisor of each frequency; mlx-lm wants the formula's parameters.
-    """
+    """Llama 3.1 ships the divisor of each frequency; mlx-lm wants the formula's parameters."""
     kind = metadata.get("llama.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:
         divisors: Any = tensors["rope_freqs.weight"].tolist()
@@ -235,7 +228,7 @@ def _rope_scaling(metadata: dict[str, Any], tensors: "Arrays") -> dict[str, Any]
 
 
 def _llama3_scaling(divisors: list[float], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of Llama 3's scaling, with its published values except for `factor`."""
+    """Llama 3's published values, with the factor of these divisors."""
     factor = round(max(divisors), 3)
     scaling = {
         "rope_type": "llama3",
@@ -260,7 +253,6 @@ def _llama3_divisors(factor: float, base: float, count: int) -> Iterator[float]:
 
 
 def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The `*_token_id` entries of config.json and generation_config.json."""
     ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     found = {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),

@@ -1,8 +1,4 @@
-"""Turning a GGUF file into an MLX model folder, for the front.
-
-The conversion runs in a process of its own (`python -m mlx_server.models.store.gguf`), so that
-arrays never enter the front.
-"""
+"""Turning a GGUF file into an MLX model folder, without arrays in this process."""
 
 import json
 import shutil
@@ -22,9 +18,9 @@ ORIGIN = "origin.json"
 
 
 def import_into(source: Path, models_folder: Path) -> Path:
-    """The MLX folder below `models_folder` for the GGUF file `source`, made if it is not there.
+    """The converted folder below `models_folder`, made unless it is current.
 
-    Raises BadRequest when another model has that name already, and what `import_gguf` raises.
+    Raises BadRequest when another model has that name, and what `import_gguf` raises.
     """
     name = source.stem
     if name.startswith(".") or name.endswith(PARTIAL):
@@ -38,10 +34,9 @@ def import_into(source: Path, models_folder: Path) -> Path:
 
 
 def import_gguf(source: Path, folder: Path) -> None:
-    """Convert the GGUF file `source` into the MLX model `folder`. Needs its `write_lock`.
+    """Make or replace `folder`, completely or not at all. Needs its `write_lock`.
 
-    The folder appears, or is replaced, complete or not at all. Raises BadRequest for a file that
-    is not supported and ServerError when the conversion breaks off.
+    Raises BadRequest for an unsupported file and ServerError when the conversion breaks off.
     """
     if not source.is_file():
         raise BadRequest(f"there is no GGUF file at {source}")
@@ -60,7 +55,7 @@ def import_gguf(source: Path, folder: Path) -> None:
 
 
 def _temporary(folder: Path) -> tuple[Path, Path]:
-    """Where a conversion writes, and where the model that it replaces goes for a moment."""
+    """For the new model, and for the old one while it is replaced."""
     new, old = (folder.with_name(f"{folder.name}.{step}{PARTIAL}") for step in ("new", "old"))
     return new, old
 
@@ -71,7 +66,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _is_current(folder: Path, source: Path) -> bool:
-    """Whether `folder` was made from `source` as that is now. Raises BadRequest for another's."""
+    """Raises BadRequest if `folder` was not made from `source`."""
     try:
         origin = read_json(folder / ORIGIN)
     except ModelLoadFailed:

@@ -27,7 +27,7 @@ MAX_HTTP_BYTES = 50_000_000_000
 
 
 def fetch_repo(name: str, on_progress: OnProgress) -> Path:
-    """The snapshot of `org/name` or `org/name@revision`, complete. Raises ServerError's family."""
+    """`name` is `org/name` or `org/name@revision`. Raises ServerError's family."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -58,7 +58,7 @@ def fetch_repo(name: str, on_progress: OnProgress) -> Path:
 
 
 def _endpoint() -> str:
-    """The hub's address. Given explicitly, for huggingface_hub reads it once at import."""
+    """Passed explicitly, for huggingface_hub reads it once at import."""
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
@@ -79,7 +79,7 @@ def _is_wanted(file: str) -> bool:
 
 
 def _blobs(repo: str, commit: str, files: list["RepoSibling"]) -> list[Blob]:
-    """The files that have a checksum, which are the large ones."""
+    """The large files, which are those with a checksum."""
     from huggingface_hub import hf_hub_url
 
     return [
@@ -104,7 +104,6 @@ def _check_space(files: list["RepoSibling"], storage: Path) -> None:
 
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Raise this server's errors for what goes wrong at the hub."""
     import httpx2
     from huggingface_hub import errors
 

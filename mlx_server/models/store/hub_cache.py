@@ -12,7 +12,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether `name` has the form `org/name` or `org/name@revision`."""
+    """`org/name` or `org/name@revision`."""
     return REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
@@ -23,12 +23,11 @@ def cache_folder() -> Path:
 
 
 def repo_folder(repo: str) -> Path:
-    """Where the cache keeps the repo `org/name`."""
     return cache_folder() / f"models--{repo.replace('/', '--')}"
 
 
 def cached_models() -> Iterator[tuple[str, Path]]:
-    """Complete snapshots: `org/name` for the main one, `org/name@ref` for other references."""
+    """Complete snapshots: `org/name` for the main one, `org/name@ref` for others."""
     for repo in subfolders(cache_folder()):
         kind, *parts = repo.name.split("--")
         if kind != "models" or not 1 <= len(parts) <= 2:
@@ -43,7 +42,7 @@ def cached_models() -> Iterator[tuple[str, Path]]:
 
 
 def cached_commit(name: str) -> Path | None:
-    """The complete snapshot for `org/name@commit`, the commit given in full."""
+    """The complete snapshot `org/name@commit`."""
     if not is_repo_id(name):
         return None
     repo, _, commit = name.partition("@")
@@ -56,7 +55,7 @@ def _complete_snapshot(repo: Path, commit: str) -> Path | None:
 
 
 def _refs(repo: Path) -> dict[str, Path]:
-    """Complete snapshots by the branch or tag that points at them."""
+    """Complete snapshots by branch or tag."""
     found = {}
     try:
         for file in (repo / "refs").rglob("*"):

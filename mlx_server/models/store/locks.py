@@ -1,7 +1,4 @@
-"""File locks on model folders, seen by every process of this user.
-
-The system drops a lock with the process that holds it, however that ends.
-"""
+"""File locks on model folders between processes; the system drops one with its process."""
 
 import fcntl
 import hashlib
@@ -14,7 +11,7 @@ from mlx_server.errors import BadRequest, ModelLoadFailed
 
 @contextmanager
 def write_lock(folder: Path) -> Iterator[None]:
-    """Held while `folder` is downloaded or converted; waits for other writers."""
+    """Held while `folder` is downloaded or converted. Waits for other writers."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _write_lock_file(folder).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -23,7 +20,7 @@ def write_lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def try_write_lock(folder: Path) -> Iterator[None]:
-    """`write_lock` that does not wait. Raises BadRequest while `folder` is being written."""
+    """Does not wait. Raises BadRequest while `folder` is being written."""
     with _write_lock_file(folder).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,7 +34,7 @@ def _write_lock_file(folder: Path) -> Path:
 
 
 class ModelLock:
-    """Held while a model is loaded; several servers may hold one for the same folder.
+    """Held, by any number of servers, while a model is loaded.
 
     Raises ModelLoadFailed while the folder is being removed.
     """
@@ -56,7 +53,7 @@ class ModelLock:
 
 
 class RemovalLock:
-    """Held while a model folder is removed. Raises BadRequest while any server has it loaded."""
+    """Raises BadRequest while any server has the model loaded."""
 
     def __init__(self, home: Path, folder: Path) -> None:
         self._file = _use_lock_file(home, folder).open("w")

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk: folders as mlx-lm writes them, each a variant of a base model."""
+"""LoRA adapters on disk, in folders as mlx-lm writes them."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ DEPTHS = (2, 3)
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """An adapter folder, called `name`, for the model that `base` names."""
+    """`base` is the id or an alias of the model that it adapts."""
 
     base: str
     name: str
@@ -37,7 +37,7 @@ class LoraAdapter:
 
     @property
     def size(self) -> int:
-        """Bytes of its weights."""
+        """Bytes."""
         return (self.folder / WEIGHTS).stat().st_size
 
     @property
@@ -47,7 +47,7 @@ class LoraAdapter:
 
 
 def find_adapters(sources: ModelSources) -> Iterator[LoraAdapter]:
-    """Every adapter folder: those that the settings name, then those below `adapters_folder`."""
+    """Those that the settings name, then those below `adapters_folder`."""
     for variant, folder in sources.adapters.items():
         base, _, name = variant.rpartition("@")
         yield LoraAdapter(base, name, folder)

@@ -1,4 +1,4 @@
-"""Downloads under way in this server: one per model, shared by everybody who asks for it."""
+"""Downloads under way in this server: one per model, shared by all who ask for it."""
 
 import asyncio
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger("mlx_server.pulls")
 
 @dataclass(frozen=True, slots=True)
 class PullStatus:
-    """A download that runs (`error` None) or that has failed."""
+    """`error` is None while it runs."""
 
     model: str
     progress: Progress
@@ -33,7 +33,7 @@ class PullStatus:
 
 
 class PullManager:
-    """Runs downloads in threads. A pull goes on for as long as anybody follows it."""
+    """A pull goes on in a thread for as long as anybody follows it."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
@@ -44,13 +44,13 @@ class PullManager:
         self._threads = ThreadPoolExecutor(MAX_CONCURRENT, thread_name_prefix="pull")
 
     def statuses(self) -> list[PullStatus]:
-        """The downloads under way, and the last ones that failed, one per model."""
+        """The downloads under way, and the last failed ones, one per model."""
         running = {name: PullStatus(name, pull.progress) for name, pull in self._pulls.items()}
         return list((self._failures | running).values())
 
     @asynccontextmanager
     async def follow(self, model_id: str) -> AsyncIterator[AsyncIterator[Progress]]:
-        """Pull a model, or join the pull under way; yields an iterator over its progress.
+        """Start a pull of the model, or join it; yields an iterator over its progress.
 
         The iterator skips what a slow reader missed, ends when the model is there and raises what
         went wrong. The pull is cancelled when its last follower leaves the block early.
@@ -76,7 +76,6 @@ class PullManager:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _join(self, target: str) -> "_Pull":
-        """The pull of `target`, started unless it is under way."""
         while (pull := self._pulls.get(target)) is not None and pull.cancelled:
             await asyncio.wait([pull.task])
         if self._stopping:
@@ -99,8 +98,6 @@ class PullManager:
 
 
 class _Pull:
-    """One download: its thread and its latest progress."""
-
     def __init__(self, target: str, sources: ModelSources, threads: ThreadPoolExecutor) -> None:
         self.followers = 0
         self.progress = Progress("Starting")
@@ -122,7 +119,7 @@ class _Pull:
         self._cancelled.set()
 
     async def updates(self) -> AsyncIterator[Progress]:
-        """The latest progress, whenever it has changed. Raises what the download failed with."""
+        """The latest progress after each change. Raises what the download failed with."""
         while not self.task.done():
             changed = self._changed
             yield self.progress

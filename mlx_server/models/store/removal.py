@@ -1,7 +1,4 @@
-"""Removing models: folders below our models folder, and repos in the Hugging Face cache.
-
-Nothing else is ever removed. Calls block; give them a thread.
-"""
+"""Removing models from our models folder and the hub cache, and from nowhere else. Blocks."""
 
 import re
 import shutil
@@ -18,14 +15,14 @@ from mlx_server.models.store.locks import RemovalLock, try_write_lock
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What to remove: a folder of ours, or `revisions` of the cached repo in `place`."""
+    """A folder of ours, or `revisions` of a cached repo."""
 
     place: Path
     revisions: tuple[str, ...] = ()
 
 
 def plan_removal(entry: ModelEntry, models_folder: Path) -> Removal:
-    """What `remove` should remove for `entry`: all of a repo, unless `entry` is one revision of it.
+    """A revision `org/name@ref` is removed alone, `org/name` with all revisions.
 
     Raises BadRequest for a model that is not ours to remove.
     """
@@ -49,10 +46,7 @@ def plan_removal(entry: ModelEntry, models_folder: Path) -> Removal:
 
 
 def remove(removal: Removal, home: Path) -> None:
-    """Remove what was planned. `home` holds the locks of loaded models.
-
-    Raises BadRequest while any server of this user has it loaded, or while it is being pulled.
-    """
+    """Raises BadRequest while any server with this `home` has the model loaded, or it is pulled."""
     folders = [removal.place / "snapshots" / commit for commit in removal.revisions]
     with ExitStack() as locks:
         locks.enter_context(try_write_lock(removal.place))

@@ -1,4 +1,4 @@
-"""Where this server's models are, and their other names."""
+"""Where models are, and their other names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +9,7 @@ from mlx_server.config import Settings
 
 @dataclass(frozen=True, slots=True)
 class ModelSources:
-    """`models_folder` is ours, for pulled and converted models; `model_dirs` are the user's.
-
-    `adapters` maps `base@name` to a folder; below `adapters_folder` they are BASE/NAME.
-    """
+    """`models_folder` is ours, `model_dirs` the user's. Keys of `adapters` are `base@name`."""
 
     models_folder: Path
     adapters_folder: Path

@@ -1,4 +1,4 @@
-"""What every download shares: reports of progress, and the check for disk space."""
+"""What every download needs: progress reports and the check for disk space."""
 
 import shutil
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from mlx_server.errors import Unavailable
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a download is, in bytes. `total` is 0 while it is unknown or has no meaning."""
+    """In bytes. `total` is 0 while unknown."""
 
     stage: str
     done: int = 0
@@ -22,7 +22,7 @@ OnProgress = Callable[[Progress], None]
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise Unavailable when the disk of `folder` has fewer than `needed` bytes free."""
+    """Raises Unavailable when the disk has fewer than `needed` bytes free."""
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
