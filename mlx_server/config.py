@@ -12,17 +12,22 @@ from pydantic_settings import (
 )
 
 from mlx_server.engine.protocol import LoadOptions
-from mlx_server.units import DURATION, parse_bytes, parse_seconds
+from mlx_server.units import (
+    DURATION,
+    SIZE,
+    SIZE_OR_OFF,
+    SIZE_OR_SHARE,
+    parse_bytes,
+    parse_seconds,
+)
 
 
 def _as_number(value: object) -> object:
-    """Digits as a number: environment variables are text, which a Literal of numbers refuses."""
+    """Environment variables are text, which a Literal of numbers refuses."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class Settings(BaseSettings):
-    """The server's settings; `Settings.load` reads them from all their sources."""
-
     model_config = SettingsConfigDict(
         env_prefix="MLX_SERVER_", extra="forbid", env_nested_delimiter="__"
     )
@@ -51,7 +56,7 @@ class Settings(BaseSettings):
     )
     admin_keys: list[SecretStr] = Field(
         default_factory=list,
-        description="Keys for `/admin`, good for everything else too; if none, `api_keys` serve.",
+        description="Keys for `/admin` and everything else; if none, `api_keys` permit `/admin`.",
     )
     keys_file: Path | None = Field(
         None,
@@ -107,12 +112,12 @@ class Settings(BaseSettings):
     )
     memory_limit: str = Field(
         "80%",
-        pattern=r"^\s*\d+(\.\d+)?\s*(%|[KMGT]?i?B?)\s*$",
+        pattern=SIZE_OR_SHARE,
         description="Memory for model arrays: a share of the device, or bytes such as `12GB`.",
     )
     cache_limit: str | None = Field(
         None,
-        pattern=r"^\s*\d+(\.\d+)?\s*([KMGT]?i?B?)\s*$",
+        pattern=SIZE,
         description="Freed buffers kept for reuse; an eighth of the memory limit if unset.",
     )
     dequantize: Literal["auto", "always", "never"] = Field(
@@ -123,7 +128,7 @@ class Settings(BaseSettings):
     )
     kv_cache: str | None = Field(
         None,
-        pattern=r"^\s*\d+(\.\d+)?\s*(%|[KMGT]?i?B?)\s*$",
+        pattern=SIZE_OR_SHARE,
         description="Memory for each model's KV caches, within the memory limit: a share of it or "
         "bytes; a quarter if unset, or less where that holds `max_batch` full contexts.",
     )
@@ -135,15 +140,15 @@ class Settings(BaseSettings):
     )
     prefix_cache: str = Field(
         "100%",
-        pattern=r"^\s*\d+(\.\d+)?\s*(%|[KMGT]?i?B?)\s*$",
-        description="How much of a model's KV memory may keep what is computed, for requests that "
-        "begin alike: a share or bytes; `0` keeps nothing. Running requests come first.",
+        pattern=SIZE_OR_SHARE,
+        description="How much of a model's KV memory may cache prefixes for requests that begin "
+        "alike: a share or bytes; `0` caches nothing. Running requests come first.",
     )
     disk_cache: str = Field(
         "8GB",
-        pattern=r"^\s*(off|\d+(\.\d+)?\s*[KMGT]?i?B?)\s*$",
-        description="Disk space in `home`/cache for the same, which outlives restarts; `off` keeps "
-        "nothing there.",
+        pattern=SIZE_OR_OFF,
+        description="Disk space in `home`/cache for cached prefixes, which outlive restarts; `off` "
+        "keeps nothing there.",
     )
     max_queue: int = Field(
         256, ge=0, description="Requests that may wait for a place in a model's batch."
@@ -158,19 +163,18 @@ class Settings(BaseSettings):
         "good. Models loaded at start stay unless room is needed.",
     )
     keep_alive_by_model: dict[str, Annotated[str, Field(pattern=DURATION)]] = Field(
-        default_factory=dict, description="The same for single models: id to duration."
+        default_factory=dict, description="`keep_alive` of single models: id to duration."
     )
     swap_interval: float = Field(
         2.0,
         ge=0,
-        description="Seconds a model that is in use stays loaded before it makes room for another "
-        "that waits.",
+        description="Seconds a model in use stays loaded before it makes room for one that waits.",
     )
     max_load_waiters: int = Field(
         512, ge=1, description="Requests that may wait for one model to load."
     )
     prompt_timeout: float = Field(
-        60.0, gt=0, description="Seconds that rendering and tokenizing one prompt may take."
+        60.0, gt=0, description="Seconds rendering and tokenizing one prompt may take."
     )
     load_wait: float = Field(
         30.0, gt=0, description="Seconds a request waits for its model to load before a 503."
@@ -179,20 +183,20 @@ class Settings(BaseSettings):
     hang_timeout: float = Field(
         120.0,
         gt=0,
-        description="Seconds for which an engine that has work may be silent before it is replaced "
-        "by another; longer where its turns are long.",
+        description="Seconds an engine that has work may be silent before it is replaced; longer "
+        "where its turns are long.",
     )
     queue_timeout: float = Field(
-        600.0, gt=0, description="Seconds that a request may wait to be begun with before a 503."
+        600.0, gt=0, description="Seconds a request may wait in the queue before a 503."
     )
     request_timeout: float = Field(
-        3600.0, gt=0, description="Seconds that a request may take altogether before a 504."
+        3600.0, gt=0, description="Seconds a request may take altogether before a 504."
     )
     ping_interval: float = Field(
         15.0, gt=0, description="Seconds between keep-alive comments in a silent stream."
     )
     grace_period: float = Field(
-        30.0, ge=0, description="Seconds that running requests get to finish at shutdown."
+        30.0, ge=0, description="Seconds running requests get to finish at shutdown."
     )
     trust_remote_code: list[str] = Field(
         default_factory=list, description="Models whose own Python code may run."
@@ -203,7 +207,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> "Settings":
-        """Settings from `flags` (None values left out), the environment and the file `config`.
+        """Read all sources; None values in `flags` count as absent.
 
         Raises pydantic.ValidationError for a bad value and OSError for an unreadable file.
         """
@@ -228,31 +232,27 @@ class Settings(BaseSettings):
         return cls.model_validate(WithFile(**given).model_dump())
 
     def keep_alive_of(self, model_id: str) -> float | None:
-        """Seconds that `model_id` stays loaded unused; None for good."""
+        """Seconds; None for ever."""
         return parse_seconds(self.keep_alive_by_model.get(model_id, self.keep_alive))
 
     @property
     def models_folder(self) -> Path:
-        """Where pulled models are kept."""
         return self.home.expanduser() / "models"
 
     @property
     def adapters_folder(self) -> Path:
-        """Where LoRA adapters are found: BASE/NAME, the base's id being one or two levels."""
         return self.home.expanduser() / "adapters"
 
     @property
     def disk_cache_folder(self) -> Path:
-        """Where blocks of all models' prefix caches are kept."""
         return self.home.expanduser() / "cache"
 
     @property
     def disk_cache_limit(self) -> int:
-        """Bytes that they may take; 0 keeps none."""
+        """Bytes; 0 caches nothing."""
         return 0 if self.disk_cache.strip() == "off" else parse_bytes(self.disk_cache, 0)
 
     def load_options(self, model_id: str) -> LoadOptions:
-        """What the engine of `model_id` is told."""
         return LoadOptions(
             memory_limit=self.memory_limit,
             cache_limit=self.cache_limit,

@@ -1,4 +1,4 @@
-"""The API keys: where they are read from, what each permits, and finding the one that was shown."""
+"""API keys: reading, scopes, and lookup."""
 
 import hmac
 import logging
@@ -21,10 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from mlx_server.config import Settings
 from mlx_server.events import event
 
 Scope = Literal["inference", "admin"]
+ALL_SCOPES: frozenset[Scope] = frozenset({"inference", "admin"})
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -33,67 +33,58 @@ log = logging.getLogger(__name__)
 
 
 class KeysError(ValueError):
-    """The keys cannot be used as they are configured; the message says which, and never a key."""
+    """Wrongly configured keys. The message never shows a key."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key that callers may show, known by its SHA-256. `admin` permits everything."""
+    """Known by its SHA-256. The scope `admin` permits everything."""
 
     name: str
     digest: bytes = field(repr=False)
     scopes: frozenset[Scope]
 
     def permits(self, scope: Scope) -> bool:
-        """Whether who shows this key may do what is in `scope`."""
         return scope in self.scopes or "admin" in self.scopes
 
 
 class KeyRing:
-    """All keys of a server, and the scopes that ask for one."""
-
     def __init__(self, keys: Sequence[ApiKey], guarded: frozenset[Scope]) -> None:
         _check_unique(keys)
         self._keys = tuple(keys)
         self._guarded = guarded
 
     @classmethod
-    def load(cls, settings: Settings) -> Self:
-        """The keys of the settings and of the file they name. Raises KeysError.
-
-        Where no key is for administrators, those of `api_keys` are.
-        """
-        listed = [*_keys_file(settings.keys_file)] if settings.keys_file else []
-        admins = [*_numbered("admin_keys", "admin", settings.admin_keys, frozenset({"admin"}))]
-        nobody = not any(key.permits("admin") for key in [*listed, *admins])
-        usual: frozenset[Scope] = frozenset({"inference", "admin"} if nobody else {"inference"})
-        keys = [*listed, *admins, *_numbered("api_keys", "key", settings.api_keys, usual)]
-        everything: frozenset[Scope] = frozenset({"inference", "admin"})
-        named = frozenset(scope for key in keys for scope in key.scopes)
-        return cls(keys, everything if listed else named)
+    def load(
+        cls,
+        api_keys: Sequence[SecretStr] = (),
+        admin_keys: Sequence[SecretStr] = (),
+        keys_file: Path | None = None,
+    ) -> Self:
+        """Raises KeysError. `api_keys` permit `admin` too where no other key does."""
+        listed = [*_keys_file(keys_file)] if keys_file else []
+        admins = [*_numbered("admin_keys", "admin", admin_keys, frozenset({"admin"}))]
+        has_admin = any(key.permits("admin") for key in [*listed, *admins])
+        scopes: frozenset[Scope] = frozenset({"inference"}) if has_admin else ALL_SCOPES
+        keys = [*listed, *admins, *_numbered("api_keys", "key", api_keys, scopes)]
+        used = frozenset(scope for key in keys for scope in key.scopes)
+        return cls(keys, ALL_SCOPES if listed else used)
 
     def guards(self, scope: Scope) -> bool:
-        """Whether what is in `scope` asks for a key.
-
-        Without any key nothing does. `admin_keys` alone leave inference open, a file of keys
-        leaves nothing open.
-        """
+        """Whether `scope` requires a key: `admin_keys` alone leave inference open."""
         return scope in self._guarded
 
     def find(self, shown: str) -> ApiKey | None:
-        """The key that is `shown`, as it stood in a header.
-
-        Every key is compared, in constant time, so that time tells nothing.
-        """
+        """Compares `shown` with every key in constant time, so that timing reveals nothing."""
         # Headers arrive as Latin-1.
         digest = sha256(shown.encode("latin-1", "replace")).digest()
         matches = [hmac.compare_digest(digest, key.digest) for key in self._keys]
         return self._keys[matches.index(True)] if any(matches) else None
 
 
-def warn_of_exposure(settings: Settings) -> None:
-    """Say so when other users of this machine can read the file of keys."""
-    path = settings.keys_file and settings.keys_file.expanduser()
+def warn_if_exposed(keys_file: Path | None) -> None:
+    """Log when other users of this machine can read the file."""
+    path = keys_file and keys_file.expanduser()
     if path and os.name == "posix" and path.stat().st_mode & 0o077:
         log.warning(event("keys_file_readable_by_others", path=path, hint="chmod 600"))
 
@@ -101,7 +92,6 @@ def warn_of_exposure(settings: Settings) -> None:
 def _numbered(
     setting: str, prefix: str, keys: Sequence[SecretStr], scopes: frozenset[Scope]
 ) -> Iterator[ApiKey]:
-    """The keys of a setting, which are named by their place in it."""
     for index, key in enumerate(keys):
         secret = key.get_secret_value()
         if not secret.strip():

@@ -26,10 +26,11 @@ from mlx_server.api.openai import chat, completions, embeddings, models
 from mlx_server.api.openai import tokens as tokenize
 from mlx_server.config import Settings
 from mlx_server.events import setup_logging
-from mlx_server.keys import KeyRing, warn_of_exposure
+from mlx_server.keys import KeyRing, warn_if_exposed
 from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.store.catalog import Catalog
 from mlx_server.models.store.pulls import PullManager
+from mlx_server.models.store.sources import ModelSources
 from mlx_server.services.backpressure import Backpressure
 from mlx_server.services.embeddings import EmbeddingService
 from mlx_server.services.inference import InferenceService
@@ -46,7 +47,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
         settings = Settings.load()
         setup_logging(settings.log_level)
     setup_tracing()
-    catalog = catalog or Catalog(settings)
+    catalog = catalog or Catalog(ModelSources.of(settings))
     metrics = Metrics()
     stopping = Stopping(settings.grace_period)
     app = FastAPI(
@@ -64,11 +65,11 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.state.catalog = catalog
     app.state.metrics = metrics
     app.state.stopping = stopping
-    app.state.keys = KeyRing.load(settings)
-    warn_of_exposure(settings)
+    app.state.keys = KeyRing.load(settings.api_keys, settings.admin_keys, settings.keys_file)
+    warn_if_exposed(settings.keys_file)
     app.state.limits = RateLimits.of(settings)
     app.state.pool = ModelPoolManager(settings, catalog)
-    app.state.pulls = PullManager(settings, catalog)
+    app.state.pulls = PullManager(catalog)
     backpressure = Backpressure(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,

@@ -1,4 +1,4 @@
-"""The HTTP server around the application: how it listens, and how it stops."""
+"""The HTTP server around the application: how it starts and stops."""
 
 import asyncio
 import logging
@@ -16,14 +16,13 @@ from fastapi import FastAPI
 
 from mlx_server.api.http.connection import SPARE_CONNECTIONS, Connection, ConnectionLimits
 from mlx_server.api.http.stopping import Stopping
-from mlx_server.config import Settings
 from mlx_server.events import event
 
 KEEP_ALIVE_SECONDS = 20
-"""More than the 5 s for which Python's clients keep an idle connection: who closes it first should
-be the one who might want to send."""
-LAST_WORDS_SECONDS = 0.5
-"""For sending what ends the streams that are cut off."""
+"""More than the 5 s of Python's clients, so that a connection is closed by the side that might
+send on it."""
+FINAL_EVENT_SECONDS = 0.5
+"""For sending the error that ends a stream after the grace period."""
 CUT_OFF_SECONDS = 1
 OTHER_FILES = 256
 """Open files besides connections: libraries, engines, models being read."""
@@ -34,24 +33,27 @@ log = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """uvicorn's server, which stops in three steps.
 
-    The first SIGINT or SIGTERM ends the taking of work: requests are answered with a 503, while
-    those that run have the grace period to finish and are then ended with a word. Then listeners
-    and connections close, and then the application's engines end. A second signal ends all of it
-    at once, with 128 plus the signal's number as exit code.
+    After SIGINT or SIGTERM new requests get a 503 and running ones have `grace` seconds before they
+    end with an error. Then connections close, then engines end. A second signal kills everything,
+    with exit code 128 plus its number. `on_start` is called once the server listens.
     """
 
     def __init__(
-        self, application: FastAPI, settings: Settings, on_start: Callable[[], None]
+        self,
+        application: FastAPI,
+        limits: ConnectionLimits,
+        grace: float,
+        on_start: Callable[[], None],
     ) -> None:
-        super().__init__(_config(application, settings))
+        super().__init__(_config(application, limits))
         self._application = application
-        self._grace = settings.grace_period
+        self._grace = grace
         self._on_start = on_start
         self._stopping: Stopping = application.state.stopping
         self._starting: asyncio.Task[Any] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal comes. Raises what keeps the application from starting."""
+        """Raises what keeps the application from starting."""
         self._loop = asyncio.get_running_loop()
         self._starting = asyncio.current_task()
         with self.capture_signals():
@@ -69,16 +71,15 @@ class Server(uvicorn.Server):
             self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for what runs, then close everything."""
-        deadline = self._loop.time() + self._grace + LAST_WORDS_SECONDS
+        deadline = self._loop.time() + self._grace + FINAL_EVENT_SECONDS
         while self.server_state.tasks and self._loop.time() < deadline:
             await asyncio.wait(self.server_state.tasks, timeout=deadline - self._loop.time())
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called in the main thread, in the middle of whatever it does."""
+        """Called in the main thread, between any two instructions."""
         if self.should_exit:
-            _end_at_once(sig)
+            _kill_everything(sig)
         self.should_exit = True
         self._loop.call_soon_threadsafe(self._begin_stopping)
 
@@ -89,15 +90,15 @@ class Server(uvicorn.Server):
             self._starting.cancel()
 
 
-def _config(application: FastAPI, settings: Settings) -> uvicorn.Config:
-    protocol = partial(Connection, limits=ConnectionLimits.of(settings))
+def _config(application: FastAPI, limits: ConnectionLimits) -> uvicorn.Config:
+    protocol = partial(Connection, limits=limits)
     return uvicorn.Config(
         application,
         # uvloop where it is installed.
         loop="auto",
         http=cast(type[asyncio.Protocol], protocol),
         ws="none",
-        # `Server.serve` runs it, to hear what goes wrong in it.
+        # `Server.serve` runs it, so that its errors are raised.
         lifespan="off",
         access_log=False,
         server_header=False,
@@ -107,7 +108,7 @@ def _config(application: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def _end_at_once(number: int) -> NoReturn:
+def _kill_everything(number: int) -> NoReturn:
     for child in psutil.Process().children(recursive=True):
         child.kill()
     sys.stdout.flush()
@@ -115,13 +116,12 @@ def _end_at_once(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
-def allow_open_files(settings: Settings) -> None:
-    """Make sure that the system lets us have `max_connections` open, as far as it can be told."""
+def raise_open_file_limit(max_connections: int) -> None:
     if sys.platform == "win32":
         return
     import resource
 
-    wanted = settings.max_connections + SPARE_CONNECTIONS + OTHER_FILES
+    wanted = max_connections + SPARE_CONNECTIONS + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return

@@ -77,9 +77,9 @@ async def unload_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Res
 async def remove_model(model_id: str, catalog: CatalogDep, settings: SettingsDep) -> Response:
     """Remove a model from the disk, unless a server has it loaded."""
     entry = await asyncio.to_thread(catalog.find, model_id)
-    removal = await asyncio.to_thread(plan_removal, entry, settings)
+    removal = await asyncio.to_thread(plan_removal, entry, settings.models_folder)
     try:
-        await asyncio.to_thread(remove, removal, settings)
+        await asyncio.to_thread(remove, removal, settings.home)
     finally:
         catalog.refresh()
     return _json({"id": entry.id, "deleted": True})

@@ -14,8 +14,8 @@ from mlx_server.api.http.failures import documented
 from mlx_server.api.http.json_route import JsonRoute
 from mlx_server.api.http.openapi import event_stream
 from mlx_server.api.http.streaming import StreamedAnswer, sse
-from mlx_server.models.store.hub import Progress
 from mlx_server.models.store.pulls import PullManager
+from mlx_server.models.store.transfer import Progress
 from mlx_server.schemas.admin import PullEvent, PullRequest
 from mlx_server.schemas.openai.common import ErrorBody
 

@@ -1,15 +1,19 @@
-"""What `mlx-server ps` shows: the models of a running server, asked over its admin API."""
+"""`ps`: the models of a running server."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx2
-from rich.table import Table
+from typer import Option
 
-from mlx_server.config import Settings
+from mlx_server.cli.options import ConfigOption, load_settings
 from mlx_server.errors import Unavailable
 
-SECONDS = 10.0
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mlx_server.config import Settings
+
+TIMEOUT = 10.0
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 FIGURES = (
     *("PID", "Memory", "Reserved", "In flight", "Waiting", "Restarts"),
@@ -18,21 +22,46 @@ FIGURES = (
 UNITS = ((86400, "d"), (3600, "h"), (60, "m"))
 
 
-def ask(settings: Settings, api_key: str | None) -> list[dict[str, Any]]:
-    """What the server at `settings.host` and `settings.port` tells of each of its models.
+def ps(
+    host: Annotated[str | None, Option(help="Where the server listens.")] = None,
+    port: Annotated[int | None, Option(help="Its port.")] = None,
+    api_key: Annotated[
+        str | None, Option(metavar="KEY", help="An admin key, if it asks for one.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show the models that a running server holds."""
+    from rich.console import Console
 
-    Without `api_key` the first key in the settings is shown. Raises Unavailable when no such
-    server answers, or when it refuses.
-    """
-    keys = [key.get_secret_value() for key in (*settings.admin_keys, *settings.api_keys)]
-    key = api_key or next(iter(keys), None)
+    settings = load_settings(config, host=host, port=port)
+    models = _ask(_url(settings.host, settings.port), api_key or _first_key(settings))
+    present = [model for model in models if model["state"] != "absent"]
+    if not present:
+        print("No model is loaded.")
+        return
+    Console().print(_table(present))
+
+
+def _url(host: str, port: int) -> str:
+    host = WILDCARDS.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _first_key(settings: "Settings") -> str | None:
+    keys = (key.get_secret_value() for key in (*settings.admin_keys, *settings.api_keys))
+    return next(keys, None)
+
+
+def _ask(url: str, key: str | None) -> list[dict[str, Any]]:
+    """Raises Unavailable for no server, or one that refuses."""
+    import httpx2
+
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    url = _url(settings)
     try:
-        with httpx2.Client(timeout=SECONDS, trust_env=False) as client:
-            answer = client.get(f"{url}/admin/models", headers=headers)
-        body = answer.json()
-        if answer.status_code != 200:
+        with httpx2.Client(timeout=TIMEOUT, trust_env=False) as client:
+            response = client.get(f"{url}/admin/models", headers=headers)
+        body = response.json()
+        if response.status_code != 200:
             raise Unavailable(f"the server at {url} refused: {body['error']['message']}")
         models: list[dict[str, Any]] = body["models"]
     except (httpx2.TransportError, httpx2.InvalidURL) as error:
@@ -42,15 +71,16 @@ def ask(settings: Settings, api_key: str | None) -> list[dict[str, Any]]:
     return models
 
 
-def table(models: list[dict[str, Any]]) -> Table:
-    """The models as lines of a table."""
-    made = Table("ID", "State", box=None, pad_edge=False, header_style="bold")
-    made.columns[0].no_wrap = True
+def _table(models: list[dict[str, Any]]) -> "Table":
+    from rich.table import Table
+
+    table = Table("ID", "State", box=None, pad_edge=False, header_style="bold")
+    table.columns[0].no_wrap = True
     for name in FIGURES:
-        made.add_column(name, justify="right")
+        table.add_column(name, justify="right")
     for model in models:
-        made.add_row(*_cells(model))
-    return made
+        table.add_row(*_cells(model))
+    return table
 
 
 def _cells(model: dict[str, Any]) -> list[str]:
@@ -93,8 +123,3 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f}{unit}"
     return f"{max(0.0, seconds):.0f}s"
-
-
-def _url(settings: Settings) -> str:
-    host = WILDCARDS.get(settings.host, settings.host)
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"

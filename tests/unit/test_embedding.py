@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from mlx_server.config import Settings
 from mlx_server.engine.protocol import Embedding
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.pool.footprint import read_embedding_footprint, read_footprint
 from mlx_server.models.store.catalog import Catalog
-from mlx_server.models.store.embedding_files import EmbeddingFiles, makes_vectors, read_embedding
-from mlx_server.models.store.hub import pull
+from mlx_server.models.store.embedding_files import (
+    EmbeddingFiles,
+    is_embedding_model,
+    read_embedding,
+)
+from mlx_server.models.store.fetch import fetch
 from tests.support.bert import build_tiny_bert, write_modules
 from tests.support.hub import Hub, running
+from tests.support.store import sources_in
 from tests.support.tiny import build_tiny_model
 
 LAST = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
@@ -84,16 +88,16 @@ def test_a_module_outside_the_folder_is_not_read(tmp_path: Path) -> None:
 
 def test_a_decoder_makes_vectors_only_where_its_folder_says_so(tmp_path: Path) -> None:
     folder = build_tiny_model(tmp_path / "model", "qwen")
-    assert not makes_vectors(folder, {"model_type": "qwen3"})
+    assert not is_embedding_model(folder, {"model_type": "qwen3"})
     write_modules(folder, ["lasttoken"], normalize=True)
-    assert makes_vectors(folder, {"model_type": "qwen3"})
+    assert is_embedding_model(folder, {"model_type": "qwen3"})
     assert read_embedding(folder).embedding == Embedding(["last"], True)
 
 
 def test_the_catalog_tells_embedding_models_and_what_they_take(tmp_path: Path) -> None:
     build_tiny_bert(tmp_path / "models" / "bert", context=128, longest=100)
     build_tiny_model(tmp_path / "models" / "llama")
-    catalog = Catalog(Settings(home=tmp_path))
+    catalog = Catalog(sources_in(tmp_path))
     bert, llama = catalog.find("bert"), catalog.find("llama")
     assert (bert.embeds, bert.context_length) == (True, 100)
     assert not llama.embeds
@@ -120,7 +124,7 @@ def test_a_pull_takes_the_pooling_along_and_no_other_folder(
     with running(Hub({"tiny/bert": files | unwanted})) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        folder = pull("tiny/bert", Settings(home=tmp_path), lambda _: None)
+        folder = fetch("tiny/bert", sources_in(tmp_path), lambda _: None)
     assert read_embedding(folder) == read_embedding(source)
     assert {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} == {
         *files

@@ -15,10 +15,11 @@ from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import load
 from tokenizers import Tokenizer
 
-from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, ServerError
 from mlx_server.models.store.catalog import Catalog
-from mlx_server.models.store.gguf import exclusive, import_gguf, import_into
+from mlx_server.models.store.gguf import convert
+from mlx_server.models.store.gguf_import import import_into
+from tests.support.store import sources_in
 
 HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, LAYERS = 64, 4, 2, 96, 2
 F32, Q4_1, Q8_0 = 0, 3, 8
@@ -167,9 +168,14 @@ def converted(tmp_path: Path, kind: int = F32, **changes: Any) -> Path:
     source = write_gguf(
         tmp_path / "tiny.gguf", METADATA | changes, gguf_tensors(original_model(), kind)
     )
-    folder = tmp_path / "models" / "tiny"
-    with exclusive(folder):
-        import_gguf(source, folder)
+    return into(tmp_path / "models", source)
+
+
+def into(models: Path, source: Path) -> Path:
+    """Convert in this process, as the converting process does."""
+    folder = models / source.stem
+    folder.mkdir(parents=True)
+    convert(source, folder)
     return folder
 
 
@@ -194,7 +200,7 @@ def test_layers_of_another_width_are_listed(tmp_path: Path) -> None:
     tensors = gguf_tensors(original_model(), Q4_1)
     tensors["token_embd.weight"] = (Q8_0, tensors["token_embd.weight"][1])
     source = write_gguf(tmp_path / "mixed.gguf", METADATA, tensors)
-    folder = import_into(source, tmp_path / "models")
+    folder = into(tmp_path / "models", source)
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization"]["bits"] == 4
     assert config["quantization"]["model.embed_tokens"] == {"group_size": 32, "bits": 8}
@@ -262,15 +268,15 @@ def test_what_is_not_supported_is_refused_by_name(
 ) -> None:
     with pytest.raises(BadRequest, match=reason):
         converted(tmp_path, **changes)
-    assert [file.name for file in (tmp_path / "models").iterdir() if file.is_dir()] == []
 
 
-def test_a_tensor_that_a_llama_has_not_is_refused(tmp_path: Path) -> None:
+def test_a_refused_import_names_the_file_and_the_reason_and_leaves_nothing(tmp_path: Path) -> None:
     tensors = gguf_tensors(original_model())
     tensors["blk.0.attn_q.bias"] = (F32, np.zeros(HIDDEN, dtype="f4"))
     source = write_gguf(tmp_path / "odd.gguf", METADATA, tensors)
-    with pytest.raises(BadRequest, match=r"blk\.0\.attn_q\.bias"):
+    with pytest.raises(BadRequest, match=r"odd\.gguf.*blk\.0\.attn_q\.bias"):
         import_into(source, tmp_path / "models")
+    assert [file.name for file in (tmp_path / "models").iterdir() if file.is_dir()] == []
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -280,7 +286,7 @@ def test_the_position_scaling_of_llama_3_is_recovered(tmp_path: Path, factor: fl
     tensors = gguf_tensors(original_model())
     tensors["rope_freqs.weight"] = (F32, np.array(divisors, dtype="f4"))
     metadata = METADATA | {"llama.rope.freq_base": 500000.0}
-    folder = import_into(write_gguf(tmp_path / "l3.gguf", metadata, tensors), tmp_path / "models")
+    folder = into(tmp_path / "models", write_gguf(tmp_path / "l3.gguf", metadata, tensors))
     scaling = json.loads((folder / "config.json").read_text())["rope_scaling"]
     assert scaling["rope_type"] == "llama3"
     assert scaling["factor"] == factor
@@ -309,12 +315,12 @@ def test_a_broken_file_is_an_error_and_leaves_nothing(tmp_path: Path, content: b
 
 def test_a_gguf_path_is_served_after_the_catalog_added_it(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "tiny.gguf", METADATA, gguf_tensors(original_model()))
-    catalog = Catalog(Settings(home=tmp_path / "home"))
+    catalog = Catalog(sources_in(tmp_path / "home"))
     entry = catalog.add(str(source))
     assert entry.id == "tiny"
     assert catalog.find(str(source)).path == entry.path
     before = (entry.path / "config.json").stat().st_mtime_ns if entry.path else 0
-    again = Catalog(Settings(home=tmp_path / "home")).add(str(source))
+    again = Catalog(sources_in(tmp_path / "home")).add(str(source))
     assert again.path is not None
     assert (again.path / "config.json").stat().st_mtime_ns == before
 
@@ -329,6 +335,17 @@ def test_a_changed_gguf_file_is_converted_anew(tmp_path: Path) -> None:
     assert config["max_position_embeddings"] == 256
 
 
+def test_what_an_interrupted_import_left_is_cleared(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf", METADATA, gguf_tensors(original_model()))
+    left = [tmp_path / "models" / f"tiny.{step}.partial" for step in ("new", "old")]
+    for folder in left:
+        folder.mkdir(parents=True)
+    folder = import_into(source, tmp_path / "models")
+    left[1].mkdir()
+    assert import_into(source, tmp_path / "models") == folder
+    assert not any(folder.exists() for folder in left)
+
+
 def test_another_model_of_that_name_is_never_overwritten(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "tiny.gguf", METADATA, gguf_tensors(original_model()))
     (tmp_path / "models" / "tiny").mkdir(parents=True)
@@ -338,7 +355,7 @@ def test_another_model_of_that_name_is_never_overwritten(tmp_path: Path) -> None
 
 def test_the_front_never_loads_mlx_for_a_conversion() -> None:
     script = (
-        "import sys, mlx_server.models.store.gguf, mlx_server.models.store.hub;"
+        "import sys, mlx_server.models.store.gguf_import, mlx_server.models.store.fetch;"
         "sys.exit('mlx.core' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, ModelNotFound, Unavailable
 from mlx_server.models.store.catalog import Catalog
-from mlx_server.models.store.hub import Progress
 from mlx_server.models.store.pulls import PullManager
+from mlx_server.models.store.transfer import Progress
 from tests.support.hub import Hub, running
 from tests.support.server import until
+from tests.support.store import sources_in
 
 REPO = "tiny/llama"
 WEIGHTS = random.Random(3).randbytes(1_500_000)
@@ -31,19 +31,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(Settings(home=tmp_path / "home"))
+    return Catalog(sources_in(tmp_path / "home", aliases={"mine": REPO}))
 
 
 @pytest.fixture
-async def pulls(tmp_path: Path, catalog: Catalog) -> AsyncIterator[PullManager]:
-    manager = PullManager(Settings(home=tmp_path / "home", aliases={"mine": REPO}), catalog)
+async def pulls(catalog: Catalog) -> AsyncIterator[PullManager]:
+    manager = PullManager(catalog)
     yield manager
     await manager.stop()
 
 
 async def followed(pulls: PullManager, name: str = REPO) -> list[Progress]:
-    async with pulls.follow(name) as news:
-        return [progress async for progress in news]
+    async with pulls.follow(name) as updates:
+        return [progress async for progress in updates]
 
 
 async def test_a_pull_ends_with_a_model_that_can_be_served(
@@ -65,10 +65,11 @@ async def test_several_who_ask_share_one_download(hub: Hub, pulls: PullManager) 
 async def test_a_pull_goes_on_for_those_who_stay(hub: Hub, pulls: PullManager) -> None:
     hub.pace = 0.05
     staying = asyncio.create_task(followed(pulls))
-    async with pulls.follow(REPO) as news:
-        async for progress in news:
+    async with pulls.follow(REPO) as updates:
+        async for progress in updates:
             if progress.done:
                 break
+    hub.pace = 0
     assert (await staying)[-1].done > len(WEIGHTS)
     assert len(hub.downloads("model.safetensors")) == 1
 
@@ -77,8 +78,8 @@ async def test_a_pull_nobody_follows_any_more_ends_and_the_next_one_resumes_it(
     hub: Hub, pulls: PullManager, catalog: Catalog
 ) -> None:
     hub.pace = 0.05
-    async with pulls.follow(REPO) as news:
-        async for progress in news:
+    async with pulls.follow(REPO) as updates:
+        async for progress in updates:
             if progress.done:
                 break
     assert [status.model for status in pulls.statuses()] == [REPO]
@@ -88,6 +89,7 @@ async def test_a_pull_nobody_follows_any_more_ends_and_the_next_one_resumes_it(
 
     await until(ended, 10)
     assert catalog.entries() == []
+    hub.pace = 0
     await followed(pulls)
     assert hub.downloads("model.safetensors")[-1] is not None
     path = catalog.find(REPO).path
@@ -101,6 +103,7 @@ async def test_who_asks_right_after_a_cancelled_pull_gets_the_model(
     hub.pace = 0.05
     async with pulls.follow(REPO):
         pass
+    hub.pace = 0
     assert (await followed(pulls))[-1].done > len(WEIGHTS)
     assert catalog.find(REPO).path is not None
 

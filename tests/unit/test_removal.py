@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from mlx_server.config import Settings
 from mlx_server.errors import BadRequest
 from mlx_server.models.store.catalog import Catalog
-from mlx_server.models.store.gguf import exclusive
-from mlx_server.models.store.locks import ModelLock
+from mlx_server.models.store.locks import ModelLock, write_lock
 from mlx_server.models.store.removal import plan_removal, remove
+from mlx_server.models.store.sources import ModelSources
 from tests.support.hub import COMMIT as REAL_COMMIT
-from tests.unit.test_catalog import COMMIT, OLDER, ids, make_model, make_snapshot
+from tests.support.store import COMMIT, OLDER, ids, make_model, make_snapshot, sources_in
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +22,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "home", model_dirs=[tmp_path / "more"])
+def sources(tmp_path: Path) -> ModelSources:
+    return sources_in(tmp_path / "home", model_dirs=[tmp_path / "more"])
 
 
-def rm(name: str, settings: Settings) -> None:
-    remove(plan_removal(Catalog(settings).find(name), settings), settings)
+def home(sources: ModelSources) -> Path:
+    return sources.models_folder.parent
+
+
+def rm(name: str, sources: ModelSources) -> None:
+    entry = Catalog(sources).find(name)
+    remove(plan_removal(entry, sources.models_folder), home(sources))
 
 
 def make_cached(cache: Path, repo: str, commit: str, ref: str = "main") -> Path:
@@ -43,104 +47,108 @@ def make_cached(cache: Path, repo: str, commit: str, ref: str = "main") -> Path:
 
 
 @pytest.mark.parametrize("name", ["one", "org/one"])
-def test_a_folder_of_ours_is_removed(settings: Settings, name: str) -> None:
-    folder = make_model(settings.models_folder / name)
-    make_model(settings.models_folder / "two")
-    rm(name, settings)
+def test_a_folder_of_ours_is_removed(sources: ModelSources, name: str) -> None:
+    folder = make_model(sources.models_folder / name)
+    make_model(sources.models_folder / "two")
+    rm(name, sources)
     assert not folder.exists()
-    assert ids(settings) == ["two"]
+    assert ids(sources) == ["two"]
 
 
-def test_a_cached_repo_is_removed_with_all_its_revisions(settings: Settings, cache: Path) -> None:
+def test_a_cached_repo_is_removed_with_all_its_revisions(
+    sources: ModelSources, cache: Path
+) -> None:
     make_cached(cache, "org/name", COMMIT)
     make_cached(cache, "org/name", OLDER, ref="v1")
     make_cached(cache, "org/other", COMMIT)
-    rm("org/name", settings)
-    assert ids(settings) == ["org/other"]
+    rm("org/name", sources)
+    assert ids(sources) == ["org/other"]
     assert not (cache / "models--org--name").exists()
 
 
-def test_one_revision_is_removed_alone(settings: Settings, cache: Path) -> None:
+def test_one_revision_is_removed_alone(sources: ModelSources, cache: Path) -> None:
     make_cached(cache, "org/name", COMMIT)
     make_cached(cache, "org/name", OLDER, ref="v1")
-    rm("org/name@v1", settings)
-    assert ids(settings) == ["org/name"]
+    rm("org/name@v1", sources)
+    assert ids(sources) == ["org/name"]
     blobs = (cache / "models--org--name" / "blobs").iterdir()
     assert {blob.name.partition("-")[0] for blob in blobs} == {COMMIT[:4]}
 
 
-def test_a_repo_with_an_unfinished_update_is_removed_whole(settings: Settings, cache: Path) -> None:
+def test_a_repo_with_an_unfinished_update_is_removed_whole(
+    sources: ModelSources, cache: Path
+) -> None:
     make_cached(cache, "org/name", COMMIT)
     broken = cache / "models--org--name" / "snapshots" / REAL_COMMIT
     broken.mkdir()
     (broken / "model.safetensors").symlink_to("../../blobs/not-here-yet")
-    rm("org/name", settings)
+    rm("org/name", sources)
     assert not (cache / "models--org--name").exists()
 
 
-def test_a_folder_of_the_user_is_never_removed(settings: Settings, tmp_path: Path) -> None:
-    folder = make_model(settings.model_dirs[0] / "theirs")
+def test_a_folder_of_the_user_is_never_removed(sources: ModelSources, tmp_path: Path) -> None:
+    folder = make_model(sources.model_dirs[0] / "theirs")
     with pytest.raises(BadRequest, match="Remove its folder yourself"):
-        rm("theirs", settings)
+        rm("theirs", sources)
     elsewhere = make_model(tmp_path / "elsewhere" / "mine")
-    catalog = Catalog(settings)
+    catalog = Catalog(sources)
     with pytest.raises(BadRequest, match="Remove its folder yourself"):
-        plan_removal(catalog.add(str(elsewhere)), settings)
+        plan_removal(catalog.add(str(elsewhere)), sources.models_folder)
     assert folder.exists()
     assert elsewhere.exists()
 
 
-def test_a_link_out_of_our_folder_is_not_followed(settings: Settings, tmp_path: Path) -> None:
+def test_a_link_out_of_our_folder_is_not_followed(sources: ModelSources, tmp_path: Path) -> None:
     target = make_model(tmp_path / "elsewhere" / "mine")
-    settings.models_folder.mkdir(parents=True)
-    (settings.models_folder / "link").symlink_to(target)
+    sources.models_folder.mkdir(parents=True)
+    (sources.models_folder / "link").symlink_to(target)
     with pytest.raises(BadRequest, match="Remove its folder yourself"):
-        rm("link", settings)
+        rm("link", sources)
     assert target.exists()
 
 
-def test_an_adapter_is_not_removed_with_its_base_in_its_place(settings: Settings) -> None:
-    base = make_model(settings.models_folder / "one")
-    adapter = settings.adapters_folder / "one" / "legal"
+def test_an_adapter_is_not_removed_with_its_base_in_its_place(sources: ModelSources) -> None:
+    base = make_model(sources.models_folder / "one")
+    adapter = sources.adapters_folder / "one" / "legal"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
     (adapter / "adapters.safetensors").write_bytes(b"")
     with pytest.raises(BadRequest, match="adapter"):
-        rm("one@legal", settings)
+        rm("one@legal", sources)
     assert base.exists()
     assert adapter.exists()
 
 
-def test_a_loaded_model_is_refused_until_it_is_unloaded(settings: Settings, cache: Path) -> None:
+def test_a_loaded_model_is_refused_until_it_is_unloaded(sources: ModelSources, cache: Path) -> None:
     for name, folder in (
-        ("one", make_model(settings.models_folder / "one")),
+        ("one", make_model(sources.models_folder / "one")),
         ("org/name", make_cached(cache, "org/name", COMMIT)),
     ):
-        lock = ModelLock(settings.home, folder)
+        lock = ModelLock(home(sources), folder)
         with pytest.raises(BadRequest, match="unload it first"):
-            rm(name, settings)
+            rm(name, sources)
         assert folder.exists()
         lock.release()
-        rm(name, settings)
+        rm(name, sources)
         assert not folder.exists()
 
 
 def test_a_repo_is_refused_while_any_of_its_revisions_is_loaded(
-    settings: Settings, cache: Path
+    sources: ModelSources, cache: Path
 ) -> None:
     make_cached(cache, "org/name", COMMIT)
-    lock = ModelLock(settings.home, make_cached(cache, "org/name", OLDER, ref="v1"))
+    lock = ModelLock(home(sources), make_cached(cache, "org/name", OLDER, ref="v1"))
     with pytest.raises(BadRequest, match="unload it first"):
-        rm("org/name", settings)
-    assert ids(settings) == ["org/name", "org/name@v1"]
+        rm("org/name", sources)
+    assert ids(sources) == ["org/name", "org/name@v1"]
     lock.release()
 
 
-def test_a_model_that_is_being_pulled_is_refused(settings: Settings, cache: Path) -> None:
+def test_a_model_that_is_being_pulled_is_refused(sources: ModelSources, cache: Path) -> None:
     make_cached(cache, "org/name", COMMIT)
     with (
-        exclusive(cache / "models--org--name"),
+        write_lock(cache / "models--org--name"),
         pytest.raises(BadRequest, match="being pulled"),
     ):
-        rm("org/name", settings)
-    assert ids(settings) == ["org/name"]
+        rm("org/name", sources)
+    assert ids(sources) == ["org/name"]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_server.errors import ModelLoadFailed
-from mlx_server.models.store.catalog import WEIGHTS
-from mlx_server.models.store.folder import read_config
+from mlx_server.models.store.folder import WEIGHTS, read_config
 from mlx_server.models.store.lora import WEIGHTS as ADAPTER_WEIGHTS
 
 BITS = {

@@ -1,16 +1,17 @@
-"""What a model can be asked for, as far as its files tell without its being loaded."""
+"""What a model can be asked for, as its files say."""
 
 import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.store.catalog import ModelEntry
+from mlx_server.models.store.folder import read_json
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-"""Where a chat template stands, the first that has one."""
+"""Where a chat template may be; the first that has one counts."""
 TOOLS = re.compile(r"\btools\b")
 THINKING = ("<think>", "<longcat_think>", "<|think:start|>", "<|channel>thought", "[THINK]")
 """What opens thinking, in the templates of models that think."""
@@ -18,7 +19,7 @@ THINKING = ("<think>", "<longcat_think>", "<|think:start|>", "<|channel>thought"
 
 @dataclass(frozen=True, slots=True)
 class FileCapabilities:
-    """`native_tools` says that the model's own template knows tools; others are told of them."""
+    """`native_tools`: the chat template itself renders tools; others get a tool prompt."""
 
     chat: bool
     tools: bool
@@ -29,15 +30,15 @@ class FileCapabilities:
 
 
 def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
-    """What a model's files tell; None when there are none or they cannot be read."""
+    """None without readable files."""
     if entry.embeds:
         return FileCapabilities(False, False, False, False, False, embeddings=True)
     if entry.path is None:
         return None
     try:
-        stamps = tuple(_stamp(entry.path / name) for name in TEMPLATE_FILES)
-        template = _template(entry.path, stamps)
-    except (OSError, ValueError, RecursionError):
+        mtimes = tuple(_mtime_ns(entry.path / name) for name in TEMPLATE_FILES)
+        template = _template(entry.path, mtimes)
+    except (OSError, UnicodeDecodeError, ModelLoadFailed):
         return None
     return FileCapabilities(
         chat=bool(template),
@@ -49,23 +50,22 @@ def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
     )
 
 
-def _stamp(file: Path) -> int:
+def _mtime_ns(file: Path) -> int:
     return file.stat().st_mtime_ns if file.is_file() else 0
 
 
 @lru_cache(maxsize=256)
-def _template(path: Path, stamps: tuple[int, ...]) -> str:
-    """The chat template in `path`, empty if it has none; `stamps` make changed files others."""
+def _template(path: Path, mtimes: tuple[int, ...]) -> str:
+    """`mtimes` misses the cache after a change."""
     return next(filter(None, (_template_in(path / name) for name in TEMPLATE_FILES)), "")
 
 
 def _template_in(file: Path) -> str:
-    """The chat template in a file, or all of them if there are several; empty if there is none."""
+    """One template, several as JSON, or ""."""
     if not file.is_file():
         return ""
-    text = file.read_text(encoding="utf-8")
     if file.suffix == ".jinja":
-        return text
-    content: Any = json.loads(text)
+        return file.read_text(encoding="utf-8")
+    content = read_json(file)
     template = (content.get("chat_template") if isinstance(content, dict) else None) or ""
     return template if isinstance(template, str) else json.dumps(template)

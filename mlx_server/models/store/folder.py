@@ -1,37 +1,121 @@
-"""The JSON files of a model folder."""
+"""A model folder: its JSON files, and whether it is complete."""
 
 import json
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mlx_server.errors import ModelLoadFailed
 
+PARTIAL = ".partial"
+"""Suffix of a folder that is still being written; such a folder is never served."""
+WEIGHTS = "model*.safetensors"
+"""The weight files that mlx-lm loads."""
+INDEX = "model.safetensors.index.json"
 MAX_REASON = 500
+CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "n_ctx",
+)
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's config.json. Raises ModelLoadFailed."""
-    return _read_json(path / "config.json")
+    """Raises ModelLoadFailed."""
+    return read_object(path / "config.json")
 
 
 def read_optional_config(path: Path) -> dict[str, Any]:
-    """The model's generation_config.json, empty when there is none. Raises ModelLoadFailed."""
+    """generation_config.json, empty when there is none. Raises ModelLoadFailed."""
     file = path / "generation_config.json"
-    return _read_json(file) if file.exists() else {}
+    return read_object(file) if file.exists() else {}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadFailed(
-            f"{file.name} of {file.parent.name} could not be read: {one_line(error)}"
-        ) from error
+def read_object(file: Path) -> dict[str, Any]:
+    """Raises ModelLoadFailed."""
+    content = read_json(file)
     if not isinstance(content, dict):
         raise ModelLoadFailed(f"{file.name} of {file.parent.name} is not a JSON object.")
     return content
 
 
+def read_json(file: Path) -> Any:
+    """Raises ModelLoadFailed."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelLoadFailed(
+            f"{file.name} of {file.parent.name} could not be read: {one_line(error)}"
+        ) from error
+
+
 def one_line(error: Exception) -> str:
-    """What went wrong, in one line that an answer can carry."""
+    """The error's message as one line of bounded length."""
     return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+
+
+def model_config(folder: Path) -> dict[str, Any] | None:
+    """config.json, if it is a model's."""
+    try:
+        config = read_config(folder)
+    except ModelLoadFailed:
+        return None
+    return config if isinstance(config.get("model_type"), str) else None
+
+
+def folder_fault(folder: Path) -> str | None:
+    """Why `folder` cannot be served, or None for a complete model."""
+    if folder.name.endswith(PARTIAL):
+        return "it is an unfinished download"
+    if model_config(folder) is None:
+        return "it has no readable config.json with a model_type"
+    index = folder / INDEX
+    try:
+        if index.is_file():
+            missing = [shard for shard in _shards(index) if not (folder / shard).is_file()]
+            return f"it lacks {', '.join(missing[:3])}" if missing else None
+        if not any(file.is_file() for file in folder.glob(WEIGHTS)):
+            return f"it has no {WEIGHTS} file"
+    except (OSError, ModelLoadFailed) as error:
+        return f"its weights cannot be read ({error})"
+    return None
+
+
+def _shards(index: Path) -> tuple[str, ...]:
+    return _read_shards(index, index.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _read_shards(index: Path, mtime_ns: int) -> tuple[str, ...]:
+    """`mtime_ns` misses the cache after a change."""
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ModelLoadFailed(f"{INDEX} has no weight_map")
+    return tuple(sorted(set(shards.values())))
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """In tokens, if the config says it."""
+    parts = [config, *(config[key] for key in TEXT_PARTS if isinstance(config.get(key), dict))]
+    values = (part.get(key) for part in parts for key in CONTEXT_KEYS)
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
+def subfolders(parent: Path) -> list[Path]:
+    """The complete, visible ones; none when `parent` cannot be read."""
+    try:
+        # os.path.isdir is False, where Path.is_dir raises, for a link into a closed folder.
+        return sorted(
+            child
+            for child in parent.iterdir()
+            if not child.name.startswith(".")
+            and not child.name.endswith(PARTIAL)
+            and os.path.isdir(child)
+        )
+    except OSError:
+        return []

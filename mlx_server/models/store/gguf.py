@@ -1,20 +1,15 @@
-"""GGUF files → MLX model folders, for Llama models with a byte-level BPE tokenizer.
+"""Converts GGUF files to MLX model folders: Llamas with a byte-level BPE tokenizer.
 
-`import_gguf` is for the front: it converts in a process of its own, so that arrays never enter the
-front. That process runs this module (`python -m mlx_server.models.gguf SOURCE FOLDER`).
+Runs in a process of its own, `python -m mlx_server.models.store.gguf SOURCE FOLDER`.
 """
 
-import fcntl
 import json
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_server.errors import BadRequest, ServerError, Unavailable
+from mlx_server.errors import BadRequest
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -22,10 +17,6 @@ if TYPE_CHECKING:
 
     Arrays = dict[str, mx.array]
 
-PARTIAL = ".partial"
-"""Suffix of a folder that is still being written; such a folder is never served."""
-ORIGIN = "origin.json"
-"""The file in an imported folder that says what it was made from."""
 REFUSED = 3
 """Exit status of the converting process when the file is not one that it supports."""
 GROUP_SIZE = 32
@@ -60,125 +51,11 @@ SPLITS: dict[str, list[str]] = {
     "llama-bpe": [TIKTOKEN.format(numbers=r"\p{N}{1,3}")],
     "qwen2": [TIKTOKEN.format(numbers=r"\p{N}")],
 }
-"""How each pre-tokenizer that GGUF names cuts a text: one expression after the other."""
-
-
-def import_into(source: Path, models_folder: Path) -> Path:
-    """The MLX folder below `models_folder` for the GGUF file `source`, made if it is not there.
-
-    Raises BadRequest when another model has that name already.
-    """
-    name = source.stem
-    if name.startswith(".") or name.endswith(PARTIAL):
-        raise BadRequest(f"{source.name} is no name for a model")
-    folder = models_folder / name
-    with exclusive(folder):
-        if folder.exists():
-            return _imported_before(source, folder)
-        import_gguf(source, folder)
-        return folder
-
-
-def _imported_before(source: Path, folder: Path) -> Path:
-    """`folder`, after making sure that it came from `source` as that file is now."""
-    try:
-        origin = json.loads((folder / ORIGIN).read_bytes())
-    except (OSError, ValueError):
-        origin = None
-    if origin == _origin(source):
-        return folder
-    if not isinstance(origin, dict) or origin.get("path") != str(source.resolve()):
-        raise BadRequest(
-            f"another model is called {folder.name} already ({folder}): rename {source.name}"
-        )
-    import_gguf(source, folder)
-    return folder
-
-
-def _origin(source: Path) -> dict[str, Any]:
-    """What tells the file that a folder was made from, and a later version of it, apart."""
-    status = source.stat()
-    return {
-        "path": str(source.resolve()),
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-    }
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Let one process at a time make `folder`, and clear what an interrupted one left of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with making_lock(folder).open("w") as lock:
-        # The system drops the lock with the process, however that ends.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for step in ("new", "old"):
-            shutil.rmtree(_partial(folder, step), ignore_errors=True)
-        yield
-
-
-def making_lock(folder: Path) -> Path:
-    """The file that whoever makes `folder` holds locked."""
-    return folder.parent / f".{folder.name}.lock"
-
-
-def _partial(folder: Path, step: str) -> Path:
-    return folder.with_name(f"{folder.name}.{step}{PARTIAL}")
-
-
-def import_gguf(source: Path, folder: Path) -> None:
-    """Convert the GGUF file `source` into the MLX model `folder`; call it within `exclusive`.
-
-    The folder appears, or is replaced, complete or not at all. Raises BadRequest for a file that
-    is not supported and ServerError when the conversion breaks off.
-    """
-    if not source.is_file():
-        raise BadRequest(f"there is no GGUF file at {source}")
-    check_space(folder.parent, source.stat().st_size)
-    new, old = _partial(folder, "new"), _partial(folder, "old")
-    new.mkdir()
-    try:
-        _run_conversion(source, new)
-        _write_json(new / ORIGIN, _origin(source))
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raise Unavailable when the disk of `folder` has not `needed` bytes free."""
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise Unavailable(
-            f"{folder} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free",
-            code="insufficient_storage",
-        )
-
-
-def _run_conversion(source: Path, folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, str(source), str(folder)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    if done.returncode == 0:
-        return
-    lines = done.stderr.strip().splitlines()
-    reason = lines[-1] if lines else f"the process ended with status {done.returncode}"
-    if done.returncode == REFUSED:
-        raise BadRequest(f"cannot import {source.name}: {reason}")
-    raise ServerError(f"importing {source.name} failed: {reason}")
+"""How each pre-tokenizer splits a text: by one expression after the other."""
 
 
 def main(arguments: list[str]) -> int:
-    """The converting process: `arguments` are the GGUF file and an existing folder."""
+    """`arguments`: the GGUF file and an existing folder."""
     source, folder = map(Path, arguments)
     try:
         convert(source, folder)
@@ -189,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write the MLX form of `source` into `folder`. Imports MLX: for a process of its own."""
+    """Raises BadRequest for an unsupported file."""
     import mlx.core as mx
 
     tensors, metadata = _read(source)
@@ -213,7 +90,6 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def _read(source: Path) -> tuple["Arrays", dict[str, Any]]:
-    """The file's arrays, and its metadata as plain Python values."""
     import mlx.core as mx
 
     with source.open("rb") as file:
@@ -222,7 +98,7 @@ def _read(source: Path) -> tuple["Arrays", dict[str, Any]]:
     try:
         loaded: Any = mx.load(str(source), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError) as error:
-        # MLX reads the legacy and K types alone and says so in its own words.
+        # MLX reads the legacy and K types only.
         raise BadRequest(f"MLX cannot read it ({error})") from error
     tensors, metadata = loaded
     plain = {
@@ -252,7 +128,7 @@ def _check_supported(metadata: dict[str, Any]) -> None:
 
 
 def _rename(tensors: "Arrays") -> "Arrays":
-    """The arrays under the names that mlx-lm's Llama gives them."""
+    """To mlx-lm's names."""
     renamed = {}
     for name, array in tensors.items():
         if name == "rope_freqs.weight":
@@ -276,10 +152,7 @@ def _module_name(stem: str) -> str | None:
 
 
 def _match_norms(weights: "Arrays") -> None:
-    """Give norms the type of the other weights.
-
-    GGUF keeps norms in float32, and a float32 norm would make every activation float32.
-    """
+    """GGUF keeps norms in float32, which would make every activation float32."""
     embedding = "model.embed_tokens"
     like = weights.get(f"{embedding}.scales", weights.get(f"{embedding}.weight"))
     if like is None:
@@ -290,7 +163,7 @@ def _match_norms(weights: "Arrays") -> None:
 
 
 def _quantization(weights: "Arrays") -> dict[str, Any]:
-    """The config's `quantization`: the commonest width, and the layers that have another."""
+    """The commonest width, and the layers that have another."""
     bits = {
         name.removesuffix(".scales"): 32
         * weights[name.replace(".scales", ".weight")].shape[-1]
@@ -341,10 +214,7 @@ def _model_config(metadata: dict[str, Any], weights: "Arrays") -> dict[str, Any]
 
 
 def _rope_scaling(metadata: dict[str, Any], tensors: "Arrays") -> dict[str, Any]:
-    """The config's `rope_scaling`, if the model has one.
-
-    Llama 3.1 and later ship the divisor of each frequency; mlx-lm wants the formula behind them.
-    """
+    """Llama 3.1 ships the divisor of each frequency; mlx-lm wants the formula's parameters."""
     kind = metadata.get("llama.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:
         divisors: Any = tensors["rope_freqs.weight"].tolist()
@@ -358,7 +228,7 @@ def _rope_scaling(metadata: dict[str, Any], tensors: "Arrays") -> dict[str, Any]
 
 
 def _llama3_scaling(divisors: list[float], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Llama 3's scaling whose divisors are these. Its published values are the only ones known."""
+    """Llama 3's published values, with the factor of these divisors."""
     factor = round(max(divisors), 3)
     scaling = {
         "rope_type": "llama3",
@@ -383,7 +253,6 @@ def _llama3_divisors(factor: float, base: float, count: int) -> Iterator[float]:
 
 
 def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The `*_token_id` entries of config.json and generation_config.json."""
     ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     found = {
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -409,7 +278,6 @@ def _adds_bos(metadata: dict[str, Any]) -> bool:
 
 
 def _tokenizer(metadata: dict[str, Any]) -> "Tokenizer":
-    """A byte-level BPE tokenizer out of the file's vocabulary, merges and pre-tokenizer."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
@@ -458,7 +326,6 @@ def _bos_in_front(metadata: dict[str, Any]) -> Any:
 
 
 def _named_token(metadata: dict[str, Any], name: str) -> str | None:
-    """The text of the token that the file calls `name`."""
     index = metadata.get(f"tokenizer.ggml.{name}_token_id")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     return tokens[index] if index is not None and index < len(tokens) else None

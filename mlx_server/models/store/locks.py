@@ -1,21 +1,46 @@
-"""Marks on disk that a model folder is in use, seen by every process of this user's."""
+"""File locks on model folders between processes; the system drops one with its process."""
 
 import fcntl
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_server.errors import BadRequest, ModelLoadFailed
 
 
-class ModelLock:
-    """Held while a model is loaded; several servers may hold one for the same folder.
+@contextmanager
+def write_lock(folder: Path) -> Iterator[None]:
+    """Held while `folder` is downloaded or converted. Waits for other writers."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _write_lock_file(folder).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
-    The system drops it with the process, however that ends. Raises ModelLoadFailed while the
-    folder is being removed.
+
+@contextmanager
+def try_write_lock(folder: Path) -> Iterator[None]:
+    """Does not wait. Raises BadRequest while `folder` is being written."""
+    with _write_lock_file(folder).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadRequest(f"{folder.name} is being pulled.", param="model") from error
+        yield
+
+
+def _write_lock_file(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
+
+
+class ModelLock:
+    """Held, by any number of servers, while a model is loaded.
+
+    Raises ModelLoadFailed while the folder is being removed.
     """
 
     def __init__(self, home: Path, folder: Path) -> None:
-        self._file = _lock_file(home, folder).open("w")
+        self._file = _use_lock_file(home, folder).open("w")
         try:
             fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
@@ -23,15 +48,15 @@ class ModelLock:
             raise ModelLoadFailed("it is being removed") from error
 
     def release(self) -> None:
-        """Let go; may be called twice."""
+        """May be called twice."""
         self._file.close()
 
 
 class RemovalLock:
-    """Held while a model folder is removed. Raises BadRequest while anybody has it loaded."""
+    """Raises BadRequest while any server has the model loaded."""
 
     def __init__(self, home: Path, folder: Path) -> None:
-        self._file = _lock_file(home, folder).open("w")
+        self._file = _use_lock_file(home, folder).open("w")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -47,7 +72,7 @@ class RemovalLock:
         self._file.close()
 
 
-def _lock_file(home: Path, folder: Path) -> Path:
+def _use_lock_file(home: Path, folder: Path) -> Path:
     locks = home.expanduser() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     return locks / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]

@@ -1,16 +1,13 @@
-"""LoRA adapters on disk: folders as mlx-lm writes them, each a variant of a base model.
+"""LoRA adapters on disk, in folders as mlx-lm writes them."""
 
-Which folders there are, for which base, and what is wrong with one. The catalog names the variants;
-applying an adapter is the engine's business.
-"""
-
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_server.config import Settings
+from mlx_server.errors import ModelLoadFailed
+from mlx_server.models.store.folder import read_object
+from mlx_server.models.store.sources import ModelSources
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
@@ -20,7 +17,7 @@ DEPTHS = (2, 3)
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """An adapter folder, called `name`, for the model that `base` names."""
+    """`base` is the id or an alias of the model that it adapts."""
 
     base: str
     name: str
@@ -29,36 +26,37 @@ class LoraAdapter:
     @property
     def fault(self) -> str | None:
         """Why it cannot be used, or None."""
+        for name in (CONFIG, WEIGHTS):
+            if not os.path.isfile(self.folder / name):
+                return f"it has no {name}"
         try:
-            config = json.loads((self.folder / CONFIG).read_bytes())
-        except FileNotFoundError:
-            return f"it has no {CONFIG}"
-        except (OSError, ValueError, RecursionError) as error:
-            return f"its {CONFIG} cannot be read ({type(error).__name__})"
-        if not isinstance(config, dict):
-            return f"its {CONFIG} is no JSON object"
-        return None if os.path.isfile(self.folder / WEIGHTS) else f"it has no {WEIGHTS}"
+            read_object(self.folder / CONFIG)
+        except ModelLoadFailed as error:
+            return error.message.rstrip(".")
+        return None
 
     @property
     def size(self) -> int:
-        """Bytes of its weights."""
+        """Bytes."""
         return (self.folder / WEIGHTS).stat().st_size
 
     @property
     def created(self) -> int:
-        """When it was made, in seconds since the epoch."""
+        """Seconds since the epoch."""
         return int((self.folder / CONFIG).stat().st_mtime)
 
 
-def find_adapters(settings: Settings) -> Iterator[LoraAdapter]:
-    """Every adapter folder: those in the settings first, then those found by themselves."""
-    for variant, folder in settings.adapters.items():
+def find_adapters(sources: ModelSources) -> Iterator[LoraAdapter]:
+    """Those that the settings name, then those below `adapters_folder`."""
+    for variant, folder in sources.adapters.items():
         base, _, name = variant.rpartition("@")
-        yield LoraAdapter(base, name, folder.expanduser())
-    root = settings.adapters_folder
+        yield LoraAdapter(base, name, folder)
+    root = sources.adapters_folder
     for place, folders, files in os.walk(root, followlinks=True):
         parts = Path(place).relative_to(root).parts
-        if len(parts) in DEPTHS and files:
+        is_adapter = len(parts) in DEPTHS and bool(files)
+        if is_adapter:
             yield LoraAdapter("/".join(parts[:-1]), parts[-1], Path(place))
-        deeper = len(parts) < max(DEPTHS) and not (len(parts) in DEPTHS and files)
+        # A link may lead back up, so the depth is bounded.
+        deeper = len(parts) < max(DEPTHS) and not is_adapter
         folders[:] = sorted(name for name in folders if deeper and not name.startswith("."))

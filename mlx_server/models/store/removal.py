@@ -1,36 +1,30 @@
-"""Removing models: folders below `Settings.models_folder`, and repos in the Hugging Face cache.
+"""Removing models from our models folder and the hub cache, and from nowhere else. Blocks."""
 
-Nothing else is ever removed. Calls block; give them a thread.
-"""
-
-import fcntl
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, Unavailable
 from mlx_server.models.store.catalog import ModelEntry
-from mlx_server.models.store.gguf import PARTIAL, making_lock
-from mlx_server.models.store.locks import RemovalLock
+from mlx_server.models.store.folder import PARTIAL
+from mlx_server.models.store.hub_cache import cache_folder
+from mlx_server.models.store.locks import RemovalLock, try_write_lock
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What will be removed for a model: a folder of ours, or revisions of a cached repo."""
+    """A folder of ours, or `revisions` of a cached repo."""
 
     place: Path
-    """The model's folder, or its repo's in the cache."""
     revisions: tuple[str, ...] = ()
 
 
-def plan_removal(entry: ModelEntry, settings: Settings) -> Removal:
-    """What `remove` would remove. Raises BadRequest for a model that is not ours to remove.
+def plan_removal(entry: ModelEntry, models_folder: Path) -> Removal:
+    """A revision `org/name@ref` is removed alone, `org/name` with all revisions.
 
-    A repo's main revision stands for all of it; another revision for itself alone.
+    Raises BadRequest for a model that is not ours to remove.
     """
     if entry.adapter_path is not None:
         raise BadRequest(
@@ -39,31 +33,25 @@ def plan_removal(entry: ModelEntry, settings: Settings) -> Removal:
             param="model",
         )
     folder = (entry.path or Path()).resolve()
-    ours = settings.models_folder.resolve()
-    if ours in folder.parents:
+    if models_folder.resolve() in folder.parents:
         return Removal(folder)
     repo = folder.parent.parent
-    if repo.parent == _cache_folder() and re.fullmatch("models--.+", repo.name):
-        whole = "@" not in entry.id
-        commits = _commits(repo) if whole else (folder.name,)
-        return Removal(repo, commits)
+    if repo.parent == cache_folder().resolve() and re.fullmatch("models--.+", repo.name):
+        return Removal(repo, (folder.name,) if "@" in entry.id else _commits(repo))
     raise BadRequest(
-        f"{entry.id} is neither below {settings.models_folder} nor in the hub's cache, and "
+        f"{entry.id} is neither below {models_folder} nor in the hub's cache, and "
         "nothing else is removed. Remove its folder yourself.",
         param="model",
     )
 
 
-def remove(removal: Removal, settings: Settings) -> None:
-    """Remove what was planned.
-
-    Raises BadRequest while any server of this user has it loaded, or while it is being pulled.
-    """
+def remove(removal: Removal, home: Path) -> None:
+    """Raises BadRequest while any server with this `home` has the model loaded, or it is pulled."""
     folders = [removal.place / "snapshots" / commit for commit in removal.revisions]
     with ExitStack() as locks:
-        locks.enter_context(_nobody_makes(removal.place))
+        locks.enter_context(try_write_lock(removal.place))
         for folder in folders or [removal.place]:
-            locks.enter_context(RemovalLock(settings.home, folder))
+            locks.enter_context(RemovalLock(home, folder))
         try:
             if removal.revisions:
                 _remove_revisions(removal)
@@ -96,20 +84,3 @@ def _remove_revisions(removal: Removal) -> None:
 
 def _commits(repo: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in (repo / "snapshots").iterdir()))
-
-
-def _cache_folder() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE).expanduser().resolve()
-
-
-@contextmanager
-def _nobody_makes(folder: Path) -> Iterator[None]:
-    """Keep pulls of `folder` away; raises BadRequest when one is under way."""
-    with making_lock(folder).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadRequest(f"{folder.name} is being pulled.", param="model") from error
-        yield

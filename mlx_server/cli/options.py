@@ -1,0 +1,36 @@
+"""The settings and the errors that all commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+if TYPE_CHECKING:
+    from mlx_server.config import Settings
+
+ConfigOption = Annotated[
+    Path | None, Option("--config", metavar="FILE", help="A TOML file of settings.")
+]
+
+
+class CommandError(Exception):
+    """Ends the command with its message as one line."""
+
+
+def load_settings(config: Path | None, **flags: Any) -> "Settings":
+    """Raises CommandError, which names the first wrong setting."""
+    from pydantic import ValidationError
+
+    from mlx_server.config import Settings
+
+    try:
+        return Settings.load(config, **flags)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise CommandError(f"setting {name}: {first['msg']}") from error
+    except OSError as error:
+        raise CommandError(f"--config: {error}") from error
+    except ValueError as error:
+        # The file is not TOML, or a variable that holds a list is not JSON.
+        raise CommandError(f"settings cannot be read: {error}") from error

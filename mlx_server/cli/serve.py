@@ -1,0 +1,153 @@
+"""`serve`: listen, resolve the models named by the operator, run the server."""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+from typer import Option
+
+from mlx_server import __version__
+from mlx_server.cli.model_commands import fetch_with_bar
+from mlx_server.cli.options import CommandError, ConfigOption, load_settings
+from mlx_server.cli.sockets import Address, bind, find_addresses, is_local
+from mlx_server.errors import ModelNotFound
+
+if TYPE_CHECKING:
+    import socket
+
+    from mlx_server.config import Settings
+    from mlx_server.models.store.catalog import Catalog
+
+
+def serve(
+    model: Annotated[
+        list[str] | None,
+        Option("--model", "-m", metavar="ID|PATH", help="Load this model at start. Repeatable."),
+    ] = None,
+    host: Annotated[str | None, Option(help="Address to listen on (default 127.0.0.1).")] = None,
+    port: Annotated[int | None, Option(help="Port; 0 takes a free one (default 8000).")] = None,
+    api_key: Annotated[
+        list[str] | None, Option(metavar="KEY", help="A key that callers must show. Repeatable.")
+    ] = None,
+    allow_no_key: Annotated[
+        bool, Option("--allow-no-key", help="Listen beyond this machine without a key.")
+    ] = False,
+    model_dir: Annotated[
+        list[Path] | None,
+        Option(metavar="FOLDER", help="A folder of MLX model folders. Repeatable."),
+    ] = None,
+    max_batch: Annotated[
+        int | None, Option(help="Requests decoded together per model (default 32).")
+    ] = None,
+    memory_limit: Annotated[
+        str | None, Option(help="Memory for models: a share, or bytes like 12GB (default 80%).")
+    ] = None,
+    context_length: Annotated[
+        int | None, Option(help="Caps every model's context, in tokens.")
+    ] = None,
+    kv_bits: Annotated[
+        int | None, Option(help="Quantize KV caches to 8 or 4 bits (default: do not).")
+    ] = None,
+    dequantize: Annotated[
+        str | None, Option(help="Dequantize weights at load: auto, always, never.")
+    ] = None,
+    log_level: Annotated[
+        str | None, Option(help="debug, info, warning or error (default info).")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Start the server."""
+    settings = load_settings(
+        config,
+        models=model or None,
+        host=host,
+        port=port,
+        api_keys=api_key or None,
+        allow_no_key=allow_no_key or None,
+        model_dirs=model_dir or None,
+        max_batch=max_batch,
+        memory_limit=memory_limit,
+        context_length=context_length,
+        kv_bits=kv_bits,
+        dequantize=dequantize,
+        log_level=log_level,
+    )
+    _serve(settings)
+
+
+def _serve(settings: "Settings") -> None:
+    addresses = find_addresses(settings.host, settings.port)
+    _require_key(settings, addresses)
+    # Before any model is loaded, so that a port in use is reported at once.
+    sockets = bind(settings.host, settings.port, addresses)
+    settings = settings.model_copy(update={"port": sockets[0].getsockname()[1]})
+    _run(settings, _catalog_with_models(settings), sockets)
+
+
+def _require_key(settings: "Settings", addresses: list[Address]) -> None:
+    from mlx_server.keys import KeyRing, KeysError
+
+    try:
+        keys = KeyRing.load(settings.api_keys, settings.admin_keys, settings.keys_file)
+    except KeysError as error:
+        raise CommandError(str(error)) from error
+    if is_local(addresses) or keys.guards("inference") or settings.allow_no_key:
+        return
+    raise CommandError(
+        f"listening on {settings.host} lets other machines in, and no API key is set:"
+        " give --api-key KEY or a keys_file, or --allow-no-key if that is what you want"
+    )
+
+
+def _catalog_with_models(settings: "Settings") -> "Catalog":
+    from mlx_server.models.store.catalog import Catalog
+    from mlx_server.models.store.fetch import can_fetch
+    from mlx_server.models.store.sources import ModelSources
+
+    sources = ModelSources.of(settings)
+    catalog = Catalog(sources)
+    for name in settings.models:
+        try:
+            catalog.add(name)
+        except ModelNotFound:
+            if not can_fetch(name, sources.aliases):
+                raise
+            fetch_with_bar(name, sources)
+            catalog.add(name)
+    return catalog
+
+
+def _run(settings: "Settings", catalog: "Catalog", sockets: list["socket.socket"]) -> None:
+    from mlx_server.api.http.connection import ConnectionLimits
+    from mlx_server.events import setup_logging
+    from mlx_server.main import create_app
+    from mlx_server.server import Server, raise_open_file_limit
+
+    setup_logging(settings.log_level)
+    # The server has its own handlers once it runs.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit)
+    raise_open_file_limit(settings.max_connections)
+
+    def greet() -> None:
+        print(_greeting(settings), flush=True)
+
+    app = create_app(settings, catalog)
+    server = Server(app, ConnectionLimits.of(settings), settings.grace_period, greet)
+    try:
+        server.run(sockets)
+    except OSError as error:
+        # Two processes can have bound the port, until one listens.
+        raise CommandError(f"the server cannot start: {error}") from error
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(0)
+
+
+def _greeting(settings: "Settings") -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    models = ", ".join(settings.models) or "on demand"
+    return f"mlx-server {__version__} answers at http://{host}:{settings.port} (models: {models})"

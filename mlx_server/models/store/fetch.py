@@ -1,0 +1,47 @@
+"""Fetching a model by name from the source that has it. Blocks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlx_server.errors import BadRequest, ModelNotFound
+from mlx_server.models.store.demo import PACKAGED, fetch_demo
+from mlx_server.models.store.hub import fetch_repo
+from mlx_server.models.store.hub_cache import is_repo_id
+from mlx_server.models.store.sources import ModelSources
+from mlx_server.models.store.transfer import OnProgress
+
+
+def fetch(model_id: str, sources: ModelSources, on_progress: OnProgress) -> Path:
+    """Fetch `model_id` unless it is here already, and return its folder.
+
+    `model_id` is a demo model, a hub repo `org/name` or `org/name@revision`, or an alias of these;
+    never a path or an address. Raises ServerError's family.
+    """
+    target = fetch_target(model_id, sources.aliases)
+    if target in PACKAGED:
+        return fetch_demo(target, sources.models_folder, on_progress)
+    return fetch_repo(target, on_progress)
+
+
+def fetch_target(model_id: str, aliases: Mapping[str, str]) -> str:
+    """The demo model or repo behind `model_id`. Raises BadRequest and ModelNotFound."""
+    target = aliases.get(model_id, model_id)
+    if "://" in target:
+        raise BadRequest(
+            "Models are pulled by name, such as ORG/NAME, not by address.", param="model"
+        )
+    if not _is_fetchable(target):
+        raise ModelNotFound(
+            f"{target[:200]!r} is neither {' nor '.join(PACKAGED)} nor a hub model of the form"
+            " ORG/NAME",
+            param="model",
+        )
+    return target
+
+
+def can_fetch(model_id: str, aliases: Mapping[str, str]) -> bool:
+    return _is_fetchable(aliases.get(model_id, model_id))
+
+
+def _is_fetchable(target: str) -> bool:
+    return target in PACKAGED or is_repo_id(target)

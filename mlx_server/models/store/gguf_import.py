@@ -1,0 +1,105 @@
+"""Turning a GGUF file into an MLX model folder, without arrays in this process."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_server.errors import BadRequest, ModelLoadFailed, ServerError
+from mlx_server.models.store import gguf
+from mlx_server.models.store.folder import PARTIAL, read_json
+from mlx_server.models.store.locks import write_lock
+from mlx_server.models.store.transfer import check_space
+
+ORIGIN = "origin.json"
+"""The file in an imported folder that says what it was made from."""
+
+
+def import_into(source: Path, models_folder: Path) -> Path:
+    """The converted folder below `models_folder`, made unless it is current.
+
+    Raises BadRequest when another model has that name, and what `import_gguf` raises.
+    """
+    name = source.stem
+    if name.startswith(".") or name.endswith(PARTIAL):
+        raise BadRequest(f"{source.name} is no name for a model")
+    folder = models_folder / name
+    with write_lock(folder):
+        _clear_leftovers(folder)
+        if not folder.exists() or not _is_current(folder, source):
+            import_gguf(source, folder)
+    return folder
+
+
+def import_gguf(source: Path, folder: Path) -> None:
+    """Make or replace `folder`, completely or not at all. Needs its `write_lock`.
+
+    Raises BadRequest for an unsupported file and ServerError when the conversion breaks off.
+    """
+    if not source.is_file():
+        raise BadRequest(f"there is no GGUF file at {source}")
+    _clear_leftovers(folder)
+    check_space(folder.parent, source.stat().st_size)
+    new, old = _temporary(folder)
+    new.mkdir()
+    try:
+        _run_conversion(source, new)
+        (new / ORIGIN).write_text(json.dumps(_origin(source), indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        _clear_leftovers(folder)
+
+
+def _temporary(folder: Path) -> tuple[Path, Path]:
+    """For the new model, and for the old one while it is replaced."""
+    new, old = (folder.with_name(f"{folder.name}.{step}{PARTIAL}") for step in ("new", "old"))
+    return new, old
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for temporary in _temporary(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_current(folder: Path, source: Path) -> bool:
+    """Raises BadRequest if `folder` was not made from `source`."""
+    try:
+        origin = read_json(folder / ORIGIN)
+    except ModelLoadFailed:
+        origin = None
+    if not isinstance(origin, dict) or origin.get("path") != str(source.resolve()):
+        raise BadRequest(
+            f"another model is called {folder.name} already ({folder}): rename {source.name}"
+        )
+    return bool(origin == _origin(source))
+
+
+def _origin(source: Path) -> dict[str, Any]:
+    status = source.stat()
+    return {
+        "path": str(source.resolve()),
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+    }
+
+
+def _run_conversion(source: Path, folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", gguf.__name__, str(source), str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode == 0:
+        return
+    lines = done.stderr.strip().splitlines()
+    reason = lines[-1] if lines else f"the process ended with status {done.returncode}"
+    if done.returncode == gguf.REFUSED:
+        raise BadRequest(f"cannot import {source.name}: {reason}")
+    raise ServerError(f"importing {source.name} failed: {reason}")

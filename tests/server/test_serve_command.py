@@ -1,0 +1,78 @@
+"""`mlx-server serve` as a process: it starts without a model, and a signal ends it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.store import make_model
+
+COMMAND = [sys.executable, "-m", "mlx_server"]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The environment of a user who has nothing yet."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MLX_SERVER_")}
+    return kept | {
+        "MLX_SERVER_HOME": str(tmp_path / "home"),
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "COLUMNS": "200",
+    }
+
+
+@contextmanager
+def server(environment: dict[str, str], *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """A server process, ended in the end."""
+    process = subprocess.Popen(
+        [*COMMAND, "serve", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def greeted_address(process: "subprocess.Popen[str]") -> tuple[str, int]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://(\S+):(\d+)", line)
+    assert found, line + (process.stderr.read() if process.stderr else "")
+    return found[1], int(found[2])
+
+
+def test_the_server_starts_without_a_model_and_lists_the_catalog(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    make_model(tmp_path / "home" / "models" / "mine")
+    with server(environment, "--port", "0") as process:
+        host, port = greeted_address(process)
+        with urllib.request.urlopen(f"http://{host}:{port}/v1/models", timeout=30) as answer:
+            models = json.load(answer)["data"]
+            assert answer.headers["Server"] is None
+    assert [model["id"] for model in models] == ["mine"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_with_success(environment: dict[str, str], number: int) -> None:
+    with server(environment, "--port", "0") as process:
+        greeted_address(process)
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0
+        assert time.monotonic() - begun < 10
