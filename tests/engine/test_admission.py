@@ -15,6 +15,7 @@ from mlx_lm.utils import load_model
 from mlx_server.engine.cache.prefix import PrefixCache
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.memory import DeviceMemory
+from mlx_server.engine.plan import Start
 from mlx_server.engine.protocol import Begun, Generate, LoadOptions, Row, Sampling, Stats
 from mlx_server.engine.run.backend import Backend, KvCost, cache_bytes, extend, keep_rows, merge
 from mlx_server.engine.schedule.scheduler import Scheduler
@@ -206,13 +207,13 @@ def test_caches_never_take_more_than_their_cost(model: Path, cost: KvCost, rows:
 
 
 def test_a_prompt_that_starts_over_is_scored_once() -> None:
-    first = Sequence(request([1, 2, 3], 5, prompt_logprobs=0), 100)
+    first = Sequence(Start(request([1, 2, 3], 5, prompt_logprobs=0), []), 100)
     assert first.prompt_logprobs is not None
     first.prompt_logprobs.append(None)  # half-way
-    again = first.anew()
+    again = Sequence(first.restart(), 100)
     assert again.prompt_logprobs == [None]
     again.report([7], None)
-    assert again.anew().request.prompt_logprobs is None
+    assert again.restart().request.prompt_logprobs is None
 
 
 def test_the_limit_holds_after_every_single_turn(model: Path, cost: KvCost) -> None:

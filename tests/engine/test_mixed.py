@@ -72,7 +72,7 @@ def test_long_prompts_that_arrive_beside_streams_change_no_text(
     scheduler = scheduler_of(path, kv_bits=kv_bits)
     assert scheduler.model.mixes
     together = tokens_of(scheduler, STREAMS, LATE)
-    assert scheduler.pace.beside.tokens_within(1.0, 0) > 0, "no chunk was computed beside a step"
+    assert scheduler.pace.mixed.tokens_within(1.0, 0) > 0, "no chunk was computed beside a step"
     alone = [tokens_of(scheduler, [one], [])[0] for one in [*STREAMS, *LATE]]
     assert list(together.values()) == alone
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_server.engine.protocol import Sampling
-from mlx_server.engine.schedule.backoff import LOWERED, RAISE_SECONDS, RAISED, Caution
+from mlx_server.engine.schedule.backoff import LOWERED, RAISE_SECONDS, RAISED, KvBackoff
 from mlx_server.errors import EngineFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of
 from tests.support.tiny import build_tiny_model
@@ -75,14 +75,14 @@ async def test_a_request_that_fails_by_itself_leaves_the_engine_as_it_was(frail:
         assert (stats.kv_bytes, stats.running, stats.waiting) == (0, 0, 0)
 
 
-def test_caution_fades_while_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backoff_fades_while_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    caution = Caution(1.0)
-    caution.lower()
-    caution.lower()
-    assert caution.share == LOWERED**2
+    backoff = KvBackoff(1.0)
+    backoff.lower()
+    backoff.lower()
+    assert backoff.share == LOWERED**2
     now += RAISE_SECONDS
-    assert caution.share == LOWERED**2 * RAISED
+    assert backoff.share == LOWERED**2 * RAISED
     now += 10 * RAISE_SECONDS
-    assert caution.share == 1.0
+    assert backoff.share == 1.0

@@ -61,7 +61,7 @@ class Match:
 class PrefixCache:
     """The blocks in memory, least recently used first, and the disk's behind them.
 
-    `limit` is in bytes and may change at any time; `shrink` enforces it.
+    `limit` is in bytes and may change at any time, by `resize`.
     """
 
     def __init__(self, layout: KvLayout, limit: int, disk: DiskCache | None = None) -> None:
@@ -170,6 +170,11 @@ class PrefixCache:
         for block in blocks:
             block.users -= 1
 
+    def resize(self, limit: int) -> None:
+        """Keep to `limit` bytes from now on."""
+        self.limit = limit
+        self.shrink(limit)
+
     def shrink(self, limit: int) -> None:
         """Drop the least recently used blocks until what is left takes at most `limit` bytes."""
         excess = self.nbytes - limit
@@ -193,13 +198,17 @@ class PrefixCache:
 
     # the disk
 
-    def fetch(self, keys: list[bytes]) -> BlockRead | None:
-        """Begin to read what the disk has of a prompt's blocks beyond what is in memory."""
+    def on_disk(self, keys: list[bytes]) -> list[bytes]:
+        """Those of a prompt's blocks beyond what is in memory that the disk has, from the first."""
         if self.disk is None:
-            return None
+            return []
         missing = keys[self.known(keys) : self.capacity]
-        wanted = list(itertools.takewhile(self.disk.holds, missing))
-        return self.disk.read(wanted) if wanted else None
+        return list(itertools.takewhile(self.disk.holds, missing))
+
+    def read(self, wanted: list[bytes]) -> BlockRead:
+        """Begin to read what `on_disk` has found."""
+        assert self.disk is not None
+        return self.disk.read(wanted)
 
     def take_in(self, prompt: list[int], keys: list[bytes], read: BlockRead) -> None:
         """Add the blocks that were read of a prompt."""

@@ -1,4 +1,10 @@
-"""Prompts on their way into a cache."""
+"""Prompts on their way into a cache: a long one in chunks, or several short ones at once.
+
+What the prefix cache has of a prompt is not computed again. A prompt's last token is left for the
+decoding batch, whose next step then gives the first token of the completion.
+"""
+
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -6,8 +12,10 @@ from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.cache.prefix import BLOCK, Match, PrefixCache
 from mlx_server.engine.run import backend
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.mixed import Part
+from mlx_server.engine.run.store import logprob_entries, store_blocks
 from mlx_server.engine.sampling.sampler import token_logprobs
-from mlx_server.engine.sequence import Sequence, logprob_entries, store
+from mlx_server.engine.sequence import Sequence
 
 SCORING_CHUNK = 128
 """Prompt positions scored at once: their logits (positions, vocab) are held in memory."""
@@ -15,157 +23,111 @@ SNAPSHOT_EVERY = 512
 """Prompt tokens between the snapshots of a model whose caches cannot all be cut into blocks."""
 
 
-class Prefill:
-    """Prompts on their way into a cache: several short ones together, or a long one in chunks.
+class Prefill(Protocol):
+    """Sequences whose prompts are being computed: `position` of `length` tokens are."""
 
-    What the prefix cache has of a prompt is not computed again. A prompt's last token is left for
-    the decoding batch, whose next step then gives the first token of the completion. Several
-    prompts are padded to the longest and take a single chunk, so that a row never has to leave
-    half-way. A prompt may be computed `until` where others that wait branch off, to be taken up
-    again together with them.
-    """
+    sequences: list[Sequence]
+    cache: Cache
+    position: int
+    length: int
+    until: int | None
+    """Where a prompt that others branch off from stops; None for its end."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the next chunk can be computed in one pass with a decode step."""
+
+    def size(self, budget: int) -> tuple[int, float]:
+        """Tokens of the next chunk over all rows, and how many keys each attends to on average."""
+
+    def advance(self, budget: int) -> None:
+        """Compute one chunk of about `budget` tokens."""
+
+    def batch_cache(self) -> Cache:
+        """The cache in the form that the decoding batch takes."""
+
+
+class PromptPrefill:
+    """One prompt, in chunks."""
 
     def __init__(
-        self,
-        model: Backend,
-        prefix: PrefixCache,
-        sequences: list[Sequence],
-        until: int | None = None,
+        self, model: Backend, prefix: PrefixCache, sequence: Sequence, until: int | None = None
     ) -> None:
-        self.model = model
-        self.prefix = prefix
-        self.sequences = sequences
+        self.sequences = [sequence]
+        self.cache, self.position = _cache_of(model, prefix, sequence)
+        self.length = until or len(sequence.request.prompt) - 1
         self.until = until
-        self.begun = False
-        self.starts: list[int] = []
-        caches = [self._begun(sequence) for sequence in sequences]
-        if len(sequences) == 1:
-            self.cache: Cache = caches[0]
-            self.position = self.starts[0]
-            self.length = until or len(sequences[0].request.prompt) - 1
-        else:
-            self.cache = backend.merge(caches)
-            self.position = 0
-            self.length = max(self._missing())
+        self._model = model
+        self._prefix = prefix
+        self._sequence = sequence
         self._snapshot_at = self.position
 
     @property
-    def finished(self) -> bool:
-        return self.position >= self.length
+    def mixes(self) -> bool:
+        return not self._sequence.scored and self.position < self.length
 
-    @property
-    def covers(self) -> list[tuple[Sequence, int]]:
-        """The sequences, and how many blocks of each will be in the prefix cache at the end."""
-        if self.until is not None:
-            return [(self.sequences[0], self.until // BLOCK)]
-        return [(sequence, len(sequence.usable_keys)) for sequence in self.sequences]
-
-    def chunk(self, budget: int) -> tuple[int, float]:
-        """Tokens of the next chunk over all rows, and how many keys each attends to on average."""
-        if len(self.sequences) > 1:
-            longest = self.length
-            rows = len(self.sequences)
-            return longest * rows, sum(self.starts) / rows + longest / 2
+    def size(self, budget: int) -> tuple[int, float]:
         tokens = self._end(budget) - self.position
         return tokens, self.position + tokens / 2
 
     def advance(self, budget: int) -> None:
-        """Compute one chunk of about `budget` tokens."""
-        self.begun = True
-        if self.finished:  # all of it is cached, or it is a prompt of one token
+        if self.position >= self.length:  # all of it is cached, or it is a prompt of one token
             return
-        if len(self.sequences) > 1:
-            self._together()
-            return
-        sequence = self.sequences[0]
-        chunk = self.next_chunk(budget)
-        if sequence.scored:
-            self._score(sequence, chunk)
+        part = self.next_part(budget)
+        if self._sequence.scored:
+            self._score(part.tokens)
         else:
-            self.model.prefill(chunk, self.cache)
-        mx.eval(self.computed(chunk.size))
+            self._model.prefill(part.tokens, self.cache)
+        mx.eval(self.computed(part))
 
-    @property
-    def mixes(self) -> bool:
-        """Whether the next chunk can be computed in one pass with a step of decoding."""
-        return len(self.sequences) == 1 and not self.sequences[0].scored and not self.finished
-
-    def next_chunk(self, budget: int) -> mx.array:
-        """The tokens (1, tokens) of a single prompt's next chunk, for which its cache is ready."""
-        self.begun = True
-        prompt = self.sequences[0].request.prompt
+    def next_part(self, budget: int) -> Part:
+        """The tokens (1, tokens) of the next chunk, for which the cache is ready."""
+        prompt = self._sequence.request.prompt
         chunk = prompt[self.position : self._end(budget)]
         backend.reserve(self.cache, len(prompt) - self.position, len(chunk))
-        return mx.array([chunk])
+        return Part(mx.array([chunk]), self.cache)
 
-    def computed(self, tokens: int) -> list[mx.array]:
-        """Take note that so many more tokens are in a single prompt's cache, or will be.
+    def computed(self, part: Part) -> list[mx.array]:
+        """Record that `part` is in the cache, or will be.
 
         Returns what is to be evaluated before the cache is next written to.
         """
-        self.position += tokens
-        kept = store(self.prefix, self.sequences[0], self.cache, 0, self.position)
+        self.position += part.tokens.size
+        kept = store_blocks(self._prefix, self._sequence, self.cache, 0, self.position)
         return kept + self._snapshot()
 
-    def resume(self) -> None:
-        """Go on to the end of a prompt that was to stop before."""
+    def go_on(self) -> None:
+        """Compute the rest of a prompt that was to stop before its end."""
         self.until = None
-        self.length = len(self.sequences[0].request.prompt) - 1
+        self.length = len(self._sequence.request.prompt) - 1
 
-    def _begun(self, sequence: Sequence) -> Cache:
-        """A cache with what is known of the prompt."""
-        cache = self.model.new_cache()
-        prompt = sequence.request.prompt
-        match = Match() if sequence.scored else self.prefix.match(prompt, sequence.usable_keys)
-        self.prefix.fill(cache, match)
-        self.prefix.let_go(sequence.held)
-        sequence.held = []
-        self.starts.append(match.length)
-        if sequence.cached is None:
-            sequence.cached = match.length
-        return cache
-
-    def _missing(self) -> list[int]:
-        """For each sequence, how many tokens remain to be computed."""
-        pairs = zip(self.sequences, self.starts, strict=True)
-        return [len(sequence.request.prompt) - 1 - start for sequence, start in pairs]
+    def batch_cache(self) -> Cache:
+        return backend.merge([self.cache])
 
     def _end(self, budget: int) -> int:
-        """Where the next chunk of a single prompt ends."""
-        scored = self.sequences[0].scored
-        end = min(self.position + (min(budget, SCORING_CHUNK) if scored else budget), self.length)
+        if self._sequence.scored:
+            budget = min(budget, SCORING_CHUNK)
+        end = min(self.position + budget, self.length)
         last_boundary = self.length // BLOCK * BLOCK
-        if self.prefix.layout.sliceable or self.position >= last_boundary:
+        if self._prefix.layout.sliceable or self.position >= last_boundary:
             return end
         return min(max(end // BLOCK * BLOCK, self.position // BLOCK * BLOCK + BLOCK), last_boundary)
 
     def _snapshot(self) -> list[mx.array]:
         """Keep the state of layers that cannot be cut, where later prompts may take it up."""
-        if self.prefix.layout.sliceable or self.position % BLOCK or not self.position:
+        if self._prefix.layout.sliceable or self.position % BLOCK or not self.position:
             return []
         last = self.position + BLOCK > self.length
         if not last and self.position - self._snapshot_at < SNAPSHOT_EVERY:
             return []
         self._snapshot_at = self.position
-        key = self.sequences[0].keys[self.position // BLOCK - 1]
-        return self.prefix.store_snapshot(key, self.cache)
+        key = self._sequence.keys[self.position // BLOCK - 1]
+        return self._prefix.store_snapshot(key, self.cache)
 
-    def _together(self) -> None:
-        pairs = zip(self.sequences, self.starts, strict=True)
-        prompts = [sequence.request.prompt[start:-1] for sequence, start in pairs]
-        padded = mx.array([p + [0] * (self.length - len(p)) for p in prompts])
-        backend.pad_right(self.cache, [len(p) for p in prompts])
-        self.model.prefill(padded, self.cache)
-        backend.unpad(self.cache)
-        self.position = self.length
-        rows = enumerate(self.sequences)
-        mx.eval(
-            [store(self.prefix, s, self.cache, row, len(s.request.prompt) - 1) for row, s in rows]
-        )
-
-    def _score(self, sequence: Sequence, chunk: mx.array) -> None:
+    def _score(self, chunk: mx.array) -> None:
         """Prefill `chunk` (1, tokens) and read the log-probability of the token after each."""
-        logits = self.model.forward(chunk, self.cache)[0]
+        sequence = self._sequence
+        logits = self._model.forward(chunk, self.cache)[0]
         start = self.position + 1
         following = sequence.request.prompt[start : start + chunk.size]
         most = sequence.request.prompt_logprobs or 0
@@ -174,11 +136,52 @@ class Prefill:
         assert sequence.prompt_logprobs is not None
         sequence.prompt_logprobs += logprob_entries(following, read)
 
-    def batch_cache(self) -> Cache:
-        """The cache in the form that the decoding batch takes."""
-        return self.cache if len(self.sequences) > 1 else backend.merge([self.cache])
 
-    def drop(self, ids: frozenset[int]) -> None:
-        """Forget these requests; to be called between chunks."""
-        if len(self.sequences) == 1 and self.sequences[0].id in ids:
-            self.sequences = []
+class GroupPrefill:
+    """Several prompts, padded to the longest, in a single chunk, so that no row leaves half-way."""
+
+    until: int | None = None
+    mixes = False
+
+    def __init__(self, model: Backend, prefix: PrefixCache, sequences: list[Sequence]) -> None:
+        self.sequences = sequences
+        begun = [_cache_of(model, prefix, sequence) for sequence in sequences]
+        self.cache: Cache = backend.merge([cache for cache, _ in begun])
+        self.position = 0
+        self._starts = [start for _, start in begun]
+        pairs = zip(sequences, self._starts, strict=True)
+        self._missing = [sequence.request.prompt[start:-1] for sequence, start in pairs]
+        self.length = max(len(tokens) for tokens in self._missing)
+        self._model = model
+        self._prefix = prefix
+
+    def size(self, budget: int) -> tuple[int, float]:
+        rows = len(self.sequences)
+        return self.length * rows, sum(self._starts) / rows + self.length / 2
+
+    def advance(self, budget: int) -> None:
+        if self.position >= self.length:
+            return
+        padded = mx.array([p + [0] * (self.length - len(p)) for p in self._missing])
+        backend.pad_right(self.cache, [len(p) for p in self._missing])
+        self._model.prefill(padded, self.cache)
+        backend.unpad(self.cache)
+        self.position = self.length
+        lengths = [len(sequence.request.prompt) - 1 for sequence in self.sequences]
+        rows = enumerate(zip(self.sequences, lengths, strict=True))
+        mx.eval([store_blocks(self._prefix, s, self.cache, row, n) for row, (s, n) in rows])
+
+    def batch_cache(self) -> Cache:
+        return self.cache
+
+
+def _cache_of(model: Backend, prefix: PrefixCache, sequence: Sequence) -> tuple[Cache, int]:
+    """A cache with what is known of the prompt, and how many tokens that is."""
+    cache = model.new_cache()
+    match = (
+        Match() if sequence.scored else prefix.match(sequence.request.prompt, sequence.usable_keys)
+    )
+    prefix.fill(cache, match)
+    if sequence.cached is None:
+        sequence.cached = match.length
+    return cache, match.length

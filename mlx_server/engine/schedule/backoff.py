@@ -9,7 +9,7 @@ RAISE_SECONDS = 60.0
 """How long all must have gone well for the share to grow again."""
 
 
-class Caution:
+class KvBackoff:
     """A share of the KV limit: halved at every failure, and raised by half after each minute
     without one, until it is whole again.
 

@@ -34,7 +34,7 @@ class Pace:
         self.fixed_chunk = fixed_chunk
         self.step_seconds = 0.0
         self.chunks = ChunkTimes()
-        self.beside = ChunkTimes()
+        self.mixed = ChunkTimes()
         """By how much chunks make the step longer that computes them in the same pass."""
 
     def stepped(self, seconds: float) -> None:
@@ -52,7 +52,7 @@ class Pace:
         tokens = self.chunks.tokens_within(seconds, position)
         return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
 
-    def chunk_beside(self, position: int, rows: int) -> int:
+    def mixed_chunk(self, position: int, rows: int) -> int:
         """The same for a chunk that is computed in one pass with a decode step of `rows`.
 
         Matrix products work in tiles, so all tokens together are to fill them.
@@ -60,7 +60,7 @@ class Pace:
         if self.fixed_chunk is not None:
             return self.fixed_chunk
         seconds = min(IDLE_CHUNK_SECONDS, STEPS_PER_CHUNK * self.step_seconds)
-        tokens = self.beside.tokens_within(seconds, position)
+        tokens = self.mixed.tokens_within(seconds, position)
         tiles = math.floor(EXCESS * (rows + tokens) / TILE)
         least = math.ceil((rows + 1) / TILE)
         return min(LARGEST_CHUNK, max(least, tiles) * TILE - rows)

@@ -4,7 +4,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 
-from mlx_server.engine.sequence import Sequence
+from mlx_server.engine.schedule.request import WaitingRequest
 
 
 class WaitingQueue:
@@ -15,8 +15,8 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._put_back: deque[Sequence] = deque()
-        self._lanes: dict[int, dict[str, deque[Sequence]]] = {}
+        self._put_back: deque[WaitingRequest] = deque()
+        self._lanes: dict[int, dict[str, deque[WaitingRequest]]] = {}
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -24,39 +24,39 @@ class WaitingQueue:
     def __bool__(self) -> bool:
         return bool(self._put_back or self._lanes)
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[WaitingRequest]:
         """All requests, in the order in which they are to be admitted."""
         yield from self._put_back
         for priority in sorted(self._lanes):
             rounds = itertools.zip_longest(*self._lanes[priority].values())
-            yield from (sequence for one in rounds for sequence in one if sequence is not None)
+            yield from (request for one in rounds for request in one if request is not None)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, request: WaitingRequest) -> None:
         """Queue a new request behind those of its caller."""
-        callers = self._lanes.setdefault(sequence.request.priority, {})
-        callers.setdefault(sequence.request.caller, deque()).append(sequence)
+        callers = self._lanes.setdefault(request.request.priority, {})
+        callers.setdefault(request.request.caller, deque()).append(request)
 
-    def put_back(self, sequence: Sequence) -> None:
+    def put_back(self, request: WaitingRequest) -> None:
         """Return a request that had been admitted; it is the next to come out."""
-        self._put_back.appendleft(sequence)
+        self._put_back.appendleft(request)
 
-    def take(self, sequence: Sequence) -> None:
+    def take(self, request: WaitingRequest) -> None:
         """Take a request out; its caller's turn comes again after all others'."""
-        if sequence in self._put_back:
-            self._put_back.remove(sequence)
+        if request in self._put_back:
+            self._put_back.remove(request)
             return
-        priority, caller = sequence.request.priority, sequence.request.caller
+        priority, caller = request.request.priority, request.request.caller
         callers = self._lanes[priority]
         line = callers.pop(caller)
-        line.remove(sequence)
+        line.remove(request)
         if line:
             callers[caller] = line  # a dictionary keeps order: now the last
         if not callers:
             del self._lanes[priority]
 
-    def remove(self, ids: frozenset[int]) -> list[Sequence]:
+    def remove(self, ids: frozenset[int]) -> list[WaitingRequest]:
         """Forget these requests; returns those that were here."""
-        gone = [sequence for sequence in self if sequence.id in ids]
+        gone = [request for request in self if request.id in ids]
         self._put_back = deque(s for s in self._put_back if s.id not in ids)
         for priority, callers in list(self._lanes.items()):
             for caller, line in list(callers.items()):

@@ -1,0 +1,133 @@
+"""From a load message to a model that can compute: device, weights, caches, scheduler.
+
+What needs MLX is imported late: a BLAS has to be loaded before it.
+"""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_server.engine.cpu.blas import ADVICE, load_openblas
+from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
+from mlx_server.engine.run.patches import leave_out_text_side
+from mlx_server.units import parse_bytes
+
+if TYPE_CHECKING:
+    from mlx_server.engine.cache.prefix import PrefixCache
+    from mlx_server.engine.embedding.embedder import Embedder
+    from mlx_server.engine.memory import DeviceMemory
+    from mlx_server.engine.run.backend import Backend
+    from mlx_server.engine.schedule.scheduler import Scheduler
+
+log = logging.getLogger("mlx_server.engine")
+
+
+def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
+    """Load the model that `message` names.
+
+    Raises ModelError when the folder does not hold a model that can run.
+    """
+    started = time.perf_counter()
+    options = message.options
+    blas = load_openblas(options.openblas)
+    if not options.trust_remote_code:  # a model's own code may well read text
+        leave_out_text_side()
+    memory, device = _device(options, blas)
+    work: Scheduler | Embedder
+    width = 0
+    if message.embedding is None:
+        work = _scheduler(message, memory)
+    else:
+        work = _embedder(message, message.embedding, memory)
+        width = work.model.width
+    work.warm_up()
+    backend = work.model
+    ready = Ready(
+        pid=os.getpid(),
+        device=device,
+        model_type=backend.model_type,
+        context_length=backend.context_length,
+        vocab_size=backend.vocab_size,
+        weights_bytes=backend.weights_bytes,
+        kv_limit=work.kv_limit,
+        longest_sequence=work.longest_sequence,
+        load_seconds=time.perf_counter() - started,
+        dequantized=backend.dequantized,
+        blas=blas,
+        memory=memory.read(),
+        width=width,
+    )
+    return work, ready
+
+
+def _device(options: LoadOptions, blas: str | None) -> "tuple[DeviceMemory, str]":
+    from mlx_server.engine.memory import DeviceMemory, device_name
+
+    device = device_name()
+    if device == "cpu" and sys.platform.startswith("linux"):
+        log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
+    return DeviceMemory(options.memory_limit, options.cache_limit), device
+
+
+def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":
+    from mlx_server.engine.run.backend import Backend
+    from mlx_server.engine.schedule.scheduler import Scheduler
+
+    options = message.options
+    adapter = Path(message.adapter_path) if message.adapter_path else None
+    backend = Backend(Path(message.path), options, memory, adapter)
+    kv_limit = _kv_limit(options, memory, backend)
+    return Scheduler(
+        backend,
+        memory,
+        _prefix_cache(message, backend, kv_limit),
+        max_batch=options.max_batch,
+        kv_limit=kv_limit,
+        prefill_chunk=options.prefill_chunk,
+        kv_share=options.kv_share,
+    )
+
+
+def _embedder(message: Load, embedding: Embedding, memory: "DeviceMemory") -> "Embedder":
+    from mlx_server.engine.embedding.backend import EmbeddingBackend
+    from mlx_server.engine.embedding.embedder import Embedder
+    from mlx_server.engine.run.backend import ModelError
+
+    if message.adapter_path is not None:
+        raise ModelError("LoRA adapters are not applied to embedding models")
+    backend = EmbeddingBackend(Path(message.path), message.options, memory, embedding)
+    return Embedder(backend, memory)
+
+
+def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCache":
+    from mlx_server.engine.cache.disk import DiskCache
+    from mlx_server.engine.cache.identity import model_identity
+    from mlx_server.engine.cache.prefix import PrefixCache
+
+    options = message.options
+    limit = parse_bytes(options.prefix_cache, kv_limit)
+    if backend.layout.obstacle is not None:
+        log.info("event=prefix_cache_off reason=%s", backend.layout.obstacle)
+        limit = 0
+    disk = None
+    if limit > 0 and options.disk_cache_folder is not None:
+        identity = model_identity(message, backend.layout.describe())
+        disk = DiskCache(Path(options.disk_cache_folder), identity, options.disk_cache_limit)
+    return PrefixCache(backend.layout, limit, disk)
+
+
+def _kv_limit(options: LoadOptions, memory: "DeviceMemory", backend: "Backend") -> int:
+    """Bytes that KV caches may take. Raises ModelError when that leaves room for no request."""
+    left = memory.limit - backend.weights_bytes
+    limit = left if options.kv_limit is None else min(options.kv_limit, left)
+    if backend.kv_cost.longest(limit, backend.context_length) == 0:
+        from mlx_server.engine.run.backend import ModelError
+
+        raise ModelError(
+            f"its weights take {backend.weights_bytes:,} of the {memory.limit:,} bytes that it may "
+            "use, which leaves too little for a KV cache"
+        )
+    return limit

@@ -1,0 +1,124 @@
+"""Rows of the decoding batch in groups, each with a cache of its own."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_server.engine.cache.layout import Cache
+from mlx_server.engine.cache.prefix import PrefixCache
+from mlx_server.engine.run import backend
+from mlx_server.engine.run.mixed import Part
+from mlx_server.engine.run.store import store_blocks
+from mlx_server.engine.sequence import Sequence
+
+MOST_PADDED = 2
+"""How many times longer than another a sequence in the same group may be."""
+SHORT = 256
+"""Tokens; sequences up to this length go together whatever their lengths."""
+
+
+def alike(shortest: int, longest: int) -> bool:
+    """Whether sequences of these lengths in tokens may share a cache."""
+    return longest <= max(SHORT, MOST_PADDED * shortest)
+
+
+def most_padded(length: int) -> int:
+    """Tokens that the cache row of a sequence of `length` tokens may take in its group.
+
+    A group's members were alike when they met, and have grown by the same number of tokens since.
+    """
+    return length + max(SHORT, (MOST_PADDED - 1) * length)
+
+
+@dataclass
+class Group:
+    """Rows that share a batch cache, in which all are padded to the longest."""
+
+    rows: list[Sequence]
+    cache: Cache
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens in the shortest and in the longest row's cache."""
+        lengths = [row.computed for row in self.rows]
+        return min(lengths), max(lengths)
+
+    def suits(self, other: "Group") -> bool:
+        """Whether the two are better off as one: padding costs memory, and time in every step."""
+        (low, high), (others_low, others_high) = self.lengths, other.lengths
+        return alike(min(low, others_low), max(high, others_high))
+
+
+class Groups:
+    """All rows of the batch, in the order of their groups.
+
+    Where the model cannot compute several groups in one pass, all rows share one.
+    """
+
+    def __init__(self, mixes: bool, prefix: PrefixCache) -> None:
+        self._mixes = mixes
+        self._prefix = prefix
+        self._groups: list[Group] = []
+        self.rows: list[Sequence] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(backend.cache_bytes(group.cache) for group in self._groups)
+
+    def add(self, rows: list[Sequence], cache: Cache) -> int:
+        """Add `rows`; returns the place of the first of them among all."""
+        new = Group(rows, cache)
+        group = self._group_for(new)
+        if group is None:
+            self._groups.append(new)
+            place = len(self.rows)
+        else:
+            before = self._groups[: self._groups.index(group) + 1]
+            place = sum(len(one.rows) for one in before)
+            group.rows += new.rows
+            group.cache = backend.extend(group.cache, new.cache)
+        self._renumber()
+        return place
+
+    def remove(self, ids: frozenset[int]) -> list[int]:
+        """Drop these rows, whole blocks of which the prefix cache keeps; returns who stays."""
+        keep = [i for i, row in enumerate(self.rows) if row.id not in ids]
+        if len(keep) < len(self.rows):
+            for group in self._groups:
+                self._shrink(group, ids)
+            self._groups = [group for group in self._groups if group.rows]
+            self._renumber()
+        return keep
+
+    def parts(self, inputs: mx.array) -> Iterator[Part]:
+        """Each group's rows of `inputs` (rows,), with its cache."""
+        start = 0
+        for group in self._groups:
+            end = start + len(group.rows)
+            yield Part(inputs[start:end, None], group.cache)
+            start = end
+
+    def _group_for(self, new: Group) -> Group | None:
+        if not self._mixes:
+            return self._groups[0] if self._groups else None
+        return next((group for group in self._groups if group.suits(new)), None)
+
+    def _shrink(self, group: Group, ids: frozenset[int]) -> None:
+        keep = [i for i, row in enumerate(group.rows) if row.id not in ids]
+        if len(keep) == len(group.rows):
+            return
+        for i, row in enumerate(group.rows):
+            if row.id in ids:
+                kept = store_blocks(self._prefix, row, group.cache, i, row.computed)
+                mx.async_eval(kept)  # type: ignore[no-untyped-call]
+        group.rows = [group.rows[i] for i in keep]
+        group.cache = backend.keep_rows(group.cache, keep)
+
+    def _renumber(self) -> None:
+        self.rows = [row for group in self._groups for row in group.rows]
+
+
+def ids_of(rows: Many[Sequence]) -> frozenset[int]:
+    return frozenset(row.id for row in rows)

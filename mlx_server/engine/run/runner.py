@@ -1,0 +1,256 @@
+"""Carries Plans out: owns the sequences that run, their caches, and the prefix cache's arrays."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_server.engine.cache.disk import BlockRead
+from mlx_server.engine.cache.prefix import BLOCK, Block, PrefixCache
+from mlx_server.engine.grammar.masks import Constraints
+from mlx_server.engine.plan import Begin, ChunkTime, Fetch, Outcome, Plan, Start
+from mlx_server.engine.protocol import Row, Tokens
+from mlx_server.engine.run.backend import Backend, cache_bytes
+from mlx_server.engine.run.batch import Batch
+from mlx_server.engine.run.groups import Groups
+from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
+from mlx_server.engine.sequence import Sequence, usable_keys
+
+
+class _MixedChunk(NamedTuple):
+    """A chunk in a step under way: its tokens, keys each attends to, and when it began."""
+
+    tokens: int
+    keys: float
+    began: float
+
+
+class Runner:
+    """The computing side of an engine. It decides nothing: given the same Plans, two do the same.
+
+    `prefills` are by the id of their first request. Blocks that waiting requests are to use are
+    pinned until the request begins or is dropped.
+    """
+
+    def __init__(
+        self, model: Backend, prefix: PrefixCache, constraints: Constraints, context_length: int
+    ) -> None:
+        self.model = model
+        self.prefix = prefix
+        self.constraints = constraints
+        self.context_length = context_length
+        self.prefills: dict[int, Prefill] = {}
+        self.reads: dict[int, BlockRead] = {}
+        self._fetches: dict[int, Fetch] = {}
+        self._pinned: dict[int, list[Block]] = {}
+        self.batch = self._new_batch()
+        self._mixed: _MixedChunk | None = None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.prefills) or self.batch.busy
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All sequences that hold a place: those that decode, then those that prefill."""
+        prefilling = (s for prefill in self.prefills.values() for s in prefill.sequences)
+        return [*self.batch.rows, *prefilling]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the caches of all sequences."""
+        prefilling = sum(cache_bytes(prefill.cache) for prefill in self.prefills.values())
+        return self.batch.nbytes + prefilling
+
+    def run(self, plan: Plan, outcome: Outcome) -> Iterator[Tokens]:
+        """Carry `plan` out; yields rows as soon as they are read, and fills `outcome`."""
+        self._drop(plan.drop)
+        self._preempt(plan.preempt, outcome)
+        self._load(plan.load)
+        self._fetch(plan.fetch)
+        if plan.begin is not None:
+            self._begin(plan.begin, outcome)
+        self.prefix.resize(plan.prefix_limit)
+        prefill = self.prefills.get(plan.chunk.id) if plan.chunk else None
+        budget = plan.chunk.tokens if plan.chunk else 0
+        if plan.mixed and isinstance(prefill, PromptPrefill) and prefill.mixes:
+            yield Tokens(self._settle(outcome))
+            yield Tokens(self._mixed_step(prefill, budget, outcome))
+        else:
+            if plan.decode:
+                yield Tokens(self._decode(outcome))
+            if prefill is not None:
+                yield Tokens(self._prefill(prefill, budget, outcome))
+        outcome.failed += self.batch.take_failed()
+        self.prefix.pump()
+
+    def reset(self, outcome: Outcome) -> list[Start]:
+        """Forget all arrays, which a failure has spoilt; returns what was running, in order."""
+        outcome.failed += self.batch.take_failed()
+        running = {s.id: s for s in self.sequences if not s.done}
+        if self.batch.pending:
+            running |= {s.id: s for s in self.batch.pending.rows if not s.done}
+        self.prefills.clear()
+        self._pinned.clear()
+        self.prefix.clear()
+        self.batch = self._new_batch()
+        self._mixed = None
+        return [sequence.restart() for sequence in running.values()]
+
+    def rest(self, prefix_limit: int) -> None:
+        """Let go of what outlives a step; for when nothing runs. `prefix_limit` is in bytes."""
+        self.prefix.resize(prefix_limit)
+        self.prefix.settle()
+        self.model.release()
+
+    def close(self) -> None:
+        """Finish writing to the disk."""
+        self.constraints.close()
+        self.prefix.close()
+
+    # requests
+
+    def _drop(self, ids: list[int]) -> None:
+        for id_ in ids:
+            self._unpin(id_)
+            self._fetches.pop(id_, None)
+            if (read := self.reads.pop(id_, None)) is not None:
+                read.cancel()
+            self.prefills.pop(id_, None)
+        gone = frozenset(ids)
+        rows = [row for row in self.batch.rows if row.id in gone]
+        for row in rows:
+            row.done = True
+        self.batch.leave(rows)
+
+    def _preempt(self, ids: list[int], outcome: Outcome) -> None:
+        gone = [sequence for sequence in self.sequences if sequence.id in ids]
+        outcome.returned += [sequence.restart() for sequence in gone]
+        for sequence in gone:
+            self.prefills.pop(sequence.id, None)
+        self.batch.leave(gone)
+
+    def _begin(self, begin: Begin, outcome: Outcome) -> None:
+        sequences = [Sequence(start, self.context_length) for start in begin.starts]
+        for sequence in sequences:
+            if sequence.request.grammar is not None:
+                sequence.constrain(self.constraints.compile(sequence.request.grammar).result())
+        prefill: Prefill
+        if len(sequences) == 1:
+            prefill = PromptPrefill(self.model, self.prefix, sequences[0], begin.until)
+        else:
+            prefill = GroupPrefill(self.model, self.prefix, sequences)
+        for start, sequence in zip(begin.starts, sequences, strict=True):
+            self._unpin(sequence.id)
+            if start.cached is None:
+                outcome.prompts.append((len(sequence.request.prompt), sequence.cached or 0))
+        self.prefills[sequences[0].id] = prefill
+        outcome.begun = True
+
+    def _new_batch(self) -> Batch:
+        groups = Groups(self.model.mixes, self.prefix)
+        return Batch(self.model, groups, self.constraints)
+
+    # the prefix cache
+
+    def _fetch(self, fetches: Iterable[Fetch]) -> None:
+        for fetch in fetches:
+            self._fetches[fetch.id] = fetch
+            self.reads[fetch.id] = self.prefix.read(fetch.wanted)
+
+    def _load(self, ids: Iterable[int]) -> None:
+        for id_ in ids:
+            fetch = self._fetches.pop(id_)
+            self.prefix.take_in(fetch.prompt, fetch.keys, self.reads.pop(id_))
+            self._pin(id_, fetch.keys)
+
+    def _pin(self, id_: int, keys: list[bytes]) -> None:
+        self._unpin(id_)
+        self._pinned[id_] = self.prefix.chain(keys)
+        self.prefix.hold(self._pinned[id_])
+
+    def _unpin(self, id_: int) -> None:
+        self.prefix.let_go(self._pinned.pop(id_, ()))
+
+    # steps and chunks
+
+    def _decode(self, outcome: Outcome) -> list[Row]:
+        if not self.batch.busy:
+            return []
+        self._mixed = None
+        started = time.perf_counter()
+        rows = self.batch.step()
+        if rows:
+            outcome.step_seconds = time.perf_counter() - started
+        return rows
+
+    def _settle(self, outcome: Outcome) -> list[Row]:
+        """Read the step under way; of one with a chunk, how long that took."""
+        rows = self.batch.settle()
+        if self._mixed is not None:
+            tokens, keys, began = self._mixed
+            seconds = time.perf_counter() - began
+            outcome.chunk = ChunkTime(tokens, keys, seconds, mixed=True, behind_step=False)
+            self._mixed = None
+        return rows
+
+    def _mixed_step(self, prefill: PromptPrefill, budget: int, outcome: Outcome) -> list[Row]:
+        """Start a step that computes a chunk of `prefill` in the same pass."""
+        if self.batch.rows:
+            self._mixed = _MixedChunk(*prefill.size(budget), time.perf_counter())
+            part = prefill.next_part(budget)
+            self.batch.mixed_step(part)
+            written = [layer.state for layer in prefill.cache]
+            mx.async_eval(written, prefill.computed(part))  # type: ignore[no-untyped-call]
+        else:  # the last of them has just ended
+            prefill.advance(budget)
+        return self._after_chunk(prefill, outcome)
+
+    def _prefill(self, prefill: Prefill, budget: int, outcome: Outcome) -> list[Row]:
+        """Compute one chunk of prompt; sequences that are ready join the batch."""
+        tokens, keys = prefill.size(budget)
+        started = time.perf_counter()
+        prefill.advance(budget)
+        seconds = time.perf_counter() - started
+        if tokens:
+            behind = self.batch.pending is not None
+            outcome.chunk = ChunkTime(tokens, keys, seconds, mixed=False, behind_step=behind)
+        return self._after_chunk(prefill, outcome)
+
+    def _after_chunk(self, prefill: Prefill, outcome: Outcome) -> list[Row]:
+        """Rows of requests that only wanted their prompt scored; all others join the batch."""
+        if prefill.position < prefill.length:
+            return []
+        first = prefill.sequences[0]
+        if prefill.until is not None and isinstance(prefill, PromptPrefill):
+            return self._branch(prefill, first, outcome)
+        del self.prefills[first.id]
+        if not first.decodes:
+            return [first.report([], "length")]
+        outcome.joined_empty_batch = not self.batch.rows
+        self.batch.join(prefill)
+        return []
+
+    def _branch(self, prefill: PromptPrefill, sequence: Sequence, outcome: Outcome) -> list[Row]:
+        """What a prompt shares with others is computed: it goes on together with them."""
+        assert prefill.until is not None
+        if self.prefix.known(sequence.keys) < prefill.until // BLOCK:
+            prefill.go_on()  # the cache had no room for it
+            return []
+        del self.prefills[sequence.id]
+        again = sequence.restart()
+        self._pin(sequence.id, usable_keys(again))
+        outcome.returned.append(again)
+        return []
+
+
+def covered_blocks(prefills: Mapping[int, Prefill]) -> list[tuple[Sequence, int]]:
+    """Sequences that prefill, and how many blocks of each will be in the prefix cache then."""
+    covered = []
+    for prefill in prefills.values():
+        if prefill.until is not None:
+            covered.append((prefill.sequences[0], prefill.until // BLOCK))
+        else:
+            covered += [(sequence, len(sequence.usable_keys)) for sequence in prefill.sequences]
+    return covered

@@ -1,0 +1,158 @@
+"""Writes the Plan of a turn: who gives up a place, who begins, whose prompt gets a chunk."""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from mlx_server.engine.plan import Begin, Chunk, ChunkTime, Outcome, Plan
+from mlx_server.engine.run.runner import Runner
+from mlx_server.engine.schedule.admission import Admission
+from mlx_server.engine.schedule.pace import Pace
+from mlx_server.engine.schedule.request import WaitingRequest
+from mlx_server.engine.schedule.room import KvRoom, Sized
+from mlx_server.engine.sequence import Sequence
+
+
+class Planner:
+    """Decides by what runs, what waits, the room for caches, and how fast things have gone."""
+
+    def __init__(self, runner: Runner, admission: Admission, room: KvRoom, pace: Pace) -> None:
+        self._runner = runner
+        self._admission = admission
+        self._room = room
+        self._pace = pace
+        self._rotation: deque[int] = deque()
+        """Prefills in the order of their chunks; the last has had one most recently."""
+        self._newcomers_next = False
+        self._chunk_last_turn = False
+        self._gathering_until = 0.0
+
+    def decide(self, drop: list[int]) -> Plan:
+        """The next turn, in which the requests `drop` leave."""
+        staying = self._without(drop)
+        preempt = self._preempted(staying)
+        staying = self._without([*drop, *preempt])
+        ids = {sequence.id for sequence in staying}
+        rows = [row for row in self._runner.batch.rows if row.id in ids]
+        decoding = any(row.reported for row in rows)
+        self._rotation = deque(id_ for id_ in self._prefilling() if id_ in ids)
+        begin = self._next_prefill(staying, decoding, admit=not preempt)
+        chunk, mixed = self._next_chunk(begin, rows, decoding)
+        load, fetch = self._admission.take_reads()
+        admitted: list[Sized] = [*staying, *self._starting(begin)]
+        return Plan(
+            drop=drop,
+            preempt=preempt,
+            load=load,
+            fetch=fetch,
+            begin=begin,
+            prefix_limit=self._room.left_for_prefixes(admitted),
+            decode=mixed or not self._gathering(rows, len(admitted)),
+            chunk=chunk,
+            mixed=mixed,
+        )
+
+    def learn(self, plan: Plan, outcome: Outcome) -> None:
+        """Take in how long the turn's parts took."""
+        # After a chunk, what a step reads has been computed long since.
+        if outcome.step_seconds is not None and not self._chunk_last_turn:
+            self._pace.stepped(outcome.step_seconds)
+        if outcome.chunk is not None:
+            self._measure(outcome.chunk)
+        if outcome.joined_empty_batch:
+            self._gathering_until = time.perf_counter() + self._pace.gather_seconds()
+        self._chunk_last_turn = plan.chunk is not None
+
+    def _without(self, ids: Iterable[int]) -> list[Sequence]:
+        """The sequences that hold a place, but for these."""
+        gone = frozenset(ids)
+        return [sequence for sequence in self._runner.sequences if sequence.id not in gone]
+
+    def _prefilling(self) -> list[int]:
+        """The prefills under way, in rotation."""
+        return [id_ for id_ in self._rotation if id_ in self._runner.prefills]
+
+    def _preempted(self, staying: list[Sequence]) -> list[int]:
+        """The newest requests, as many as must leave lest the next step exceed the KV limit.
+
+        They keep their tokens, start over when there is room, and come out the same.
+        """
+        if not self._runner.batch.busy:
+            return []
+        left = {sequence.id: sequence for sequence in staying}
+        prefilling = [id_ for id_ in self._prefilling() if id_ in left]
+        gone: list[int] = []
+        while self._room.too_many(list(left.values())):
+            # Rows come in the order of their groups, prefills behind them.
+            newest = prefilling.pop() if prefilling else list(left)[-1]
+            del left[newest]
+            gone.append(newest)
+        return gone
+
+    def _next_prefill(
+        self, staying: list[Sequence], decoding: bool, *, admit: bool
+    ) -> Begin | None:
+        """Put what gets this turn's chunk last in the rotation; returns it if it is to begin.
+
+        Prompts that wait and prompts begun take turns, so that short prompts do not wait for a long
+        one to end, nor a long one for short ones to stop coming.
+        """
+        self._newcomers_next = not self._newcomers_next
+        if admit and (self._newcomers_next or not self._rotation):
+            budget = self._pace.chunk(0, decoding)
+            begin = self._admission.admit(staying, budget)
+            if begin is not None:
+                self._rotation.append(begin.starts[0].request.id)
+                return begin
+        self._rotation.rotate(-1)
+        return None
+
+    def _next_chunk(
+        self, begin: Begin | None, rows: list[Sequence], decoding: bool
+    ) -> tuple[Chunk | None, bool]:
+        """The chunk for the prefill that is last in the rotation, and whether to mix it."""
+        if not self._rotation:
+            return None, False
+        id_ = self._rotation[-1]
+        if begin is None:
+            prefill = self._runner.prefills[id_]
+            position, mixes = prefill.position, prefill.mixes
+        else:
+            first = self._starting(begin)[0]
+            position = self._admission.known_tokens(first.keys)
+            mixes = len(begin.starts) == 1 and not first.scored
+        if decoding and self._runner.model.mixes and mixes:
+            return Chunk(id_, self._pace.mixed_chunk(position, len(rows))), True
+        return Chunk(id_, self._pace.chunk(position, decoding)), False
+
+    def _gathering(self, rows: list[Sequence], places: int) -> bool:
+        """Whether a batch that has not given a token yet should wait for prompts close behind.
+
+        Requests often come in bursts, and a step of a full batch costs little more than one of a
+        small batch.
+        """
+        if not rows or any(row.reported for row in rows):
+            return False
+        return time.perf_counter() < self._gathering_until and self._some_nearly_prefilled(places)
+
+    def _some_nearly_prefilled(self, places: int) -> bool:
+        chunk = self._pace.chunk(0, decoding=False)
+        prefills = self._runner.prefills.values()
+        if any(prefill.length - prefill.position <= chunk for prefill in prefills):
+            return True
+        return self._admission.some_short_prompt(places, chunk)
+
+    def _starting(self, begin: Begin | None) -> list[WaitingRequest]:
+        longest = self._runner.context_length
+        return [WaitingRequest(start, longest) for start in begin.starts] if begin else []
+
+    def _measure(self, chunk: ChunkTime) -> None:
+        step = self._pace.step_seconds
+        if chunk.mixed:
+            longer_by = max(chunk.seconds - step, chunk.seconds / 10)
+            self._pace.mixed.measured(chunk.tokens, chunk.keys, longer_by)
+            return
+        seconds = chunk.seconds
+        if chunk.behind_step:  # which the device had to compute first
+            seconds = max(seconds - step, seconds / 2)
+        self._pace.chunks.measured(chunk.tokens, chunk.keys, seconds)

@@ -1,0 +1,40 @@
+"""A request that waits for its place, and what has been prepared for it."""
+
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from mlx_server.engine.plan import Start
+from mlx_server.engine.protocol import Generate
+from mlx_server.engine.sequence import expected_length, token_limit, usable_keys
+
+if TYPE_CHECKING:
+    from mlx_server.engine.grammar.grammar import Grammar
+
+
+class WaitingRequest:
+    """`keys` names the blocks of its prompt that the prefix cache may answer for.
+
+    `wanted` are those on their way from the disk; `fetched_after` is how many blocks were in memory
+    when the disk was last asked, so that it is not asked in vain again.
+    """
+
+    def __init__(self, start: Start, context_length: int) -> None:
+        request: Generate = start.request
+        self.start = start
+        self.request = request
+        self.id = request.id
+        self.keys = usable_keys(start)
+        self.length = len(request.prompt)
+        left = token_limit(request, context_length) - request.generated
+        self.decodes = left > 0
+        self.expected_length = expected_length(self.length, left)
+        self.wanted: list[bytes] = []
+        self.fetched_after = -1
+        self.grammar: Future[Grammar] | None = None
+        self.bound = request.grammar is None
+        """Whether its grammar, if it has one, is compiled."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether its prompt's own log-probabilities are wanted."""
+        return self.request.prompt_logprobs is not None

@@ -1,0 +1,65 @@
+"""How many bytes of KV cache requests need, and what is left for the prefix cache."""
+
+from collections.abc import Sequence as Many
+from typing import Protocol
+
+from mlx_server.engine.run.backend import KvCost
+from mlx_server.engine.run.groups import most_padded
+from mlx_server.engine.schedule.backoff import KvBackoff
+
+
+class Sized(Protocol):
+    """A request, running or waiting, whose lengths are in tokens."""
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def expected_length(self) -> int: ...
+
+
+class KvRoom:
+    """The KV limit, in bytes, for running requests and the prefix cache; what runs comes first.
+
+    `mixes` says that sequences of different lengths need not be padded to the longest.
+    """
+
+    def __init__(
+        self, cost: KvCost, limit: int, prefix_limit: int, backoff: KvBackoff, *, mixes: bool
+    ) -> None:
+        self._cost = cost
+        self._limit = limit
+        self._prefix_limit = prefix_limit
+        self._backoff = backoff
+        self._mixes = mixes
+
+    @property
+    def usable(self) -> int:
+        """Bytes that may be used now."""
+        return int(self._limit * self._backoff.share)
+
+    def has_room(self, admitted: Many[Sized], new: Many[Sized]) -> bool:
+        """Whether `new` can be expected to fit beside `admitted`; a single request always does."""
+        if not admitted and len(new) == 1:
+            return True
+        return self._bytes([one.expected_length for one in (*admitted, *new)]) <= self.usable
+
+    def too_many(self, admitted: Many[Sized]) -> bool:
+        """Whether the next step of `admitted` might exceed the limit."""
+        return len(admitted) > 1 and self._next(admitted) > self.usable
+
+    def left_for_prefixes(self, admitted: Many[Sized]) -> int:
+        """Bytes that `admitted` leave the prefix cache."""
+        return max(0, min(self._prefix_limit, self.usable - self._next(admitted)))
+
+    def _next(self, admitted: Many[Sized]) -> int:
+        """Bytes of the caches of these requests after the next step."""
+        return self._bytes([one.length + 1 for one in admitted])
+
+    def _bytes(self, lengths: list[int]) -> int:
+        """Bytes of the caches of requests of these lengths, padded as far as may be."""
+        longest = max(lengths, default=0)
+        if not self._mixes:
+            return self._cost.bytes(len(lengths), longest)
+        padded = [min(longest, most_padded(length)) for length in lengths]
+        return sum(self._cost.bytes(1, length) for length in padded)
