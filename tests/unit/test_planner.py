@@ -72,7 +72,7 @@ class Side:
         self.constraints = Grammars()
         self.context_length = CONTEXT
         self.prefills: dict[int, Any] = {}
-        self.reads: dict[int, Read] = {}
+        self.waiting = SimpleNamespace(reads={})
         self.rows: list[Sequence] = []
 
     @property
@@ -188,11 +188,11 @@ def test_a_prefix_on_the_disk_is_fetched_then_loaded_then_used() -> None:
     plan = deciding.decide()
     assert [(fetch.id, fetch.wanted) for fetch in plan.fetch] == [(1, keys)]
     assert begun(plan) == []
-    deciding.side.reads[1] = Read()
+    deciding.side.waiting.reads[1] = Read()
     assert deciding.decide().load == []
-    deciding.side.reads[1].done = True
+    deciding.side.waiting.reads[1].done = True
     assert deciding.decide().load == [1]
-    del deciding.side.reads[1]
+    del deciding.side.waiting.reads[1]
     deciding.side.prefix.memory.update(keys)
     plan = deciding.decide()
     assert begun(plan) == [1]

@@ -1,20 +1,20 @@
 """Carries Plans out: owns the sequences that run, their caches, and the prefix cache's arrays."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_server.engine.cache.disk import BlockRead
-from mlx_server.engine.cache.prefix import BLOCK, Block, PrefixCache
+from mlx_server.engine.cache.prefix import BLOCK, PrefixCache
 from mlx_server.engine.grammar.masks import Constraints
-from mlx_server.engine.plan import Begin, ChunkTime, Fetch, Outcome, Plan, Start
+from mlx_server.engine.plan import Begin, ChunkTime, Outcome, Plan, Start
 from mlx_server.engine.protocol import Row, Tokens
 from mlx_server.engine.run.backend import Backend, cache_bytes
 from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
+from mlx_server.engine.run.prefixes import WaitingPrefixes
 from mlx_server.engine.sequence import Sequence, usable_keys
 
 
@@ -29,8 +29,7 @@ class _MixedChunk(NamedTuple):
 class Runner:
     """The computing side of an engine. It decides nothing: given the same Plans, two do the same.
 
-    `prefills` are by the id of their first request. Blocks that waiting requests are to use are
-    pinned until the request begins or is dropped.
+    `prefills` are by the id of their first request.
     """
 
     def __init__(
@@ -41,10 +40,8 @@ class Runner:
         self.constraints = constraints
         self.context_length = context_length
         self.prefills: dict[int, Prefill] = {}
-        self.reads: dict[int, BlockRead] = {}
-        self._fetches: dict[int, Fetch] = {}
-        self._pinned: dict[int, list[Block]] = {}
-        self.batch = self._new_batch()
+        self.waiting = WaitingPrefixes(prefix)
+        self.batch = Batch(model, Groups(model.mixes, prefix), constraints)
         self._mixed: _MixedChunk | None = None
 
     @property
@@ -65,10 +62,9 @@ class Runner:
 
     def run(self, plan: Plan, outcome: Outcome) -> Iterator[Tokens]:
         """Carry `plan` out; yields rows as soon as they are read, and fills `outcome`."""
-        self._drop(plan.drop)
-        self._preempt(plan.preempt, outcome)
-        self._load(plan.load)
-        self._fetch(plan.fetch)
+        self._leave(plan, outcome)
+        self.waiting.load(plan.load)
+        self.waiting.fetch(plan.fetch)
         if plan.begin is not None:
             self._begin(plan.begin, outcome)
         self.prefix.resize(plan.prefix_limit)
@@ -92,9 +88,9 @@ class Runner:
         if self.batch.pending:
             running |= {s.id: s for s in self.batch.pending.rows if not s.done}
         self.prefills.clear()
-        self._pinned.clear()
+        self.waiting.clear()
         self.prefix.clear()
-        self.batch = self._new_batch()
+        self.batch = Batch(self.model, Groups(self.model.mixes, self.prefix), self.constraints)
         self._mixed = None
         return [sequence.restart() for sequence in running.values()]
 
@@ -104,32 +100,18 @@ class Runner:
         self.prefix.settle()
         self.model.release()
 
-    def close(self) -> None:
-        """Finish writing to the disk."""
-        self.constraints.close()
-        self.prefix.close()
-
-    # requests
-
-    def _drop(self, ids: list[int]) -> None:
-        for id_ in ids:
-            self._unpin(id_)
-            self._fetches.pop(id_, None)
-            if (read := self.reads.pop(id_, None)) is not None:
-                read.cancel()
-            self.prefills.pop(id_, None)
-        gone = frozenset(ids)
-        rows = [row for row in self.batch.rows if row.id in gone]
-        for row in rows:
-            row.done = True
-        self.batch.leave(rows)
-
-    def _preempt(self, ids: list[int], outcome: Outcome) -> None:
-        gone = [sequence for sequence in self.sequences if sequence.id in ids]
-        outcome.returned += [sequence.restart() for sequence in gone]
-        for sequence in gone:
+    def _leave(self, plan: Plan, outcome: Outcome) -> None:
+        """Let go of requests that were aborted, and of those that give their place away."""
+        for id_ in plan.drop:
+            self.waiting.drop(id_)
+        gone = {*plan.drop, *plan.preempt}
+        leaving = [sequence for sequence in self.sequences if sequence.id in gone]
+        for sequence in leaving:
+            sequence.done = True
             self.prefills.pop(sequence.id, None)
-        self.batch.leave(gone)
+            if sequence.id in plan.preempt:
+                outcome.returned.append(sequence.restart())
+        self.batch.leave(leaving)
 
     def _begin(self, begin: Begin, outcome: Outcome) -> None:
         sequences = [Sequence(start, self.context_length) for start in begin.starts]
@@ -142,38 +124,11 @@ class Runner:
         else:
             prefill = GroupPrefill(self.model, self.prefix, sequences)
         for start, sequence in zip(begin.starts, sequences, strict=True):
-            self._unpin(sequence.id)
+            self.waiting.unpin(sequence.id)
             if start.cached is None:
                 outcome.prompts.append((len(sequence.request.prompt), sequence.cached or 0))
         self.prefills[sequences[0].id] = prefill
         outcome.begun = True
-
-    def _new_batch(self) -> Batch:
-        groups = Groups(self.model.mixes, self.prefix)
-        return Batch(self.model, groups, self.constraints)
-
-    # the prefix cache
-
-    def _fetch(self, fetches: Iterable[Fetch]) -> None:
-        for fetch in fetches:
-            self._fetches[fetch.id] = fetch
-            self.reads[fetch.id] = self.prefix.read(fetch.wanted)
-
-    def _load(self, ids: Iterable[int]) -> None:
-        for id_ in ids:
-            fetch = self._fetches.pop(id_)
-            self.prefix.take_in(fetch.prompt, fetch.keys, self.reads.pop(id_))
-            self._pin(id_, fetch.keys)
-
-    def _pin(self, id_: int, keys: list[bytes]) -> None:
-        self._unpin(id_)
-        self._pinned[id_] = self.prefix.chain(keys)
-        self.prefix.hold(self._pinned[id_])
-
-    def _unpin(self, id_: int) -> None:
-        self.prefix.let_go(self._pinned.pop(id_, ()))
-
-    # steps and chunks
 
     def _decode(self, outcome: Outcome) -> list[Row]:
         if not self.batch.busy:
@@ -240,7 +195,7 @@ class Runner:
             return []
         del self.prefills[sequence.id]
         again = sequence.restart()
-        self._pin(sequence.id, usable_keys(again))
+        self.waiting.pin(sequence.id, usable_keys(again))
         outcome.returned.append(again)
         return []
 

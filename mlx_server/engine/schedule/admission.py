@@ -117,7 +117,7 @@ class Admission:
     def await_threads(self, seconds: float) -> None:
         """Let a little time pass if there is nothing to do but to wait for disk or compiler."""
         for request in self.considered():
-            if (read := self._runner.reads.get(request.id)) is not None:
+            if (read := self._runner.waiting.reads.get(request.id)) is not None:
                 read.wait(seconds)
                 return
             if request.grammar is not None and not request.bound:
@@ -141,7 +141,7 @@ class Admission:
 
     def _is_loaded(self, request: WaitingRequest) -> bool:
         """Whether what was fetched for a request is in the prefix cache; has it put there."""
-        read = self._runner.reads.get(request.id)
+        read = self._runner.waiting.reads.get(request.id)
         if read is None:
             request.wanted = []
             return True

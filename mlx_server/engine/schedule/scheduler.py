@@ -171,7 +171,8 @@ class Scheduler:
 
     def close(self) -> None:
         """Let the prefix cache finish what it writes."""
-        self.runner.close()
+        self.runner.constraints.close()
+        self.runner.prefix.close()
 
     def stats(self) -> Stats:
         """The present figures."""

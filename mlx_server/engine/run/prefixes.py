@@ -1,0 +1,50 @@
+"""What waiting requests have in the prefix cache: blocks on their way from the disk, and pins."""
+
+from collections.abc import Iterable
+
+from mlx_server.engine.cache.disk import BlockRead
+from mlx_server.engine.cache.prefix import Block, PrefixCache
+from mlx_server.engine.plan import Fetch
+
+
+class WaitingPrefixes:
+    """`reads` are by request id. Pinned blocks stay until their request begins or is dropped."""
+
+    def __init__(self, prefix: PrefixCache) -> None:
+        self.reads: dict[int, BlockRead] = {}
+        self._prefix = prefix
+        self._fetches: dict[int, Fetch] = {}
+        self._pinned: dict[int, list[Block]] = {}
+
+    def fetch(self, fetches: Iterable[Fetch]) -> None:
+        """Begin to read from the disk."""
+        for fetch in fetches:
+            self._fetches[fetch.id] = fetch
+            self.reads[fetch.id] = self._prefix.read(fetch.wanted)
+
+    def load(self, ids: Iterable[int]) -> None:
+        """Put what was read for these requests into the prefix cache, and pin it."""
+        for id_ in ids:
+            fetch = self._fetches.pop(id_)
+            self._prefix.take_in(fetch.prompt, fetch.keys, self.reads.pop(id_))
+            self.pin(id_, fetch.keys)
+
+    def drop(self, id_: int) -> None:
+        """Forget a request that waits no longer."""
+        self.unpin(id_)
+        self._fetches.pop(id_, None)
+        if (read := self.reads.pop(id_, None)) is not None:
+            read.cancel()
+
+    def pin(self, id_: int, keys: list[bytes]) -> None:
+        """Keep the blocks `keys`, as far as they are in memory, for a request."""
+        self.unpin(id_)
+        self._pinned[id_] = self._prefix.chain(keys)
+        self._prefix.hold(self._pinned[id_])
+
+    def unpin(self, id_: int) -> None:
+        self._prefix.let_go(self._pinned.pop(id_, ()))
+
+    def clear(self) -> None:
+        """Forget all pins, since the prefix cache has been cleared."""
+        self._pinned.clear()
