@@ -84,7 +84,6 @@ class Backend:
             log.info("event=mixed_steps_off reason=%r", obstacle)
 
     def new_cache(self) -> Cache:
-        """An empty cache for one sequence."""
         cache = list(make_prompt_cache(self.model))
         return quantize_cache(cache, self.kv_bits) if self.kv_bits else cache
 
@@ -170,8 +169,7 @@ def _batch_of_one(layer: Any) -> Any:
 def reserve(cache: Cache, tokens: int, chunk: int) -> None:
     """Prepare a cache of one sequence for `chunk` of the `tokens` of its prompt still to come.
 
-    A cache that is full is copied to a larger place, of which new memory has to be touched. Layers
-    get to that point one after another, and make it but once.
+    A full cache is copied to a larger one. Sizes are staggered, so that layers do this in turn.
     """
     for index, leaf in enumerate(leaves(cache)):
         if isinstance(leaf, KVCache):
@@ -190,7 +188,6 @@ def extend(cache: Cache, other: Cache) -> Cache:
 
 
 def keep_rows(cache: Cache, rows: list[int]) -> Cache:
-    """The given rows of a batch cache, in that order."""
     if not rows:
         return []
     for layer in cache:
@@ -214,7 +211,6 @@ def unpad(cache: Cache) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes held by `cache`."""
     return sum(int(layer.nbytes) for layer in cache)
 
 
@@ -260,10 +256,9 @@ def load_weights(
 
 
 def body_classes(config: dict[str, Any]) -> tuple[type, type]:
-    """The classes for a decoder that ends before the output projection.
+    """The classes for a decoder without its output projection.
 
-    Its model is called with tokens (rows, tokens) and the rows' lengths, and gives the last layer's
-    output (rows, tokens, width). Checkpoints have its weights with the projection's or alone.
+    Called with tokens (rows, tokens) and the rows' lengths, it gives (rows, tokens, width).
     """
     whole, arguments = _get_classes(config)
 
@@ -294,7 +289,6 @@ def as_computed(model: Any, options: LoadOptions, memory: DeviceMemory) -> tuple
 
 
 def _with_adapter(model: Any, path: Path) -> Any:
-    """`model` with the LoRA weights in `path` on top of its own."""
     try:
         adapted = load_adapters(model, str(path))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:

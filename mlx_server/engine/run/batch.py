@@ -44,7 +44,6 @@ class Step:
         return failed
 
     def read(self) -> list[Row]:
-        """Wait for the tokens and hand them to their sequences."""
         tokens = cast(list[int], self.draw.tokens.tolist())
         entries = self._entries(tokens)
         return [
@@ -54,7 +53,6 @@ class Step:
         ]
 
     def _entries(self, tokens: list[int]) -> dict[int, Logprobs]:
-        """Log-probabilities of the rows that asked for them, by request id."""
         logprobs = self.draw.logprobs()
         if logprobs is None:
             return {}
@@ -67,10 +65,7 @@ class Step:
 
 
 class Inputs:
-    """The tokens (rows,) that the next step feeds to the model.
-
-    They may still be a draw's, so that nobody waits for its masks before it is necessary.
-    """
+    """The tokens (rows,) that the next step feeds to the model, perhaps still to be drawn."""
 
     def __init__(self) -> None:
         self._tokens = mx.array([], dtype=mx.uint32)
@@ -83,7 +78,6 @@ class Inputs:
         return self._tokens
 
     def follow(self, draw: Draw) -> None:
-        """Take what `draw` gives."""
         self._draw = draw
 
     def insert(self, place: int, new: list[int]) -> None:
@@ -99,11 +93,8 @@ class Inputs:
 class Batch:
     """The steps of the decoding batch.
 
-    Step n+1 is built before the tokens of step n are drawn, where that is the host's to do, and
-    started before they are read, so the host's work hides behind the device's. Masks of constrained
-    rows are computed meanwhile, from when the tokens before them have been read.
-
-    `failed` are requests that could not go on while all others did, for the caller to take.
+    Step n+1 is built before the host draws the tokens of step n and started before they are read,
+    so that host and device work side by side. Masks are computed meanwhile.
     """
 
     def __init__(self, model: Backend, groups: Groups, constraints: Constraints) -> None:
@@ -125,18 +116,15 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows' caches."""
         return self._groups.nbytes
 
     def join(self, prefill: Prefill) -> None:
-        """Take over the sequences of a finished prefill."""
         new = prefill.sequences
         place = self._groups.add(new, prefill.batch_cache())
         self._inputs.insert(place, [sequence.request.prompt[-1] for sequence in new])
         self._sampler = None
 
     def leave(self, gone: Iterable[Sequence]) -> None:
-        """Drop these rows and their caches."""
         before = len(self.rows)
         keep = self._groups.remove(ids_of(list(gone)))
         if len(keep) < before:
@@ -159,7 +147,7 @@ class Batch:
         return rows
 
     def settle(self) -> list[Row]:
-        """Read the step under way and drop the rows that have ended; starts no other."""
+        """Read the step under way, drop ended rows, start no other step."""
         previous, self.pending = self.pending, None
         if previous:
             self.failed += previous.finish()
@@ -179,7 +167,6 @@ class Batch:
         self.pending.begin_masks()
 
     def take_failed(self) -> list[Failed]:
-        """The requests that have failed since the last call."""
         failed, self.failed = self.failed, []
         return failed
 

@@ -25,10 +25,7 @@ def alike(shortest: int, longest: int) -> bool:
 
 
 def most_padded(length: int) -> int:
-    """Tokens that the cache row of a sequence of `length` tokens may take in its group.
-
-    A group's members were alike when they met, and have grown by the same number of tokens since.
-    """
+    """The most tokens to which a sequence of `length` tokens may be padded in its group."""
     return length + max(SHORT, (MOST_PADDED - 1) * length)
 
 
@@ -41,21 +38,17 @@ class Group:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens in the shortest and in the longest row's cache."""
         lengths = [row.computed for row in self.rows]
         return min(lengths), max(lengths)
 
     def suits(self, other: "Group") -> bool:
-        """Whether the two are better off as one: padding costs memory, and time in every step."""
+        """Whether the two should be one, considering what padding costs."""
         (low, high), (others_low, others_high) = self.lengths, other.lengths
         return alike(min(low, others_low), max(high, others_high))
 
 
 class Groups:
-    """All rows of the batch, in the order of their groups.
-
-    Where the model cannot compute several groups in one pass, all rows share one.
-    """
+    """All rows of the batch by group; one group where the model cannot mix several in a pass."""
 
     def __init__(self, mixes: bool, prefix: PrefixCache) -> None:
         self._mixes = mixes
@@ -68,7 +61,6 @@ class Groups:
         return sum(backend.cache_bytes(group.cache) for group in self._groups)
 
     def add(self, rows: list[Sequence], cache: Cache) -> int:
-        """Add `rows`; returns the place of the first of them among all."""
         new = Group(rows, cache)
         group = self._group_for(new)
         if group is None:
@@ -93,7 +85,6 @@ class Groups:
         return keep
 
     def parts(self, inputs: mx.array) -> Iterator[Part]:
-        """Each group's rows of `inputs` (rows,), with its cache."""
         start = 0
         for group in self._groups:
             end = start + len(group.rows)

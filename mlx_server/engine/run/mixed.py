@@ -39,7 +39,6 @@ class Part:
         return rows, tokens
 
     def positions(self) -> mx.array:
-        """Where the tokens stand in their sequences, flat."""
         rows, tokens = self.shape
         offset = mx.array(self.cache[0].offset).reshape(-1, 1)
         return mx.broadcast_to(offset + mx.arange(tokens), (rows, tokens)).flatten()
@@ -59,7 +58,6 @@ class MixedLayer:
         """Rows, from the first on, whose logits are wanted."""
 
     def make_mask(self, _: int, **options: Any) -> list[Any]:
-        """The masks of all parts, as their caches make them."""
         pairs = zip(self.caches, self.shapes, strict=True)
         return [cache.make_mask(tokens, **options) for cache, (_, tokens) in pairs]
 
@@ -80,7 +78,6 @@ class MixedLayer:
         return parts
 
     def join(self, parts: Sequence[mx.array]) -> mx.array:
-        """Undo `split`."""
         shapes = zip(parts, self.shapes, strict=True)
         return mx.concatenate([p if tokens == 1 else p.swapaxes(0, 2) for p, (_, tokens) in shapes])
 
@@ -95,7 +92,6 @@ def attend(
     mask: Any,
     **rest: Any,
 ) -> mx.array:
-    """`original`, a `scaled_dot_product_attention` of mlx-lm, which also takes mixed layers."""
     if not isinstance(cache, MixedLayer):
         return original(queries, keys, values, cache=cache, scale=scale, mask=mask, **rest)
     parts = zip(cache.split(queries), keys, values, cache.caches, mask, strict=True)

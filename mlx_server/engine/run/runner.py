@@ -56,7 +56,6 @@ class Runner:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the caches of all sequences."""
         prefilling = sum(cache_bytes(prefill.cache) for prefill in self.prefills.values())
         return self.batch.nbytes + prefilling
 
@@ -101,7 +100,6 @@ class Runner:
         self.model.release()
 
     def _leave(self, plan: Plan, outcome: Outcome) -> None:
-        """Let go of requests that were aborted, and of those that give their place away."""
         for id_ in plan.drop:
             self.waiting.drop(id_)
         gone = {*plan.drop, *plan.preempt}
@@ -163,7 +161,6 @@ class Runner:
         return self._after_chunk(prefill, outcome)
 
     def _prefill(self, prefill: Prefill, budget: int, outcome: Outcome) -> list[Row]:
-        """Compute one chunk of prompt; sequences that are ready join the batch."""
         tokens, keys = prefill.size(budget)
         started = time.perf_counter()
         prefill.advance(budget)

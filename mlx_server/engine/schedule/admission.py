@@ -51,7 +51,7 @@ class Admission:
         self._fetches: list[Fetch] = []
 
     def compile_grammars(self) -> list[Failed]:
-        """Have the grammars of requests that may be next compiled; returns those of no use."""
+        """Start compiling what may be needed next; returns requests whose grammar is unusable."""
         failed = []
         for request in self.considered():
             if request.bound or request.request.grammar is None:
@@ -94,28 +94,25 @@ class Admission:
         return Begin([request.start for request in group], until) if group else None
 
     def take_reads(self) -> tuple[list[int], list[Fetch]]:
-        """Which fetched blocks go into the prefix cache, and which are to be fetched."""
         loads, self._loads = self._loads, []
         fetches, self._fetches = self._fetches, []
         return loads, fetches
 
     def considered(self) -> list[WaitingRequest]:
-        """The requests that may be next, in order."""
         return list(itertools.islice(self._waiting, MOST_CONSIDERED))
 
     def known_tokens(self, keys: list[bytes]) -> int:
-        """Tokens of a prompt that are in the prefix cache."""
         return self._prefix.known(keys) * BLOCK
 
     def some_short_prompt(self, places: int, tokens: int) -> bool:
-        """Whether one that waits has at most `tokens` to compute, and a place beside `places`."""
+        """Whether a waiting prompt with `tokens` or fewer to compute has a place."""
         if places >= self._max_batch:
             return False
         missing = (one.length - self.known_tokens(one.keys) for one in self.considered())
         return any(one <= tokens for one in missing)
 
     def await_threads(self, seconds: float) -> None:
-        """Let a little time pass if there is nothing to do but to wait for disk or compiler."""
+        """Block for at most `seconds` on the disk read or compiler that is waited for."""
         for request in self.considered():
             if (read := self._runner.waiting.reads.get(request.id)) is not None:
                 read.wait(seconds)
@@ -125,7 +122,6 @@ class Admission:
                 return
 
     def _is_ready(self, request: WaitingRequest) -> bool:
-        """Whether a request's grammar, and all that can be had of its prefix, is here."""
         if request.wanted and not self._is_loaded(request):
             return False
         if self._prefix_pending(request):
@@ -140,7 +136,7 @@ class Admission:
         return request.bound and not request.wanted
 
     def _is_loaded(self, request: WaitingRequest) -> bool:
-        """Whether what was fetched for a request is in the prefix cache; has it put there."""
+        """Whether what was fetched is in the prefix cache; plans its load once it is read."""
         read = self._runner.waiting.reads.get(request.id)
         if read is None:
             request.wanted = []
@@ -150,7 +146,7 @@ class Admission:
         return False
 
     def _prefix_pending(self, request: WaitingRequest) -> bool:
-        """Whether others compute or read a part of a request's prefix that is not cached yet."""
+        """Whether a part of the prefix is being computed or read for another request."""
         keys = request.keys
         known = self._prefix.known(keys)
         if known == len(keys):
@@ -167,13 +163,12 @@ class Admission:
         return any((blocks - known) * BLOCK >= LEAST_SHARED for blocks in coming)
 
     def _shares(self, request: WaitingRequest, group: list[WaitingRequest]) -> bool:
-        """Whether a request had better wait for the part of its prompt that `group` computes."""
         known = self._prefix.known(request.keys)
         shared = (common_blocks(request.keys, other.keys) - known for other in group)
         return any(blocks * BLOCK >= LEAST_SHARED for blocks in shared)
 
     def _branch_point(self, request: WaitingRequest, free: int) -> int | None:
-        """Where, in tokens, other waiting prompts part from this one's, if that saves enough."""
+        """Tokens shared with other waiting prompts, if sharing them saves enough."""
         known = self._prefix.known(request.keys)
         others = [other for other in self.considered() if other is not request]
         shared = [common_blocks(request.keys, other.keys) for other in others[: free - 1]]
@@ -184,7 +179,6 @@ class Admission:
         return min(beyond) * BLOCK if saved >= LEAST_SHARED else None
 
     def _fits(self, group: list[WaitingRequest], more: WaitingRequest, budget: int) -> bool:
-        """Whether `more` may be prefilled together with `group` in a chunk of `budget` tokens."""
         members = [*group, more]
         if any(one.scored or not one.decodes for one in members):
             return False

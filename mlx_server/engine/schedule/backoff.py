@@ -10,11 +10,7 @@ RAISE_SECONDS = 60.0
 
 
 class KvBackoff:
-    """A share of the KV limit: halved at every failure, and raised by half after each minute
-    without one, until it is whole again.
-
-    A single request is always admitted, whatever the share.
-    """
+    """A share of the KV limit: halved at every failure, raised by half after each good minute."""
 
     def __init__(self, share: float) -> None:
         self._share = max(LEAST_SHARE, min(1.0, share))
@@ -22,13 +18,11 @@ class KvBackoff:
 
     @property
     def share(self) -> float:
-        """The share that may be used now, at most 1."""
         while self._share < 1.0 and time.monotonic() >= self._changed + RAISE_SECONDS:
             self._share = min(1.0, self._share * RAISED)
             self._changed += RAISE_SECONDS
         return self._share
 
     def lower(self) -> None:
-        """Memory has run out."""
         self._share = max(LEAST_SHARE, self.share * LOWERED)
         self._changed = time.monotonic()

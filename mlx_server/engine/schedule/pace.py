@@ -9,16 +9,15 @@ IDLE_CHUNK_SECONDS = 2.0
 STEPS_PER_CHUNK = 2.5
 """How many decode steps a chunk may last while streams run."""
 TILE = 16
-"""Rows of a matrix product: with 20 it takes as long as with 32 on a CPU, and is no faster on
-other devices."""
+"""Rows of a matrix product; on a CPU 20 rows take as long as 32."""
 EXCESS = 1.1
-"""How far beyond the time for it a chunk may go to fill a tile."""
+"""How far beyond its time a chunk may go to fill a tile."""
 GATHER_STEPS = 10
-"""For how many steps' time a new batch may wait for prompts that are ready to join it."""
+"""Steps' time that a new batch may wait for prompts about to join it."""
 LONGEST_BURST_SECONDS = 0.01
 STEP_WEIGHT = 0.2
 MOST_GROWTH = 1.25
-"""How many more tokens than the best chunk's speed gives a chunk may have: the fit may be wrong."""
+"""Cap on tokens relative to the best speed seen: the fit may be wrong."""
 FADING = 0.9
 """What a chunk's measurement counts when the next one is made."""
 PRIOR_WEIGHT = 1e-3
@@ -38,7 +37,6 @@ class Pace:
         """By how much chunks make the step longer that computes them in the same pass."""
 
     def stepped(self, seconds: float) -> None:
-        """A decode step took this long."""
         previous = self.step_seconds or seconds
         self.step_seconds = previous + STEP_WEIGHT * (seconds - previous)
 
@@ -53,10 +51,7 @@ class Pace:
         return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
 
     def mixed_chunk(self, position: int, rows: int) -> int:
-        """The same for a chunk that is computed in one pass with a decode step of `rows`.
-
-        Matrix products work in tiles, so all tokens together are to fill them.
-        """
+        """Tokens for a chunk in one pass with a decode step of `rows`; together they fill tiles."""
         if self.fixed_chunk is not None:
             return self.fixed_chunk
         seconds = min(IDLE_CHUNK_SECONDS, STEPS_PER_CHUNK * self.step_seconds)
@@ -66,7 +61,6 @@ class Pace:
         return min(LARGEST_CHUNK, max(least, tiles) * TILE - rows)
 
     def gather_seconds(self) -> float:
-        """How long a new batch may wait for company."""
         return GATHER_STEPS * self.step_seconds
 
     def burst_seconds(self) -> float:
@@ -77,8 +71,7 @@ class Pace:
 class ChunkTimes:
     """Predicts a chunk's seconds as a + b · tokens + c · (tokens · keys each attends to).
 
-    The coefficients are a least-squares fit of relative errors over the chunks so far, of which
-    older ones count less; where these tell too little, all time is put down to the tokens.
+    A least-squares fit of relative errors in which older chunks count less.
     """
 
     def __init__(self) -> None:
@@ -87,7 +80,6 @@ class ChunkTimes:
         self._seconds_per_token = 0.0
 
     def measured(self, tokens: int, keys: float, seconds: float) -> None:
-        """A chunk of so many tokens, which attended to `keys` keys on average, took this long."""
         features = [value / seconds for value in _features(tokens, keys)]
         for i, one in enumerate(features):
             self._targets[i] = FADING * self._targets[i] + one

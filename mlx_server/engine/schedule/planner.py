@@ -28,7 +28,6 @@ class Planner:
         self._gathering_until = 0.0
 
     def decide(self, drop: list[int]) -> Plan:
-        """The next turn, in which the requests `drop` leave."""
         staying = self._without(drop)
         preempt = self._preempted(staying)
         staying = self._without([*drop, *preempt])
@@ -53,7 +52,6 @@ class Planner:
         )
 
     def learn(self, plan: Plan, outcome: Outcome) -> None:
-        """Take in how long the turn's parts took."""
         # After a chunk, what a step reads has been computed long since.
         if outcome.step_seconds is not None and not self._chunk_last_turn:
             self._pace.stepped(outcome.step_seconds)
@@ -64,19 +62,14 @@ class Planner:
         self._chunk_last_turn = plan.chunk is not None
 
     def _without(self, ids: Iterable[int]) -> list[Sequence]:
-        """The sequences that hold a place, but for these."""
         gone = frozenset(ids)
         return [sequence for sequence in self._runner.sequences if sequence.id not in gone]
 
     def _prefilling(self) -> list[int]:
-        """The prefills under way, in rotation."""
         return [id_ for id_ in self._rotation if id_ in self._runner.prefills]
 
     def _preempted(self, staying: list[Sequence]) -> list[int]:
-        """The newest requests, as many as must leave lest the next step exceed the KV limit.
-
-        They keep their tokens, start over when there is room, and come out the same.
-        """
+        """The newest requests, as many as must leave lest the next step exceed the KV limit."""
         if not self._runner.batch.busy:
             return []
         left = {sequence.id: sequence for sequence in staying}
@@ -92,10 +85,9 @@ class Planner:
     def _next_prefill(
         self, staying: list[Sequence], decoding: bool, *, admit: bool
     ) -> Begin | None:
-        """Put what gets this turn's chunk last in the rotation; returns it if it is to begin.
+        """Put what gets this turn's chunk last in the rotation; returns it if it is new.
 
-        Prompts that wait and prompts begun take turns, so that short prompts do not wait for a long
-        one to end, nor a long one for short ones to stop coming.
+        Waiting prompts and those begun take turns, so that neither kind starves the other.
         """
         self._newcomers_next = not self._newcomers_next
         if admit and (self._newcomers_next or not self._rotation):
@@ -126,11 +118,7 @@ class Planner:
         return Chunk(id_, self._pace.chunk(position, decoding)), False
 
     def _gathering(self, rows: list[Sequence], places: int) -> bool:
-        """Whether a batch that has not given a token yet should wait for prompts close behind.
-
-        Requests often come in bursts, and a step of a full batch costs little more than one of a
-        small batch.
-        """
+        """Whether a new batch should wait for prompts close behind: requests come in bursts."""
         if not rows or any(row.reported for row in rows):
             return False
         return time.perf_counter() < self._gathering_until and self._some_nearly_prefilled(places)

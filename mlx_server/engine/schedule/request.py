@@ -12,10 +12,9 @@ if TYPE_CHECKING:
 
 
 class WaitingRequest:
-    """`keys` names the blocks of its prompt that the prefix cache may answer for.
+    """`keys` names its prompt's blocks that may be cached, `wanted` those being read from disk.
 
-    `wanted` are those on their way from the disk; `fetched_after` is how many blocks were in memory
-    when the disk was last asked, so that it is not asked in vain again.
+    `fetched_after` is how many blocks were in memory when the disk was last asked.
     """
 
     def __init__(self, start: Start, context_length: int) -> None:
@@ -36,5 +35,4 @@ class WaitingRequest:
 
     @property
     def scored(self) -> bool:
-        """Whether its prompt's own log-probabilities are wanted."""
         return self.request.prompt_logprobs is not None

@@ -9,8 +9,6 @@ from mlx_server.engine.schedule.backoff import KvBackoff
 
 
 class Sized(Protocol):
-    """A request, running or waiting, whose lengths are in tokens."""
-
     @property
     def length(self) -> int: ...
 
@@ -35,7 +33,6 @@ class KvRoom:
 
     @property
     def usable(self) -> int:
-        """Bytes that may be used now."""
         return int(self._limit * self._backoff.share)
 
     def has_room(self, admitted: Many[Sized], new: Many[Sized]) -> bool:
@@ -53,11 +50,9 @@ class KvRoom:
         return max(0, min(self._prefix_limit, self.usable - self._next(admitted)))
 
     def _next(self, admitted: Many[Sized]) -> int:
-        """Bytes of the caches of these requests after the next step."""
         return self._bytes([one.length + 1 for one in admitted])
 
     def _bytes(self, lengths: list[int]) -> int:
-        """Bytes of the caches of requests of these lengths, padded as far as may be."""
         longest = max(lengths, default=0)
         if not self._mixes:
             return self._cost.bytes(len(lengths), longest)

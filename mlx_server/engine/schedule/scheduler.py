@@ -40,8 +40,6 @@ THREADS_WAIT = 0.02
 
 @dataclass
 class Counts:
-    """Since the engine began."""
-
     prompt_tokens: int = 0
     cached_tokens: int = 0
     preempted: int = 0
@@ -89,7 +87,6 @@ class Scheduler:
         return bool(self.waiting or self.runner.busy or self._drop)
 
     def add(self, request: Generate) -> Failed | None:
-        """Queue a request; says why when it can never run."""
         problem = self._problem(request)
         if problem:
             return Failed(request.id, problem)
@@ -136,9 +133,8 @@ class Scheduler:
     def recover(self, error: Exception) -> list[Failed]:
         """Go on after a turn that raised `error`; returns the requests that are given up.
 
-        Arrays of what had begun cannot be trusted, so all of it is computed again from the tokens
-        known so far. The requests concerned are then tried one by one: one that fails again while
-        it is the only one on trial is given up.
+        Arrays cannot be trusted, so what had begun is computed again from its tokens, one request
+        at a time. A request that fails again while it runs alone is given up.
         """
         outcome = self._outcome
         begun = self._begun(outcome)
@@ -170,12 +166,10 @@ class Scheduler:
             self.memory.release()
 
     def close(self) -> None:
-        """Let the prefix cache finish what it writes."""
         self.runner.constraints.close()
         self.runner.prefix.close()
 
     def stats(self) -> Stats:
-        """The present figures."""
         running, prefix = len(self.runner.batch.rows), self.runner.prefix
         return Stats(
             running=running,
@@ -214,7 +208,6 @@ class Scheduler:
         return failed
 
     def _account(self, plan: Plan, outcome: Outcome) -> None:
-        """Queue again what has come back, and count."""
         self._put_back(outcome.returned)
         self.counts.preempted += len(plan.preempt)
         for prompt, cached in outcome.prompts:

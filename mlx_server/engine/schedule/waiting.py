@@ -8,10 +8,9 @@ from mlx_server.engine.schedule.request import WaitingRequest
 
 
 class WaitingQueue:
-    """First come, first served within a priority, and in turns between callers.
+    """First come, first served within a priority, with one place per caller in each round.
 
-    A caller with many requests gets one place in each round, as every other caller does, so that
-    nobody starves. Lower priority numbers come first. What was put back comes before all.
+    Lower priority numbers come first; what was put back comes before all.
     """
 
     def __init__(self) -> None:
@@ -25,7 +24,6 @@ class WaitingQueue:
         return bool(self._put_back or self._lanes)
 
     def __iter__(self) -> Iterator[WaitingRequest]:
-        """All requests, in the order in which they are to be admitted."""
         yield from self._put_back
         for priority in sorted(self._lanes):
             rounds = itertools.zip_longest(*self._lanes[priority].values())
@@ -37,7 +35,6 @@ class WaitingQueue:
         callers.setdefault(request.request.caller, deque()).append(request)
 
     def put_back(self, request: WaitingRequest) -> None:
-        """Return a request that had been admitted; it is the next to come out."""
         self._put_back.appendleft(request)
 
     def take(self, request: WaitingRequest) -> None:
@@ -55,7 +52,6 @@ class WaitingQueue:
             del self._lanes[priority]
 
     def remove(self, ids: frozenset[int]) -> list[WaitingRequest]:
-        """Forget these requests; returns those that were here."""
         gone = [request for request in self if request.id in ids]
         self._put_back = deque(s for s in self._put_back if s.id not in ids)
         for priority, callers in list(self._lanes.items()):
