@@ -2,16 +2,16 @@
 
 from typing import Literal
 
-from mlx_server.schemas.openai.common import Body, Lenient, NonEmpty
+from mlx_server.schemas.base import NonEmpty, RequestObject, ResponseObject
 
 
-class PullRequest(Lenient):
+class PullRequest(RequestObject):
     """The body of `POST /admin/models/pull`."""
 
     model: NonEmpty
 
 
-class PullEvent(Body):
+class PullEvent(ResponseObject):
     """One event of a pull; the last one of a pull that went well says `success` alone."""
 
     status: str
@@ -19,7 +19,7 @@ class PullEvent(Body):
     total: int | None = None
 
 
-class Memory(Body):
+class Memory(ResponseObject):
     """An engine's device memory."""
 
     active: int
@@ -28,7 +28,7 @@ class Memory(Body):
     limit: int
 
 
-class PrefixCache(Body):
+class PrefixCache(ResponseObject):
     """What an engine's prefix cache holds, and the prompt tokens looked up and found."""
 
     blocks: int
@@ -37,7 +37,7 @@ class PrefixCache(Body):
     cached_tokens: int
 
 
-class Download(Body):
+class Download(ResponseObject):
     """How far the pull of a model is."""
 
     status: str
@@ -45,7 +45,7 @@ class Download(Body):
     total: int
 
 
-class AdminModel(Body):
+class AdminModel(ResponseObject):
     """A model as its operator sees it."""
 
     id: str
@@ -79,20 +79,20 @@ class AdminModel(Body):
     download: Download | None
 
 
-class AdminModelList(Body):
+class AdminModelList(ResponseObject):
     """The answer of `GET /admin/models`."""
 
     models: list[AdminModel]
 
 
-class Removed(Body):
+class Removed(ResponseObject):
     """The answer of `DELETE /admin/models/{model_id}`."""
 
     id: str
     deleted: Literal[True]
 
 
-class Lag(Body):
+class Lag(ResponseObject):
     """How late the event loop was, in seconds."""
 
     p50: float
@@ -100,7 +100,7 @@ class Lag(Body):
     max: float
 
 
-class AdminStats(Body):
+class AdminStats(ResponseObject):
     """The answer of `GET /admin/stats`."""
 
     event_loop_lag_seconds: Lag

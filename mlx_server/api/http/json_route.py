@@ -1,4 +1,4 @@
-"""How bodies become Python objects: JSON whatever the content type says, big ones off the loop."""
+"""Bodies are JSON whatever their content type says; big ones are parsed off the loop."""
 
 import json
 from collections.abc import Callable, Coroutine
@@ -26,7 +26,7 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that takes JSON of any declared content type, and its path to the letter."""
+    """A route that takes JSON of any content type, and its exact path only."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mlx_server.schemas.openai.common import INT32_MAX, Body, ModelRequest, NonEmpty, TokenIds
+from mlx_server.schemas.base import INT32_MAX, NonEmpty, ResponseObject
+from mlx_server.schemas.openai.common import ModelRequest, TokenIds
 
 MAX_INPUTS = 2048
 
@@ -33,17 +34,8 @@ class EmbeddingRequest(ModelRequest):
     )
     user: str | None = Field(None, description="Accepted, and not used.")
 
-    @property
-    def inputs(self) -> list[str] | list[list[int]]:
-        """The texts, one or many, in a list."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if isinstance(self.input[0], int):
-            return [self.input]
-        return self.input
 
-
-class Embedding(Body):
+class Embedding(ResponseObject):
     """The vector of one text: numbers, or their bytes in base64."""
 
     object: Literal["embedding"]
@@ -51,14 +43,14 @@ class Embedding(Body):
     embedding: list[float] | str
 
 
-class EmbeddingUsage(Body):
+class EmbeddingUsage(ResponseObject):
     """Token counts of a request."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingList(Body):
+class EmbeddingList(ResponseObject):
     """The answer of `POST /v1/embeddings`."""
 
     object: Literal["list"]

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from mlx_server.schemas.openai.common import Body
+from mlx_server.schemas.base import ResponseObject
 
 
-class ModelCapabilities(Body):
+class ModelCapabilities(ResponseObject):
     """What a model can be asked for."""
 
     chat: bool
@@ -16,7 +16,7 @@ class ModelCapabilities(Body):
     embeddings: bool
 
 
-class Model(Body):
+class Model(ResponseObject):
     """A model that can be served. Everything after `owned_by` is this server's own."""
 
     id: str
@@ -31,7 +31,7 @@ class Model(Body):
     capabilities: ModelCapabilities | None
 
 
-class ModelList(Body):
+class ModelList(ResponseObject):
     """The answer of `GET /v1/models`."""
 
     object: Literal["list"]

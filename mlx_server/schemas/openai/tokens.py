@@ -7,16 +7,12 @@ from pydantic import AliasChoices, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from mlx_server.errors import BadRequest
+from mlx_server.schemas.base import NonEmpty, Refusal, RequestObject, ResponseObject
 from mlx_server.schemas.openai.chat import PromptOptions
-from mlx_server.schemas.openai.common import INT32_MAX, Body, Lenient, NonEmpty, Refusal
+from mlx_server.schemas.openai.common import TokenId
 from mlx_server.schemas.openai.messages import Messages, having
 
 MAX_TOKENS = 1_000_000
-
-TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, le=INT32_MAX)]], Field(max_length=MAX_TOKENS, fail_fast=True)
-]
-
 
 ABSENT: JsonDict = {"type": "null"}
 
@@ -58,27 +54,22 @@ class TokenizeRequest(PromptOptions):
             raise BadRequest("Give one of `prompt`, `content` and `messages`.", param="prompt")
         return self
 
-    @property
-    def text(self) -> str:
-        """The text, under whichever name it was given."""
-        return self.prompt if self.prompt is not None else self.content or ""
 
-
-class DetokenizeRequest(Lenient):
+class DetokenizeRequest(RequestObject):
     """The body of `POST /detokenize`."""
 
     model: NonEmpty
-    tokens: TokenIds
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
-class TokenPiece(Body):
+class TokenPiece(ResponseObject):
     """A token and its text, or its bytes where they are no whole characters."""
 
     id: int
     piece: str | list[int]
 
 
-class Tokenized(Body):
+class Tokenized(ResponseObject):
     """The answer of `POST /tokenize`."""
 
     tokens: list[int] | list[TokenPiece]
@@ -87,7 +78,7 @@ class Tokenized(Body):
     token_strs: list[str] | None
 
 
-class Detokenized(Body):
+class Detokenized(ResponseObject):
     """The answer of `POST /detokenize`: the text under llama.cpp's name and vLLM's."""
 
     content: str
