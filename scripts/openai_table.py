@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from mlx_server.schemas.base import RequestObject
+from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
 from mlx_server.schemas.openai.completions import CompletionRequest
 

@@ -47,8 +47,7 @@ ADMIN = ApiProtocol(wire=replace(WIRE, end=b""), routers=(router,), prefixes=("/
 
 @router.get("/models", response_model=AdminModelList, responses=documented(400, 401, 403, 413))
 async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Response:
-    """Every model that can be served, is being pulled, or has failed: its state, process, memory
-    and requests."""
+    """Every model that can be served, is being pulled, or has failed."""
     entries = {entry.id: entry for entry in await asyncio.to_thread(catalog.entries)}
     statuses = {status.id: status for status in pool.statuses()}
     pulled = {pull.model: pull for pull in pulls.statuses()}
@@ -103,7 +102,7 @@ async def remove_model(model_id: str, catalog: CatalogDep, settings: SettingsDep
 
 @router.post(
     "/models/pull",
-    # It says no content type of its own, so that the stream's is the only one described.
+    # Without a content type of its own, so that only the stream's is described.
     response_class=StreamingResponse,
     responses=documented(400, 401, 403, 404, 413, 503) | event_stream([PullEvent, ErrorBody]),
 )

@@ -46,7 +46,7 @@ class AnswerFormat(Protocol):
     def feed(self, prompt: int, event: Event) -> None: ...
 
     def body(self, usage: Usage) -> bytes:
-        """The whole answer, as JSON."""
+        """JSON."""
 
 
 class StreamFormat(Protocol):
@@ -70,7 +70,7 @@ class AnswerFormats:
 
 @dataclass(slots=True)
 class Generator:
-    """Runs the inference requests of one HTTP request, and writes the answer."""
+    """Answers one HTTP request."""
 
     service: InferenceService
     metrics: Metrics
@@ -81,8 +81,11 @@ class Generator:
     def __post_init__(self) -> None:
         self.timer = RequestTimer(self.metrics)
 
-    def respond(self, *, stream: bool) -> Response:
-        return StreamedAnswer(self._stream()) if stream else WholeAnswer(self._whole)
+    def answer(self) -> Response:
+        return WholeAnswer(self._whole)
+
+    def stream(self) -> Response:
+        return StreamedAnswer(self._batches())
 
     async def _whole(self) -> bytes:
         async with opened(self.service, self.requests) as (generations, events):
@@ -95,7 +98,7 @@ class Generator:
             return answer.body(tally.finish())
 
     @asynccontextmanager
-    async def _stream(self) -> AsyncIterator[AsyncIterator[Sequence[StreamEvent]]]:
+    async def _batches(self) -> AsyncIterator[AsyncIterator[Sequence[StreamEvent]]]:
         async with opened(self.service, self.requests) as (generations, events):
             stream = self.formats.stream(await self._accepted(generations))
             async with aclosing(self._formatted(events, stream)) as formatted:
@@ -121,7 +124,7 @@ class Generator:
 
 
 class Tally:
-    """Adds up the usage of all choices and times their output."""
+    """Adds up usage and times output."""
 
     def __init__(self, timer: RequestTimer) -> None:
         self._timer = timer
@@ -142,7 +145,7 @@ class Tally:
             self._prompts[prompt] = (event.usage.prompt_tokens, min(before, cached))
 
     def finish(self) -> Usage:
-        """The sum, counted as one finished request."""
+        """The sum, which is recorded as one finished request."""
         usage = Usage(
             prompt_tokens=sum(tokens for tokens, _ in self._prompts.values()),
             completion_tokens=self._completion_tokens,
@@ -157,7 +160,7 @@ class Tally:
 async def opened(
     service: InferenceService, requests: Sequence[InferenceRequest]
 ) -> AsyncIterator[tuple[Sequence[Generation], AsyncIterator[IndexedEvents]]]:
-    """Hold a generation per request; yields them and the events of all."""
+    """Yields a generation per request, and the events of all."""
     async with AsyncExitStack() as stack:
         generations = await stack.enter_async_context(service.open_all(requests))
         sources = [generation.events() for generation in generations]
@@ -178,7 +181,7 @@ async def _numbered(events: AsyncIterator[list[Event]]) -> AsyncGenerator[Indexe
 async def _merged(
     sources: Sequence[AsyncIterator[list[Event]]],
 ) -> AsyncIterator[AsyncIterator[IndexedEvents]]:
-    """The events of all `sources` as they come, numbered by source. The first error ends all."""
+    """The events of all `sources` as they come. The first error ends all."""
     queue: asyncio.Queue[IndexedEvents | Exception | None] = asyncio.Queue(MERGE_BUFFER)
 
     async def pump(index: int, source: AsyncIterator[list[Event]]) -> None:

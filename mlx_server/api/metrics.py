@@ -23,18 +23,16 @@ router = APIRouter()
     dependencies=[Depends(authenticated)],
 )
 async def metrics(metrics: MetricsDep) -> Response:
-    """The figures, in Prometheus' text format."""
+    """Prometheus' text format."""
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 class PoolCollector(Collector):
-    """The models' figures, as they are when Prometheus asks."""
-
     def __init__(self, pool: ModelPoolManager) -> None:
         self._pool = pool
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing, because registering must not ask a pool that has not started."""
+        """Registering must not ask a pool that has not started."""
         yield from ()
 
     def collect(self) -> Iterator[Metric]:

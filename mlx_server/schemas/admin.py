@@ -2,17 +2,15 @@
 
 from typing import Literal
 
-from mlx_server.schemas.base import NonEmpty, RequestObject, ResponseObject
+from mlx_server.schemas.objects import NonEmpty, RequestObject, ResponseObject
 
 
 class PullRequest(RequestObject):
-    """The body of `POST /admin/models/pull`."""
-
     model: NonEmpty
 
 
 class PullEvent(ResponseObject):
-    """One event of a pull; the last one of a pull that went well says `success` alone."""
+    """The last event of a successful pull has `status` "success" alone."""
 
     status: str
     completed: int | None = None
@@ -20,8 +18,6 @@ class PullEvent(ResponseObject):
 
 
 class Memory(ResponseObject):
-    """An engine's device memory."""
-
     active: int
     peak: int
     cache: int
@@ -29,7 +25,7 @@ class Memory(ResponseObject):
 
 
 class PrefixCache(ResponseObject):
-    """What an engine's prefix cache holds, and the prompt tokens looked up and found."""
+    """`prompt_tokens` were looked up, `cached_tokens` of them found."""
 
     blocks: int
     bytes: int
@@ -38,16 +34,12 @@ class PrefixCache(ResponseObject):
 
 
 class Download(ResponseObject):
-    """How far the pull of a model is."""
-
     status: str
     completed: int
     total: int
 
 
 class AdminModel(ResponseObject):
-    """A model as its operator sees it."""
-
     id: str
     state: Literal["absent", "downloading", "loading", "ready", "restarting", "draining", "failed"]
     reason: str | None
@@ -80,20 +72,16 @@ class AdminModel(ResponseObject):
 
 
 class AdminModelList(ResponseObject):
-    """The answer of `GET /admin/models`."""
-
     models: list[AdminModel]
 
 
 class Removed(ResponseObject):
-    """The answer of `DELETE /admin/models/{model_id}`."""
-
     id: str
     deleted: Literal[True]
 
 
 class Lag(ResponseObject):
-    """How late the event loop was, in seconds."""
+    """Of the event loop, in seconds."""
 
     p50: float
     p99: float
@@ -101,6 +89,4 @@ class Lag(ResponseObject):
 
 
 class AdminStats(ResponseObject):
-    """The answer of `GET /admin/stats`."""
-
     event_loop_lag_seconds: Lag

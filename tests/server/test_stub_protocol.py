@@ -26,7 +26,7 @@ from mlx_server.api.http.wire import ApiProtocol, Failure, HeaderPairs, StreamEv
 from mlx_server.config import Settings
 from mlx_server.errors import ModelNotFound, TooManyRequests
 from mlx_server.main import PROTOCOLS, create_app
-from mlx_server.schemas.base import RequestObject, ResponseObject
+from mlx_server.schemas.objects import RequestObject, ResponseObject
 from mlx_server.server import Server
 from tests.server.test_errors import assert_refused
 

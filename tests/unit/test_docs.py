@@ -8,7 +8,7 @@ from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 
 from mlx_server.config import Settings
-from mlx_server.schemas.base import RequestObject
+from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
 from mlx_server.schemas.openai.completions import CompletionRequest
 

@@ -11,21 +11,20 @@ from mlx_server.errors import BodyTooLarge
 DISCARD_FACTOR = 8
 DISCARD_SECONDS = 10.0
 SLOWEST_BODY = 1024
-"""Bytes per second that a body must reach at least, once the patience for it is over."""
+"""Bytes per second that a body must reach once it has taken longer than the patience."""
 
 
 class BodyLimit:
     """Reads the body, up to a limit, before anything else looks at the request.
 
-    Every route needs its body whole, so holding it here costs nothing, and a refusal can be sent
-    before any other answer has begun.
+    Every route needs its body whole, so holding it here costs nothing.
     """
 
     def __init__(self, app: ASGIApp, limit: int, patience: float) -> None:
         self.app = app
         self.limit = limit
         self.patience = patience
-        """Seconds without progress, and before the body's pace counts."""
+        """Seconds that a body may pause, and after which its pace counts."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not has_body(scope):
@@ -35,7 +34,7 @@ class BodyLimit:
         length = headers.get("content-length", "0")
         declared = int(length) if length.isascii() and length.isdigit() else 0
         if declared > self.limit:
-            # A client that waits for leave to send has sent nothing that must be read away.
+            # Such a client has sent nothing yet that must be discarded.
             waits = headers.get("expect", "").lower() == "100-continue"
             clean = not waits and await discard_body(receive, self.limit * DISCARD_FACTOR)
             await self._refuse(scope, receive, send, clean)
@@ -55,9 +54,9 @@ class BodyLimit:
         await self.app(scope, _replay(body, receive), send)
 
     async def _read(self, receive: Receive) -> tuple[bytes | None, bool]:
-        """The body, or the first part of one that is too large, and whether that was all.
+        """The body, or the beginning of one that is too large, and whether that was all of it.
 
-        None if the client went away. Raises TimeoutError when it stalls, or trickles.
+        None if the client went away. Raises TimeoutError when it stalls or trickles.
         """
         chunks: list[bytes] = []
         size = 0
@@ -89,10 +88,9 @@ def has_body(scope: Scope) -> bool:
 
 
 async def discard_body(receive: Receive, limit: int) -> bool:
-    """Read up to `limit` bytes of a body away; returns whether that was all of it.
+    """Read up to `limit` bytes away; returns whether that was all.
 
-    Many clients read no answer before they have sent everything, and would see a broken
-    connection instead.
+    Many clients read no answer before they have sent everything.
     """
     try:
         async with asyncio.timeout(DISCARD_SECONDS):
@@ -107,7 +105,6 @@ async def discard_body(receive: Receive, limit: int) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives `body` first."""
     given = False
 
     async def replay() -> Message:

@@ -1,7 +1,4 @@
-"""A client's connection: uvicorn's HTTP protocol with bounds on what a client may cost.
-
-Nothing here runs per token: the bounds hang on what opens, begins and stalls.
-"""
+"""uvicorn's HTTP protocol with bounds on what a client may cost. Nothing here runs per token."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,9 +21,9 @@ from mlx_server.errors import BadRequest, ServerError
 SPARE_CONNECTIONS = 64
 """Connections beyond the limit that are still heard, so that health and metrics answer."""
 LINGER_SECONDS = 1.0
-"""How long a refused client may go on sending. Cut off at once, it might not see its answer."""
+"""A refused client that is cut off at once might not see its answer."""
 CROWDED = "crowded"
-"""The key of a request's state that says whether there are too many connections."""
+"""The key of a request's state: whether there are too many connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +46,6 @@ class ConnectionLimits:
 
 
 class Timer:
-    """Calls back `seconds` after it was started, unless it is stopped before."""
-
     def __init__(self, seconds: float, callback: Callable[[], None]) -> None:
         self._seconds = seconds
         self._callback = callback
@@ -61,7 +56,6 @@ class Timer:
         return self._handle is not None
 
     def start(self) -> None:
-        """Does nothing to a timer that runs."""
         if self._handle is None:
             loop = asyncio.get_running_loop()
             self._handle = loop.call_later(self._seconds, self._expire)
@@ -77,7 +71,7 @@ class Timer:
 
 
 class StallWatch:
-    """Cuts a client off that takes nothing of what is sent to it for `seconds`."""
+    """Cuts off a client that reads nothing for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self._timer = Timer(seconds, self._check)
@@ -102,14 +96,14 @@ class StallWatch:
 
 
 class Connection(HttpToolsProtocol):
-    """One connection.
+    """A connection with bounds.
 
-    * A request's head, its request line and headers, has `receive_timeout` seconds from its first
+    * A request's head (request line and headers) has `receive_timeout` seconds from its first
       byte, however steadily it comes, and `head_bytes` of room.
-    * A client that takes nothing of what is sent to it for `send_timeout` seconds is cut off.
-      Until then uvicorn pauses whoever writes to it.
-    * Connections beyond the limit are marked, for `AvailabilityCheck` to refuse their requests;
-      those far beyond it are refused as they open.
+    * A client that reads nothing for `send_timeout` seconds is cut off. Until then uvicorn pauses
+      whoever writes to it.
+    * On connections beyond the limit `AvailabilityCheck` refuses requests; those far beyond it are
+      refused as they open.
     """
 
     def __init__(
@@ -142,7 +136,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _refuse(self, error: ServerError) -> None:
-        """Answer with `error` and close, listening a little while so that the answer arrives."""
+        """Answer and close, but listen a little longer so that the answer arrives."""
         self._refused = True
         if self._answering:
             self.transport.close()
@@ -175,7 +169,7 @@ class Connection(HttpToolsProtocol):
             if self._head_bytes > self._limits.head_bytes:
                 self._refuse(HeadTooLarge(self._limits.head_bytes))
         elif not (self._in_head or self._answering):
-            # The rest of a body that nobody wants: the answer came before it.
+            # The rest of a body that was answered before it came.
             self._head_timer.start()
 
     def on_message_begin(self) -> None:
@@ -207,7 +201,7 @@ class Connection(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         if self._answering:
-            # Reading may be paused meanwhile, and what came may be no more than a stray newline.
+            # Reading may be paused, or what came was a stray newline.
             self._head_timer.start()
         elif self._head_bytes:
             self._refuse(ReceiveTimeout(self._limits.receive_timeout))

@@ -1,4 +1,4 @@
-"""The outermost layer around the application, for what every request has: an id, a log line."""
+"""The outermost layer around the application."""
 
 import logging
 import re
@@ -17,7 +17,7 @@ from mlx_server.telemetry import UNTRACED_PATHS, Metrics
 logger = logging.getLogger(__name__)
 
 ANSWER_HEADERS = "answer_headers"
-"""The key of a request's state with headers for its answer, as pairs of bytes."""
+"""The key of a request's state: headers for its answer, as pairs of bytes."""
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 SECURITY_HEADERS = [
@@ -72,7 +72,7 @@ class RequestContext:
             self._record(scope, status, time.perf_counter() - started)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count and log a request; status 0 is a client that left before the answer began."""
+        """Status 0 is a client that left before the answer began."""
         path = getattr(scope.get("route"), "path_format", "unmatched")
         self.metrics.requests.labels(scope["method"][:16], path, str(status)).inc()
         quiet = scope["path"] in UNTRACED_PATHS

@@ -83,14 +83,14 @@ ShownKey = Annotated[str | None, Depends(APIKeyHeader(name="x-api-key", auto_err
 async def authenticated(
     request: Request, keys: KeysDep, bearer: Bearer, api_key: ShownKey
 ) -> Caller:
-    """The caller. Raises Unauthorized without one of the keys, if there are any."""
+    """Raises Unauthorized without one of the keys, if there are any."""
     return _caller(request, keys, "inference", bearer.credentials if bearer else api_key)
 
 
 async def administrator(
     request: Request, keys: KeysDep, bearer: Bearer, api_key: ShownKey
 ) -> Caller:
-    """The caller of an admin route, with an admin key; if there are none, with any key.
+    """Demands an admin key; if there are none, any key.
 
     Raises Unauthorized, and Forbidden for a key of the rest of the API.
     """
@@ -100,7 +100,7 @@ async def administrator(
 async def _limited(
     request: Request, limits: LimitsDep, caller: Annotated[Caller, Depends(authenticated)]
 ) -> Caller:
-    """The caller of a rate-limited route. Raises TooManyRequests."""
+    """Raises TooManyRequests."""
     refusal = await limits.refusal(caller.key)
     wire, windows = wire_of(request.scope), await limits.windows(caller.key)
     headers = [pair for kind, window in windows.items() for pair in wire.rate_headers(kind, window)]
@@ -131,7 +131,7 @@ def _caller(request: Request, keys: KeyRing, scope: KeyScope, shown: str | None)
 
 
 def _address(request: Request) -> str:
-    """The client's address, or its network where one client has many addresses."""
+    """The client's address, or its network for IPv6."""
     host = request.client.host if request.client else ""
     if ":" not in host:
         return host

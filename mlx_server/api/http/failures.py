@@ -1,7 +1,4 @@
-"""The one place that turns whatever was raised into what a client is told.
-
-Errors that only HTTP knows are defined here; all others in `mlx_server.errors`.
-"""
+"""The one place that turns exceptions into answers, and the errors that only HTTP knows."""
 
 import logging
 import math
@@ -36,8 +33,6 @@ MAX_MESSAGE = 500
 
 
 class ReceiveTimeout(ServerError):
-    """The client did not send its request in time."""
-
     status = 408
     type = "invalid_request_error"
     code = "receive_timeout"
@@ -47,8 +42,6 @@ class ReceiveTimeout(ServerError):
 
 
 class HeadTooLarge(ServerError):
-    """Request line and headers are over the limit."""
-
     status = 431
     type = "invalid_request_error"
     code = "headers_too_large"
@@ -58,8 +51,6 @@ class HeadTooLarge(ServerError):
 
 
 class ConnectionsFull(Unavailable):
-    """There are more connections than this server holds."""
-
     code = "too_many_connections"
 
     def __init__(self) -> None:
@@ -82,7 +73,7 @@ KINDS: dict[int, type[ServerError]] = {
 
 
 def install(app: FastAPI) -> None:
-    """Answer every expected exception in the shape of the request's protocol."""
+    """Answer expected exceptions in the shape of the request's protocol."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return error_response(error, request.scope)
@@ -94,12 +85,10 @@ def install(app: FastAPI) -> None:
 def error_response(
     error: Exception, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """The answer to a request that failed with `error`."""
     return refusal(wire_of(scope), failure_of(error, scope), headers)
 
 
 def refusal(wire: Wire, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
-    """The answer that tells a client about `failure`."""
     return Response(
         wire.error_body(failure),
         failure.status,
@@ -109,7 +98,7 @@ def refusal(wire: Wire, failure: Failure, headers: Mapping[str, str] | None = No
 
 
 def failure_of(error: Exception, scope: Scope) -> Failure:
-    """What the client of this request is told. Errors that nobody expected are logged."""
+    """Logs errors that nobody expected."""
     request_id = scope["state"]["request_id"]
     match error:
         case ServerError():

@@ -18,10 +18,7 @@ ALWAYS_ANSWERED = frozenset({"/health", "/metrics"})
 
 
 class AvailabilityCheck:
-    """Refuses requests while the server stops or has too many connections.
-
-    Health and metrics are answered all the same.
-    """
+    """Refuses requests while the server stops or has too many connections, except monitoring."""
 
     def __init__(self, app: ASGIApp, stopping: Stopping) -> None:
         self.app = app
@@ -45,7 +42,7 @@ class AvailabilityCheck:
 
 
 class HostCheck:
-    """Refuses host names that are not this server's, which stops DNS rebinding by a web page."""
+    """Refuses foreign host names, which stops DNS rebinding by a web page."""
 
     def __init__(self, app: ASGIApp, host: str, allowed_hosts: Iterable[str]) -> None:
         self.app = app
@@ -81,8 +78,8 @@ class HostCheck:
 class OriginCheck:
     """Refuses changes that a page of another origin asks for.
 
-    A browser sends simple requests before it asks anyone; CORS only keeps their answers from the
-    page. It names the page's origin, which clients that are no browsers do not send.
+    Browsers send simple requests unasked, and CORS only hides the answers from the page. They name
+    the page's origin, which other clients do not.
     """
 
     def __init__(self, app: ASGIApp, origins: Iterable[str]) -> None:
@@ -113,7 +110,7 @@ class OriginCheck:
 
 
 def _bare_host(host: str) -> str:
-    """The host without port, brackets, or a root dot: `[::1]:8000` is `::1`."""
+    """Without port, brackets or root dot: `[::1]:8000` is `::1`."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]

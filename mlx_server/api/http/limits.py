@@ -1,4 +1,4 @@
-"""Rate limits per caller: requests are counted as they come, tokens once they are known."""
+"""Rate limits. Requests are counted as they come, tokens once they are known."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,7 @@ MARGIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What a caller has used of a limit, in a sliding window.
-
-    The window is approximated by this minute's count and a falling share of the last one's:
+    """The use of a limit in a sliding window, approximated by two counts:
     https://limits.readthedocs.io/en/stable/strategies.html#sliding-window-counter
     """
 
@@ -52,7 +50,7 @@ class Window:
 
 
 class Meter:
-    """One limit, and every caller's use of it."""
+    """One limit for all callers."""
 
     def __init__(self, kind: str, per_minute: int, storage: MemoryStorage) -> None:
         self.kind = kind
@@ -64,7 +62,7 @@ class Meter:
         return await self._limiter.hit(self._item, caller)
 
     async def charge(self, caller: str, amount: int) -> None:
-        """Count `amount`, which may exceed what is left: it has been spent already."""
+        """`amount` may exceed what is left: it has been spent already."""
         key = self._item.key_for(caller)
         _, current = self._storage.sliding_window_keys(key, MINUTE, time())
         await self._storage.incr(current, 2 * MINUTE, amount=amount)
@@ -78,7 +76,7 @@ class Meter:
 
 
 class RateLimits:
-    """The server's limits per minute and caller; None is no limit."""
+    """Per minute and caller; None is no limit."""
 
     def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
         storage = MemoryStorage()
@@ -96,12 +94,12 @@ class RateLimits:
         return None
 
     async def windows(self, caller: str) -> dict[str, Window]:
-        """What `caller` has used, by kind of limit."""
+        """By kind of limit."""
         meters = [meter for meter in (self._requests, self._tokens) if meter is not None]
         return {meter.kind: await meter.window(caller) for meter in meters}
 
     def charge_of(self, caller: str) -> Charge | None:
-        """Counts the tokens of a finished request of `caller`; None without a limit of tokens."""
+        """None without a limit of tokens."""
         return partial(self._tokens.charge, caller) if self._tokens is not None else None
 
 

@@ -10,7 +10,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def documented(error_model: type[BaseModel], *statuses: int) -> Responses:
-    """The `responses` of a route that can answer with these error statuses."""
+    """The `responses` of a route with these error statuses."""
     return {
         status: {"model": error_model, "description": HTTPStatus(status).phrase}
         for status in statuses
@@ -23,9 +23,9 @@ def any_error(error_model: type[BaseModel]) -> Responses:
 
 
 def event_stream(events: Sequence[type[BaseModel]], marks: Sequence[str] = ()) -> Responses:
-    """The `responses` of a route that can answer with server-sent events.
+    """The `responses` of a route with server-sent events.
 
-    The data of an event is JSON of one of the models `events`, or literally one of `marks`.
+    An event's data is JSON of one of the models `events`, or one of `marks`.
     """
     content = {"anyOf": [_inlined(model) for model in events]}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
@@ -39,10 +39,7 @@ def event_stream(events: Sequence[type[BaseModel]], marks: Sequence[str] = ()) -
 
 
 def _inlined(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a model that does not contain itself, without references.
-
-    FastAPI collects only the definitions of response models.
-    """
+    """The JSON schema without references: FastAPI collects definitions of response models only."""
     schema = model.model_json_schema(mode="serialization")
     definitions = schema.pop("$defs", {})
 

@@ -10,8 +10,6 @@ RETRY_SECONDS = 5.0
 
 
 class ServerStopping(Unavailable):
-    """The server is stopping."""
-
     code = "server_stopping"
 
     def __init__(self) -> None:
@@ -19,7 +17,7 @@ class ServerStopping(Unavailable):
 
 
 class Stopping:
-    """Whether the server is stopping, and what must have ended by when."""
+    """What must have ended by when, once the server stops."""
 
     def __init__(self, grace: float) -> None:
         self._grace = grace
@@ -31,7 +29,6 @@ class Stopping:
         return self._since is not None
 
     def begin(self) -> None:
-        """Take no more work; what runs has its grace from now on."""
         if self._since is None:
             self._since = asyncio.get_running_loop().time()
             for limit, grace in self._limits.items():
@@ -41,7 +38,7 @@ class Stopping:
     async def limited(self, grace: float | None = None) -> AsyncIterator[None]:
         """A block that a stopping server waits for: `grace` seconds, or the default.
 
-        Raises ServerStopping when they are over, having cancelled the block.
+        Then the block is cancelled and ServerStopping raised.
         """
         allowed = self._grace if grace is None else grace
         try:

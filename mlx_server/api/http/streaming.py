@@ -1,7 +1,6 @@
 """Answers that take their time: a stream of events, or one body after a long wait.
 
-Both hold their generation inside their own call, so that every ending closes it: finished, failed,
-client gone before or after the first byte, server stopping, task cancelled.
+Both hold their generation inside their own call, so that every ending closes it.
 """
 
 import asyncio
@@ -40,11 +39,10 @@ class WholeAnswer(Response):
 
 
 class StreamedAnswer(Response):
-    """Streams the events that `opened` yields, those together that came together.
+    """Streams the events that `opened` yields, in batches.
 
-    An error raised while opening is an ordinary answer with its status; a later one becomes the
-    stream's last event. A stopping server ends the stream after `grace` seconds, or its default,
-    and says so.
+    An error while opening is an ordinary answer with its status; a later one is the last event. A
+    stopping server ends the stream with an error after `grace` seconds, or its default.
     """
 
     def __init__(
@@ -89,7 +87,7 @@ class StreamedAnswer(Response):
 
 
 class _Stream:
-    """A streamed answer under way, in the form that its protocol gives it."""
+    """A streamed answer under way."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self.begun = False
@@ -111,17 +109,15 @@ class _Stream:
             await self._send_body(data)
 
     async def end(self) -> None:
-        """End a stream that succeeded."""
         await self._finish(self._wire.end)
 
     async def fail(self, error: Exception) -> None:
-        """End the stream with an event that tells the client about `error`."""
+        """End with an event that tells the client about `error`."""
         event = self._wire.error_event(failure_of(error, self._scope))
         await self._finish(self._framed(event))
 
     @asynccontextmanager
     async def pinged(self) -> AsyncIterator[None]:
-        """A block in which a silent stream is kept open."""
         pings = asyncio.create_task(self._ping())
         try:
             yield
@@ -155,8 +151,8 @@ def _stopping(scope: Scope) -> Stopping:
 async def while_connected(receive: Receive) -> AsyncIterator[Callable[[], object]]:
     """Cancels the block when the client goes away, and then leaves it quietly.
 
-    Yields a function that ends the watch. The body must have been received. A timeout is used for
-    its exact cancellation: it interrupts the block once, and clean-up in it may wait.
+    Yields a function that ends the watch. The body must have been received. A timeout interrupts
+    the block exactly once, so clean-up in it may wait.
     """
     try:
         async with asyncio.timeout(None) as limit:

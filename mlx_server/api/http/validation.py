@@ -9,7 +9,6 @@ MAX_REASONS = 4
 
 
 def invalid_request(problems: Sequence[Mapping[str, Any]], body: Any) -> BadRequest:
-    """The error for Pydantic's `problems` with `body`."""
     if problems[0]["type"] == "json_invalid":
         reason = problems[0].get("ctx", {}).get("error", "syntax error")
         return BadRequest(f"The body is not valid JSON: {reason}.", code="invalid_json")
@@ -29,15 +28,13 @@ def invalid_request(problems: Sequence[Mapping[str, Any]], body: Any) -> BadRequ
 
 
 def brief(text: str, limit: int) -> str:
-    """`text` with at most `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _rank(problem: Mapping[str, Any], body: Any) -> tuple[bool, int]:
     """How likely the problem is in the branch of a union that was meant.
 
-    A union reports all its branches. One whose types fit was meant, and else the one that got
-    deepest.
+    A union reports all its branches. One whose types fit was meant, else the one that got deepest.
     """
     return not problem["type"].endswith("_type"), len(_field_path(problem, body))
 
@@ -48,7 +45,7 @@ def _reason(problem: Mapping[str, Any]) -> str:
 
 
 def _field_path(problem: Mapping[str, Any], body: Any) -> list[str | int]:
-    """Where in `body` the problem is. Pydantic's own path also names the branches of unions."""
+    """The path in `body`: Pydantic's own also names branches of unions."""
     path: list[str | int] = []
     here = body
     loc = problem["loc"]

@@ -30,7 +30,7 @@ class Failure:
 
 
 class StreamEvent(NamedTuple):
-    """One event of a streamed answer; `data` is JSON on a single line."""
+    """`data` is JSON on a single line."""
 
     data: bytes
     name: str = ""
@@ -81,7 +81,7 @@ class ApiProtocol:
 
 
 class Wires:
-    """Finds the `Wire` of a path, before any route is known. The longest prefix wins."""
+    """Finds the `Wire` of a path before any route is known. The longest prefix wins."""
 
     def __init__(self, default: Wire, protocols: Iterable[ApiProtocol]) -> None:
         self._default = default
@@ -101,11 +101,11 @@ class Wires:
 
 
 def wire_of(scope: Scope) -> Wire:
-    """The `Wire` of a request that `RequestContext` has seen."""
+    """Set by `RequestContext`."""
     return cast(Wire, scope["state"]["wire"])
 
 
 def server_sent(event: StreamEvent, number: int) -> bytes:
-    """A server-sent event: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+    """https://html.spec.whatwg.org/multipage/server-sent-events.html"""
     name = b"event: %b\n" % event.name.encode() if event.name else b""
     return b"%bdata: %b\n\n" % (name, event.data)

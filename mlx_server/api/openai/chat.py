@@ -68,7 +68,8 @@ async def create_chat_completion(
         answer=lambda accepted: ChatAnswer(Header.fresh("chatcmpl", accepted), body),
         stream=lambda accepted: ChatStream(Header.fresh("chatcmpl", accepted), body),
     )
-    return Generator(service, metrics, [request], formats).respond(stream=body.stream)
+    generator = Generator(service, metrics, [request], formats)
+    return generator.stream() if body.stream else generator.answer()
 
 
 def to_inference(body: ChatCompletionRequest, caller: Caller, max_choices: int) -> InferenceRequest:
@@ -133,8 +134,6 @@ class _Choice:
 
 
 class ChatAnswer:
-    """Folds events into a chat completion."""
-
     def __init__(self, header: Header, body: ChatCompletionRequest) -> None:
         self._header = header
         self._with_logprobs = body.logprobs
@@ -181,8 +180,6 @@ class ChatAnswer:
 
 
 class ChatStream:
-    """Turns events into chunks of a chat completion."""
-
     def __init__(self, header: Header, body: ChatCompletionRequest) -> None:
         self._header = header
         self._choices = body.n

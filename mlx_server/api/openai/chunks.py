@@ -24,8 +24,6 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What every object of one answer repeats."""
-
     id: str
     created: int
     model: str
@@ -38,7 +36,7 @@ class Header:
 class ChunkTemplate(Generic[Key]):
     """Writes chunks that differ only in a key, such as a choice's index, and a text.
 
-    One is rendered in full per key; after that only the text is written anew.
+    One chunk is rendered in full per key.
     """
 
     _HOLE = "\0"

@@ -68,13 +68,13 @@ async def create_completion(
         ),
         echo=body.echo,
     )
-    return Generator(service, metrics, requests, formats).respond(stream=body.stream)
+    generator = Generator(service, metrics, requests, formats)
+    return generator.stream() if body.stream else generator.answer()
 
 
 def to_inference(
     body: CompletionRequest, caller: Caller, max_choices: int
 ) -> list[InferenceRequest]:
-    """A request per prompt."""
     check_choices(body.n, max_choices)
     prompts = as_list(body.prompt)
     if len(prompts) * body.n > MAX_PROMPTS:
@@ -102,10 +102,7 @@ def to_inference(
 
 
 class Echo:
-    """What a completion repeats of its prompts: texts and scores.
-
-    `decoded` are the prompts' texts, made from their tokens, if they are to be repeated.
-    """
+    """The prompts' texts and scores; `decoded` is empty unless they are to be repeated."""
 
     def __init__(self, body: CompletionRequest, decoded: Sequence[str]) -> None:
         prompts = as_list(body.prompt)
@@ -118,8 +115,6 @@ class Echo:
 
 
 class CompletionAnswer:
-    """Folds events into a completion."""
-
     def __init__(self, header: Header, body: CompletionRequest, decoded: Sequence[str]) -> None:
         self._echo = Echo(body, decoded)
         total = len(self._echo.texts) * body.n
@@ -169,8 +164,6 @@ class CompletionAnswer:
 
 
 class CompletionStream:
-    """Turns events into chunks of a completion."""
-
     def __init__(self, header: Header, body: CompletionRequest, decoded: Sequence[str]) -> None:
         self._header = header
         self._n = body.n

@@ -72,10 +72,7 @@ def to_internal(body: EmbeddingRequest, caller: Caller) -> service.EmbeddingRequ
 
 
 def _embedding(index: int, numbers: bytes, form: str) -> bytes:
-    """An `Embedding` as JSON; `numbers` are the bytes of little-endian float32 numbers.
-
-    Pydantic takes ten times as long.
-    """
+    """`numbers` are little-endian float32. Pydantic takes ten times as long for this."""
     vector: str | tuple[float, ...]
     if form == "base64":
         vector = b64encode(numbers).decode("ascii")
@@ -85,7 +82,6 @@ def _embedding(index: int, numbers: bytes, form: str) -> bytes:
 
 
 def _whole(written: list[bytes], model: str, tokens: int) -> bytes:
-    """The answer around the JSON of its vectors."""
     usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
     frame = EmbeddingList(object="list", data=[], model=model, usage=usage).to_json()
     before, _, after = frame.partition(EMPTY_DATA)

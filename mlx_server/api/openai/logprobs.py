@@ -32,7 +32,7 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
 
 
 def text_logprobs(tokens: Sequence[TokenLogprob], start: int) -> TextLogprobs:
-    """Those of text that begins at character `start`."""
+    """For text that begins at character `start`."""
     return TextLogprobs(
         tokens=[entry.token for entry in tokens],
         token_logprobs=[
@@ -53,7 +53,7 @@ def joined(first: TextLogprobs, second: TextLogprobs) -> TextLogprobs:
 
 
 def _top_by_token(entry: TokenLogprob) -> dict[str, float] | None:
-    """The alternatives by text, and the token itself, whether or not it is among them."""
+    """The alternatives by text, and the token itself."""
     if entry.logprob is None:
         return None
     top: dict[str, float] = {}

@@ -42,7 +42,6 @@ def check_choices(n: int, max_choices: int) -> None:
 
 
 def as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
-    """Texts or lists of token ids, from one or several of them."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt[0], int):
@@ -51,7 +50,7 @@ def as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] 
 
 
 def constraint(body: ConstrainedRequest) -> Constraint | None:
-    """What the answer must match. Raises BadRequest if two fields say so."""
+    """Raises BadRequest if several fields constrain the answer."""
     asked = _constraints(body)
     if len(asked) > 1:
         raise BadRequest(

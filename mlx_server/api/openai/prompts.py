@@ -18,12 +18,11 @@ from mlx_server.schemas.openai.tools import (
 )
 
 OLD_CALL_ID = "call00000"
-"""For calls of the deprecated `functions`, which have no id. Some templates insist on nine letters
-and digits."""
+"""Calls of the deprecated `functions` have no id; some templates demand nine letters or digits."""
 
 
 def chat_prompt(messages: Sequence[Message], options: PromptOptions) -> ChatPrompt:
-    """The conversation. A last message of the assistant is the beginning of the answer."""
+    """A last message of the assistant is the beginning of the answer. Raises BadRequest."""
     last = messages[-1]
     opens = last.role == "assistant" and not _calls(last)
     if opens and not _text(last) and len(messages) > 1:
@@ -66,7 +65,7 @@ def template_message(message: Message) -> dict[str, Any]:
 
 
 def _text(message: Message) -> str:
-    """The content in one string; parts stand on lines of their own."""
+    """Parts stand on lines of their own."""
     if message.content is None:
         return message.refusal or ""
     if isinstance(message.content, str):
@@ -95,7 +94,6 @@ def _call(function: FunctionCall, call_id: str) -> dict[str, Any]:
 
 
 def _object_or_text(text: str) -> Any:
-    """The JSON object in `text`, or `text` itself when it holds none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -107,7 +105,6 @@ def _object_or_text(text: str) -> Any:
 
 
 def all_tools(options: PromptOptions) -> list[Tool]:
-    """The tools, in whichever form they were given."""
     return options.tools or [Tool(function=one) for one in options.functions]
 
 
@@ -116,7 +113,7 @@ def _template_tool(tool: Tool) -> dict[str, Any]:
 
 
 def _callable_tool(tool: Tool) -> dict[str, Any]:
-    """A tool for `ToolUse`, which also says whether arguments must match their schema."""
+    """Also says whether arguments must match their schema."""
     function = _template_function(tool.function) | {"strict": tool.function.strict}
     return {"type": "function", "function": function}
 
@@ -131,7 +128,7 @@ def _template_function(function: FunctionDefinition) -> dict[str, Any]:
 
 
 def _tool_use(options: PromptOptions) -> ToolUse | None:
-    """How the tools may be called; None if they may not. Raises BadRequest."""
+    """None if no tool may be called."""
     tools = all_tools(options)
     if not options.functions and not isinstance(options.function_call, FunctionName):
         return _chosen(tools, options.tool_choice, options.parallel_tool_calls)
@@ -158,7 +155,7 @@ def _chosen(tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> ToolUs
 
 
 def _only(tools: Sequence[Tool], names: Sequence[str]) -> list[Tool]:
-    """The tools with these names. Raises BadRequest if one does not exist."""
+    """Raises BadRequest for an unknown name."""
     known = {tool.function.name for tool in tools}
     for name in names:
         if name not in known:

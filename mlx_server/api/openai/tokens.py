@@ -55,7 +55,6 @@ async def _tokens(body: TokenizeRequest, pool: ModelPoolManager) -> Tokens:
 
 
 def _pieces(found: Tokens) -> list[TokenPiece]:
-    """Tokens with their texts; those of special tokens are their names."""
     pairs = zip(found.ids, found.bytes, found.names, strict=True)
     return [TokenPiece(id=token, piece=_piece(data, name)) for token, data, name in pairs]
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import AliasChoices, Field, model_validator
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.base import INT32_MAX, Refusal, RequestObject, ResponseObject, never
+from mlx_server.schemas.objects import INT32_MAX, Refusal, RequestObject, ResponseObject, never
 from mlx_server.schemas.openai.common import CompletionUsage
 from mlx_server.schemas.openai.constraints import ConstrainedRequest
 from mlx_server.schemas.openai.messages import Messages
@@ -43,8 +43,6 @@ TOLERATED: Mapping[str, str] = {
 
 
 class PromptOptions(RequestObject):
-    """What a chat's prompt is made of besides its messages."""
-
     tools: Few[Tool] = Field(default_factory=list, description="Functions; no custom tools.")
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
@@ -83,8 +81,6 @@ class PromptOptions(RequestObject):
 
 
 class ChatCompletionRequest(PromptOptions, ConstrainedRequest):
-    """The body of `POST /v1/chat/completions`."""
-
     unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
     tolerated: ClassVar[Mapping[str, str]] = TOLERATED
 
@@ -106,43 +102,35 @@ class ChatCompletionRequest(PromptOptions, ConstrainedRequest):
 
 
 class TopLogprob(ResponseObject):
-    """A token that could have stood at a position."""
-
     token: str
     logprob: float
     bytes: list[int] | None
 
 
 class ChatTokenLogprob(TopLogprob):
-    """The log-probability of a token, with the most likely alternatives."""
-
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(ResponseObject):
-    """The log-probabilities of a choice's tokens."""
-
     content: list[ChatTokenLogprob]
     refusal: None
 
 
 class CalledFunction(ResponseObject):
-    """A function that the model calls; the arguments are the text of a JSON object."""
+    """`arguments` is the text of a JSON object."""
 
     name: str
     arguments: str
 
 
 class MessageToolCall(ResponseObject):
-    """A tool call of a complete answer."""
-
     id: str
     type: Literal["function"]
     function: CalledFunction
 
 
 class AssistantMessage(ResponseObject):
-    """A complete answer. `reasoning_content` is this server's own."""
+    """`reasoning_content` is this server's own."""
 
     role: Literal["assistant"]
     content: str | None
@@ -153,8 +141,6 @@ class AssistantMessage(ResponseObject):
 
 
 class ChatChoice(ResponseObject):
-    """One of the answers of a chat completion."""
-
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
@@ -162,8 +148,6 @@ class ChatChoice(ResponseObject):
 
 
 class ChatCompletion(ResponseObject):
-    """The answer of `POST /v1/chat/completions`."""
-
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -174,14 +158,14 @@ class ChatCompletion(ResponseObject):
 
 
 class FunctionDelta(ResponseObject):
-    """What a chunk adds to a call: its name first, then pieces of its arguments."""
+    """The name comes first, then pieces of the arguments."""
 
     name: str | None = None
     arguments: str
 
 
 class CallDelta(ResponseObject):
-    """What a chunk adds to the tool call of that index; `id` and `type` come with the name."""
+    """`id` and `type` come with the name."""
 
     index: int
     id: str | None = None
@@ -190,8 +174,6 @@ class CallDelta(ResponseObject):
 
 
 class ChatDelta(ResponseObject):
-    """What a chunk adds to a message."""
-
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
@@ -200,8 +182,6 @@ class ChatDelta(ResponseObject):
 
 
 class ChatChunkChoice(ResponseObject):
-    """What a chunk adds to a choice."""
-
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
@@ -209,7 +189,7 @@ class ChatChunkChoice(ResponseObject):
 
 
 class ChatCompletionChunk(ResponseObject):
-    """One event of a streamed chat completion. `usage` is set only if it was asked for."""
+    """`usage` is set only if it was asked for."""
 
     id: str
     object: Literal["chat.completion.chunk"]

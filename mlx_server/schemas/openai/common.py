@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
-from mlx_server.schemas.base import (
+from mlx_server.schemas.objects import (
     INT32_MAX,
     INT64_MAX,
     KeepAlive,
@@ -51,14 +51,10 @@ LogitBias = Annotated[
 
 
 class StreamOptions(RequestObject):
-    """What a stream carries besides the text."""
-
     include_usage: bool = False
 
 
 class ModelRequest(RequestObject):
-    """What all requests to a model have in common."""
-
     model: NonEmpty
     keep_alive: KeepAlive | None = Field(
         None,
@@ -71,7 +67,7 @@ class ModelRequest(RequestObject):
 
 
 class GenerationRequest(ModelRequest):
-    """What chat completions and completions have in common."""
+    """What chat completions and completions share."""
 
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
@@ -90,20 +86,14 @@ class GenerationRequest(ModelRequest):
 
 
 class PromptTokensDetails(ResponseObject):
-    """Where the prompt's tokens came from."""
-
     cached_tokens: int
 
 
 class CompletionTokensDetails(ResponseObject):
-    """What the completion's tokens were."""
-
     reasoning_tokens: int
 
 
 class CompletionUsage(ResponseObject):
-    """Token counts of a request."""
-
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -112,8 +102,6 @@ class CompletionUsage(ResponseObject):
 
 
 class ErrorDetails(ResponseObject):
-    """What went wrong, in OpenAI's words."""
-
     message: str
     type: str
     param: str | None
@@ -121,6 +109,4 @@ class ErrorDetails(ResponseObject):
 
 
 class ErrorBody(ResponseObject):
-    """The body of every answer that is not a success."""
-
     error: ErrorDetails

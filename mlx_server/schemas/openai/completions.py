@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.base import INT32_MAX, Refusal, ResponseObject, empty
+from mlx_server.schemas.objects import INT32_MAX, Refusal, ResponseObject, empty
 from mlx_server.schemas.openai.common import CompletionUsage, TokenIds
 from mlx_server.schemas.openai.constraints import ConstrainedRequest
 
@@ -31,8 +31,6 @@ PromptInput = (
 
 
 class CompletionRequest(ConstrainedRequest):
-    """The body of `POST /v1/completions`."""
-
     unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
     tolerated: ClassVar[Mapping[str, str]] = TOLERATED
 
@@ -49,7 +47,7 @@ class CompletionRequest(ConstrainedRequest):
 
 
 class TextLogprobs(ResponseObject):
-    """The log-probabilities of a completion's tokens, in columns."""
+    """One entry per token in each list."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -58,7 +56,7 @@ class TextLogprobs(ResponseObject):
 
 
 class CompletionChoice(ResponseObject):
-    """One of the texts of a completion, or what a chunk adds to it."""
+    """A whole text, or what a chunk adds to it."""
 
     index: int
     text: str
@@ -67,7 +65,7 @@ class CompletionChoice(ResponseObject):
 
 
 class Completion(ResponseObject):
-    """The answer of `POST /v1/completions`, and one event of its stream."""
+    """A whole answer, or one event of a stream."""
 
     id: str
     object: Literal["text_completion"]

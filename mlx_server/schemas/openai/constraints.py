@@ -1,7 +1,4 @@
-"""What constrains an answer's form: `response_format`, and other servers' fields for the same.
-
-Only shapes and sizes are checked here; making the grammar finds what it cannot express.
-"""
+"""What constrains an answer's form: `response_format`, and other servers' fields for the same."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -9,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
-from mlx_server.schemas.base import NonEmpty, Refusal, RequestObject, never
+from mlx_server.schemas.objects import NonEmpty, Refusal, RequestObject, never
 from mlx_server.schemas.openai.common import GenerationRequest, Name
 
 MAX_VALUES = 50_000
@@ -22,7 +19,7 @@ MAX_CHOICES = 10_000
 
 
 def check_size(value: Any) -> Any:
-    """Return `value`; raise ValueError if it is too large a source for a grammar."""
+    """Raises ValueError if `value` is too large a source for a grammar."""
     level, values, characters, depth = [value], 0, 0, 0
     while level:
         depth += 1
@@ -73,7 +70,7 @@ Choices = Annotated[
 
 
 class JsonSchemaFormat(RequestObject):
-    """A JSON schema with a name. It is enforced whether or not it is `strict`."""
+    """Enforced whether or not it is `strict`."""
 
     name: Name | None = None
     description: str | None = None
@@ -82,8 +79,6 @@ class JsonSchemaFormat(RequestObject):
 
 
 class ResponseFormat(RequestObject):
-    """The form that an answer must have."""
-
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [
@@ -107,7 +102,7 @@ class ResponseFormat(RequestObject):
 
 
 class StructuredOutputs(RequestObject):
-    """The form that an answer must have, as vLLM writes it: one of these."""
+    """vLLM's form; one of these fields."""
 
     unsupported: ClassVar[Mapping[str, Refusal]] = {
         "structural_tag": Refusal(never),
@@ -122,7 +117,7 @@ class StructuredOutputs(RequestObject):
 
 
 class ConstrainedRequest(GenerationRequest):
-    """A request whose answer can be bound to a form, by one of these fields."""
+    """At most one of these fields may constrain the answer."""
 
     response_format: ResponseFormat | None = Field(
         None,

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mlx_server.schemas.base import INT32_MAX, NonEmpty, ResponseObject
+from mlx_server.schemas.objects import INT32_MAX, NonEmpty, ResponseObject
 from mlx_server.schemas.openai.common import ModelRequest, TokenIds
 
 MAX_INPUTS = 2048
@@ -18,8 +18,6 @@ EmbeddingInput = (
 
 
 class EmbeddingRequest(ModelRequest):
-    """The body of `POST /v1/embeddings`."""
-
     input: EmbeddingInput = Field(
         description="A text, or several; or their token ids, which are taken as they are."
     )
@@ -36,7 +34,7 @@ class EmbeddingRequest(ModelRequest):
 
 
 class Embedding(ResponseObject):
-    """The vector of one text: numbers, or their bytes in base64."""
+    """Numbers, or their bytes in base64."""
 
     object: Literal["embedding"]
     index: int
@@ -44,15 +42,11 @@ class Embedding(ResponseObject):
 
 
 class EmbeddingUsage(ResponseObject):
-    """Token counts of a request."""
-
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingList(ResponseObject):
-    """The answer of `POST /v1/embeddings`."""
-
     object: Literal["list"]
     data: list[Embedding]
     model: str

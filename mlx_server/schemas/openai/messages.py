@@ -6,20 +6,20 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict, JsonValue
 
-from mlx_server.schemas.base import RequestObject
+from mlx_server.schemas.objects import RequestObject
 
 MAX_PIECES = 10_000
-"""Messages, parts and tool calls. Checking so many takes 50 ms, in which the loop stands still."""
+"""Messages, parts and tool calls. Checking so many blocks the event loop for 50 ms."""
 
 
 def having(required: Sequence[str], **properties: JsonValue) -> JsonDict:
-    """The JSON schema of objects with these properties, the required ones not null."""
+    """The JSON schema of objects with these properties; the required ones are not null."""
     given: dict[str, JsonValue] = {name: {"not": {"type": "null"}} for name in required}
     return {"required": list(required), "properties": given | properties}
 
 
 class ContentPart(RequestObject):
-    """A part of a message. This server reads text only."""
+    """Only text is supported."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -47,15 +47,11 @@ class ContentPart(RequestObject):
 
 
 class FunctionCall(RequestObject):
-    """What an earlier tool call asked for."""
-
     name: str
     arguments: str = "{}"
 
 
 class ToolCall(RequestObject):
-    """A tool call that the assistant made earlier in the conversation."""
-
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -65,8 +61,6 @@ NO_CALLS: JsonDict = {"type": ["array", "null"], "maxItems": 0}
 
 
 class Message(RequestObject):
-    """One turn of a conversation."""
-
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [

@@ -2,12 +2,10 @@
 
 from typing import Literal
 
-from mlx_server.schemas.base import ResponseObject
+from mlx_server.schemas.objects import ResponseObject
 
 
 class ModelCapabilities(ResponseObject):
-    """What a model can be asked for."""
-
     chat: bool
     tools: bool
     native_tools: bool
@@ -17,7 +15,7 @@ class ModelCapabilities(ResponseObject):
 
 
 class Model(ResponseObject):
-    """A model that can be served. Everything after `owned_by` is this server's own."""
+    """Everything after `owned_by` is this server's own."""
 
     id: str
     object: Literal["model"]
@@ -32,7 +30,5 @@ class Model(ResponseObject):
 
 
 class ModelList(ResponseObject):
-    """The answer of `GET /v1/models`."""
-
     object: Literal["list"]
     data: list[Model]

@@ -7,7 +7,7 @@ from pydantic import AliasChoices, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.base import NonEmpty, Refusal, RequestObject, ResponseObject
+from mlx_server.schemas.objects import NonEmpty, Refusal, RequestObject, ResponseObject
 from mlx_server.schemas.openai.chat import PromptOptions
 from mlx_server.schemas.openai.common import TokenId
 from mlx_server.schemas.openai.messages import Messages, having
@@ -18,7 +18,7 @@ ABSENT: JsonDict = {"type": "null"}
 
 
 class TokenizeRequest(PromptOptions):
-    """The body of `POST /tokenize`: a text, or a conversation as chat completions take it."""
+    """A text, or a conversation as chat completions take it."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -56,22 +56,18 @@ class TokenizeRequest(PromptOptions):
 
 
 class DetokenizeRequest(RequestObject):
-    """The body of `POST /detokenize`."""
-
     model: NonEmpty
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 class TokenPiece(ResponseObject):
-    """A token and its text, or its bytes where they are no whole characters."""
+    """The token's text, or its bytes where they are no whole characters."""
 
     id: int
     piece: str | list[int]
 
 
 class Tokenized(ResponseObject):
-    """The answer of `POST /tokenize`."""
-
     tokens: list[int] | list[TokenPiece]
     count: int
     max_model_len: int
@@ -79,7 +75,7 @@ class Tokenized(ResponseObject):
 
 
 class Detokenized(ResponseObject):
-    """The answer of `POST /detokenize`: the text under llama.cpp's name and vLLM's."""
+    """The text under llama.cpp's name and vLLM's."""
 
     content: str
     prompt: str

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mlx_server.schemas.base import RequestObject
+from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.common import Name
 from mlx_server.schemas.openai.constraints import check_size
 
@@ -12,7 +12,7 @@ MAX_TOOLS = 128
 
 
 class FunctionDefinition(RequestObject):
-    """A function that the model may call, and the JSON schema of its arguments."""
+    """`parameters` is a JSON schema."""
 
     name: Name
     description: str | None = None
@@ -36,35 +36,25 @@ FunctionType = Annotated[Literal["function"], BeforeValidator(_function_alone)]
 
 
 class Tool(RequestObject):
-    """A tool that the model may call."""
-
     type: FunctionType = "function"
     function: FunctionDefinition
 
 
 class FunctionName(RequestObject):
-    """The name of a function."""
-
     name: str
 
 
 class NamedTool(RequestObject):
-    """One of the tools."""
-
     type: FunctionType = "function"
     function: FunctionName
 
 
 class AllowedTools(RequestObject):
-    """Some of the tools."""
-
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class AllowedToolChoice(RequestObject):
-    """Only some of the tools may, or must, be called."""
-
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 

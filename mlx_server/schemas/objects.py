@@ -32,8 +32,7 @@ FOR_GOOD = -1.0
 class Refusal:
     """A field that the protocol knows and this server does not support.
 
-    `harmless` recognises values that ask for nothing, which are accepted. Its arguments are the
-    field's value and the whole request object.
+    `harmless`, given the value and the whole object, recognises values that ask for nothing.
     """
 
     harmless: Callable[[Any, dict[str, Any]], bool]
@@ -41,12 +40,10 @@ class Refusal:
 
 
 def never(value: Any, body: dict[str, Any]) -> bool:
-    """No value is harmless."""
     return False
 
 
 def empty(value: Any, body: dict[str, Any]) -> bool:
-    """Empty values are harmless."""
     return value in ("", [], {})
 
 
@@ -80,17 +77,13 @@ class RequestObject(BaseModel):
 
 
 class ResponseObject(BaseModel):
-    """Sent with exactly the fields that were set.
-
-    So a field can be absent, null or a value, as a protocol demands.
-    """
+    """Sent with exactly the fields that were set: a field can be absent, null or a value."""
 
     def to_json(self) -> bytes:
         return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
 
 
 def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
-    """The JSON schema of a field that can also be null."""
     if isinstance(field.get("type"), str) and not {"const", "enum"} & field.keys():
         return {**field, "type": [field["type"], "null"]}
     null = {"type": "null"}
