@@ -1,7 +1,7 @@
 """The FastAPI application: its parts, its routes, its start and stop."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
@@ -10,20 +10,17 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from mlx_server import __version__
-from mlx_server.api import admin, health
-from mlx_server.api import model_pulls as pulls
-from mlx_server.api.http import failures as errors
-from mlx_server.api.http.limits import RATE_HEADERS, RateLimits
-from mlx_server.api.http.middleware import (
-    BodyLimit,
-    Doorkeeper,
-    HostCheck,
-    OriginCheck,
-    RequestContext,
-)
+from mlx_server.api import health, metrics
+from mlx_server.api.admin import ADMIN
+from mlx_server.api.http import failures
+from mlx_server.api.http.body_limit import BodyLimit
+from mlx_server.api.http.context import RequestContext
+from mlx_server.api.http.guards import AvailabilityCheck, HostCheck, OriginCheck
+from mlx_server.api.http.limits import RateLimits
+from mlx_server.api.http.openapi import any_error, documented
 from mlx_server.api.http.stopping import Stopping
-from mlx_server.api.openai import chat, completions, embeddings, models
-from mlx_server.api.openai import tokens as tokenize
+from mlx_server.api.http.wire import ApiProtocol, Wires
+from mlx_server.api.openai.routes import OPENAI
 from mlx_server.config import Settings
 from mlx_server.events import setup_logging
 from mlx_server.keys import KeyRing, warn_if_exposed
@@ -40,57 +37,63 @@ from mlx_server.telemetry import Metrics, setup_tracing, untraced
 # bodies nor arguments in them.
 REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)
 
+PROTOCOLS = (OPENAI, ADMIN)
+MONITORING = ApiProtocol(wire=OPENAI.wire, routers=(health.router, metrics.router), prefixes=())
+ANY_ROUTE_ERRORS = (400, 403, 408, 413, 429, 431, 503)
 
-def create_app(settings: Settings | None = None, catalog: Catalog | None = None) -> FastAPI:
-    """The application. Without arguments it reads its settings, for ASGI servers' factories."""
+
+def create_app(
+    settings: Settings | None = None,
+    catalog: Catalog | None = None,
+    protocols: Sequence[ApiProtocol] = PROTOCOLS,
+) -> FastAPI:
+    """The application. Without arguments it reads its settings, for ASGI servers' factories.
+
+    Paths that none of the `protocols` claims are answered as OpenAI's are.
+    """
     if settings is None:
         settings = Settings.load()
         setup_logging(settings.log_level)
     setup_tracing()
-    catalog = catalog or Catalog(ModelSources.of(settings))
-    metrics = Metrics()
+    wires = Wires(OPENAI.wire, protocols)
     stopping = Stopping(settings.grace_period)
+    figures = Metrics()
     app = FastAPI(
         title="mlx-server",
         version=__version__,
         summary="An inference server for MLX language models.",
         lifespan=_lifespan,
-        middleware=_middleware(settings, metrics, stopping),
+        middleware=_middleware(settings, figures, stopping, wires),
         redirect_slashes=False,
         telemetry=REQUEST_SPANS,
-        # Also keeps out the 422 that FastAPI would document and this server never sends.
-        responses=errors.documented(400, 403, 408, 413, 429, 431, 503) | errors.ANY_ERROR,
     )
     app.state.settings = settings
-    app.state.catalog = catalog
-    app.state.metrics = metrics
+    app.state.wires = wires
     app.state.stopping = stopping
+    app.state.metrics = figures
+    app.state.catalog = catalog or Catalog(ModelSources.of(settings))
     app.state.keys = KeyRing.load(settings.api_keys, settings.admin_keys, settings.keys_file)
     warn_if_exposed(settings.keys_file)
-    app.state.limits = RateLimits.of(settings)
-    app.state.pool = ModelPoolManager(settings, catalog)
-    app.state.pulls = PullManager(catalog)
-    backpressure = Backpressure(
-        max_batch=settings.max_batch,
-        max_queue=settings.max_queue,
-        queue_timeout=settings.queue_timeout,
-        request_timeout=settings.request_timeout,
-    )
+    app.state.limits = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
+    app.state.pool = ModelPoolManager(settings, app.state.catalog)
+    app.state.pulls = PullManager(app.state.catalog)
+    backpressure = _backpressure(settings)
     app.state.service = InferenceService(app.state.pool, backpressure)
     app.state.embeddings = EmbeddingService(app.state.pool, backpressure)
-    metrics.registry.register(health.PoolCollector(app.state.pool))
-    errors.install(app)
-    for module in (chat, completions, embeddings, models, tokenize, admin, pulls, health):
-        app.include_router(module.router)
+    figures.registry.register(metrics.PoolCollector(app.state.pool))
+    failures.install(app)
+    _include(app, (*protocols, MONITORING))
     return app
 
 
-def _middleware(settings: Settings, metrics: Metrics, stopping: Stopping) -> list[Middleware]:
+def _middleware(
+    settings: Settings, figures: Metrics, stopping: Stopping, wires: Wires
+) -> list[Middleware]:
     """From the outermost to the innermost."""
     layers = [
-        Middleware(RequestContext, metrics=metrics),
-        Middleware(Doorkeeper, stopping=stopping),
-        Middleware(HostCheck, settings=settings),
+        Middleware(RequestContext, metrics=figures, wires=wires),
+        Middleware(AvailabilityCheck, stopping=stopping),
+        Middleware(HostCheck, host=settings.host, allowed_hosts=settings.allowed_hosts),
     ]
     if settings.cors_origins:
         layers.append(
@@ -99,7 +102,7 @@ def _middleware(settings: Settings, metrics: Metrics, stopping: Stopping) -> lis
                 allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
+                expose_headers=["x-request-id", "retry-after", *wires.exposed_headers],
             )
         )
     layers.append(Middleware(OriginCheck, origins=settings.cors_origins))
@@ -107,6 +110,23 @@ def _middleware(settings: Settings, metrics: Metrics, stopping: Stopping) -> lis
         Middleware(BodyLimit, limit=settings.max_body_bytes, patience=settings.receive_timeout)
     )
     return layers
+
+
+def _backpressure(settings: Settings) -> Backpressure:
+    return Backpressure(
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        queue_timeout=settings.queue_timeout,
+        request_timeout=settings.request_timeout,
+    )
+
+
+def _include(app: FastAPI, protocols: Iterable[ApiProtocol]) -> None:
+    for protocol in protocols:
+        model = protocol.wire.error_model
+        responses = documented(model, *ANY_ROUTE_ERRORS) | any_error(model)
+        for router in protocol.routers:
+            app.include_router(router, responses=responses)
 
 
 @asynccontextmanager

@@ -91,7 +91,7 @@ class Server(uvicorn.Server):
 
 
 def _config(application: FastAPI, limits: ConnectionLimits) -> uvicorn.Config:
-    protocol = partial(Connection, limits=limits)
+    protocol = partial(Connection, limits=limits, wires=application.state.wires)
     return uvicorn.Config(
         application,
         # uvloop where it is installed.

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
+from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
-from mlx_server.schemas.openai.common import Lenient
 from mlx_server.schemas.openai.completions import CompletionRequest
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "openai.md"
-REQUESTS: dict[str, type[Lenient]] = {
+REQUESTS: dict[str, type[RequestObject]] = {
     "chat completions": ChatCompletionRequest,
     "completions": CompletionRequest,
 }
@@ -38,14 +38,14 @@ def markers(name: str) -> tuple[str, str]:
     )
 
 
-def table(request: type[Lenient]) -> str:
+def table(request: type[RequestObject]) -> str:
     """Every parameter, what becomes of it, and what there is to know."""
     lines = ["| parameter | | remark |", "| --- | --- | --- |"]
     lines += [f"| `{name}` | {fate} | {remark} |" for name, fate, remark in sorted(rows(request))]
     return "\n".join(lines).replace("  |", " |") + "\n"
 
 
-def rows(request: type[Lenient]) -> Iterator[tuple[str, str, str]]:
+def rows(request: type[RequestObject]) -> Iterator[tuple[str, str, str]]:
     """Name, fate and remark of every parameter that the schema knows."""
     for name, field in request.model_fields.items():
         yield name, HONOURED, _remark(field)

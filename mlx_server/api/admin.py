@@ -1,11 +1,14 @@
-"""What an operator asks for: load, unload and remove models, see their state, the loop's lag."""
+"""The operator's API: pull, load, unload and remove models; their state; the loop's lag."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from mlx_server.api.http.dependencies import (
     AdminDep,
@@ -15,24 +18,36 @@ from mlx_server.api.http.dependencies import (
     PullsDep,
     SettingsDep,
 )
-from mlx_server.api.http.failures import documented
 from mlx_server.api.http.json_route import JsonRoute
-from mlx_server.api.http.streaming import WholeAnswer
+from mlx_server.api.http.openapi import event_stream
+from mlx_server.api.http.streaming import StreamedAnswer, WholeAnswer
+from mlx_server.api.http.wire import ApiProtocol, StreamEvent
+from mlx_server.api.openai.wire import WIRE, documented
 from mlx_server.models.pool.slot import ModelStatus
 from mlx_server.models.store.catalog import Catalog, ModelEntry
-from mlx_server.models.store.pulls import PullStatus
+from mlx_server.models.store.pulls import PullManager, PullStatus
 from mlx_server.models.store.removal import plan_removal, remove
-from mlx_server.schemas.admin import AdminModel, AdminModelList, AdminStats, Removed
+from mlx_server.models.store.transfer import Progress
+from mlx_server.schemas.admin import (
+    AdminModel,
+    AdminModelList,
+    AdminStats,
+    PullEvent,
+    PullRequest,
+    Removed,
+)
+from mlx_server.schemas.openai.common import ErrorBody
 
 router = APIRouter(
     prefix="/admin", dependencies=[AdminDep], route_class=JsonRoute, strict_content_type=False
 )
+# Errors are OpenAI's; the last event of a stream says itself that it is the last.
+ADMIN = ApiProtocol(wire=replace(WIRE, end=b""), routers=(router,), prefixes=("/admin",))
 
 
 @router.get("/models", response_model=AdminModelList, responses=documented(400, 401, 403, 413))
 async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Response:
-    """Every model that can be served, is being pulled, or has failed: its state, process, memory
-    and requests."""
+    """Every model that can be served, is being pulled, or has failed."""
     entries = {entry.id: entry for entry in await asyncio.to_thread(catalog.entries)}
     statuses = {status.id: status for status in pool.statuses()}
     pulled = {pull.model: pull for pull in pulls.statuses()}
@@ -85,6 +100,22 @@ async def remove_model(model_id: str, catalog: CatalogDep, settings: SettingsDep
     return _json({"id": entry.id, "deleted": True})
 
 
+@router.post(
+    "/models/pull",
+    # Without a content type of its own, so that only the stream's is described.
+    response_class=StreamingResponse,
+    responses=documented(400, 401, 403, 404, 413, 503) | event_stream([PullEvent, ErrorBody]),
+)
+async def pull_model(body: PullRequest, pulls: PullsDep) -> Response:
+    """Fetch a model; server-sent events tell the progress, the last one success or the error.
+
+    Who asks for a model that is being pulled follows that pull. It ends when nobody follows it,
+    and goes on from there the next time.
+    """
+    # A stopping server does not wait for a download, which can be taken up again.
+    return StreamedAnswer(_progress(pulls, body.model), grace=0.0)
+
+
 @router.get("/stats", response_model=AdminStats, responses=documented(400, 401, 403, 413))
 async def stats(metrics: MetricsDep) -> Response:
     """How late the event loop is, in seconds, over the last minute."""
@@ -100,6 +131,24 @@ async def stats(metrics: MetricsDep) -> Response:
     )
 
 
+@asynccontextmanager
+async def _progress(
+    pulls: PullManager, model: str
+) -> AsyncIterator[AsyncIterator[list[StreamEvent]]]:
+    async with pulls.follow(model) as reports:
+        yield _pull_events(reports)
+
+
+async def _pull_events(reports: AsyncIterator[Progress]) -> AsyncIterator[list[StreamEvent]]:
+    async for progress in reports:
+        yield [StreamEvent(msgspec.json.encode(_progress_body(progress)))]
+    yield [StreamEvent(msgspec.json.encode({"status": "success"}))]
+
+
+def _progress_body(progress: Progress) -> dict[str, Any]:
+    return {"status": progress.stage, "completed": progress.done, "total": progress.total}
+
+
 async def _encoded(catalog: Catalog, status: ModelStatus) -> bytes:
     entry = await asyncio.to_thread(catalog.find, status.id)
     return msgspec.json.encode(_described(entry.id, entry, status, None))
@@ -108,7 +157,6 @@ async def _encoded(catalog: Catalog, status: ModelStatus) -> bytes:
 def _described(
     id_: str, entry: ModelEntry | None, status: ModelStatus | None, pull: PullStatus | None
 ) -> dict[str, Any]:
-    """What is known of a model: by its engine, the catalog, and the download of it."""
     facts: dict[str, Any] = msgspec.to_builtins(status or ModelStatus(id=id_, state="absent"))
     facts |= {
         "aliases": entry.aliases if entry else (),
@@ -118,16 +166,11 @@ def _described(
         "model_type": entry.model_type if entry else None,
     }
     facts["context_length"] = facts["context_length"] or (entry and entry.context_length)
-    facts["download"] = _download(pull) if pull and not pull.error else None
+    facts["download"] = _progress_body(pull.progress) if pull and not pull.error else None
     if pull and facts["state"] == "absent" and not (pull.error and entry):
         facts["state"] = "failed" if pull.error else "downloading"
         facts["reason"] = pull.error
     return facts
-
-
-def _download(pull: PullStatus) -> dict[str, Any]:
-    progress = pull.progress
-    return {"status": progress.stage, "completed": progress.done, "total": progress.total}
 
 
 def _json(value: Any) -> Response:

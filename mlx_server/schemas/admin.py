@@ -2,34 +2,30 @@
 
 from typing import Literal
 
-from mlx_server.schemas.openai.common import Body, Lenient, NonEmpty
+from mlx_server.schemas.objects import NonEmpty, RequestObject, ResponseObject
 
 
-class PullRequest(Lenient):
-    """The body of `POST /admin/models/pull`."""
-
+class PullRequest(RequestObject):
     model: NonEmpty
 
 
-class PullEvent(Body):
-    """One event of a pull; the last one of a pull that went well says `success` alone."""
+class PullEvent(ResponseObject):
+    """The last event of a successful pull has `status` "success" alone."""
 
     status: str
     completed: int | None = None
     total: int | None = None
 
 
-class Memory(Body):
-    """An engine's device memory."""
-
+class Memory(ResponseObject):
     active: int
     peak: int
     cache: int
     limit: int
 
 
-class PrefixCache(Body):
-    """What an engine's prefix cache holds, and the prompt tokens looked up and found."""
+class PrefixCache(ResponseObject):
+    """`prompt_tokens` were looked up, `cached_tokens` of them found."""
 
     blocks: int
     bytes: int
@@ -37,17 +33,13 @@ class PrefixCache(Body):
     cached_tokens: int
 
 
-class Download(Body):
-    """How far the pull of a model is."""
-
+class Download(ResponseObject):
     status: str
     completed: int
     total: int
 
 
-class AdminModel(Body):
-    """A model as its operator sees it."""
-
+class AdminModel(ResponseObject):
     id: str
     state: Literal["absent", "downloading", "loading", "ready", "restarting", "draining", "failed"]
     reason: str | None
@@ -79,28 +71,22 @@ class AdminModel(Body):
     download: Download | None
 
 
-class AdminModelList(Body):
-    """The answer of `GET /admin/models`."""
-
+class AdminModelList(ResponseObject):
     models: list[AdminModel]
 
 
-class Removed(Body):
-    """The answer of `DELETE /admin/models/{model_id}`."""
-
+class Removed(ResponseObject):
     id: str
     deleted: Literal[True]
 
 
-class Lag(Body):
-    """How late the event loop was, in seconds."""
+class Lag(ResponseObject):
+    """Of the event loop, in seconds."""
 
     p50: float
     p99: float
     max: float
 
 
-class AdminStats(Body):
-    """The answer of `GET /admin/stats`."""
-
+class AdminStats(ResponseObject):
     event_loop_lag_seconds: Lag

@@ -9,11 +9,10 @@ from mlx_server.engine.protocol import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a completion must match from its first character to its last.
+    """What a completion must match as a whole.
 
-    `value` is, by `kind`: a JSON schema (an object or a bool); nothing; a regular expression; a
-    list of texts; a grammar in Lark or GBNF. `param` names the request's field that holds it, for
-    errors.
+    `value` by `kind`: a JSON schema (an object or a bool); nothing; a regular expression; a list of
+    texts; a grammar in Lark or GBNF. `param` names the request's field, for errors.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
@@ -23,12 +22,10 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """Which tools the model may call, and whether it must.
+    """The tools that may be called, which are fewer than the template is shown.
 
-    `tools` are as chat templates read them: objects whose `type` is `function` and whose `function`
-    has a `name` and may have `description`, `parameters` and `strict`. With the choice `named`,
-    `name` is the tool to call. Tools that may not be called are not here at all, whatever the
-    template is shown.
+    `tools` are as chat templates read them: `{"type": "function", "function": {…}}` with a `name`
+    and possibly `description`, `parameters` and `strict`. `name` goes with the choice `named`.
     """
 
     tools: list[dict[str, Any]]
@@ -40,11 +37,10 @@ class ToolUse:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages for the model's own chat template.
+    """A conversation for the model's chat template.
 
-    `messages` are template-ready dictionaries: `role`, `content` (a string), and what a tool call
-    or a tool result adds. `continue_final` leaves a last assistant message open, to be continued.
-    `tools` are shown to the template; `use` says what may come of them, None that nothing may.
+    `messages` are as templates read them, with `content` a string. `continue_final` leaves a last
+    assistant message open. `tools` are shown to the template; without `use` none may be called.
     """
 
     messages: list[dict[str, Any]]
@@ -58,15 +54,13 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """A bare text to continue, tokenized with the tokenizer's own beginning-of-text rule."""
+    """A text, tokenized with the tokenizer's own beginning-of-text rule."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
-    """Token ids to continue, taken as they are."""
-
     ids: list[int]
 
 
@@ -79,11 +73,9 @@ Charge = Callable[[int], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Where a request came from.
+    """`key` identifies callers for fair sharing: a key's name, or the client's address.
 
-    `key` tells callers apart, who share the engines fairly: the name of the key that was shown,
-    or the client's address. `charge` is to be told of the tokens of prompt and completion, once
-    they are known, however the request ends; None where nobody counts them.
+    `charge` is awaited with the tokens that a request took, however it ends.
     """
 
     request_id: str
@@ -93,11 +85,10 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """One prompt and how to continue it, `n` times.
+    """A prompt and how to continue it, `n` times.
 
-    `seed` None draws a fresh one; each choice derives its own from it. `max_tokens` None means as
-    many as the context holds. `logprobs` counts the alternatives to report per token, None reports
-    nothing; `prompt_logprobs` likewise for the prompt's tokens.
+    Without `seed` one is drawn; without `max_tokens` the context is the limit. `logprobs` and
+    `prompt_logprobs` count the alternatives to report per token; None reports nothing.
     """
 
     model: str
@@ -119,8 +110,6 @@ class InferenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A token that could have stood at a position."""
-
     token: str
     bytes: bytes
     logprob: float
@@ -128,11 +117,9 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of a token, with the most likely alternatives.
+    """`bytes` of successive tokens join to UTF-8 text; a prompt's first token has no `logprob`.
 
-    `bytes` of successive tokens join to the text in UTF-8. `logprob` is None for the first token
-    of a prompt, which nothing precedes. `offset` is where the token's text starts, in characters
-    from the beginning of the completion (or of the prompt, for its tokens).
+    `offset`, in characters, counts from the beginning of the completion, or of the prompt.
     """
 
     token: str
@@ -155,16 +142,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """The prompt itself, sent once per request before anything else when its log-probabilities
-    were asked for."""
+    """Sent once, first, if `prompt_logprobs` were asked for."""
 
     logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """More of a choice's text, and the log-probabilities of the tokens that made it."""
-
     choice: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -172,15 +156,13 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """More of what a choice thinks before its answer."""
-
     choice: int
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallStart:
-    """A choice calls a tool: its `call`-th, counted from 0. Its arguments follow."""
+    """`call` counts the calls of a choice from 0."""
 
     choice: int
     call: int
@@ -190,7 +172,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """More of a tool call's arguments, which together are a JSON object."""
+    """A piece of a call's arguments, which together are a JSON object."""
 
     choice: int
     call: int
@@ -199,8 +181,6 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A choice is complete."""
-
     choice: int
     reason: Literal["stop", "length", "tool_calls"]
     usage: Usage

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_server.api.generation import SYSTEM_FINGERPRINT, Header
-from mlx_server.api.http.streaming import sse
+from mlx_server.api.http.wire import StreamEvent
 from mlx_server.api.openai import chat, completions
+from mlx_server.api.openai.chunks import SYSTEM_FINGERPRINT, Header
+from mlx_server.api.openai.logprobs import chat_logprobs, text_logprobs
 from mlx_server.schemas.internal import ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta
 from mlx_server.schemas.openai.chat import (
     CallDelta,
@@ -18,13 +19,11 @@ from mlx_server.schemas.openai.chat import (
     ChatCompletionRequest,
     ChatDelta,
     FunctionDelta,
-    chat_logprobs,
 )
 from mlx_server.schemas.openai.completions import (
     Completion,
     CompletionChoice,
     CompletionRequest,
-    text_logprobs,
 )
 
 CHOICES = 3
@@ -36,7 +35,9 @@ USAGES = [{}, {"stream_options": {"include_usage": True}}]
 NAMES = ["m", '"', '{"text":"\0"}', '"\\u0000"', "\0"]
 
 
-def in_full(kind: Any, name: str, choice: Any, header: Header, usage: dict[str, Any]) -> bytes:
+def in_full(
+    kind: Any, name: str, choice: Any, header: Header, usage: dict[str, Any]
+) -> list[StreamEvent]:
     told = {"usage": None} if usage else {}
     chunk = kind(
         id=header.id,
@@ -47,25 +48,25 @@ def in_full(kind: Any, name: str, choice: Any, header: Header, usage: dict[str, 
         choices=[choice],
         **told,
     )
-    return sse(chunk.to_json())
+    return [StreamEvent(chunk.to_json())]
 
 
 def delta_chunk(
     header: Header, usage: dict[str, Any], index: int, delta: ChatDelta, logprobs: Any = None
-) -> bytes:
+) -> list[StreamEvent]:
     choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=None)
     return in_full(ChatCompletionChunk, "chat.completion.chunk", choice, header, usage)
 
 
 def chat_chunk(
     header: Header, usage: dict[str, Any], index: int, text: str, logprobs: Any = None
-) -> bytes:
+) -> list[StreamEvent]:
     return delta_chunk(header, usage, index, ChatDelta(content=text), logprobs)
 
 
 def completion_chunk(
     header: Header, usage: dict[str, Any], index: int, text: str, logprobs: Any = None
-) -> bytes:
+) -> list[StreamEvent]:
     choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None)
     return in_full(Completion, "text_completion", choice, header, usage)
 
@@ -78,7 +79,7 @@ def chat_stream(header: Header, **fields: Any) -> chat.ChatStream:
 
 def completion_stream(header: Header, **fields: Any) -> completions.CompletionStream:
     body = {"model": "m", "prompt": ["a", "b"], "n": CHOICES} | fields
-    return completions.CompletionStream(header, CompletionRequest.model_validate(body))
+    return completions.CompletionStream(header, CompletionRequest.model_validate(body), ())
 
 
 @pytest.mark.parametrize("usage", USAGES, ids=["bare", "usage"])

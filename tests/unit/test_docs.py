@@ -8,8 +8,8 @@ from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 
 from mlx_server.config import Settings
+from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
-from mlx_server.schemas.openai.common import Lenient
 from mlx_server.schemas.openai.completions import CompletionRequest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,7 +44,7 @@ def test_the_tables_of_openais_parameters_are_fresh() -> None:
     ],
 )
 def test_every_parameter_that_openai_knows_has_one_fate(
-    request_model: type[Lenient], known: type
+    request_model: type[RequestObject], known: type
 ) -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "openai_table.py"))
     names = [name for name, _, _ in script["rows"](request_model)]

@@ -1,9 +1,7 @@
-"""A client's connection: uvicorn's HTTP protocol with bounds on what a client may cost.
-
-Nothing here runs per token: the bounds hang on what opens, begins and stalls.
-"""
+"""uvicorn's HTTP protocol with bounds on what a client may cost. Nothing here runs per token."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +11,24 @@ from mlx_server.api.http.failures import (
     ConnectionsFull,
     HeadTooLarge,
     ReceiveTimeout,
-    error_response,
+    described,
+    refusal,
 )
+from mlx_server.api.http.wire import Wires
 from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, ServerError
 
 SPARE_CONNECTIONS = 64
 """Connections beyond the limit that are still heard, so that health and metrics answer."""
 LINGER_SECONDS = 1.0
-"""How long a refused client may go on sending. Cut off at once, it might not see its answer."""
+"""A refused client that is cut off at once might not see its answer."""
 CROWDED = "crowded"
-"""The key of a request's state that says whether there are too many connections."""
+"""The key of a request's state: whether there are too many connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """Numbers of connections and bytes, and seconds of patience."""
+    """Numbers of connections and bytes; timeouts in seconds."""
 
     connections: int
     head_bytes: int
@@ -45,51 +45,105 @@ class ConnectionLimits:
         )
 
 
-class Connection(HttpToolsProtocol):
-    """One connection.
+class Timer:
+    def __init__(self, seconds: float, callback: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._callback = callback
+        self._handle: asyncio.TimerHandle | None = None
 
-    * A request's head, its request line and headers, has `receive_timeout` seconds from its first
+    @property
+    def running(self) -> bool:
+        return self._handle is not None
+
+    def start(self) -> None:
+        if self._handle is None:
+            loop = asyncio.get_running_loop()
+            self._handle = loop.call_later(self._seconds, self._expire)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _expire(self) -> None:
+        self._handle = None
+        self._callback()
+
+
+class StallWatch:
+    """Cuts off a client that reads nothing for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._timer = Timer(seconds, self._check)
+        self._transport: asyncio.Transport | None = None
+        self._size = 0
+
+    def start(self, transport: asyncio.Transport) -> None:
+        if not self._timer.running:
+            self._transport = transport
+            self._size = transport.get_write_buffer_size()
+            self._timer.start()
+
+    def stop(self) -> None:
+        self._timer.stop()
+
+    def _check(self) -> None:
+        assert self._transport is not None
+        if self._transport.get_write_buffer_size() < self._size:
+            self.start(self._transport)
+        else:
+            self._transport.abort()
+
+
+class Connection(HttpToolsProtocol):
+    """A connection with bounds.
+
+    * A request's head (request line and headers) has `receive_timeout` seconds from its first
       byte, however steadily it comes, and `head_bytes` of room.
-    * A client that takes nothing of what is sent to it for `send_timeout` seconds is cut off.
-      Until then uvicorn pauses whoever writes to it.
-    * Connections beyond the limit are marked, for `api.middleware` to refuse their requests;
-      those far beyond it are refused as they open.
+    * A client that reads nothing for `send_timeout` seconds is cut off. Until then uvicorn pauses
+      whoever writes to it.
+    * On connections beyond the limit `AvailabilityCheck` refuses requests; those far beyond it are
+      refused as they open.
     """
 
-    def __init__(self, *arguments: Any, limits: ConnectionLimits, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, limits: ConnectionLimits, wires: Wires, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
+        self.url = b""
         self._limits = limits
+        self._wires = wires
         self._in_head = True
         self._head_bytes = 0
         self._heads = 0
         self._messages = 0
         self._fault: ServerError | None = None
         self._refused = False
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._send_timer: asyncio.TimerHandle | None = None
+        self._head_timer = Timer(limits.receive_timeout, self._head_is_late)
+        self._stall_watch = StallWatch(limits.send_timeout)
 
     # opening and closing
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_head()
+        self._head_timer.start()
         if len(self.connections) > self._limits.connections + SPARE_CONNECTIONS:
             self._refuse(ConnectionsFull())
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head_timer, self._send_timer):
-            if timer is not None:
-                timer.cancel()
+        self._head_timer.stop()
+        self._stall_watch.stop()
         super().connection_lost(exc)
 
     def _refuse(self, error: ServerError) -> None:
-        """Answer with `error` and close, listening a little while so that the answer arrives."""
+        """Answer and close, but listen a little longer so that the answer arrives."""
         self._refused = True
         if self._answering:
             self.transport.close()
             return
         if not self.transport.is_closing():
-            response = error_response(error, {"connection": "close"})
+            wire = self._wires.of(self.url.partition(b"?")[0].decode("latin-1"))
+            response = refusal(wire, described(error), {"connection": "close"})
             head = b"".join(b"%b: %b\r\n" % pair for pair in response.raw_headers)
             self.transport.write(STATUS_LINE[error.status] + head + b"\r\n" + bytes(response.body))
             self.transport.write_eof()
@@ -98,7 +152,6 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _answering(self) -> bool:
-        """Whether a request is in work."""
         return self.cycle is not None and not self.cycle.response_complete
 
     # receiving
@@ -112,31 +165,28 @@ class Connection(HttpToolsProtocol):
             return
         if self._in_head and messages == self._messages:
             self._head_bytes += len(data)
-            self._await_head()
+            self._head_timer.start()
             if self._head_bytes > self._limits.head_bytes:
                 self._refuse(HeadTooLarge(self._limits.head_bytes))
         elif not (self._in_head or self._answering):
-            # The rest of a body that nobody wants: the answer came before it.
-            self._await_head()
+            # The rest of a body that was answered before it came.
+            self._head_timer.start()
 
     def on_message_begin(self) -> None:
-        self._await_head()
+        self._head_timer.start()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._heads += 1
         self._head_bytes = 0
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        self._head_timer.stop()
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self._limits.head_bytes:
             self._fault = HeadTooLarge(self._limits.head_bytes)
-            raise ValueError("head too large")  # which makes the parser stop, and comes back below
-        self.scope.setdefault("state", {})[CROWDED] = (
-            len(self.connections) > self._limits.connections
-        )
+            raise ValueError("head too large")  # stops the parser, which calls send_400_response
+        crowded = len(self.connections) > self._limits.connections
+        self.scope.setdefault("state", {})[CROWDED] = crowded
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -147,18 +197,12 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(self._fault or BadRequest("This is not valid HTTP.", code="invalid_http"))
 
-    def _await_head(self) -> None:
-        if self._head_timer is None:
-            patience = self._limits.receive_timeout
-            self._head_timer = self.loop.call_later(patience, self._head_is_late)
-
     def _head_is_late(self) -> None:
-        self._head_timer = None
         if self._refused or self.transport.is_closing():
             return
         if self._answering:
-            # Reading may be paused meanwhile, and what came may be no more than a stray newline.
-            self._await_head()
+            # Reading may be paused, or what came was a stray newline.
+            self._head_timer.start()
         elif self._head_bytes:
             self._refuse(ReceiveTimeout(self._limits.receive_timeout))
         elif not (self._in_head and self._heads):
@@ -168,33 +212,17 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_buffer()
+        self._stall_watch.start(self.transport)
 
     def resume_writing(self) -> None:
-        if self._send_timer is not None:
-            self._send_timer.cancel()
-            self._send_timer = None
+        self._stall_watch.stop()
         super().resume_writing()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self._watch_buffer()
+            self._stall_watch.start(self.transport)
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._watch_buffer()
-
-    def _watch_buffer(self) -> None:
-        """Cut the client off unless it takes something in time."""
-        if self._send_timer is None:
-            size = self.transport.get_write_buffer_size()
-            patience = self._limits.send_timeout
-            self._send_timer = self.loop.call_later(patience, self._check_buffer, size)
-
-    def _check_buffer(self, before: int) -> None:
-        self._send_timer = None
-        if self.transport.get_write_buffer_size() < before:
-            self._watch_buffer()
-        else:
-            self.transport.abort()
+        self._stall_watch.start(self.transport)

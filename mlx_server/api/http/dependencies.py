@@ -1,4 +1,4 @@
-"""What routes ask for: the application's parts, and who is calling."""
+"""What routes depend on: the application's parts, and the caller."""
 
 from dataclasses import replace
 from ipaddress import IPv6Network
@@ -9,8 +9,9 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from opentelemetry import trace
 from starlette.requests import Request
 
+from mlx_server.api.http.context import ANSWER_HEADERS
 from mlx_server.api.http.limits import RateLimits
-from mlx_server.api.http.middleware import ANSWER_HEADERS
+from mlx_server.api.http.wire import wire_of
 from mlx_server.config import Settings
 from mlx_server.errors import Forbidden, Unauthorized
 from mlx_server.keys import KeyRing
@@ -19,12 +20,13 @@ from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.store.catalog import Catalog
 from mlx_server.models.store.pulls import PullManager
 from mlx_server.schemas.internal import Caller
+from mlx_server.services.embeddings import EmbeddingService
 from mlx_server.services.inference import InferenceService
 from mlx_server.telemetry import Metrics
 
 PURPOSES: dict[KeyScope, str] = {"inference": "inference", "admin": "administrators"}
 CLIENT_PREFIX = 64
-"""Bits of an IPv6 address that tell one client's network from another's."""
+"""Bits of an IPv6 address that name a client's network."""
 
 
 # These are coroutines because FastAPI would call plain functions in a thread each.
@@ -48,6 +50,10 @@ async def _service(request: Request) -> InferenceService:
     return cast(InferenceService, request.app.state.service)
 
 
+async def _embeddings(request: Request) -> EmbeddingService:
+    return cast(EmbeddingService, request.app.state.embeddings)
+
+
 async def _metrics(request: Request) -> Metrics:
     return cast(Metrics, request.app.state.metrics)
 
@@ -65,6 +71,7 @@ CatalogDep = Annotated[Catalog, Depends(_catalog)]
 PoolDep = Annotated[ModelPoolManager, Depends(_pool)]
 PullsDep = Annotated[PullManager, Depends(_pulls)]
 ServiceDep = Annotated[InferenceService, Depends(_service)]
+EmbeddingsDep = Annotated[EmbeddingService, Depends(_embeddings)]
 MetricsDep = Annotated[Metrics, Depends(_metrics)]
 KeysDep = Annotated[KeyRing, Depends(_keys)]
 LimitsDep = Annotated[RateLimits, Depends(_limits)]
@@ -76,16 +83,16 @@ ShownKey = Annotated[str | None, Depends(APIKeyHeader(name="x-api-key", auto_err
 async def authenticated(
     request: Request, keys: KeysDep, bearer: Bearer, api_key: ShownKey
 ) -> Caller:
-    """Who is calling. Raises Unauthorized without one of the keys, if there are any."""
+    """Raises Unauthorized without one of the keys, if there are any."""
     return _caller(request, keys, "inference", bearer.credentials if bearer else api_key)
 
 
 async def administrator(
     request: Request, keys: KeysDep, bearer: Bearer, api_key: ShownKey
 ) -> Caller:
-    """Who is calling, where only an admin key counts; if there are none, any key does.
+    """Demands an admin key; if there are none, any key.
 
-    Raises Forbidden for a caller whose key is good for the rest of the API alone.
+    Raises Unauthorized, and Forbidden for a key of the rest of the API.
     """
     return _caller(request, keys, "admin", bearer.credentials if bearer else api_key)
 
@@ -93,9 +100,11 @@ async def administrator(
 async def _limited(
     request: Request, limits: LimitsDep, caller: Annotated[Caller, Depends(authenticated)]
 ) -> Caller:
-    """Who asks for tokens. Raises TooManyRequests for who has had enough for now."""
+    """Raises TooManyRequests."""
     refusal = await limits.refusal(caller.key)
-    setattr(request.state, ANSWER_HEADERS, await limits.headers(caller.key))
+    wire, windows = wire_of(request.scope), await limits.windows(caller.key)
+    headers = [pair for kind, window in windows.items() for pair in wire.rate_headers(kind, window)]
+    setattr(request.state, ANSWER_HEADERS, headers)
     if refusal is not None:
         raise refusal
     return replace(caller, charge=limits.charge_of(caller.key))
@@ -106,7 +115,6 @@ AdminDep = Depends(administrator)
 
 
 def _caller(request: Request, keys: KeyRing, scope: KeyScope, shown: str | None) -> Caller:
-    """Who shows this key, if one is needed for what is in `scope`."""
     request_id = request.state.request_id
     if not keys.guards(scope):
         return Caller(request_id, _address(request))
@@ -123,7 +131,7 @@ def _caller(request: Request, keys: KeyRing, scope: KeyScope, shown: str | None)
 
 
 def _address(request: Request) -> str:
-    """The client's address, or its network where one client has many addresses."""
+    """The client's address, or its network for IPv6."""
     host = request.client.host if request.client else ""
     if ":" not in host:
         return host

@@ -1,4 +1,4 @@
-"""How bodies become Python objects: JSON whatever the content type says, big ones off the loop."""
+"""How bodies are read."""
 
 import json
 from collections.abc import Callable, Coroutine
@@ -16,7 +16,7 @@ OFF_LOOP_BYTES = 64 * 1024
 
 
 class JsonRequest(Request):
-    """A request whose JSON is read strictly: no NaN, no lone surrogates, bounded nesting."""
+    """Strict JSON: no NaN, no lone surrogates, bounded nesting."""
 
     async def json(self) -> Any:
         body = await self.body()
@@ -26,7 +26,7 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that takes JSON of any declared content type, and its path to the letter."""
+    """Takes JSON of any content type, and its exact path only."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()

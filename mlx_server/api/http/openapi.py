@@ -1,17 +1,31 @@
-"""What the description of the API says of streams, which FastAPI cannot see in our routes."""
+"""Parts of the API's description that FastAPI cannot see in our routes: errors and streams."""
 
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 from pydantic import BaseModel
 
+Responses = dict[int | str, dict[str, Any]]
 
-def event_stream(
-    events: Sequence[type[BaseModel]], marks: Sequence[str] = ()
-) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that can answer with server-sent events.
 
-    The data of an event is JSON of one of the models `events`, or literally one of `marks`.
+def documented(error_model: type[BaseModel], *statuses: int) -> Responses:
+    """The `responses` of a route with these error statuses."""
+    return {
+        status: {"model": error_model, "description": HTTPStatus(status).phrase}
+        for status in statuses
+    }
+
+
+def any_error(error_model: type[BaseModel]) -> Responses:
+    """Also keeps out the 422 that FastAPI would document and this server never sends."""
+    return {"default": {"model": error_model, "description": "Error"}}
+
+
+def event_stream(events: Sequence[type[BaseModel]], marks: Sequence[str] = ()) -> Responses:
+    """The `responses` of a route with server-sent events.
+
+    An event's data is JSON of one of the models `events`, or one of `marks`.
     """
     content = {"anyOf": [_inlined(model) for model in events]}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
@@ -25,10 +39,7 @@ def event_stream(
 
 
 def _inlined(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a model that does not contain itself, without references.
-
-    FastAPI collects the definitions of the models that it knows of, which these are not.
-    """
+    """The JSON schema without references: FastAPI collects definitions of response models only."""
     schema = model.model_json_schema(mode="serialization")
     definitions = schema.pop("$defs", {})
 

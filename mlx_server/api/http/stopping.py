@@ -1,4 +1,4 @@
-"""The server's way to its end: no new work, some patience with what runs, then an explicit end."""
+"""Graceful shutdown: no new work, some patience with what runs, then an explicit end."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,12 +7,9 @@ from contextlib import asynccontextmanager
 from mlx_server.errors import Unavailable
 
 RETRY_SECONDS = 5.0
-"""What a client is told to wait before it asks whoever answers then."""
 
 
 class ServerStopping(Unavailable):
-    """The server is on its way out."""
-
     code = "server_stopping"
 
     def __init__(self) -> None:
@@ -20,7 +17,7 @@ class ServerStopping(Unavailable):
 
 
 class Stopping:
-    """Whether the server is stopping, and what must have ended by when."""
+    """What must have ended by when, once the server stops."""
 
     def __init__(self, grace: float) -> None:
         self._grace = grace
@@ -32,7 +29,6 @@ class Stopping:
         return self._since is not None
 
     def begin(self) -> None:
-        """Take no more work; what runs has `grace` seconds from now, or what it was promised."""
         if self._since is None:
             self._since = asyncio.get_running_loop().time()
             for limit, grace in self._limits.items():
@@ -40,13 +36,13 @@ class Stopping:
 
     @asynccontextmanager
     async def limited(self, grace: float | None = None) -> AsyncIterator[None]:
-        """Work that the server waits for when it stops, for `grace` seconds if given.
+        """A block that a stopping server waits for: `grace` seconds, or the default.
 
-        Raises ServerStopping when they are over, having cancelled the block.
+        Then the block is cancelled and ServerStopping raised.
         """
         allowed = self._grace if grace is None else grace
         try:
-            async with asyncio.timeout_at(self._end(allowed)) as limit:
+            async with asyncio.timeout_at(self._deadline(allowed)) as limit:
                 self._limits[limit] = allowed
                 try:
                     yield
@@ -57,6 +53,5 @@ class Stopping:
                 raise
             raise ServerStopping from None
 
-    def _end(self, grace: float) -> float | None:
-        """When what has `grace` seconds must have ended, on the loop's clock."""
+    def _deadline(self, grace: float) -> float | None:
         return None if self._since is None else self._since + grace

@@ -1,28 +1,26 @@
 """Answers that take their time: a stream of events, or one body after a long wait.
 
-Both hold their generation inside their own call, so that every ending closes it: finished, failed,
-client gone before or after the first byte, server stopping, task cancelled.
+Both hold their generation inside their own call, so that every ending closes it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import NoReturn, cast
+from typing import cast
 
-from sse_starlette import EventSourceResponse
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from mlx_server.api.http.failures import error_body, stream_error
+from mlx_server.api.http.failures import failure_of
 from mlx_server.api.http.stopping import ServerStopping, Stopping
+from mlx_server.api.http.wire import StreamEvent, wire_of
 from mlx_server.config import Settings
 
-DONE = b"data: [DONE]\n\n"
-
-
-def sse(data: bytes) -> bytes:
-    """An event whose data is `data`, which must be a single line, as JSON is."""
-    return b"data: " + data + b"\n\n"
+STREAM_HEADERS = [
+    (b"cache-control", b"no-store"),
+    (b"connection", b"keep-alive"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect events
+]
 
 
 class WholeAnswer(Response):
@@ -41,75 +39,108 @@ class WholeAnswer(Response):
 
 
 class StreamedAnswer(Response):
-    """Streams what `opened` yields: server-sent events, already encoded.
+    """Streams the events that `opened` yields, in batches.
 
-    An error raised while opening is an ordinary answer with its status; one raised by the stream
-    becomes its last event. A server that stops ends the stream after `grace` seconds, and says so;
-    None is the grace that all work gets.
+    An error while opening is an ordinary answer with its status; a later one is the last event. A
+    stopping server ends the stream with an error after `grace` seconds, or its default.
     """
 
     def __init__(
         self,
-        opened: AbstractAsyncContextManager[AsyncIterator[bytes]],
-        settings: Settings,
-        request_id: str,
+        opened: AbstractAsyncContextManager[AsyncIterator[Iterable[StreamEvent]]],
         grace: float | None = None,
     ) -> None:
-        super().__init__(media_type="text/event-stream")
+        super().__init__()
         self._opened = opened
-        self._settings = settings
-        self._request_id = request_id
         self._grace = grace
-        self._response: _EventStream | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = _Stream(scope, send)
         async with while_connected(receive) as stop_watching:
             try:
                 async with _stopping(scope).limited(self._grace):
-                    await self._send_events(scope, send, stop_watching)
+                    await self._write_all(stream, stop_watching)
             except ServerStopping as error:
-                if self._response is None:
+                if not stream.begun:
                     raise
-                if not self._response.active:
-                    return
-                stop_watching()
-                last = sse(error_body(error))
-                await send({"type": "http.response.body", "body": last, "more_body": False})
+                if not stream.ended:
+                    stop_watching()
+                    await stream.fail(error)
 
-    async def _send_events(
-        self, scope: Scope, send: Send, stop_watching: Callable[[], object]
-    ) -> None:
+    async def _write_all(self, stream: "_Stream", stop_watching: Callable[[], object]) -> None:
         async with self._opened as events:
-            self._response = _EventStream(
-                self._until_the_end(events, stop_watching),
-                ping=self._settings.ping_interval,
-                sep="\n",
-            )
-            await self._response(scope, _never, send)
+            await stream.begin()
+            error: Exception | None = None
+            async with stream.pinged():
+                try:
+                    async for together in events:
+                        await stream.write(together)
+                except Exception as raised:  # noqa: BLE001
+                    # The client is told, and what nobody expected is logged.
+                    error = raised
+            # A server may report the end of the answer as a disconnect.
+            stop_watching()
+            if error is None:
+                await stream.end()
+            else:
+                await stream.fail(error)
 
-    async def _until_the_end(
-        self, events: AsyncIterator[bytes], stop_watching: Callable[[], object]
-    ) -> AsyncIterator[bytes]:
-        """The events, or those before an error and what the client is told of it."""
+
+class _Stream:
+    """A streamed answer under way."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.begun = False
+        self.ended = False
+        self._scope = scope
+        self._send = send
+        self._wire = wire_of(scope)
+        self._ping_interval = cast(Settings, scope["app"].state.settings).ping_interval
+        self._events = 0
+
+    async def begin(self) -> None:
+        self.begun = True
+        headers = [(b"content-type", self._wire.media_type.encode()), *STREAM_HEADERS]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write(self, events: Iterable[StreamEvent]) -> None:
+        # Sending costs by the piece.
+        if data := b"".join([self._framed(event) for event in events]):
+            await self._send_body(data)
+
+    async def end(self) -> None:
+        await self._finish(self._wire.end)
+
+    async def fail(self, error: Exception) -> None:
+        """End with an event that tells the client about `error`."""
+        event = self._wire.error_event(failure_of(error, self._scope))
+        await self._finish(self._framed(event))
+
+    @asynccontextmanager
+    async def pinged(self) -> AsyncIterator[None]:
+        pings = asyncio.create_task(self._ping())
         try:
-            async for data in events:
-                yield data
-        except Exception as error:  # noqa: BLE001
-            # Told to the client here, and logged if it was not expected.
-            yield sse(error_body(stream_error(error, self._request_id)))
-        # Next comes the end of the answer, which a server may report as a disconnect.
-        stop_watching()
+            yield
+        finally:
+            pings.cancel()
+            await asyncio.wait([pings])
 
+    async def _ping(self) -> None:
+        while self._wire.ping:
+            await asyncio.sleep(self._ping_interval)
+            await self._send_body(self._wire.ping)
 
-class _EventStream(EventSourceResponse):
-    """sse-starlette's response without a cancel scope around every event it sends, and without
-    its own watch for the server's end."""
+    def _framed(self, event: StreamEvent) -> bytes:
+        number = self._events
+        self._events += 1
+        return self._wire.frame(event, number)
 
-    async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        await send(message)  # api.connection knows when a client takes nothing
+    async def _finish(self, data: bytes) -> None:
+        self.ended = True
+        await self._send_body(data, more=False)
 
-    async def _listen_for_exit_signal_with_grace(self) -> None:
-        await _never()  # api.stopping ends the stream
+    async def _send_body(self, data: bytes, *, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _stopping(scope: Scope) -> Stopping:
@@ -120,10 +151,8 @@ def _stopping(scope: Scope) -> Stopping:
 async def while_connected(receive: Receive) -> AsyncIterator[Callable[[], object]]:
     """Cancels the block when the client goes away, and then leaves it quietly.
 
-    Yields what ends the watch.
-
-    The body must have been received. A timeout is used for its exact cancellation: it interrupts
-    the block once, and clean-up in it may wait.
+    Yields a function that ends the watch. The body must have been received. A timeout interrupts
+    the block exactly once, so clean-up in it may wait.
     """
     try:
         async with asyncio.timeout(None) as limit:
@@ -143,9 +172,3 @@ async def _expire_on_disconnect(receive: Receive, limit: asyncio.Timeout) -> Non
         if message["type"] == "http.disconnect":
             limit.reschedule(asyncio.get_running_loop().time())
             return
-
-
-async def _never() -> NoReturn:
-    """A `receive` for those who need not watch the client: `while_connected` does."""
-    await asyncio.get_running_loop().create_future()
-    raise AssertionError

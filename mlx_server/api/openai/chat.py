@@ -7,27 +7,19 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from mlx_server.api.generation import (
-    END_MARK,
-    SYSTEM_FINGERPRINT,
-    ChunkTemplate,
-    Generator,
-    Header,
-    Protocols,
-    check_choices,
-    sampling,
-    usage_body,
-)
+from mlx_server.api.generation import AnswerFormats, Generator
 from mlx_server.api.http.dependencies import CallerDep, MetricsDep, ServiceDep, SettingsDep
-from mlx_server.api.http.failures import documented
 from mlx_server.api.http.json_route import JsonRoute
 from mlx_server.api.http.openapi import event_stream
-from mlx_server.api.http.streaming import sse
-from mlx_server.config import Settings
+from mlx_server.api.http.wire import StreamEvent
+from mlx_server.api.openai.chunks import SYSTEM_FINGERPRINT, ChunkTemplate, Header, usage_body
+from mlx_server.api.openai.logprobs import chat_logprobs
+from mlx_server.api.openai.parameters import check_choices, constraint, sampling, stop_strings
+from mlx_server.api.openai.prompts import all_tools, chat_prompt
+from mlx_server.api.openai.wire import END_MARK, documented
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import (
     Caller,
-    ChatPrompt,
     Event,
     Finished,
     InferenceRequest,
@@ -51,14 +43,8 @@ from mlx_server.schemas.openai.chat import (
     ChatDelta,
     FunctionDelta,
     MessageToolCall,
-    PromptOptions,
-    chat_logprobs,
 )
 from mlx_server.schemas.openai.common import ErrorBody
-from mlx_server.schemas.openai.messages import Message
-
-MAX_CALLS = 1 << 16
-"""More than any one answer makes."""
 
 router = APIRouter(prefix="/v1", route_class=JsonRoute, strict_content_type=False)
 
@@ -77,22 +63,19 @@ async def create_chat_completion(
     metrics: MetricsDep,
 ) -> Response:
     """Answer a conversation."""
-    request = to_inference(body, caller, settings)
-    written = Protocols(
-        id_prefix="chatcmpl",
-        answer=lambda header: ChatAnswer(header, body),
-        stream=lambda header: ChatStream(header, body),
+    request = to_inference(body, caller, settings.max_choices)
+    formats = AnswerFormats(
+        answer=lambda accepted: ChatAnswer(Header.fresh("chatcmpl", accepted), body),
+        stream=lambda accepted: ChatStream(Header.fresh("chatcmpl", accepted), body),
     )
-    generator = Generator(service, settings, metrics, [request], written)
+    generator = Generator(service, metrics, [request], formats)
     return generator.stream() if body.stream else generator.answer()
 
 
-def to_inference(
-    body: ChatCompletionRequest, caller: Caller, settings: Settings
-) -> InferenceRequest:
-    """What the body asks for, free of the protocol."""
-    check_choices(body, settings)
+def to_inference(body: ChatCompletionRequest, caller: Caller, max_choices: int) -> InferenceRequest:
+    check_choices(body.n, max_choices)
     prompt = chat_prompt(body.messages, body)
+    bound = constraint(body)
     must_call = prompt.use is not None and prompt.use.choice != "auto"
     if must_call and body.ignore_eos:
         raise BadRequest("`ignore_eos` would go on past the call.", param="ignore_eos")
@@ -103,38 +86,19 @@ def to_inference(
         sampling=sampling(body),
         seed=body.seed,
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        stop=body.stops,
+        stop=stop_strings(body),
         n=body.n,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        # It binds what is said where nothing is called.
-        constraint=None if must_call else body.constraint,
+        # It binds text, which an answer that must call has none of.
+        constraint=None if must_call else bound,
         ignore_eos=body.ignore_eos,
         priority=body.priority,
         keep_alive=body.keep_alive,
     )
 
 
-def chat_prompt(messages: Sequence[Message], options: PromptOptions) -> ChatPrompt:
-    """The conversation. A last message of the assistant is the beginning of the answer."""
-    last = messages[-1]
-    opens = last.role == "assistant" and not last.calls
-    if opens and not last.text and len(messages) > 1:
-        # An empty beginning is none.
-        messages, opens = messages[:-1], False
-    return ChatPrompt(
-        messages=[message.for_template() for message in messages],
-        tools=[tool.for_template() for tool in options.all_tools] or None,
-        template_kwargs=options.template_kwargs,
-        continue_final=opens,
-        use=options.tool_use(),
-        thinking_budget=options.most_thinking,
-    )
-
-
 @dataclass(slots=True)
 class _Call:
-    """A tool call as far as it has come."""
-
     id: str
     name: str
     arguments: list[str] = field(default_factory=list)
@@ -148,8 +112,6 @@ class _Call:
 
 @dataclass(slots=True)
 class _Choice:
-    """An answer as far as it has come."""
-
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[_Call] = field(default_factory=list)
@@ -172,8 +134,6 @@ class _Choice:
 
 
 class ChatAnswer:
-    """Folds events into a chat completion."""
-
     def __init__(self, header: Header, body: ChatCompletionRequest) -> None:
         self._header = header
         self._with_logprobs = body.logprobs
@@ -220,8 +180,6 @@ class ChatAnswer:
 
 
 class ChatStream:
-    """Turns events into chunks of a chat completion."""
-
     def __init__(self, header: Header, body: ChatCompletionRequest) -> None:
         self._header = header
         self._choices = body.n
@@ -229,21 +187,33 @@ class ChatStream:
         self._with_usage = body.stream_options.include_usage
         self._old_calls = bool(body.functions)
         # An answer that is only calls has no content, not an empty one.
-        self._opening = ChatDelta(role="assistant", content=None if body.all_tools else "")
-        self._text = ChunkTemplate(lambda index, text: self._delta(index, ChatDelta(content=text)))
-        self._reasoning = ChunkTemplate(
+        self._opening = ChatDelta(role="assistant", content=None if all_tools(body) else "")
+        self._text: ChunkTemplate[int] = ChunkTemplate(
+            lambda index, text: self._delta(index, ChatDelta(content=text))
+        )
+        self._reasoning: ChunkTemplate[int] = ChunkTemplate(
             lambda index, text: self._delta(index, ChatDelta(reasoning_content=text))
         )
-        self._arguments = ChunkTemplate(
-            lambda number, text: self._call(
-                *divmod(number, MAX_CALLS), FunctionDelta(arguments=text)
-            )
+        self._arguments: ChunkTemplate[tuple[int, int]] = ChunkTemplate(
+            lambda key, text: self._call(*key, FunctionDelta(arguments=text))
         )
 
-    def begin(self) -> bytes:
-        return b"".join(self._delta(index, self._opening) for index in range(self._choices))
+    def begin(self) -> Sequence[StreamEvent]:
+        opened = [self._delta(index, self._opening) for index in range(self._choices)]
+        return [StreamEvent(chunk) for chunk in opened]
 
-    def feed(self, prompt: int, event: Event) -> bytes:
+    def feed(self, prompt: int, event: Event) -> Sequence[StreamEvent]:
+        chunk = self._written(event)
+        return [StreamEvent(chunk)] if chunk else ()
+
+    def end(self, usage: Usage) -> Sequence[StreamEvent]:
+        if not self._with_usage:
+            return ()
+        chunk = self._chunk([])
+        chunk.usage = usage_body(usage)
+        return [StreamEvent(chunk.to_json())]
+
+    def _written(self, event: Event) -> bytes:
         match event:
             case TextDelta():
                 if event.logprobs:
@@ -252,7 +222,7 @@ class ChatStream:
             case ReasoningDelta():
                 return self._reasoning.fill(event.choice, event.text)
             case ToolCallDelta():
-                return self._arguments.fill(event.choice * MAX_CALLS + event.call, event.arguments)
+                return self._arguments.fill((event.choice, event.call), event.arguments)
             case ToolCallStart():
                 function = FunctionDelta(name=event.name, arguments="")
                 return self._call(event.choice, event.call, function, id=event.id, type="function")
@@ -260,13 +230,6 @@ class ChatStream:
                 reason = _reason(event.reason, self._old_calls)
                 return self._delta(event.choice, ChatDelta(), reason=reason)
         return b""
-
-    def end(self, usage: Usage) -> bytes:
-        if not self._with_usage:
-            return b""
-        chunk = self._chunk([])
-        chunk.usage = usage_body(usage)
-        return sse(chunk.to_json())
 
     def _call(self, index: int, call: int, function: FunctionDelta, **opening: Any) -> bytes:
         if self._old_calls:
@@ -281,13 +244,12 @@ class ChatStream:
         logprobs: tuple[TokenLogprob, ...] = (),
         reason: str | None = None,
     ) -> bytes:
-        told = chat_logprobs(logprobs) if self._with_logprobs and logprobs else None
-        choice = ChatChunkChoice(index=index, delta=delta, logprobs=told, finish_reason=reason)
+        scores = chat_logprobs(logprobs) if self._with_logprobs and logprobs else None
+        choice = ChatChunkChoice(index=index, delta=delta, logprobs=scores, finish_reason=reason)
         chunk = self._chunk([choice])
         if self._with_usage:
-            # Asked for, and not known before the end.
-            chunk.usage = None
-        return sse(chunk.to_json())
+            chunk.usage = None  # not known before the end
+        return chunk.to_json()
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         return ChatCompletionChunk(
@@ -301,5 +263,4 @@ class ChatStream:
 
 
 def _reason(reason: str, old_calls: bool) -> str:
-    """Why a choice ended, in the words of who asked for tools or for functions."""
     return "function_call" if old_calls and reason == "tool_calls" else reason

@@ -5,23 +5,21 @@ from collections.abc import Sequence
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from mlx_server.api.generation import (
-    END_MARK,
-    SYSTEM_FINGERPRINT,
-    ChunkTemplate,
-    Generator,
-    Header,
-    Protocols,
-    check_choices,
-    sampling,
-    usage_body,
-)
+from mlx_server.api.generation import AnswerFormats, Generator
 from mlx_server.api.http.dependencies import CallerDep, MetricsDep, ServiceDep, SettingsDep
-from mlx_server.api.http.failures import documented
 from mlx_server.api.http.json_route import JsonRoute
 from mlx_server.api.http.openapi import event_stream
-from mlx_server.api.http.streaming import sse
-from mlx_server.config import Settings
+from mlx_server.api.http.wire import StreamEvent
+from mlx_server.api.openai.chunks import SYSTEM_FINGERPRINT, ChunkTemplate, Header, usage_body
+from mlx_server.api.openai.logprobs import joined, text_logprobs
+from mlx_server.api.openai.parameters import (
+    as_list,
+    check_choices,
+    constraint,
+    sampling,
+    stop_strings,
+)
+from mlx_server.api.openai.wire import END_MARK, documented
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import (
     Caller,
@@ -41,7 +39,6 @@ from mlx_server.schemas.openai.completions import (
     Completion,
     CompletionChoice,
     CompletionRequest,
-    text_logprobs,
 )
 
 router = APIRouter(prefix="/v1", route_class=JsonRoute, strict_content_type=False)
@@ -61,24 +58,28 @@ async def create_completion(
     metrics: MetricsDep,
 ) -> Response:
     """Continue a text, or several."""
-    requests = to_inference(body, caller, settings)
-    written = Protocols(
-        id_prefix="cmpl",
-        answer=lambda header: CompletionAnswer(header, body),
-        stream=lambda header: CompletionStream(header, body),
+    requests = to_inference(body, caller, settings.max_choices)
+    formats = AnswerFormats(
+        answer=lambda accepted: CompletionAnswer(
+            Header.fresh("cmpl", accepted), body, accepted.prompts
+        ),
+        stream=lambda accepted: CompletionStream(
+            Header.fresh("cmpl", accepted), body, accepted.prompts
+        ),
         echo=body.echo,
     )
-    generator = Generator(service, settings, metrics, requests, written)
+    generator = Generator(service, metrics, requests, formats)
     return generator.stream() if body.stream else generator.answer()
 
 
 def to_inference(
-    body: CompletionRequest, caller: Caller, settings: Settings
+    body: CompletionRequest, caller: Caller, max_choices: int
 ) -> list[InferenceRequest]:
-    """What the body asks for, free of the protocol: a request per prompt."""
-    check_choices(body, settings)
-    if len(body.prompts) * body.n > MAX_PROMPTS:
+    check_choices(body.n, max_choices)
+    prompts = as_list(body.prompt)
+    if len(prompts) * body.n > MAX_PROMPTS:
         raise BadRequest(f"Prompts times `n` is at most {MAX_PROMPTS}.", param="prompt")
+    bound = constraint(body)
     return [
         InferenceRequest(
             model=body.model,
@@ -87,40 +88,39 @@ def to_inference(
             sampling=sampling(body),
             seed=body.seed,
             max_tokens=body.max_tokens,
-            stop=body.stops,
+            stop=stop_strings(body),
             n=body.n,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
-            constraint=body.constraint,
+            constraint=bound,
             ignore_eos=body.ignore_eos,
             priority=body.priority,
             keep_alive=body.keep_alive,
         )
-        for prompt in body.prompts
+        for prompt in prompts
     ]
 
 
 class Echo:
-    """What a completion repeats of its prompts: their texts and scores."""
+    """The prompts' texts and scores; `decoded` is empty unless they are to be repeated."""
 
-    def __init__(self, header: Header, body: CompletionRequest) -> None:
+    def __init__(self, body: CompletionRequest, decoded: Sequence[str]) -> None:
+        prompts = as_list(body.prompt)
         # A text is repeated as it was sent; tokenizing may have changed it.
         self.texts = [
-            given if isinstance(given, str) else known
-            for given, known in zip(body.prompts, header.prompts, strict=False)
-        ] or [""] * len(body.prompts)
-        self.scored: list[tuple[TokenLogprob, ...]] = [()] * len(body.prompts)
+            prompt if isinstance(prompt, str) else text
+            for prompt, text in zip(prompts, decoded, strict=False)
+        ] or [""] * len(prompts)
+        self.scored: list[tuple[TokenLogprob, ...]] = [()] * len(prompts)
 
 
 class CompletionAnswer:
-    """Folds events into a completion."""
-
-    def __init__(self, header: Header, body: CompletionRequest) -> None:
-        total = len(body.prompts) * body.n
+    def __init__(self, header: Header, body: CompletionRequest, decoded: Sequence[str]) -> None:
+        self._echo = Echo(body, decoded)
+        total = len(self._echo.texts) * body.n
         self._header = header
         self._n = body.n
         self._with_logprobs = body.logprobs is not None
-        self._echo = Echo(header, body)
         self._texts: list[list[str]] = [[] for _ in range(total)]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(total)]
         self._reasons = [""] * total
@@ -151,8 +151,10 @@ class CompletionAnswer:
         echoed = self._echo.texts[index // self._n]
         logprobs = None
         if self._with_logprobs:
-            logprobs = text_logprobs(self._echo.scored[index // self._n], start=0)
-            logprobs.extend(text_logprobs(self._logprobs[index], start=len(echoed)))
+            logprobs = joined(
+                text_logprobs(self._echo.scored[index // self._n], start=0),
+                text_logprobs(self._logprobs[index], start=len(echoed)),
+            )
         return CompletionChoice(
             index=index,
             text=echoed + "".join(self._texts[index]),
@@ -162,48 +164,50 @@ class CompletionAnswer:
 
 
 class CompletionStream:
-    """Turns events into chunks of a completion."""
-
-    def __init__(self, header: Header, body: CompletionRequest) -> None:
+    def __init__(self, header: Header, body: CompletionRequest, decoded: Sequence[str]) -> None:
         self._header = header
         self._n = body.n
         self._with_logprobs = body.logprobs is not None
         self._with_usage = body.stream_options.include_usage
-        self._echo = Echo(header, body)
-        self._bare = ChunkTemplate(self._text)
+        self._echo = Echo(body, decoded)
+        self._bare: ChunkTemplate[int] = ChunkTemplate(self._text)
 
-    def begin(self) -> bytes:
+    def begin(self) -> Sequence[StreamEvent]:
         if self._with_logprobs:
-            # The echo comes with its scores.
-            return b""
-        return b"".join(
-            self._echoed(prompt) for prompt, text in enumerate(self._echo.texts) if text
-        )
+            return ()  # the echo comes with its scores
+        return [
+            event
+            for prompt, text in enumerate(self._echo.texts)
+            if text
+            for event in self._echoed(prompt)
+        ]
 
-    def feed(self, prompt: int, event: Event) -> bytes:
+    def feed(self, prompt: int, event: Event) -> Sequence[StreamEvent]:
         if isinstance(event, PromptScored):
             self._echo.scored[prompt] = event.logprobs
             return self._echoed(prompt)
         index = prompt * self._n + event.choice
         if isinstance(event, Finished):
-            return self._text(index, "", reason=event.reason)
+            return [StreamEvent(self._text(index, "", reason=event.reason))]
         if not isinstance(event, TextDelta):
-            return b""
+            return ()
         if event.logprobs:
-            return self._text(index, event.text, event.logprobs, len(self._echo.texts[prompt]))
-        return self._bare.fill(index, event.text)
+            start = len(self._echo.texts[prompt])
+            return [StreamEvent(self._text(index, event.text, event.logprobs, start))]
+        return [StreamEvent(self._bare.fill(index, event.text))]
 
-    def end(self, usage: Usage) -> bytes:
+    def end(self, usage: Usage) -> Sequence[StreamEvent]:
         if not self._with_usage:
-            return b""
+            return ()
         chunk = self._chunk([])
         chunk.usage = usage_body(usage)
-        return sse(chunk.to_json())
+        return [StreamEvent(chunk.to_json())]
 
-    def _echoed(self, prompt: int) -> bytes:
+    def _echoed(self, prompt: int) -> list[StreamEvent]:
         first = prompt * self._n
         text, scored = self._echo.texts[prompt], self._echo.scored[prompt]
-        return b"".join(self._text(index, text, scored) for index in range(first, first + self._n))
+        choices = range(first, first + self._n)
+        return [StreamEvent(self._text(index, text, scored)) for index in choices]
 
     def _text(
         self,
@@ -213,13 +217,12 @@ class CompletionStream:
         start: int = 0,
         reason: str | None = None,
     ) -> bytes:
-        told = text_logprobs(logprobs, start) if self._with_logprobs and logprobs else None
-        choice = CompletionChoice(index=index, text=text, logprobs=told, finish_reason=reason)
+        scores = text_logprobs(logprobs, start) if self._with_logprobs and logprobs else None
+        choice = CompletionChoice(index=index, text=text, logprobs=scores, finish_reason=reason)
         chunk = self._chunk([choice])
         if self._with_usage:
-            # Asked for, and not known before the end.
-            chunk.usage = None
-        return sse(chunk.to_json())
+            chunk.usage = None  # not known before the end
+        return chunk.to_json()
 
     def _chunk(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(

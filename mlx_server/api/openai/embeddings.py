@@ -3,17 +3,16 @@
 import asyncio
 import struct
 from base64 import b64encode
-from typing import Annotated, cast
 
 import msgspec
-from fastapi import APIRouter, Depends
-from starlette.requests import Request
+from fastapi import APIRouter
 from starlette.responses import Response
 
-from mlx_server.api.http.dependencies import CallerDep, MetricsDep
-from mlx_server.api.http.failures import documented
+from mlx_server.api.http.dependencies import CallerDep, EmbeddingsDep, MetricsDep
 from mlx_server.api.http.json_route import JsonRoute
 from mlx_server.api.http.streaming import WholeAnswer
+from mlx_server.api.openai.parameters import as_list
+from mlx_server.api.openai.wire import documented
 from mlx_server.schemas.internal import Caller, Usage
 from mlx_server.schemas.openai.embeddings import (
     EmbeddingList,
@@ -21,19 +20,14 @@ from mlx_server.schemas.openai.embeddings import (
     EmbeddingUsage,
 )
 from mlx_server.services import embeddings as service
-from mlx_server.services.embeddings import EmbeddingService
 from mlx_server.telemetry import RequestTimer
 
 FLOAT32_BYTES = 4
 WRITTEN_AT_ONCE = 16
-"""Vectors, between which the event loop may see to others."""
+"""Vectors, after which the event loop may do something else."""
 EMPTY_DATA = b'"data":[]'
 
 router = APIRouter(prefix="/v1", route_class=JsonRoute, strict_content_type=False)
-
-
-async def _service(request: Request) -> EmbeddingService:
-    return cast(EmbeddingService, request.app.state.embeddings)
 
 
 @router.post(
@@ -44,7 +38,7 @@ async def _service(request: Request) -> EmbeddingService:
 async def create_embeddings(
     body: EmbeddingRequest,
     caller: CallerDep,
-    embeddings: Annotated[EmbeddingService, Depends(_service)],
+    embeddings: EmbeddingsDep,
     metrics: MetricsDep,
 ) -> Response:
     """Make a vector of a text, or of each of several."""
@@ -67,10 +61,9 @@ async def create_embeddings(
 
 
 def to_internal(body: EmbeddingRequest, caller: Caller) -> service.EmbeddingRequest:
-    """What the body asks for, free of the protocol."""
     return service.EmbeddingRequest(
         model=body.model,
-        inputs=body.inputs,
+        inputs=as_list(body.input),
         caller=caller,
         dimensions=body.dimensions,
         priority=body.priority,
@@ -79,10 +72,7 @@ def to_internal(body: EmbeddingRequest, caller: Caller) -> service.EmbeddingRequ
 
 
 def _embedding(index: int, numbers: bytes, form: str) -> bytes:
-    """An `Embedding` as JSON, `numbers` being the bytes of the vector's float32 numbers.
-
-    Pydantic would take ten times as long for it.
-    """
+    """`numbers` are little-endian float32. Pydantic takes ten times as long for this."""
     vector: str | tuple[float, ...]
     if form == "base64":
         vector = b64encode(numbers).decode("ascii")
@@ -92,7 +82,6 @@ def _embedding(index: int, numbers: bytes, form: str) -> bytes:
 
 
 def _whole(written: list[bytes], model: str, tokens: int) -> bytes:
-    """The answer around vectors that have been written already."""
     usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
     frame = EmbeddingList(object="list", data=[], model=model, usage=usage).to_json()
     before, _, after = frame.partition(EMPTY_DATA)

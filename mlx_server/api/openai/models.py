@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from mlx_server.api.http.dependencies import CatalogDep, PoolDep, authenticated
-from mlx_server.api.http.failures import documented
 from mlx_server.api.http.json_route import JsonRoute
+from mlx_server.api.openai.wire import documented
 from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.store.capabilities import read_capabilities
 from mlx_server.models.store.catalog import ModelEntry
@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)], route_cl
 @router.get("/models", response_model=ModelList, responses=documented(400, 401, 403, 413))
 async def list_models(catalog: CatalogDep, pool: PoolDep) -> Response:
     """Every model that can be served, loaded or not."""
-    states = model_states(pool)
+    states = _states(pool)
 
     def listed() -> bytes:
         models = [_model(entry, states) for entry in catalog.entries()]
@@ -37,7 +37,7 @@ async def list_models(catalog: CatalogDep, pool: PoolDep) -> Response:
 )
 async def get_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
     """One model, by id or alias."""
-    states = model_states(pool)
+    states = _states(pool)
 
     def found() -> bytes:
         return _model(catalog.find(model_id), states).to_json()
@@ -45,8 +45,7 @@ async def get_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Respon
     return Response(await asyncio.to_thread(found), media_type="application/json")
 
 
-def model_states(pool: ModelPoolManager) -> dict[str, str]:
-    """The state of every model that was asked for since the start."""
+def _states(pool: ModelPoolManager) -> dict[str, str]:
     return {status.id: status.state for status in pool.statuses()}
 
 
@@ -66,6 +65,5 @@ def _model(entry: ModelEntry, states: Mapping[str, str]) -> Model:
 
 
 def _capabilities(entry: ModelEntry) -> ModelCapabilities | None:
-    """What the model's files tell; reads them."""
     found = read_capabilities(entry)
     return None if found is None else ModelCapabilities(**asdict(found))

@@ -4,9 +4,9 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from mlx_server.api.http.dependencies import CallerDep, PoolDep
-from mlx_server.api.http.failures import documented
 from mlx_server.api.http.json_route import JsonRoute
-from mlx_server.api.openai.chat import chat_prompt
+from mlx_server.api.openai.prompts import chat_prompt
+from mlx_server.api.openai.wire import documented
 from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.schemas.internal import TextPrompt
 from mlx_server.schemas.openai.tokens import (
@@ -47,13 +47,14 @@ async def detokenize(body: DetokenizeRequest, caller: CallerDep, pool: PoolDep) 
 async def _tokens(body: TokenizeRequest, pool: ModelPoolManager) -> Tokens:
     if body.messages is not None:
         return await tokens.tokenized(pool, body.model, chat_prompt(body.messages, body))
+    text = body.content if body.prompt is None else body.prompt
+    assert text is not None
     if body.add_special:
-        return await tokens.tokenized(pool, body.model, TextPrompt(body.text))
-    return await tokens.tokenized_bare(pool, body.model, body.text)
+        return await tokens.tokenized(pool, body.model, TextPrompt(text))
+    return await tokens.tokenized_bare(pool, body.model, text)
 
 
 def _pieces(found: Tokens) -> list[TokenPiece]:
-    """Tokens with their texts; those of special tokens are their names."""
     pairs = zip(found.ids, found.bytes, found.names, strict=True)
     return [TokenPiece(id=token, piece=_piece(data, name)) for token, data, name in pairs]
 

@@ -1,32 +1,21 @@
 """OpenAI's wire format of chat completions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.internal import TokenLogprob, ToolUse
-from mlx_server.schemas.openai.common import (
-    INT32_MAX,
-    Body,
-    CompletionUsage,
-    Lenient,
-    Refusal,
-    finite,
-    never,
-)
+from mlx_server.schemas.objects import INT32_MAX, Refusal, RequestObject, ResponseObject, never
+from mlx_server.schemas.openai.common import CompletionUsage
 from mlx_server.schemas.openai.constraints import ConstrainedRequest
 from mlx_server.schemas.openai.messages import Messages
 from mlx_server.schemas.openai.tools import (
     Few,
     FunctionChoice,
     FunctionDefinition,
-    FunctionName,
-    NamedTool,
     Tool,
     ToolChoice,
-    tool_use,
 )
 
 NO_LIMIT = -1
@@ -39,7 +28,6 @@ UNSUPPORTED: Mapping[str, Refusal] = {
     "prediction": Refusal(never, "it gains nothing from one"),
     "moderation": Refusal(never, "it does not moderate"),
 }
-"""What of a chat completion's fields is not honoured."""
 
 TOLERATED: Mapping[str, str] = {
     "metadata": "Nothing is kept of a request.",
@@ -52,12 +40,9 @@ TOLERATED: Mapping[str, str] = {
     "user": "Callers are told apart by their keys.",
     "verbosity": "Say it in a message, or in `chat_template_kwargs` where a template knows it.",
 }
-"""Fields that change nothing here."""
 
 
-class PromptOptions(Lenient):
-    """What a chat's prompt is made of besides its messages."""
-
+class PromptOptions(RequestObject):
     tools: Few[Tool] = Field(default_factory=list, description="Functions; no custom tools.")
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
@@ -94,38 +79,8 @@ class PromptOptions(Lenient):
             raise BadRequest("`functions` is an old form of `tools`: give one.", param="functions")
         return self
 
-    @property
-    def all_tools(self) -> list[Tool]:
-        """The tools, in whichever form they were given."""
-        return self.tools or [Tool(function=one) for one in self.functions]
-
-    def tool_use(self) -> ToolUse | None:
-        """What may come of the tools; None when none may be called. Raises BadRequest."""
-        if not self.functions and not isinstance(self.function_call, FunctionName):
-            return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
-        old = self.function_call
-        choice: ToolChoice = NamedTool(function=old) if isinstance(old, FunctionName) else old
-        return tool_use(self.all_tools, choice, parallel=False)
-
-    @property
-    def template_kwargs(self) -> dict[str, Any]:
-        """The template's variables; those that the client names count."""
-        variables: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            variables["reasoning_effort"] = self.reasoning_effort
-        if self.reasoning_effort == "none" or self.thinking_budget == 0:
-            variables["enable_thinking"] = False
-        return variables | self.chat_template_kwargs
-
-    @property
-    def most_thinking(self) -> int | None:
-        """Tokens that the model may think for; None for as many as it likes."""
-        return None if self.thinking_budget == NO_LIMIT else self.thinking_budget
-
 
 class ChatCompletionRequest(PromptOptions, ConstrainedRequest):
-    """The body of `POST /v1/chat/completions`."""
-
     unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
     tolerated: ClassVar[Mapping[str, str]] = TOLERATED
 
@@ -146,44 +101,36 @@ class ChatCompletionRequest(PromptOptions, ConstrainedRequest):
         return self
 
 
-class TopLogprob(Body):
-    """A token that could have stood at a position."""
-
+class TopLogprob(ResponseObject):
     token: str
     logprob: float
     bytes: list[int] | None
 
 
 class ChatTokenLogprob(TopLogprob):
-    """The log-probability of a token, with the most likely alternatives."""
-
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Body):
-    """The log-probabilities of a choice's tokens."""
-
+class ChatLogprobs(ResponseObject):
     content: list[ChatTokenLogprob]
     refusal: None
 
 
-class CalledFunction(Body):
-    """A function that the model calls; the arguments are the text of a JSON object."""
+class CalledFunction(ResponseObject):
+    """`arguments` is the text of a JSON object."""
 
     name: str
     arguments: str
 
 
-class MessageToolCall(Body):
-    """A tool call of a complete answer."""
-
+class MessageToolCall(ResponseObject):
     id: str
     type: Literal["function"]
     function: CalledFunction
 
 
-class AssistantMessage(Body):
-    """A complete answer. `reasoning_content` is this server's own."""
+class AssistantMessage(ResponseObject):
+    """`reasoning_content` is this server's own."""
 
     role: Literal["assistant"]
     content: str | None
@@ -193,18 +140,14 @@ class AssistantMessage(Body):
     function_call: CalledFunction | None = None
 
 
-class ChatChoice(Body):
-    """One of the answers of a chat completion."""
-
+class ChatChoice(ResponseObject):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
 
 
-class ChatCompletion(Body):
-    """The answer of `POST /v1/chat/completions`."""
-
+class ChatCompletion(ResponseObject):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -214,15 +157,15 @@ class ChatCompletion(Body):
     usage: CompletionUsage
 
 
-class FunctionDelta(Body):
-    """What a chunk adds to a call: its name first, then pieces of its arguments."""
+class FunctionDelta(ResponseObject):
+    """The name comes first, then pieces of the arguments."""
 
     name: str | None = None
     arguments: str
 
 
-class CallDelta(Body):
-    """What a chunk adds to the tool call of that index; `id` and `type` come with the name."""
+class CallDelta(ResponseObject):
+    """`id` and `type` come with the name."""
 
     index: int
     id: str | None = None
@@ -230,9 +173,7 @@ class CallDelta(Body):
     function: FunctionDelta
 
 
-class ChatDelta(Body):
-    """What a chunk adds to a message."""
-
+class ChatDelta(ResponseObject):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
@@ -240,17 +181,15 @@ class ChatDelta(Body):
     function_call: FunctionDelta | None = None
 
 
-class ChatChunkChoice(Body):
-    """What a chunk adds to a choice."""
-
+class ChatChunkChoice(ResponseObject):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
 
 
-class ChatCompletionChunk(Body):
-    """One event of a streamed chat completion. `usage` is set only if it was asked for."""
+class ChatCompletionChunk(ResponseObject):
+    """`usage` is set only if it was asked for."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -259,24 +198,3 @@ class ChatCompletionChunk(Body):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: CompletionUsage | None = None
-
-
-def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
-    """Log-probabilities as chat completions write them."""
-    return ChatLogprobs(
-        content=[
-            ChatTokenLogprob(
-                token=entry.token,
-                logprob=finite(entry.logprob),
-                bytes=list(entry.bytes),
-                top_logprobs=[
-                    TopLogprob(
-                        token=other.token, logprob=finite(other.logprob), bytes=list(other.bytes)
-                    )
-                    for other in entry.top
-                ],
-            )
-            for entry in tokens
-        ],
-        refusal=None,
-    )

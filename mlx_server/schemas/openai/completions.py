@@ -1,21 +1,13 @@
 """OpenAI's wire format of completions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.internal import TokenLogprob
-from mlx_server.schemas.openai.common import (
-    INT32_MAX,
-    Body,
-    CompletionUsage,
-    Refusal,
-    TokenIds,
-    empty,
-    finite,
-)
+from mlx_server.schemas.objects import INT32_MAX, Refusal, ResponseObject, empty
+from mlx_server.schemas.openai.common import CompletionUsage, TokenIds
 from mlx_server.schemas.openai.constraints import ConstrainedRequest
 
 MAX_PROMPTS = 256
@@ -27,10 +19,8 @@ UNSUPPORTED: Mapping[str, Refusal] = {
     ),
     "suffix": Refusal(empty, "it does not fill in"),
 }
-"""What of a completion's fields is not honoured."""
 
 TOLERATED: Mapping[str, str] = {"user": "Callers are told apart by their keys."}
-"""Fields that change nothing here."""
 
 PromptInput = (
     str
@@ -41,8 +31,6 @@ PromptInput = (
 
 
 class CompletionRequest(ConstrainedRequest):
-    """The body of `POST /v1/completions`."""
-
     unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
     tolerated: ClassVar[Mapping[str, str]] = TOLERATED
 
@@ -57,34 +45,18 @@ class CompletionRequest(ConstrainedRequest):
             raise BadRequest("`max_tokens` can be 0 only with `echo: true`.", param="max_tokens")
         return self
 
-    @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, one or many, in a list."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
 
-
-class TextLogprobs(Body):
-    """The log-probabilities of a completion's tokens, in columns."""
+class TextLogprobs(ResponseObject):
+    """One entry per token in each list."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
-    def extend(self, more: "TextLogprobs") -> None:
-        """Append the tokens of `more`."""
-        self.tokens += more.tokens
-        self.token_logprobs += more.token_logprobs
-        self.top_logprobs += more.top_logprobs
-        self.text_offset += more.text_offset
 
-
-class CompletionChoice(Body):
-    """One of the texts of a completion, or what a chunk adds to it."""
+class CompletionChoice(ResponseObject):
+    """A whole text, or what a chunk adds to it."""
 
     index: int
     text: str
@@ -92,8 +64,8 @@ class CompletionChoice(Body):
     finish_reason: str | None
 
 
-class Completion(Body):
-    """The answer of `POST /v1/completions`, and one event of its stream."""
+class Completion(ResponseObject):
+    """A whole answer, or one event of a stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -102,27 +74,3 @@ class Completion(Body):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: CompletionUsage | None = None
-
-
-def text_logprobs(tokens: Sequence[TokenLogprob], start: int) -> TextLogprobs:
-    """Log-probabilities as completions write them, for text that begins at character `start`."""
-    return TextLogprobs(
-        tokens=[entry.token for entry in tokens],
-        token_logprobs=[
-            None if entry.logprob is None else finite(entry.logprob) for entry in tokens
-        ],
-        top_logprobs=[_top_by_token(entry) for entry in tokens],
-        text_offset=[start + entry.offset for entry in tokens],
-    )
-
-
-def _top_by_token(entry: TokenLogprob) -> dict[str, float] | None:
-    """The alternatives by text, with the token itself, whether or not it is among them."""
-    if entry.logprob is None:
-        return None
-    top: dict[str, float] = {}
-    # Different tokens can have one text, such as two halves of a character: the likelier stays.
-    for other in entry.top:
-        top.setdefault(other.token, finite(other.logprob))
-    top.setdefault(entry.token, finite(entry.logprob))
-    return top

@@ -1,8 +1,4 @@
-"""What binds an answer to a form: `response_format`, and other servers' fields for the same.
-
-Only shapes and sizes are checked here. Whether a schema can be kept is found where its grammar
-is made.
-"""
+"""What constrains an answer's form: `response_format`, and other servers' fields for the same."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -10,28 +6,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
-from mlx_server.errors import BadRequest
-from mlx_server.schemas.internal import Constraint
-from mlx_server.schemas.openai.common import (
-    GenerationRequest,
-    Lenient,
-    Name,
-    NonEmpty,
-    Refusal,
-    never,
-)
+from mlx_server.schemas.objects import NonEmpty, Refusal, RequestObject, never
+from mlx_server.schemas.openai.common import GenerationRequest, Name
 
 MAX_VALUES = 50_000
 MAX_DEPTH = 100
 MAX_CHARACTERS = 262_144
-"""Of what a grammar is made of: JSON values, levels of nesting, and characters of text in all."""
+"""Bounds of a grammar's source: JSON values, levels of nesting, characters in all."""
 MAX_KEYS = 1000
-"""Of one object: the cost of a grammar grows with the square of an object's properties."""
+"""Of one object: a grammar's cost grows with the square of an object's properties."""
 MAX_CHOICES = 10_000
 
 
 def check_size(value: Any) -> Any:
-    """`value` itself, if it is no larger than what a grammar may be made of."""
+    """Raises ValueError if `value` is too large a source for a grammar."""
     level, values, characters, depth = [value], 0, 0, 0
     while level:
         depth += 1
@@ -58,7 +46,7 @@ def check_size(value: Any) -> Any:
 
 
 def _parsed(value: Any) -> Any:
-    """The object in a text of JSON, which some clients send in its place."""
+    """Some clients send a JSON schema as text."""
     if not isinstance(value, str) or len(value) > MAX_CHARACTERS:
         return value
     try:
@@ -81,8 +69,8 @@ Choices = Annotated[
 ]
 
 
-class JsonSchemaFormat(Lenient):
-    """A JSON schema with a name. It is kept to whether or not it calls itself strict."""
+class JsonSchemaFormat(RequestObject):
+    """Enforced whether or not it is `strict`."""
 
     name: Name | None = None
     description: str | None = None
@@ -90,9 +78,7 @@ class JsonSchemaFormat(Lenient):
     strict: bool = True
 
 
-class ResponseFormat(Lenient):
-    """The form that an answer must have."""
-
+class ResponseFormat(RequestObject):
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [
@@ -114,19 +100,9 @@ class ResponseFormat(Lenient):
             raise ValueError("a format of type 'json_schema' must have a `json_schema`")
         return self
 
-    def constraint(self, param: str) -> Constraint | None:
-        """What it asks for; None for any text."""
-        if self.type == "text":
-            return None
-        if self.type == "json_schema" and self.json_schema is not None:
-            return Constraint("json_schema", self.json_schema.schema_, param)
-        if self.schema_ is not None:
-            return Constraint("json_schema", self.schema_, param)
-        return Constraint("json_object", None, param)
 
-
-class StructuredOutputs(Lenient):
-    """The form that an answer must have, as vLLM writes it: one of these."""
+class StructuredOutputs(RequestObject):
+    """vLLM's form; one of these fields."""
 
     unsupported: ClassVar[Mapping[str, Refusal]] = {
         "structural_tag": Refusal(never),
@@ -139,23 +115,9 @@ class StructuredOutputs(Lenient):
     choice: Choices | None = None
     grammar: Text | None = None
 
-    def constraints(self, param: str) -> list[Constraint]:
-        """Everything that it asks for."""
-        asked = _given(
-            [
-                Constraint("json_schema", self.json_, f"{param}.json"),
-                Constraint("regex", self.regex, f"{param}.regex"),
-                Constraint("choice", self.choice, f"{param}.choice"),
-                Constraint("grammar", self.grammar, f"{param}.grammar"),
-            ]
-        )
-        if self.json_object:
-            asked.append(Constraint("json_object", None, f"{param}.json_object"))
-        return asked
-
 
 class ConstrainedRequest(GenerationRequest):
-    """A request whose answer can be bound to a form, by one of these fields."""
+    """At most one of these fields may constrain the answer."""
 
     response_format: ResponseFormat | None = Field(
         None,
@@ -178,46 +140,3 @@ class ConstrainedRequest(GenerationRequest):
         "", description="llama.cpp's name for `guided_grammar`."
     )
     json_schema: Schema | None = Field(None, description="llama.cpp's name for `guided_json`.")
-
-    @model_validator(mode="after")
-    def _is_bound_once(self) -> Self:
-        asked = self._constraints()
-        if len(asked) > 1:
-            raise BadRequest(
-                f"`{asked[0].param}` and `{asked[1].param}` both bind the answer: give one.",
-                param=asked[1].param,
-            )
-        if asked and self.ignore_eos:
-            raise BadRequest(
-                f"`ignore_eos` would go on past the end that `{asked[0].param}` sets.",
-                param="ignore_eos",
-            )
-        return self
-
-    @property
-    def constraint(self) -> Constraint | None:
-        """What the answer must match."""
-        return next(iter(self._constraints()), None)
-
-    def _constraints(self) -> list[Constraint]:
-        asked = _given(
-            [
-                Constraint("json_schema", self.guided_json, "guided_json"),
-                Constraint("regex", self.guided_regex, "guided_regex"),
-                Constraint("choice", self.guided_choice, "guided_choice"),
-                Constraint("grammar", self.guided_grammar, "guided_grammar"),
-                Constraint("grammar", self.grammar or None, "grammar"),
-                Constraint("json_schema", self.json_schema, "json_schema"),
-            ]
-        )
-        if self.structured_outputs is not None:
-            asked += self.structured_outputs.constraints("structured_outputs")
-        if self.response_format is not None:
-            bound = self.response_format.constraint("response_format")
-            asked += [bound] if bound else []
-        return asked
-
-
-def _given(constraints: list[Constraint]) -> list[Constraint]:
-    """Those that have a value."""
-    return [one for one in constraints if one.value is not None]

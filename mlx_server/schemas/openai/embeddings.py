@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mlx_server.schemas.openai.common import INT32_MAX, Body, ModelRequest, NonEmpty, TokenIds
+from mlx_server.schemas.objects import INT32_MAX, NonEmpty, ResponseObject
+from mlx_server.schemas.openai.common import ModelRequest, TokenIds
 
 MAX_INPUTS = 2048
 
@@ -17,8 +18,6 @@ EmbeddingInput = (
 
 
 class EmbeddingRequest(ModelRequest):
-    """The body of `POST /v1/embeddings`."""
-
     input: EmbeddingInput = Field(
         description="A text, or several; or their token ids, which are taken as they are."
     )
@@ -33,34 +32,21 @@ class EmbeddingRequest(ModelRequest):
     )
     user: str | None = Field(None, description="Accepted, and not used.")
 
-    @property
-    def inputs(self) -> list[str] | list[list[int]]:
-        """The texts, one or many, in a list."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if isinstance(self.input[0], int):
-            return [self.input]
-        return self.input
 
-
-class Embedding(Body):
-    """The vector of one text: numbers, or their bytes in base64."""
+class Embedding(ResponseObject):
+    """Numbers, or their bytes in base64."""
 
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class EmbeddingUsage(Body):
-    """Token counts of a request."""
-
+class EmbeddingUsage(ResponseObject):
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingList(Body):
-    """The answer of `POST /v1/embeddings`."""
-
+class EmbeddingList(ResponseObject):
     object: Literal["list"]
     data: list[Embedding]
     model: str

@@ -1,29 +1,25 @@
 """OpenAI's wire format of a conversation: messages, their parts, and calls made earlier."""
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict, JsonValue
 
-from mlx_server.schemas.openai.common import Lenient
+from mlx_server.schemas.objects import RequestObject
 
 MAX_PIECES = 10_000
-"""Checking them takes some 50 ms, in which no other request is served."""
-OLD_CALL_ID = "call00000"
-"""Stands for the id that calls of the deprecated `functions` lack. Some templates insist on nine
-letters and digits."""
+"""Messages, parts and tool calls. Checking so many blocks the event loop for 50 ms."""
 
 
 def having(required: Sequence[str], **properties: JsonValue) -> JsonDict:
-    """The JSON schema of objects with these properties, the required ones not null."""
+    """The JSON schema of objects with these properties; the required ones are not null."""
     given: dict[str, JsonValue] = {name: {"not": {"type": "null"}} for name in required}
     return {"required": list(required), "properties": given | properties}
 
 
-class ContentPart(Lenient):
-    """A part of a message. Text is all that this server reads."""
+class ContentPart(RequestObject):
+    """Only text is supported."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -49,51 +45,22 @@ class ContentPart(Lenient):
             raise ValueError(f"a part of type '{self.type}' must have a string `{self.type}`")
         return self
 
-    @property
-    def value(self) -> str:
-        """The part's text."""
-        return (self.text if self.type == "text" else self.refusal) or ""
 
-
-class FunctionCall(Lenient):
-    """What an earlier tool call asked for."""
-
+class FunctionCall(RequestObject):
     name: str
     arguments: str = "{}"
 
-    def for_template(self, call_id: str) -> dict[str, Any]:
-        """The call as chat templates read it: arguments are an object where they can be."""
-        function = {"name": self.name, "arguments": _object_or_text(self.arguments)}
-        return {"id": call_id, "type": "function", "function": function}
 
-
-class ToolCall(Lenient):
-    """A tool call that the assistant made earlier in the conversation."""
-
+class ToolCall(RequestObject):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-
-    def for_template(self) -> dict[str, Any]:
-        """The call as chat templates read it."""
-        return self.function.for_template(self.id)
-
-
-def _object_or_text(text: str) -> Any:
-    """The JSON object in `text`, or `text` itself when it holds none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
 
 
 NO_CALLS: JsonDict = {"type": ["array", "null"], "maxItems": 0}
 
 
-class Message(Lenient):
-    """One turn of a conversation."""
-
+class Message(RequestObject):
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [
@@ -142,47 +109,17 @@ class Message(Lenient):
             raise ValueError("a message of role 'tool' must have a `tool_call_id`")
         if self.role == "function" and self.name is None:
             raise ValueError("a message of role 'function' must have a `name`")
-        if self.calls and self.role != "assistant":
+        calls = self.tool_calls or self.function_call
+        if calls and self.role != "assistant":
             raise ValueError(f"a message of role '{self.role}' cannot have tool calls")
-        optional = self.role == "assistant" and (self.calls or self.refusal is not None)
+        optional = self.role == "assistant" and (calls or self.refusal is not None)
         if self.content is None and not optional:
             raise ValueError(f"a message of role '{self.role}' must have `content`")
         return self
 
-    @property
-    def text(self) -> str:
-        """The content in one string; parts stand on lines of their own."""
-        if self.content is None:
-            return self.refusal or ""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.value for part in self.content)
-
-    @property
-    def calls(self) -> list[dict[str, Any]]:
-        """The calls that it makes, as chat templates read them."""
-        calls = [call.for_template() for call in self.tool_calls or ()]
-        if self.function_call is not None:
-            calls.append(self.function_call.for_template(OLD_CALL_ID))
-        return calls
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates read it."""
-        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        message: dict[str, Any] = {"role": role, "content": self.text}
-        if calls := self.calls:
-            message["tool_calls"] = calls
-        if self.role == "function":
-            message["tool_call_id"] = OLD_CALL_ID
-        for field in ("name", "tool_call_id", "reasoning_content"):
-            value = getattr(self, field)
-            if value is not None:
-                message[field] = value
-        return message
-
 
 def _few_pieces(messages: Any) -> Any:
-    """Refuse more messages, parts and tool calls than can be looked at one by one in no time."""
+    """Raise ValueError for too many messages, parts and tool calls to check one by one."""
     if not isinstance(messages, list):
         return messages
     pieces = len(messages)

@@ -2,12 +2,10 @@
 
 from typing import Literal
 
-from mlx_server.schemas.openai.common import Body
+from mlx_server.schemas.objects import ResponseObject
 
 
-class ModelCapabilities(Body):
-    """What a model can be asked for."""
-
+class ModelCapabilities(ResponseObject):
     chat: bool
     tools: bool
     native_tools: bool
@@ -16,8 +14,8 @@ class ModelCapabilities(Body):
     embeddings: bool
 
 
-class Model(Body):
-    """A model that can be served. Everything after `owned_by` is this server's own."""
+class Model(ResponseObject):
+    """Everything after `owned_by` is this server's own."""
 
     id: str
     object: Literal["model"]
@@ -31,8 +29,6 @@ class Model(Body):
     capabilities: ModelCapabilities | None
 
 
-class ModelList(Body):
-    """The answer of `GET /v1/models`."""
-
+class ModelList(ResponseObject):
     object: Literal["list"]
     data: list[Model]

@@ -7,22 +7,18 @@ from pydantic import AliasChoices, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from mlx_server.errors import BadRequest
+from mlx_server.schemas.objects import NonEmpty, Refusal, RequestObject, ResponseObject
 from mlx_server.schemas.openai.chat import PromptOptions
-from mlx_server.schemas.openai.common import INT32_MAX, Body, Lenient, NonEmpty, Refusal
+from mlx_server.schemas.openai.common import TokenId
 from mlx_server.schemas.openai.messages import Messages, having
 
 MAX_TOKENS = 1_000_000
-
-TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, le=INT32_MAX)]], Field(max_length=MAX_TOKENS, fail_fast=True)
-]
-
 
 ABSENT: JsonDict = {"type": "null"}
 
 
 class TokenizeRequest(PromptOptions):
-    """The body of `POST /tokenize`: a text, or a conversation as chat completions take it."""
+    """A text, or a conversation as chat completions take it."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -58,37 +54,28 @@ class TokenizeRequest(PromptOptions):
             raise BadRequest("Give one of `prompt`, `content` and `messages`.", param="prompt")
         return self
 
-    @property
-    def text(self) -> str:
-        """The text, under whichever name it was given."""
-        return self.prompt if self.prompt is not None else self.content or ""
 
-
-class DetokenizeRequest(Lenient):
-    """The body of `POST /detokenize`."""
-
+class DetokenizeRequest(RequestObject):
     model: NonEmpty
-    tokens: TokenIds
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
-class TokenPiece(Body):
-    """A token and its text, or its bytes where they are no whole characters."""
+class TokenPiece(ResponseObject):
+    """The token's text, or its bytes where they are no whole characters."""
 
     id: int
     piece: str | list[int]
 
 
-class Tokenized(Body):
-    """The answer of `POST /tokenize`."""
-
+class Tokenized(ResponseObject):
     tokens: list[int] | list[TokenPiece]
     count: int
     max_model_len: int
     token_strs: list[str] | None
 
 
-class Detokenized(Body):
-    """The answer of `POST /detokenize`: the text under llama.cpp's name and vLLM's."""
+class Detokenized(ResponseObject):
+    """The text under llama.cpp's name and vLLM's."""
 
     content: str
     prompt: str

@@ -1,0 +1,106 @@
+"""The outermost layer around the application."""
+
+import logging
+import re
+import secrets
+import time
+
+from opentelemetry import trace
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlx_server.api.http.failures import error_response
+from mlx_server.api.http.wire import Wires, wire_of
+from mlx_server.events import event
+from mlx_server.telemetry import UNTRACED_PATHS, Metrics
+
+logger = logging.getLogger(__name__)
+
+ANSWER_HEADERS = "answer_headers"
+"""The key of a request's state: headers for its answer, as pairs of bytes."""
+SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    # Pages that `cors_origins` names ask with CORS, which this one does not restrict.
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+HTML_HEADERS = [
+    (b"content-security-policy", b"frame-ancestors 'none'; base-uri 'none'; object-src 'none'"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+]
+
+
+class RequestContext:
+    """Gives a request its id and its `Wire`, counts and logs it, answers bugs with a 500."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, wires: Wires) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.wires = wires
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["request_id"] = _request_id(scope)
+        state["wire"] = self.wires.of(scope["path"])
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                _add_headers(message, scope)
+            await send(message)
+
+        self.metrics.in_flight.inc()
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception as error:
+            response = error_response(error, scope)
+            trace.get_current_span().record_exception(error)
+            if status:
+                # The answer has begun and cannot be completed: the server cuts the connection.
+                raise
+            await response(scope, receive, send_with_headers)
+        finally:
+            self.metrics.in_flight.dec()
+            self._record(scope, status, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        """Status 0 is a client that left before the answer began."""
+        path = getattr(scope.get("route"), "path_format", "unmatched")
+        self.metrics.requests.labels(scope["method"][:16], path, str(status)).inc()
+        quiet = scope["path"] in UNTRACED_PATHS
+        logger.log(
+            logging.DEBUG if quiet else logging.INFO,
+            event(
+                "request",
+                request_id=scope["state"]["request_id"],
+                method=scope["method"],
+                path=scope["path"][:200],
+                status=status,
+                seconds=round(seconds, 4),
+                key=scope["state"].get("key"),
+            ),
+        )
+
+
+def _add_headers(message: Message, scope: Scope) -> None:
+    request_id = scope["state"]["request_id"]
+    headers = MutableHeaders(scope=message)
+    headers["x-request-id"] = request_id
+    headers.raw.extend(SECURITY_HEADERS)
+    if headers.get("content-type", "").startswith("text/html"):
+        headers.raw.extend(HTML_HEADERS)
+    headers.raw.extend(wire_of(scope).headers(request_id))
+    headers.raw.extend(scope["state"].get(ANSWER_HEADERS, ()))
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"

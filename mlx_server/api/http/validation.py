@@ -1,0 +1,60 @@
+"""One readable error out of all that Pydantic finds wrong with a body."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_server.errors import BadRequest
+
+MAX_REASONS = 4
+
+
+def invalid_request(problems: Sequence[Mapping[str, Any]], body: Any) -> BadRequest:
+    if problems[0]["type"] == "json_invalid":
+        reason = problems[0].get("ctx", {}).get("error", "syntax error")
+        return BadRequest(f"The body is not valid JSON: {reason}.", code="invalid_json")
+    ranked = [
+        (_rank(problem, body), problem)
+        for problem in problems
+        if problem["loc"][:2] == problems[0]["loc"][:2]  # the same field
+    ]
+    best = max(rank for rank, _ in ranked)
+    meant = [problem for rank, problem in ranked if rank == best]
+    where = _field_path(meant[0], body)
+    if not where:
+        return BadRequest("The body must be a JSON object.")
+    reasons = list(dict.fromkeys(_reason(problem) for problem in meant))
+    param = brief(".".join(str(step) for step in where), 100)
+    return BadRequest(f"Invalid `{param}`: {' or '.join(reasons[:MAX_REASONS])}.", param=param)
+
+
+def brief(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _rank(problem: Mapping[str, Any], body: Any) -> tuple[bool, int]:
+    """How likely the problem is in the branch of a union that was meant.
+
+    A union reports all its branches. One whose types fit was meant, else the one that got deepest.
+    """
+    return not problem["type"].endswith("_type"), len(_field_path(problem, body))
+
+
+def _reason(problem: Mapping[str, Any]) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return brief(message[:1].lower() + message[1:], 300)
+
+
+def _field_path(problem: Mapping[str, Any], body: Any) -> list[str | int]:
+    """The path in `body`: Pydantic's own also names branches of unions."""
+    path: list[str | int] = []
+    here = body
+    loc = problem["loc"]
+    for step in loc[1:] if loc[:1] == ("body",) else loc:
+        inside = (isinstance(here, dict) and step in here) or (
+            isinstance(here, list) and isinstance(step, int) and step < len(here)
+        )
+        if inside:
+            here = here[step]
+        if inside or (problem["type"] == "missing" and step == loc[-1]):
+            path.append(step)
+    return path

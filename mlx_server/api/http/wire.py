@@ -1,0 +1,111 @@
+"""A protocol as the rest of the server sees it: its routes, and the envelope of its answers."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.types import Scope
+
+from mlx_server.api.http.limits import Window
+
+HeaderPairs = Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a client is told of an error."""
+
+    status: int
+    type: str
+    code: str | None
+    message: str
+    """At most `failures.MAX_MESSAGE` characters, without secrets."""
+    param: str | None
+    """The request field at fault."""
+    request_id: str
+    """Empty where no request has been read."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class StreamEvent(NamedTuple):
+    """`data` is JSON on a single line."""
+
+    data: bytes
+    name: str = ""
+
+
+def _no_headers(request_id: str) -> HeaderPairs:
+    return ()
+
+
+def _no_rate_headers(kind: str, window: Window) -> HeaderPairs:
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What a protocol says about its own envelope."""
+
+    error_model: type[BaseModel]
+    """Describes `error_body` in the API's description."""
+    error_body: Callable[[Failure], bytes]
+    """The JSON body of an answer that is not a success."""
+    error_event: Callable[[Failure], StreamEvent]
+    """The last event of a stream that fails."""
+    frame: Callable[[StreamEvent, int], bytes]
+    """An event as sent, given its number in the stream, from 0."""
+    ping: bytes
+    """Sent at intervals, so that proxies keep a silent stream open."""
+    end: bytes = b""
+    """Follows the last event of a stream that succeeds."""
+    media_type: str = "text/event-stream; charset=utf-8"
+    """Of streams."""
+    headers: Callable[[str], HeaderPairs] = _no_headers
+    """Headers of every answer, given the request's id."""
+    rate_headers: Callable[[str, Window], HeaderPairs] = _no_rate_headers
+    """Headers that tell a caller about a rate limit; the kind is `requests` or `tokens`."""
+    exposed_headers: tuple[str, ...] = ()
+    """Response headers that pages of other origins may read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiProtocol:
+    """What `create_app` needs of a protocol."""
+
+    wire: Wire
+    routers: tuple[APIRouter, ...]
+    prefixes: tuple[str, ...]
+    """Paths that speak this protocol, with everything below them."""
+
+
+class Wires:
+    """Finds the `Wire` of a path before any route is known. The longest prefix wins."""
+
+    def __init__(self, default: Wire, protocols: Iterable[ApiProtocol]) -> None:
+        self._default = default
+        wires = {prefix: one.wire for one in protocols for prefix in one.prefixes}
+        self._by_prefix = sorted(wires.items(), key=lambda pair: len(pair[0]), reverse=True)
+
+    @property
+    def exposed_headers(self) -> list[str]:
+        wires = [self._default, *(wire for _, wire in self._by_prefix)]
+        return list(dict.fromkeys(name for wire in wires for name in wire.exposed_headers))
+
+    def of(self, path: str) -> Wire:
+        for prefix, wire in self._by_prefix:
+            if path == prefix or path.startswith(prefix + "/"):
+                return wire
+        return self._default
+
+
+def wire_of(scope: Scope) -> Wire:
+    """Set by `RequestContext`."""
+    return cast(Wire, scope["state"]["wire"])
+
+
+def server_sent(event: StreamEvent, number: int) -> bytes:
+    """https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+    name = b"event: %b\n" % event.name.encode() if event.name else b""
+    return b"%bdata: %b\n\n" % (name, event.data)

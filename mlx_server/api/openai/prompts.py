@@ -1,0 +1,172 @@
+"""Conversations and tools, translated to what chat templates read."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_server.errors import BadRequest
+from mlx_server.schemas.internal import ChatPrompt, ToolUse
+from mlx_server.schemas.openai.chat import NO_LIMIT, PromptOptions
+from mlx_server.schemas.openai.messages import ContentPart, FunctionCall, Message
+from mlx_server.schemas.openai.tools import (
+    AllowedToolChoice,
+    FunctionDefinition,
+    FunctionName,
+    NamedTool,
+    Tool,
+    ToolChoice,
+)
+
+OLD_CALL_ID = "call00000"
+"""Calls of the deprecated `functions` have no id; some templates demand nine letters or digits."""
+
+
+def chat_prompt(messages: Sequence[Message], options: PromptOptions) -> ChatPrompt:
+    """A last message of the assistant is the beginning of the answer. Raises BadRequest."""
+    last = messages[-1]
+    opens = last.role == "assistant" and not _calls(last)
+    if opens and not _text(last) and len(messages) > 1:
+        # An empty beginning is none.
+        messages, opens = messages[:-1], False
+    return ChatPrompt(
+        messages=[template_message(message) for message in messages],
+        tools=[_template_tool(tool) for tool in all_tools(options)] or None,
+        template_kwargs=_template_kwargs(options),
+        continue_final=opens,
+        use=_tool_use(options),
+        thinking_budget=None if options.thinking_budget == NO_LIMIT else options.thinking_budget,
+    )
+
+
+def _template_kwargs(options: PromptOptions) -> dict[str, Any]:
+    variables: dict[str, Any] = {}
+    if options.reasoning_effort is not None:
+        variables["reasoning_effort"] = options.reasoning_effort
+    if options.reasoning_effort == "none" or options.thinking_budget == 0:
+        variables["enable_thinking"] = False
+    return variables | options.chat_template_kwargs
+
+
+# messages
+
+
+def template_message(message: Message) -> dict[str, Any]:
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
+    written: dict[str, Any] = {"role": role, "content": _text(message)}
+    if calls := _calls(message):
+        written["tool_calls"] = calls
+    if message.role == "function":
+        written["tool_call_id"] = OLD_CALL_ID
+    for field in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, field)
+        if value is not None:
+            written[field] = value
+    return written
+
+
+def _text(message: Message) -> str:
+    """Parts stand on lines of their own."""
+    if message.content is None:
+        return message.refusal or ""
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(_part_text(part) for part in message.content)
+
+
+def _part_text(part: ContentPart) -> str:
+    return (part.text if part.type == "text" else part.refusal) or ""
+
+
+def _calls(message: Message) -> list[dict[str, Any]]:
+    calls = [_call(call.function, call.id) for call in message.tool_calls or ()]
+    if message.function_call is not None:
+        calls.append(_call(message.function_call, OLD_CALL_ID))
+    return calls
+
+
+def _call(function: FunctionCall, call_id: str) -> dict[str, Any]:
+    arguments = _object_or_text(function.arguments)
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": function.name, "arguments": arguments},
+    }
+
+
+def _object_or_text(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
+
+
+# tools
+
+
+def all_tools(options: PromptOptions) -> list[Tool]:
+    return options.tools or [Tool(function=one) for one in options.functions]
+
+
+def _template_tool(tool: Tool) -> dict[str, Any]:
+    return {"type": "function", "function": _template_function(tool.function)}
+
+
+def _callable_tool(tool: Tool) -> dict[str, Any]:
+    """Also says whether arguments must match their schema."""
+    function = _template_function(tool.function) | {"strict": tool.function.strict}
+    return {"type": "function", "function": function}
+
+
+def _template_function(function: FunctionDefinition) -> dict[str, Any]:
+    written: dict[str, Any] = {"name": function.name}
+    if function.description is not None:
+        written["description"] = function.description
+    # Templates look into both; a function without parameters takes an empty object.
+    bare = {"type": "object"} if function.parameters else {"type": "object", "properties": {}}
+    return written | {"parameters": bare | function.parameters}
+
+
+def _tool_use(options: PromptOptions) -> ToolUse | None:
+    """None if no tool may be called."""
+    tools = all_tools(options)
+    if not options.functions and not isinstance(options.function_call, FunctionName):
+        return _chosen(tools, options.tool_choice, options.parallel_tool_calls)
+    old = options.function_call
+    choice: ToolChoice = NamedTool(function=old) if isinstance(old, FunctionName) else old
+    return _chosen(tools, choice, parallel=False)
+
+
+def _chosen(tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> ToolUse | None:
+    _check_names(tools)
+    if choice == "none" or (choice == "auto" and not tools):
+        return None
+    if not tools:
+        raise BadRequest("There are no tools to choose from.", param="tool_choice")
+    if isinstance(choice, NamedTool):
+        name = choice.function.name
+        named = [_callable_tool(tool) for tool in _only(tools, [name])]
+        return ToolUse(named, "named", name, parallel=False)  # OpenAI: exactly one call
+    if isinstance(choice, AllowedToolChoice):
+        allowed = choice.allowed_tools
+        tools = _only(tools, [tool.function.name for tool in allowed.tools])
+        return ToolUse([_callable_tool(tool) for tool in tools], allowed.mode, parallel=parallel)
+    return ToolUse([_callable_tool(tool) for tool in tools], choice, parallel=parallel)
+
+
+def _only(tools: Sequence[Tool], names: Sequence[str]) -> list[Tool]:
+    """Raises BadRequest for an unknown name."""
+    known = {tool.function.name for tool in tools}
+    for name in names:
+        if name not in known:
+            raise BadRequest(f"There is no tool '{name[:64]}' to choose.", param="tool_choice")
+    return [tool for tool in tools if tool.function.name in names]
+
+
+def _check_names(tools: Sequence[Tool]) -> None:
+    seen: set[str] = set()
+    for tool in tools:
+        name = tool.function.name
+        if name in seen:
+            raise BadRequest(f"There are two tools of the name '{name}'.", param="tools")
+        seen.add(name)

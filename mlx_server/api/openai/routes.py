@@ -1,0 +1,11 @@
+"""OpenAI's protocol: its routes, and the paths that speak it."""
+
+from mlx_server.api.http.wire import ApiProtocol
+from mlx_server.api.openai import chat, completions, embeddings, models, tokens
+from mlx_server.api.openai.wire import WIRE
+
+OPENAI = ApiProtocol(
+    wire=WIRE,
+    routers=(chat.router, completions.router, embeddings.router, models.router, tokens.router),
+    prefixes=("/v1", "/tokenize", "/detokenize"),
+)
