@@ -2,12 +2,10 @@
 
 import re
 
-from mlx_server.models.text.adapters.generic import GenericAdapter
+from mlx_server.models.text.adapters.base import Adapter
 
 
-class MistralAdapter(GenericAdapter):
-    """Ends a turn with the end of the sequence, `</s>`."""
-
+class MistralAdapter(Adapter):
     family = "mistral"
     model_types = re.compile(r"mistral|ministral|mixtral|pixtral")
     names = re.compile(r"(mi|mini|code|dev|magi)stral|mixtral|pixtral")
