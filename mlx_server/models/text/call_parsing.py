@@ -18,10 +18,10 @@ log = logging.getLogger("mlx_server.text")
 def parse_calls(
     text: str, tools: list[dict[str, Any]], parser: Parser | None
 ) -> list[tuple[str, str]]:
-    """Names and arguments (JSON objects) of all calls in `text`; none if any of it is garbled.
+    """Names and arguments (JSON objects) of all calls in `text`; none if any is garbled.
 
-    `parser` is mlx-lm's for the family's notation. JSON is read in any family: grammars write it
-    where the notation cannot say what a schema asks for.
+    JSON is read in any family, since grammars write it where a notation falls short; the rest is
+    for mlx-lm's `parser`.
     """
     calls = _json_calls(text)
     if calls is None and parser is not None:
@@ -36,7 +36,7 @@ def parse_calls(
 
 
 def _json_calls(text: str) -> list[Any] | None:
-    """The JSON values in `text`, in a list or one after the other; None for other text."""
+    """In a list or one after the other; None for other text."""
     decoder = json.JSONDecoder()
     found: list[Any] = []
     rest = text.strip(SEPARATORS)

@@ -1,4 +1,4 @@
-"""The front's handle on the text process, and on the text side of each model in it."""
+"""The front's handles on the text process and on each model's text side."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ class TextProcessEnded(Unavailable):
 class TextProcess:
     """One process that renders and tokenizes for all models, started when first needed.
 
-    When it ends, pending requests fail and the next one starts another process.
+    When it ends, pending requests fail and the next one starts another.
     """
 
     def __init__(self, request_seconds: float) -> None:
@@ -62,17 +62,16 @@ class TextProcess:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, path: Path, name: str, trust_remote_code: bool) -> "ModelText":
-        """Load the text side of the model folder `path`. Raises ModelLoadFailed."""
+        """Raises ModelLoadFailed."""
         text = ModelText(self, Open(str(path), name, trust_remote_code))
         await text.reopen()
         return text
 
     def next_id(self) -> int:
-        """A number for a request or a model."""
         return next(self._ids)
 
     async def ask(self, model: int, question: Question, answer: type[A]) -> A:
-        """The answer to `question`. Raises TextProcessEnded, or the error that refuses it."""
+        """Raises TextProcessEnded, or the error that refuses the question."""
         child = await self._started()
         request = Request(self.next_id(), model, question)
         reply: asyncio.Future[Answer | Refused] = asyncio.get_running_loop().create_future()
@@ -89,7 +88,6 @@ class TextProcess:
         return body
 
     def close(self, model: int) -> None:
-        """Forget the text side of `model`."""
         if self.child is not None:
             _send(self.child, Request(self.next_id(), model, Close()))
 
@@ -128,7 +126,7 @@ class TextProcess:
 
 
 class ModelText:
-    """The text side of one model: its vocabulary and syntax here, the rest in the text process."""
+    """The text side of one model: its vocabulary is here, the rest in the text process."""
 
     stop_tokens: frozenset[int]
 
@@ -142,7 +140,7 @@ class ModelText:
         self._opening = asyncio.Lock()
 
     async def reopen(self) -> None:
-        """Load the text side, unless the running process has it. Raises ModelLoadFailed."""
+        """Load the text side unless the running process has it. Raises ModelLoadFailed."""
         async with self._opening:
             if self._is_open():
                 return
@@ -155,38 +153,30 @@ class ModelText:
             self._tokens = opened.tokens
 
     def close(self) -> None:
-        """Forget the text side."""
         if self._is_open():
             self._process.close(self._model)
         self._child = None
 
     async def prepare(self, prompt: Prompt, constraint: Constraint | None, limit: int) -> Prepared:
-        """A prompt's tokens, and the grammar of its completion.
+        """Tokenize a prompt and make the grammar of its completion.
 
-        Raises BadRequest when the model has no template or it refuses the messages, or when the
-        constraint or a tool cannot be kept; ContextLengthExceeded when there are, at a first look,
-        more than `limit` tokens.
+        Raises BadRequest as `Adapter.prepare`; ContextLengthExceeded for far more than `limit`
+        tokens.
         """
         if isinstance(prompt, TokenPrompt) and constraint is None:
             return Prepared(prompt.ids)
         return await self._ask(Prepare(prompt, constraint, limit), Prepared)
 
     async def tokenize_all(self, texts: list[str], limit: int) -> list[list[int]]:
-        """Tokens of whole texts, with all that the tokenizer adds to one.
-
-        Raises ContextLengthExceeded as `prepare` does.
-        """
+        """Whole texts, with all that the tokenizer adds. Raises ContextLengthExceeded likewise."""
         return (await self._ask(Tokenize(texts, limit), Tokenized)).tokens
 
     async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Names and arguments (JSON objects) of the calls in `text`, none if it is garbled.
-
-        `text` stood between the markers of `syntax.calls`.
-        """
+        """Names and arguments (JSON objects) of the calls in `text`, none if it is garbled."""
         return (await self._ask(ParseCalls(text, tools), Parsed)).calls
 
     async def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens` without special ones."""
+        """Without special tokens."""
         return (await self._ask(Decode(list(tokens)), Decoded)).text
 
     def token_bytes(self, token: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The messages between the front and the text process, in the engine protocol's frames."""
+"""Messages between the front and the text process, in the engine protocol's frames."""
 
 import struct
 from typing import Any
@@ -12,7 +12,7 @@ SPAN = struct.Struct("=II")
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """Load the text side of the model folder `path`, known to users as `name`."""
+    """`path` is a model folder, `name` what users call it."""
 
     path: str
     name: str
@@ -20,12 +20,10 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):
-    """Forget a text side. Has no answer."""
+    """Has no answer."""
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
-    """Tokenize a prompt and make the grammar of its completion."""
-
     prompt: Prompt
     constraint: Constraint | None
     limit: int
@@ -33,27 +31,25 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag="tokenize"):
-    """Tokenize whole texts, with all that the tokenizer adds to one."""
+    """Whole texts, with all that the tokenizer adds."""
 
     texts: list[str]
     limit: int
 
 
 class ParseCalls(msgspec.Struct, frozen=True, tag="parse_calls"):
-    """Read the tool calls in `text`, which stood between their markers."""
+    """`text` was between the markers of calls."""
 
     text: str
     tools: list[dict[str, Any]]
 
 
 class Decode(msgspec.Struct, frozen=True, tag="decode"):
-    """Turn tokens into text, without special ones."""
-
     tokens: list[int]
 
 
 class TokenTable(msgspec.Struct, frozen=True):
-    """The bytes of every token in running text, and the names of those that have none."""
+    """The bytes of all tokens in running text, and the names of those without."""
 
     data: bytes
     offsets: bytes
@@ -61,7 +57,7 @@ class TokenTable(msgspec.Struct, frozen=True):
     names: dict[int, str]
 
     def token_bytes(self, token: int) -> bytes:
-        """Empty for unknown tokens."""
+        """UTF-8 in running text; empty for special and unknown tokens."""
         position = 4 * token
         if not 0 <= position <= len(self.offsets) - SPAN.size:
             return b""
@@ -70,16 +66,12 @@ class TokenTable(msgspec.Struct, frozen=True):
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
-    """What the front keeps of a text side."""
-
     stop_tokens: list[int]
     syntax: Syntax
     tokens: TokenTable
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
-    """A prompt's tokens, and what its completion is bound to."""
-
     tokens: list[int]
     grammar: str | None = None
     """Covers the whole completion, thinking included."""
@@ -92,7 +84,7 @@ class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
 
 
 class Parsed(msgspec.Struct, frozen=True, tag="parsed"):
-    """Names and arguments (JSON objects) of the calls; none if the text is garbled."""
+    """Names and arguments (JSON objects), none if the text is garbled."""
 
     calls: list[tuple[str, str]]
 
@@ -102,7 +94,7 @@ class Decoded(msgspec.Struct, frozen=True, tag="decoded"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The exception of `errors.py` that a request raised."""
+    """`kind` is an exception of `errors.py`."""
 
     kind: str
     message: str
@@ -115,7 +107,7 @@ Answer = Opened | Prepared | Tokenized | Parsed | Decoded
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A question about the text side that the front calls `model`."""
+    """`model` is the front's number for a text side."""
 
     id: int
     model: int
@@ -123,8 +115,6 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """The answer to the request `id`."""
-
     id: int
     body: Answer | Refused
 

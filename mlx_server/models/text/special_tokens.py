@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 
 class SpecialTokens:
-    """Finds the tokens of `ids`, which maps texts to ids. Of overlapping ones the longest wins."""
+    """`ids` are by text; of overlapping tokens the longest wins."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self._ids = ids
@@ -13,12 +13,12 @@ class SpecialTokens:
         self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
     def find(self, *texts: str) -> dict[int, str]:
-        """The special tokens in `texts`: their texts by their ids."""
+        """Texts by id."""
         found = (token for text in texts for token in self._pattern.findall(text))
         return {self._ids[token]: token for token in found}
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The plain texts and the special tokens' ids that make up `text`, in order."""
+        """Plain texts and ids, in order."""
         position = 0
         for match in self._pattern.finditer(text):
             if plain := text[position : match.start()]:

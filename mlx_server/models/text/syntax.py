@@ -1,7 +1,4 @@
-"""How models write thinking and tool calls, as data: the known styles, and finding a model's own.
-
-Grammars that follow a style are made in `grammars/`.
-"""
+"""How models write thinking and tool calls, as data; `grammars/` makes grammars of it."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -11,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """The markers around a block of thinking."""
+    """Markers around thinking."""
 
     start: str
     end: str
@@ -19,11 +16,10 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class CallSyntax:
-    """The markers around a tool call, or around a list of them.
+    """Markers around a tool call, or a list of them; an `end` of "" is the end of the answer.
 
-    An `end` of "" is the end of the answer. `json`: between the markers is an object, or a list of
-    objects, with the keys `name` and `arguments` in this order, which can be read as it streams.
-    Anything else is parsed when it is whole.
+    `json`: between them are objects whose keys `name` and `arguments` come in this order, readable
+    as they stream. Anything else is parsed when it is whole.
     """
 
     start: str
@@ -35,8 +31,6 @@ class CallSyntax:
 
 @dataclass(frozen=True, slots=True)
 class Syntax:
-    """What a completion may hold besides plain text."""
-
     reasoning: Reasoning | None = None
     calls: CallSyntax | None = None
     visible: dict[int, str] = field(default_factory=dict)
@@ -49,10 +43,10 @@ ArgumentNotation = Literal["json", "qwen-xml", "gemma", "function-gemma"]
 
 @dataclass(frozen=True, slots=True)
 class CallStyle:
-    """How a call is written, piece by piece.
+    """How calls are written.
 
-    After `syntax.start` come `opening`, calls joined by `between`, `closing` and `syntax.end`.
-    A call is `before_name`, the name, `before_arguments`, the arguments, `after_arguments`.
+    After `syntax.start` come `opening`, calls joined by `between`, `closing`, `syntax.end`.
+    A call is `before_name`, name, `before_arguments`, arguments, `after_arguments`.
     """
 
     name: str
@@ -70,7 +64,7 @@ class CallStyle:
 
 
 def json_style(name: str, syntax: CallSyntax, opening: str = "", closing: str = "") -> CallStyle:
-    """Objects of name and arguments, each between markers of its own."""
+    """Objects of name and arguments, each between its own markers."""
     return CallStyle(
         name=name,
         syntax=syntax,
@@ -161,10 +155,9 @@ KNOWN_REASONING = (Reasoning("<think>", "</think>"), Reasoning("[THINK]", "[/THI
 
 
 def find_call_style(wrapper: Any, template: str, fallback: CallStyle | None) -> CallStyle | None:
-    """How a model writes calls; None without a chat template.
+    """None without a chat template, whose text is `template`.
 
-    `wrapper` is mlx-lm's tokenizer wrapper, `template` the text of the chat template, `fallback`
-    the style of a family whose template renders tools and does not show any calls.
+    `wrapper` is mlx-lm's; `fallback` is for templates that render tools and show no calls.
     """
     if not wrapper.has_chat_template:
         return None
@@ -174,7 +167,6 @@ def find_call_style(wrapper: Any, template: str, fallback: CallStyle | None) -> 
 
 
 def _mlx_lm_style(wrapper: Any, template: str) -> CallStyle | None:
-    """The style that mlx-lm has a parser for."""
     if wrapper.tool_parser is None:
         return None
     parser = wrapper.tool_parser.__module__.rpartition(".")[2]
@@ -198,7 +190,7 @@ def _template_style(template: str) -> CallStyle | None:
 
 
 def find_reasoning(wrapper: Any, template: str) -> Reasoning | None:
-    """A model's markers of thinking; the parameters are those of `find_call_style`."""
+    """The parameters are those of `find_call_style`."""
     if wrapper.has_thinking:
         return Reasoning(wrapper.think_start, wrapper.think_end)
     vocab = wrapper.get_vocab()
@@ -209,7 +201,7 @@ def find_reasoning(wrapper: Any, template: str) -> Reasoning | None:
 
 
 class Thinking(Enum):
-    """What of a block of thinking is still to come after a prompt."""
+    """What of a block of thinking may follow a prompt."""
 
     OPEN = "the block has begun"
     POSSIBLE = "the model may begin one"
@@ -217,7 +209,7 @@ class Thinking(Enum):
 
 
 def thinking_after(opening: str, reasoning: Reasoning | None) -> Thinking:
-    """What comes after `opening`, the part of a prompt that belongs to the answer."""
+    """`opening` is the part of a prompt that belongs to the answer."""
     if reasoning is None:
         return Thinking.DONE
     start, end = opening.rfind(reasoning.start), opening.rfind(reasoning.end)

@@ -1,4 +1,4 @@
-"""Rendering conversations with a model's own chat template."""
+"""Rendering conversations with a model's chat template."""
 
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ PROBE = "a probe of the system role"
 
 
 class ChatTemplate:
-    """The template of mlx-lm's tokenizer wrapper. Safe to use from any thread."""
+    """Safe to use from any thread."""
 
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
@@ -43,7 +43,7 @@ class ChatTemplate:
         """All of them, where a model has several; "" where there is none in its files."""
 
     def check(self, prompt: ChatPrompt) -> None:
-        """Refuse what no template is asked to render. Raises BadRequest."""
+        """Raises BadRequest for what no template is asked to render."""
         if not self._wrapper.has_chat_template:
             raise BadRequest(
                 "This model has no chat template, so it cannot take messages; "
@@ -62,7 +62,7 @@ class ChatTemplate:
             )
 
     def render(self, prompt: ChatPrompt, *, add_generation_prompt: bool) -> str:
-        """The conversation as text. Raises BadRequest when the template fails."""
+        """Raises BadRequest when the template fails."""
         try:
             rendered: str = self._wrapper.apply_chat_template(
                 prompt.messages,
@@ -82,12 +82,12 @@ class ChatTemplate:
         return rendered
 
     def generation_prompt(self, prompt: ChatPrompt, rendered: str) -> str:
-        """The end of `rendered`, the whole `prompt`, that the template adds for the answer."""
+        """What the template adds for the answer, at the end of the `rendered` prompt."""
         return _text_after(self.render(prompt, add_generation_prompt=False), rendered)
 
     @cached_property
     def has_system_role(self) -> bool:
-        """Whether a system message is shown; templates may also refuse or drop it."""
+        """False if the template refuses or drops system messages."""
         messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "Hello"}]
         try:
             return PROBE in self.render(ChatPrompt(messages), add_generation_prompt=True)
@@ -101,7 +101,7 @@ def _ends_with_assistant_text(messages: list[dict[str, Any]]) -> bool:
 
 
 def _text_after(beginning: str, text: str) -> str:
-    """`text` from where it departs from `beginning`."""
+    """From where `text` departs from `beginning`."""
     if text.startswith(beginning):
         return text[len(beginning) :]
     pairs = enumerate(zip(text, beginning, strict=False))

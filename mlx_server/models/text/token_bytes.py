@@ -13,9 +13,9 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TokenBytes:
     """Maps token ids to bytes that join to the text; special and unknown ids to none.
 
-    Decoders that treat tokens one by one (byte level; SentencePiece with or without byte fallback)
-    are followed step by step, since a token may end within a character. With any other decoder, a
-    token's bytes are what it adds to the text of another token.
+    Decoders that treat tokens one by one (byte level, SentencePiece) are followed step by step,
+    since a token may end within a character. With others, a token's bytes are what it adds to a
+    text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -56,7 +56,7 @@ class TokenBytes:
 
 
 def _steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """The decoder's steps as tokenizer.json declares them, sequences flattened."""
+    """The decoder's, sequences flattened."""
     if tokenizer.decoder is None:
         return
     pending = [json.loads(tokenizer.decoder.__getstate__())]
@@ -92,7 +92,7 @@ def _treats_each_token_alone(steps: list[dict[str, Any]]) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 as itself, the others from U+0100 on."""
+    """GPT-2's: printable Latin-1 as itself, other bytes from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
     alphabet = {chr(value): value for value in printable}

@@ -1,4 +1,4 @@
-"""Loading a model's tokenizer, and text to tokens and back."""
+"""Loading tokenizers; text to tokens and back."""
 
 import importlib
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ BATCH = 64
 
 
 class TextTokenizer:
-    """A model's tokenizer. Methods block and are safe to call from any thread."""
+    """Methods block and are safe to call from any thread."""
 
     def __init__(self, backend: Tokenizer) -> None:
         # A truncation or padding in tokenizer.json would change prompts.
@@ -36,22 +36,19 @@ class TextTokenizer:
         self._beginning = self._find_beginning()
 
     def encode(self, text: str) -> list[int]:
-        """A text to continue: with the beginning-of-text token, if the tokenizer adds one."""
+        """A text to continue, with the tokenizer's beginning-of-text token."""
         ids = self.encode_bare(text)
         if ids[: len(self._beginning)] == self._beginning:
             return ids
         return self._beginning + ids
 
     def encode_bare(self, text: str) -> list[int]:
-        """A text with nothing added, such as a rendered template."""
+        """Nothing is added."""
         # Only the methods for batches release Python's lock.
         return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_complete(self, texts: Sequence[str], limit: int) -> list[list[int]]:
-        """Whole texts, with all that the tokenizer adds before and behind.
-
-        Raises ContextLengthExceeded as `check_length` does.
-        """
+        """Whole texts, with all that the tokenizer adds. Raises as `check_length` does."""
         for index, text in enumerate(texts):
             try:
                 self.check_length(text, limit, f"input.{index}")
@@ -68,7 +65,7 @@ class TextTokenizer:
     def check_length(self, text: str, limit: int, param: str) -> None:
         """Refuse a text of far more than `limit` tokens without tokenizing all of it.
 
-        Raises ContextLengthExceeded, which names `param`. A text that passes may still be too long.
+        Raises ContextLengthExceeded for `param`. A text that passes may still be too long.
         """
         if len(text) > limit * LONG_TOKEN and self._certainly_exceeds(text, limit):
             raise ContextLengthExceeded(
@@ -78,7 +75,7 @@ class TextTokenizer:
             )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens` without special ones."""
+        """Without special tokens."""
         return self.backend.decode(list(tokens), skip_special_tokens=True)
 
     def token_bytes(self, token: int) -> bytes:
@@ -86,11 +83,10 @@ class TextTokenizer:
         return self._token_bytes(token)
 
     def token_name(self, token: int) -> str:
-        """A token as the vocabulary writes it: the way to show a special one."""
+        """As the vocabulary writes it."""
         return self.backend.id_to_token(token) or f"<{token}>"
 
     def token_id(self, name: str) -> int | None:
-        """None if the vocabulary lacks it."""
         return self.backend.token_to_id(name)
 
     def special_tokens(self) -> dict[str, int]:
@@ -114,10 +110,10 @@ class TextTokenizer:
 
 
 def import_tokenizers() -> Any:
-    """mlx-lm's `tokenizer_utils`. The main thread must call this before any other does.
+    """mlx-lm's `tokenizer_utils`, to be imported by the main thread before any other.
 
-    It takes seconds, so it is not a top-level import. It leaves MLX's state in the importing
-    thread, and a thread that ends while the interpreter does aborts there.
+    Importing takes seconds. It leaves MLX's state in its thread, and a thread that ends while the
+    interpreter does aborts there.
     """
     # mlx_lm comes first: it silences advice that transformers gives when it is imported.
     from mlx_lm import tokenizer_utils
@@ -144,9 +140,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
 
 
 def _load_wrapper(tokenizer_utils: Any, path: Path, trust_remote_code: bool) -> Any:
-    """What `tokenizer_utils.load` returns, reading tokenizer.json once instead of twice.
+    """As `tokenizer_utils.load`, reading tokenizer.json once instead of twice.
 
-    Reading it takes a tenth of a second for a vocabulary of 50,000, and holds Python's lock.
+    A reading takes 0.1 s for a vocabulary of 50,000, and holds Python's lock.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Tools for chat templates that know none: described in words, calls and results as plain text."""
+"""Tools for chat templates that know none, in words."""
 
 import json
 from typing import Any
@@ -17,7 +17,7 @@ For several calls, write several such blocks. What a function returns comes back
 
 
 def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`messages` with calls and results as text that any template takes.
+    """Calls and results as text that any template takes.
 
     Results become the user's, joined with what the user says next, so that roles alternate.
     """
@@ -35,10 +35,7 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def describe_tools(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]], system_role: bool
 ) -> list[dict[str, Any]]:
-    """`messages` with the tools described in the system message.
-
-    Where a template has no `system_role`, the description begins the first message.
-    """
+    """In the system message; without a `system_role`, in the first message."""
     lines = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     text = INSTRUCTIONS.format(tools=lines)
     role = "system" if system_role else "user"
@@ -50,7 +47,7 @@ def describe_tools(
 
 
 def arguments_text(function: dict[str, Any]) -> str:
-    """The arguments of an earlier call in JSON; clients send a string or an object."""
+    """In JSON; clients send a string or an object."""
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         return arguments.strip() or "{}"

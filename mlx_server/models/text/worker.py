@@ -1,8 +1,8 @@
 """The text process: `python -m mlx_server.models.text.worker FD`.
 
-Reading a tokenizer and rendering a template hold Python's lock for up to tenths of a second; here
-that delays no event loop. Requests run in a few threads, since tokenizing releases the lock. The
-process ends when the front's end of the socket closes.
+Reading a tokenizer and rendering a template hold Python's lock for up to tenths of a second, which
+delays no event loop here. Tokenizing releases it, hence a few threads. The process ends when the
+front's end of the socket closes.
 """
 
 import logging
@@ -47,8 +47,6 @@ log = logging.getLogger("mlx_server.text")
 
 
 class TextWorker:
-    """Answers requests about the models that were opened."""
-
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._sending = threading.Lock()
@@ -111,7 +109,6 @@ class TextWorker:
 
 
 def token_table(tokenizer: TextTokenizer) -> TokenTable:
-    """The table of all tokens in the vocabulary."""
     data, offsets, names = bytearray(), array("I", [0]), {}
     for token in range(tokenizer.size):
         known = tokenizer.token_bytes(token)
@@ -132,7 +129,6 @@ def _check_length(tokenizer: TextTokenizer, prompt: Prompt, limit: int) -> None:
 
 
 def main() -> None:
-    """Entry of the text process."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     step_back()
     connection = socket.socket(fileno=int(sys.argv[1]))

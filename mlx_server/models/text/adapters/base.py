@@ -1,4 +1,4 @@
-"""What the front needs of a model's text side, put together from the files of its folder."""
+"""A model's text side, put together from the files of its folder."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ from mlx_server.schemas.internal import ChatPrompt, Constraint, Prompt, TextProm
 
 
 class Adapter:
-    """The text side of one model. A subclass holds what differs by family.
+    """The text side of one model; a subclass holds what differs by family.
 
     Methods block and are safe to call from any thread.
     """
@@ -58,9 +58,7 @@ class Adapter:
         self._grammars = GrammarBuilder(checker, reasoning, self.style)
 
     def prepare(self, prompt: Prompt, constraint: Constraint | None) -> Prepared:
-        """The prompt's tokens, and the grammar of its completion.
-
-        Raises BadRequest when there is no chat template, when it refuses the messages, and when a
+        """Raises BadRequest without a chat template, when it refuses the messages, and when a
         constraint, a tool or a thinking budget cannot be kept.
         """
         match prompt:
@@ -73,9 +71,9 @@ class Adapter:
         return Prepared(tokens, self._grammars.completion(constraint) if constraint else None)
 
     def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Names and arguments (JSON objects) of the calls in `text`; none if it is garbled.
+        """Names and arguments (JSON objects) in `text`, which was between the markers of calls.
 
-        `text` stood between the markers of `syntax.calls`, in an answer to a prompt with `tools`.
+        None of them if it is garbled.
         """
         return parse_calls(text, tools, self._call_parser)
 
@@ -91,7 +89,6 @@ class Adapter:
         )
 
     def _for_template(self, prompt: ChatPrompt) -> ChatPrompt:
-        """The prompt as the template takes it."""
         if self.style is not GENERIC:
             return prompt
         messages = plain_messages(prompt.messages)

@@ -4,6 +4,6 @@ from mlx_server.models.text.adapters.base import Adapter
 
 
 class GenericAdapter(Adapter):
-    """Works from what the model's files say alone."""
+    """Knows what the model's files say."""
 
     family = "generic"

@@ -1,4 +1,4 @@
-"""Meta's Llama 3.x and 4, and the many models built on the Llama architecture."""
+"""Meta's Llama 3.x and 4, and models built on that architecture."""
 
 import re
 

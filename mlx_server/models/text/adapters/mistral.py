@@ -1,4 +1,4 @@
-"""Mistral AI's models: Mistral, Mixtral, Ministral, Codestral and their kin."""
+"""Mistral AI's models, Mixtral, Ministral and Codestral among them."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Alibaba's Qwen, from 1.5 on, and its mixtures of experts."""
+"""Alibaba's Qwen, from 1.5 on."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The adapter for a model: by its config, by its name only as a fallback."""
+"""The adapter for a model: by its config's `model_type`, else by its name, else the generic one."""
 
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,11 @@ FAMILIES: tuple[type[Adapter], ...] = (
 
 
 def load_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adapter:
-    """The adapter for the model in the folder `path`, known to users as `name`.
-
-    Blocks while the tokenizer is read. Raises ModelLoadFailed.
-    """
+    """Blocks while the tokenizer is read. Raises ModelLoadFailed."""
     return find_family(read_config(path), name)(path, trust_remote_code)
 
 
 def find_family(config: dict[str, Any], name: str) -> type[Adapter]:
-    """The family of the config's `model_type`; else that of `name`; else the generic one."""
     model_type = str(config.get("model_type") or "").lower()
     short_name = name.rstrip("/").rsplit("/", 1)[-1].lower()
     for family in FAMILIES:

@@ -1,8 +1,4 @@
-"""Grammars of a tool call's arguments, in JSON and in the notations of families.
-
-A notation cannot say, or mlx-lm's parser cannot read, all that a schema may ask for; Unwritable is
-raised where JSON has to be written instead.
-"""
+"""Grammars of a tool call's arguments, in JSON and in the notations of families."""
 
 import re
 from typing import Any
@@ -20,11 +16,11 @@ PARAMETER_END = "\n</parameter>\n"
 
 
 class Unwritable(Exception):
-    """A family's notation has no way to write what a schema asks for, or to read it back."""
+    """A notation cannot write a schema, or mlx-lm cannot read it back; JSON has to do."""
 
 
 def arguments(lark: Lark, notation: ArgumentNotation, schema: Any) -> str:
-    """Arguments that match a schema from `arguments_schema`. Raises Unwritable."""
+    """`schema` comes from `arguments_schema`. Raises Unwritable."""
     match notation:
         case "json":
             return json_arguments(lark, schema)
@@ -37,7 +33,6 @@ def arguments(lark: Lark, notation: ArgumentNotation, schema: Any) -> str:
 
 
 def json_arguments(lark: Lark, schema: Any) -> str:
-    """A JSON object."""
     return lark.schema(schema)
 
 
@@ -52,7 +47,7 @@ def _xml_arguments(lark: Lark, schema: Any) -> str:
 
 
 class _Escaped:
-    """Gemma's notation, `{name:value,...}` with texts between two `escape`; `flat`: no nesting."""
+    """Gemma's `{name:value,...}`, with texts between two `escape`; `flat` forbids nesting."""
 
     def __init__(self, lark: Lark, escape: str, flat: bool) -> None:
         self._lark = lark
@@ -99,7 +94,7 @@ class _Escaped:
 
 
 def _properties(schema: Any) -> list[tuple[str, Any, bool]]:
-    """The name, the schema and whether it is required, of each property of a closed object."""
+    """Name, schema and whether it is required, for each property of a closed object."""
     closed = isinstance(schema, dict) and schema.get("additionalProperties") is False
     if not closed or schema.get("type") != "object" or not schema.keys() <= OBJECT_KEYS:
         raise Unwritable
@@ -111,7 +106,7 @@ def _properties(schema: Any) -> list[tuple[str, Any, bool]]:
 
 
 def _xml_value(lark: Lark, schema: Any) -> str:
-    """A value through its end tag: a text as it is, anything else as JSON."""
+    """Through its end tag: a text as it is, anything else as JSON."""
     if not isinstance(schema, dict):
         raise Unwritable
     kind = schema.get("type")
@@ -133,7 +128,6 @@ def _xml_choice(text: str) -> str:
 
 
 def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
-    """`schema` with numbers that a float holds to the digit."""
     if schema.get("type") not in ("integer", "number"):
         return schema
     bounds = {"minimum": -LARGEST, "maximum": LARGEST}

@@ -22,7 +22,7 @@ WriteCalls = Callable[[Lark, CallStyle, ToolUse], str]
 
 
 class GrammarBuilder:
-    """Makes the grammars of one model, and checks that they can be kept."""
+    """Makes and checks the grammars of one model."""
 
     def __init__(
         self, checker: GrammarChecker, reasoning: Reasoning | None, style: CallStyle | None
@@ -32,14 +32,14 @@ class GrammarBuilder:
         self._style = style
 
     def completion(self, constraint: Constraint) -> str:
-        """For a bare text. Raises BadRequest."""
+        """Raises BadRequest."""
         lark = self._lark(constraint.param)
         return self._checked(lark.source(_constrained(lark, constraint)), constraint, None)
 
     def chat(
         self, prompt: ChatPrompt, constraint: Constraint | None, thinking: Thinking
     ) -> str | None:
-        """For an answer, None if anything may be said. Raises BadRequest."""
+        """None if anything may be said. Raises BadRequest."""
         use = prompt.use
         budget = None if thinking is Thinking.DONE else prompt.thinking_budget
         calls_bound = use is not None and (use.choice != "auto" or _has_strict_tools(use))
@@ -51,7 +51,7 @@ class GrammarBuilder:
         return self._checked(lark.source(start), constraint, use)
 
     def _answer(self, lark: Lark, use: ToolUse | None, constraint: Constraint | None) -> str | None:
-        """What follows any thinking, as a symbol; None for anything."""
+        """What follows any thinking; None for anything."""
         if use is not None and use.choice != "auto":
             return self._calls(lark, forced_calls, use)
         if constraint is not None:
@@ -86,7 +86,7 @@ class GrammarBuilder:
             return Lark(self._checker.special_tokens())
 
     def _checked(self, grammar: str, constraint: Constraint | None, use: ToolUse | None) -> str:
-        """`grammar`, if it compiles; otherwise the part at fault is looked for."""
+        """`grammar`, if it compiles; else the part at fault is refused."""
         with _refusing(constraint.param if constraint else "tools"):
             if constraint is not None:
                 self._checker.check_patterns(constraint_grammar(constraint))
@@ -120,7 +120,6 @@ def _constrained(lark: Lark, constraint: Constraint) -> str:
 
 @contextmanager
 def _refusing(param: str) -> Iterator[None]:
-    """Raise BadRequest for what of `param` is Unkept."""
     try:
         yield
     except Unkept as error:

@@ -15,7 +15,7 @@ OPEN_KEYWORDS = frozenset({"$ref", "allOf", "anyOf", "oneOf", "patternProperties
 
 
 def forced_calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
-    """Calls and nothing else. Raises Unkept."""
+    """Raises Unkept."""
     return lark.rule("calls", f"{lark.exactly(style.syntax.start)} {_calls(lark, style, use)}")
 
 
@@ -33,14 +33,12 @@ def optional_calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
 
 
 def parameters_place(index: int) -> str:
-    """Where a tool's parameters are in a request."""
     return f"tools[{index}].function.parameters"
 
 
 def arguments_schema(use: ToolUse, index: int) -> Any:
-    """The strict schema of a tool's arguments: an object, closed unless it says otherwise.
-
-    With the choice `auto`, a tool that is not strict takes any object. Raises Unkept.
+    """An object, closed unless it says otherwise; any object for a tool that is not strict and may
+    be left uncalled. Raises Unkept.
     """
     function = use.tools[index]["function"]
     if use.choice == "auto" and not function.get("strict"):
@@ -58,7 +56,6 @@ def arguments_schema(use: ToolUse, index: int) -> Any:
 
 
 def _calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
-    """What follows the start marker."""
     calls = [_call(lark, style, use, index) for index in range(len(use.tools))]
     one = lark.rule("one_call", " | ".join(calls))
     several = one

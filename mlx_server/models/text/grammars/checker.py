@@ -1,4 +1,4 @@
-"""Whether grammars can be kept: they are compiled before anything is generated."""
+"""Compiling grammars before anything is generated, and finding what is wrong with them."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ PLAIN_PATTERN = re.compile(r"\^?[^\\^$?\x00-\x1f\x7f]*\$?")
 
 
 class GrammarChecker:
-    """Compiles grammars with one model's tokenizer. Safe to use from several threads."""
+    """Has one model's tokenizer. Safe to use from several threads."""
 
     def __init__(self, tokenizer: Tokenizer, stop_tokens: Iterable[int]) -> None:
         self._tokenizer = tokenizer
@@ -46,9 +46,9 @@ class GrammarChecker:
         self._errors: OrderedDict[bytes, str] = OrderedDict()
 
     def special_tokens(self) -> SpecialTokens:
-        """The tokens that are no text to llguidance. Raises Unkept.
+        """Those that llguidance does not take for text: all added tokens that look like `<this>`.
 
-        These are more than the special ones: all added tokens that look like `<this>`.
+        Raises Unkept.
         """
         tokenizer = self._llguidance()
         added = self._tokenizer.get_added_tokens_decoder()
@@ -56,10 +56,7 @@ class GrammarChecker:
         return SpecialTokens(ids)
 
     def error_in(self, grammar: str) -> str:
-        """Why `grammar` cannot be used, "" if it can.
-
-        Raises Unkept when llguidance cannot use the tokenizer.
-        """
+        """Empty if it compiles. Raises Unkept when the tokenizer cannot be used."""
         key = hashlib.sha256(grammar.encode()).digest()
         tokenizer = self._llguidance()
         with self._lock:
@@ -74,7 +71,7 @@ class GrammarChecker:
         return error
 
     def check(self, grammar: Grammar) -> None:
-        """Raises Unkept when `grammar` cannot be used, with the place if it is in a schema."""
+        """Raises Unkept, with the place if it is in a schema."""
         error = self._error_alone(grammar)
         if not error:
             return
@@ -84,8 +81,7 @@ class GrammarChecker:
     def check_patterns(self, grammar: Grammar) -> None:
         """Raises Unkept when a pattern begins a text that nothing can complete.
 
-        llguidance finds that in a pattern alone; in one within a document it would only show when
-        the model gets there.
+        Within a document, llguidance would find that only when the model gets there.
         """
         for place, pattern in patterns(grammar.get("json_schema")):
             if isinstance(pattern, str) and PLAIN_PATTERN.fullmatch(pattern):
@@ -142,7 +138,7 @@ def _compile_error(grammar: str, tokenizer: LLTokenizer) -> str:
 
 
 def _reason(error: str) -> str:
-    """llguidance's words, without the lines that show the grammar, which clients did not write."""
+    """llguidance's words, without the lines that show a grammar that no client wrote."""
     if error.startswith("oneOf"):
         return "`oneOf` can be kept only where its schemas exclude each other"
     words = " ".join(SHOWN_LINES.sub("", error).split())

@@ -9,10 +9,10 @@ MAX_REFERENCES = 16
 
 
 def mutually_exclusive(options: Sequence[Any], root: Any) -> bool:
-    """Whether no value can match two of `options`, as far as is seen at a glance.
+    """Whether it is plain that no value matches two of `options`.
 
-    Either their types differ, or they are a discriminated union: objects with a required property
-    whose values differ. References are looked up in `root`.
+    Their types differ, or a required property does, as in discriminated unions. `root` holds what
+    references name.
     """
     schemas = [_resolved(option, root) for option in options]
     if not all(isinstance(schema, dict) for schema in schemas):
@@ -25,7 +25,6 @@ def mutually_exclusive(options: Sequence[Any], root: Any) -> bool:
 
 
 def plain_pointer(reference: str) -> str:
-    """A reference within a document, unescaped."""
     return unquote(reference).replace("~1", "/").replace("~0", "~")
 
 
@@ -51,12 +50,11 @@ def _values_differ(schemas: Sequence[dict[str, Any]], name: str, root: Any) -> b
 
 
 def _all_disjoint(sets: Sequence[set[str]]) -> bool:
-    """Whether all have members and share none."""
     return all(sets) and len(set().union(*sets)) == sum(map(len, sets))
 
 
 def _types(schema: dict[str, Any]) -> set[str]:
-    """The types of values that match, empty if unknown; an integer is a number."""
+    """Empty if unknown; an integer is a number."""
     types = schema.get("type") or []
     named = set(types if isinstance(types, list) else [types])
     return named - {"integer"} | {"number"} if "integer" in named else named
@@ -68,7 +66,7 @@ def _required(schema: dict[str, Any]) -> set[str]:
 
 
 def _values(schema: Any) -> set[str]:
-    """All values that match, as JSON; empty if they cannot be listed."""
+    """As JSON; empty if they cannot be listed."""
     if not isinstance(schema, dict):
         return set()
     values = [schema["const"]] if "const" in schema else schema.get("enum")

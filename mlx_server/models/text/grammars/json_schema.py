@@ -84,7 +84,7 @@ FORMATS = frozenset({"duration", "email", "hostname", "ipv4", "ipv6", "uri", "uu
 
 
 class Unkept(Exception):
-    """A constraint cannot be kept. `place` is the part at fault, "" for all of it."""
+    """`place` is the part of a constraint that cannot be kept, "" for all of it."""
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(f"{place}: {reason}" if place else reason)
@@ -93,22 +93,18 @@ class Unkept(Exception):
 
 
 def strict_schema(schema: Any) -> Any:
-    """`schema` for llguidance. Raises Unkept for what it would not keep.
-
-    Descriptions are left out, so that schemas that mean the same are the same.
-    """
+    """`schema` for llguidance, without descriptions. Raises Unkept."""
     return _SchemaReader(schema).strict()
 
 
 def child_place(place: str, key: str | int) -> str:
-    """The place of `key` within the value at `place`."""
     if isinstance(key, int):
         return f"{place}[{key}]"
     return f"{place}.{key}" if place and key else place or key
 
 
 def inner_schemas(schema: Any) -> Iterator[tuple[str, Any]]:
-    """The schemas directly in `schema`, and their places in it."""
+    """With their places in `schema`."""
     for key, value in schema.items() if isinstance(schema, dict) else ():
         if key in SCHEMA_LIST and isinstance(value, list):
             for i, item in enumerate(value):
@@ -121,7 +117,7 @@ def inner_schemas(schema: Any) -> Iterator[tuple[str, Any]]:
 
 
 def patterns(schema: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """The patterns in a strict schema, and their places."""
+    """With their places, from a strict schema."""
     if isinstance(schema, dict) and "pattern" in schema:
         yield child_place(place, "pattern"), schema["pattern"]
     for inner_place, inner in inner_schemas(schema):
@@ -130,7 +126,7 @@ def patterns(schema: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A schema within a schema: its place for people, and its pointer for references."""
+    """A schema within a schema: `place` is for people, `pointer` for references."""
 
     schema: Any
     place: str = ""

@@ -1,4 +1,4 @@
-"""Writing grammars: rules in Lark, special tokens by their ids, and parts that rules refer to."""
+"""Writing grammars in Lark."""
 
 import json
 from typing import Any
@@ -10,59 +10,54 @@ ANY_TEXT = "/(?s:.*)/"
 
 
 class Lark:
-    """A grammar in the making. What methods return are symbols for use in its rules."""
+    """A grammar in the making. Methods return symbols for its rules."""
 
     def __init__(self, special: SpecialTokens) -> None:
-        """`special` are the tokens that are no text to llguidance."""
+        """`special`: see `GrammarChecker.special_tokens`."""
         self._special = special
         self._rules: dict[str, str] = {}
         self._parts: dict[str, str] = {}
 
     def rule(self, name: str, body: str, options: str = "") -> str:
-        """Add a rule, unless there is the same.
-
-        As in Lark, a name in capitals makes it a terminal. `options` are llguidance's.
-        """
+        """Add a rule, unless there is the same; a name in capitals makes a terminal."""
         definition = f"{options}: {body}"
         return self._rules.setdefault(definition, f"{name}_{len(self._rules)}")
 
     def part(self, grammar: Grammar) -> str:
-        """Add a grammar that stands by itself."""
+        """A grammar that stands by itself."""
         text = json.dumps(grammar, ensure_ascii=False)
         return "@" + self._parts.setdefault(text, f"part_{len(self._parts)}")
 
     def schema(self, strict: Any) -> str:
-        """Add JSON that a schema from `strict_schema` allows."""
+        """`strict` comes from `strict_schema`."""
         return self.part(json_grammar(strict))
 
     def exactly(self, text: str) -> str:
-        """`text`, with its special tokens."""
         pieces = self._special.split(text)
         return " ".join(quoted(one) if isinstance(one, str) else f"<[{one}]>" for one in pieces)
 
     def special_token(self, marker: str) -> int | None:
-        """The first special token in `marker`."""
         return next(iter(self._special.find(marker)), None)
 
     def text_without(self, marker: str) -> str:
-        """Any text without `marker`, even spelled in other tokens."""
+        """Without it even if it is spelled in other tokens."""
         return self.rule("TEXT", text_without(marker))
 
     def text_until(self, marker: str) -> str:
-        """Any text, and the first `marker`."""
+        """Up to and with the first `marker`."""
         if self.special_token(marker) is None:
             return self.rule("until", f"{ANY_TEXT} {quoted(marker)}", "[lazy]")
         return self.rule("until", f"{self.text_without(marker)} {self.exactly(marker)}")
 
     def tokens_until(self, marker: str, limit: int) -> str:
-        """At most `limit` tokens of text, and `marker`, which must hold a special token."""
+        """At most `limit` tokens before `marker`, which must hold a special token."""
         if limit == 0:
             return self.exactly(marker)
         limited = self.rule("limited", self.text_without(marker), f"[max_tokens={limit}]")
         return self.rule("until", f"{limited} {self.exactly(marker)}")
 
     def source(self, start: str) -> str:
-        """The grammar that begins with the symbol `start`, as llguidance reads it."""
+        """The whole grammar in llguidance's format."""
         rules = [f"{name}{definition}" for definition, name in self._rules.items()]
         main = lark_grammar("\n".join([f"start: {start}", *rules]))
         parts = [{"name": name, **json.loads(text)} for text, name in self._parts.items()]
@@ -70,10 +65,9 @@ class Lark:
 
 
 def quoted(text: str) -> str:
-    """A literal; "" for no text."""
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
 def text_without(*texts: str) -> str:
-    """A terminal: any text that contains none of `texts`."""
+    """A terminal for any text that contains none of `texts`."""
     return " & ".join([ANY_TEXT, *(f"~({ANY_TEXT} {quoted(text)} {ANY_TEXT})" for text in texts)])

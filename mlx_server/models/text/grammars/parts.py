@@ -1,4 +1,4 @@
-"""Grammars that stand by themselves, in llguidance's format: constraints, and JSON by a schema."""
+"""Grammars that stand by themselves, in llguidance's format."""
 
 import json
 from typing import Any
@@ -26,18 +26,17 @@ Grammar = dict[str, Any]
 
 
 def json_grammar(strict: Any) -> Grammar:
-    """The JSON that a schema from `strict_schema` allows."""
+    """`strict` comes from `strict_schema`."""
     schema = strict if isinstance(strict, dict) else ({} if strict else {"enum": []})
     return {"json_schema": {**schema, "x-guidance": JSON_OPTIONS}}
 
 
 def lark_grammar(rules: str) -> Grammar:
-    """`rules` must have one named `start`."""
     return {"lark_grammar": f"{GRAMMAR_HEAD}\n{rules}"}
 
 
 def constraint_grammar(constraint: Constraint) -> Grammar:
-    """A whole answer. Raises Unkept."""
+    """Raises Unkept."""
     value = constraint.value
     match constraint.kind:
         case "json_schema":
@@ -64,7 +63,7 @@ def _check_length(text: str) -> None:
 
 
 def _whole(regex: str) -> str:
-    """A regular expression for Lark, without the anchors that a match of the whole needs not."""
+    """For Lark, which matches the whole text without anchors."""
     bare = regex.removeprefix("^")
     if bare.endswith("$") and (len(bare) - len(bare[:-1].rstrip("\\"))) % 2 == 1:
         bare = bare[:-1]

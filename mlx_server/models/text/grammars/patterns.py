@@ -15,7 +15,6 @@ PART = re.compile(r"\\(.)|\[\^?|\]|.", re.DOTALL)
 
 
 def agreed(pattern: str) -> str:
-    """`pattern` with its character classes narrowed to what all readings share."""
     negated: list[bool] = []
     result = []
     for part in PART.finditer(pattern):

@@ -1,7 +1,4 @@
-"""Grammars of a block of thinking before an answer.
-
-`thinking` says what of the block is still to come: it is OPEN or POSSIBLE.
-"""
+"""Grammars of thinking, OPEN or POSSIBLE, before an answer."""
 
 from mlx_server.models.text.grammars.json_schema import Unkept
 from mlx_server.models.text.grammars.lark import Lark
@@ -16,7 +13,7 @@ NO_TOKENS = "this model has no tokens that begin and end its thinking"
 def bound_answer(
     lark: Lark, reasoning: Reasoning, thinking: Thinking, answer: str, budget: int | None
 ) -> str:
-    """Thinking, of `budget` tokens at most, and then the symbol `answer`.
+    """Thinking of at most `budget` tokens, then the symbol `answer`.
 
     Raises Unkept for a budget when the end of thinking is no token.
     """
@@ -27,7 +24,7 @@ def bound_answer(
 
 
 def free_answer(lark: Lark, reasoning: Reasoning, thinking: Thinking, budget: int) -> str:
-    """Thinking of `budget` tokens at most, and then anything.
+    """Thinking of at most `budget` tokens, then anything.
 
     Raises Unkept when the markers of thinking are no tokens.
     """
