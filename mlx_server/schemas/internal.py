@@ -4,6 +4,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+
 from mlx_server.engine.protocol import Sampling
 
 
@@ -35,8 +37,7 @@ class ToolUse:
     """Whether one answer may hold several calls."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
+class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
     """A conversation for the model's chat template.
 
     `messages` are as templates read them, with `content` a string. `continue_final` leaves a last
@@ -45,22 +46,20 @@ class ChatPrompt:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: dict[str, Any] = {}
     continue_final: bool = False
     use: ToolUse | None = None
     thinking_budget: int | None = None
     """Tokens after which the model must end its thinking; None leaves it to the model."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextPrompt:
+class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
     """A text, tokenized with the tokenizer's own beginning-of-text rule."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class TokenPrompt:
+class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
     ids: list[int]
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from mlx_server.models.text.adapters.base import CallSyntax, Reasoning
+from mlx_server.models.text.syntax import CallSyntax, Reasoning
 from mlx_server.schemas.internal import ToolUse
 
 THINK = Reasoning("<think>", "</think>")

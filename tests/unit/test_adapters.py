@@ -5,18 +5,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
 
 from mlx_server.errors import BadRequest, ModelLoadFailed
-from mlx_server.models.text.adapters.base import Adapter, Capabilities, Reasoning
+from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import find_family, load_adapter
-from mlx_server.models.text.adapters.token_bytes import TokenBytes
-from mlx_server.schemas.internal import ChatPrompt
-from tests.support.tiny import FAMILIES, build_tiny_model, tiny_tokenizer, token_id
+from mlx_server.models.text.syntax import Reasoning
+from mlx_server.schemas.internal import ChatPrompt, TextPrompt
+from tests.support.tiny import FAMILIES, build_tiny_model, token_id
 
 SAMPLES = [
     "Hello, world!",
@@ -57,12 +57,16 @@ def system(text: str) -> dict[str, Any]:
 
 
 def rendered(adapter: Adapter, *messages: dict[str, Any], **options: Any) -> str:
-    ids = adapter.render(ChatPrompt(list(messages), **options))
-    return adapter.tokenizer.decode(ids, skip_special_tokens=False)
+    ids = prompt_tokens(adapter, ChatPrompt(list(messages), **options))
+    return adapter.tokenizer.backend.decode(ids, skip_special_tokens=False)
+
+
+def prompt_tokens(adapter: Adapter, prompt: ChatPrompt) -> list[int]:
+    return adapter.prepare(prompt, None).tokens
 
 
 def names(adapter: Adapter, tokens: frozenset[int]) -> set[str]:
-    return {adapter.token_name(token) for token in tokens}
+    return {adapter.tokenizer.token_name(token) for token in tokens}
 
 
 # families
@@ -121,8 +125,8 @@ def test_a_prompt_is_what_the_models_template_makes_of_it(load: Load, family: st
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
 def test_a_prompt_begins_with_one_beginning_of_text(load: Load, family: str) -> None:
     adapter = load(family)
-    bos = token_id(adapter.tokenizer, str(FAMILIES[family].bos))
-    assert adapter.render(ChatPrompt([user("Hi")])).count(bos) == 1
+    bos = token_id(adapter.tokenizer.backend, str(FAMILIES[family].bos))
+    assert prompt_tokens(adapter, ChatPrompt([user("Hi")])).count(bos) == 1
 
 
 def test_a_conversation_keeps_its_order_and_roles(load: Load) -> None:
@@ -165,7 +169,7 @@ def test_only_an_assistants_text_can_be_continued(
     load: Load, messages: list[dict[str, Any]]
 ) -> None:
     with pytest.raises(BadRequest) as refusal:
-        load("llama").render(ChatPrompt(messages, continue_final=True))
+        load("llama").prepare(ChatPrompt(messages, continue_final=True), None)
     assert refusal.value.param == "messages"
 
 
@@ -182,7 +186,7 @@ def test_template_options_cannot_replace_the_template_or_its_inputs(
     load: Load, option: str
 ) -> None:
     with pytest.raises(BadRequest, match=option) as refusal:
-        load("llama").render(ChatPrompt([user("Hi")], template_kwargs={option: "x"}))
+        load("llama").prepare(ChatPrompt([user("Hi")], template_kwargs={option: "x"}), None)
     assert refusal.value.param == "chat_template_kwargs"
 
 
@@ -206,7 +210,7 @@ def test_what_a_template_refuses_is_the_clients_error(
     load: Load, family: str, messages: list[dict[str, Any]], reason: str
 ) -> None:
     with pytest.raises(BadRequest, match=reason) as refusal:
-        load(family).render(ChatPrompt(messages))
+        load(family).prepare(ChatPrompt(messages), None)
     assert refusal.value.param == "messages"
     assert "\n" not in refusal.value.message
 
@@ -223,15 +227,14 @@ def test_what_a_template_refuses_is_the_clients_error(
 )
 def test_whatever_goes_wrong_in_a_template_is_not_a_server_error(load: Load, template: str) -> None:
     with pytest.raises(BadRequest):
-        load("llama", template=template).render(ChatPrompt([user("Hi")]))
+        load("llama", template=template).prepare(ChatPrompt([user("Hi")]), None)
 
 
 def test_a_model_without_a_template_points_to_completions(load: Load) -> None:
     adapter = load("llama", template=None)
-    assert not adapter.capabilities.chat
     with pytest.raises(BadRequest, match="/v1/completions"):
-        adapter.render(ChatPrompt([user("Hi")]))
-    assert adapter.encode("Hi")
+        adapter.prepare(ChatPrompt([user("Hi")]), None)
+    assert adapter.prepare(TextPrompt("Hi"), None).tokens
 
 
 # stop tokens
@@ -254,21 +257,23 @@ def test_stop_tokens_are_exactly_the_familys(load: Load, family: str) -> None:
 
 def test_a_token_that_the_vocabulary_lacks_is_no_stop_token(load: Load) -> None:
     gemma = load("gemma", omit_tokens=("<end_of_turn>",), template=None)
-    assert gemma.tokenizer.token_to_id("<unk>") is not None
+    assert gemma.tokenizer.token_id("<unk>") is not None
     assert names(gemma, gemma.stop_tokens) == {"<eos>"}
     llama = load("llama", omit_tokens=("<|eom_id|>", "<|python_tag|>"))
     assert names(llama, llama.stop_tokens) == {"<|end_of_text|>", "<|eot_id|>"}
 
 
-@pytest.mark.parametrize("value", [7, [7], [7, 9]])
-def test_stop_tokens_include_those_of_both_configs(tmp_path: Path, value: Any) -> None:
+@pytest.mark.parametrize(("value", "expected"), [(7, {7}), ([7], {7}), ([7, 9], {7, 9})])
+def test_stop_tokens_include_those_of_all_configs(
+    tmp_path: Path, value: Any, expected: set[int]
+) -> None:
     build_tiny_model(tmp_path, "generic")
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    config |= {"eos_token_id": 5, "text_config": {"eos_token_id": 6}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     adapter = load_adapter(tmp_path, "x")
-    own = adapter.tokenizer.token_to_id("<|endoftext|>")
-    assert adapter.stop_tokens == {5, own} | ({value} if isinstance(value, int) else set(value))
+    assert adapter.stop_tokens == {5, 6, adapter.tokenizer.token_id("<|endoftext|>")} | expected
 
 
 def test_a_model_needs_no_generation_config(tmp_path: Path) -> None:
@@ -278,36 +283,39 @@ def test_a_model_needs_no_generation_config(tmp_path: Path) -> None:
     assert names(adapter, adapter.stop_tokens) == STOPS["llama"]
 
 
-# capabilities
+# syntax
 
 
 @pytest.mark.parametrize(
-    ("family", "tool_syntax", "reasoning", "system_role"),
+    ("family", "style", "reasoning"),
     [
-        ("llama", "llama", False, True),
-        ("qwen", "hermes", True, True),
-        ("mistral", "generic", False, True),
-        ("gemma", "generic", False, False),
-        ("phi", "generic", False, True),
-        ("generic", "generic", False, True),
-        ("mistral-headers", "mistral-headers", True, True),
-        ("gemma-tools", "gemma", True, True),
+        ("llama", "llama", False),
+        ("qwen", "hermes", True),
+        ("mistral", "generic", False),
+        ("gemma", "generic", False),
+        ("phi", "generic", False),
+        ("generic", "generic", False),
+        ("mistral-headers", "mistral-headers", True),
+        ("gemma-tools", "gemma", True),
     ],
 )
-def test_capabilities_are_read_from_the_files(
-    load: Load, family: str, tool_syntax: str, reasoning: bool, system_role: bool
+def test_the_syntax_is_found_in_the_files(
+    load: Load, family: str, style: str, reasoning: bool
 ) -> None:
-    assert load(family).capabilities == Capabilities(
-        chat=True,
-        tools=True,
-        reasoning=reasoning,
-        system_role=system_role,
-        tool_syntax=tool_syntax,
-    )
+    adapter = load(family)
+    assert adapter.style is not None
+    assert adapter.style.name == style
+    assert adapter.syntax.calls == adapter.style.syntax
+    assert (adapter.syntax.reasoning is not None) is reasoning
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral-headers", "gemma-tools"])
+def test_a_template_shows_system_messages_or_is_known_not_to(load: Load, family: str) -> None:
+    assert load(family).template.has_system_role is (family != "gemma")
 
 
 @pytest.mark.parametrize(
-    ("shown", "tool_syntax"),
+    ("shown", "style"),
     [
         ("tools <tool_call> tool_call.name", "hermes"),
         ("tools <tool_call>", "hermes"),
@@ -325,9 +333,10 @@ def test_capabilities_are_read_from_the_files(
         ("", "generic"),
     ],
 )
-def test_the_template_tells_how_calls_are_written(load: Load, shown: str, tool_syntax: str) -> None:
+def test_the_template_tells_how_calls_are_written(load: Load, shown: str, style: str) -> None:
     adapter = load("generic", template=f"{{#- {shown} -#}}{{{{ messages[0].content }}}}")
-    assert adapter.capabilities.tool_syntax == tool_syntax
+    assert adapter.style is not None
+    assert adapter.style.name == style
 
 
 @pytest.mark.parametrize(
@@ -339,103 +348,17 @@ def test_the_template_tells_how_a_model_thinks(
 ) -> None:
     adapter = load("generic", template=f"{{#- {shown} -#}}{{{{ messages[0].content }}}}")
     assert adapter.syntax.reasoning == markers
-    assert adapter.capabilities.reasoning is (markers is not None)
 
 
-# text and tokens
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("text", SAMPLES)
-def test_the_bytes_of_tokens_join_to_their_text(load: Load, family: str, text: str) -> None:
-    adapter = load(family)
-    ids = adapter.encode(text)
-    # SentencePiece puts a space in front of a text.
-    space = " " if family == "mistral" else ""
-    expected = (space + text.replace("▁", " " if family in ("mistral", "gemma") else "▁")).encode()
-    assert b"".join(map(adapter.token_bytes, ids)) == expected
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_token_adds_its_bytes_to_a_text(load: Load, family: str) -> None:
-    adapter = load(family)
-    before = adapter.tokenizer.encode("a", add_special_tokens=False).ids
-    start = adapter.decode(before)
-    for token in range(adapter.tokenizer.get_vocab_size()):
-        expected = adapter.decode([*before, token]).removeprefix(start)
-        assert adapter.token_bytes(token).decode(errors="replace") == expected, token
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_256_bytes_can_be_said(load: Load, family: str) -> None:
-    adapter = load(family)
-    said = {adapter.token_bytes(token) for token in range(adapter.tokenizer.get_vocab_size())}
-    assert {bytes([value]) for value in range(256)} - said <= {b" "}
-
-
-def test_special_and_unknown_tokens_have_no_bytes_and_others_do(load: Load) -> None:
-    adapter = load("qwen")
-    ids = {name: token_id(adapter.tokenizer, name) for name in ("<|im_end|>", "<think>")}
-    assert adapter.token_bytes(ids["<|im_end|>"]) == b""
-    assert adapter.token_bytes(ids["<think>"]) == b"<think>"
-    assert adapter.token_bytes(adapter.tokenizer.get_vocab_size() + 7) == b""
-    assert adapter.token_name(ids["<|im_end|>"]) == "<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("vocab", "decoder", "expected"),
-    [
-        (["a", "##b", "c"], decoders.WordPiece(), [b" a", b"b", b" c"]),
-        (["a", "▁b", "<0xE2>"], decoders.Metaspace(), [b"a", b" b", b"<0xE2>"]),
-        (["a", "b"], decoders.Fuse(), [b"a", b"b"]),
-    ],
-)
-def test_the_decoder_decides_what_a_piece_means(
-    vocab: list[str], decoder: Any, expected: list[bytes]
-) -> None:
-    model = models.WordLevel({piece: i for i, piece in enumerate(vocab)}, unk_token="a")
-    tokenizer = Tokenizer(model)
-    tokenizer.decoder = decoder
-    token_bytes = TokenBytes(tokenizer)
-    assert [token_bytes(i) for i in range(len(vocab))] == expected
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
-def test_a_text_gets_one_beginning_of_text_even_if_it_brings_its_own(
-    load: Load, family: str
-) -> None:
-    adapter = load(family)
-    bos = str(FAMILIES[family].bos)
-    bos_id = token_id(adapter.tokenizer, bos)
-    assert adapter.encode("Hello")[0] == bos_id
-    assert adapter.encode(bos + "Hello").count(bos_id) == 1
-    assert adapter.encode("") == [bos_id]
-
-
-@pytest.mark.parametrize("family", ["qwen", "phi", "generic"])
-def test_a_tokenizer_without_a_beginning_of_text_adds_none(load: Load, family: str) -> None:
-    adapter = load(family)
-    assert adapter.encode("Hello") == tiny_tokenizer(family).encode("Hello").ids
-    assert adapter.encode("") == []
-
-
-def test_a_truncation_left_in_the_file_cuts_no_prompt(tmp_path: Path) -> None:
-    build_tiny_model(tmp_path, "llama")
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=64)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    adapter = load_adapter(tmp_path, "x")
-    assert adapter.decode(adapter.encode(SAMPLES[0])) == SAMPLES[0]
-    assert 4 < len(adapter.encode(SAMPLES[0])) < 64
+# threads
 
 
 def test_threads_can_share_an_adapter(load: Load) -> None:
     adapter = load("llama")
     prompts = [ChatPrompt([user(f"{text} {i}" * 20)]) for i in range(25) for text in SAMPLES]
-    expected = [adapter.render(prompt) for prompt in prompts]
+    expected = [prompt_tokens(adapter, prompt) for prompt in prompts]
     with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(adapter.render, prompts)) == expected
+        assert list(threads.map(partial(prompt_tokens, adapter), prompts)) == expected
 
 
 # broken folders

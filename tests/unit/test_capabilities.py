@@ -9,6 +9,7 @@ import pytest
 from mlx_server.models.store.capabilities import read_capabilities
 from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.text.adapters.registry import load_adapter
+from mlx_server.models.text.syntax import GENERIC
 from tests.support.tiny import FAMILIES, build_tiny_model
 
 THINKS = "{% if enable_thinking %}<think>{% endif %}</think>{{ messages[0]['content'] }}"
@@ -23,11 +24,12 @@ def test_files_tell_what_a_loaded_model_knows(tmp_path: Path, family: str) -> No
     for name, template in (("own", FAMILIES[family].template), ("thinks", THINKS), ("none", None)):
         folder = build_tiny_model(tmp_path / name, family, template=template)
         told = read_capabilities(entry_of(folder))
-        known = load_adapter(folder, name, False).capabilities
+        known = load_adapter(folder, name)
+        chats = known.style is not None
         assert told is not None
-        assert (told.chat, told.tools) == (known.chat, known.tools)
-        assert told.reasoning == (known.chat and known.reasoning)
-        assert told.native_tools == (known.tools and known.tool_syntax != "generic")
+        assert (told.chat, told.tools) == (chats, chats)
+        assert told.reasoning == (chats and known.syntax.reasoning is not None)
+        assert told.native_tools == (chats and known.style is not GENERIC)
         assert told.structured_output
         assert not told.embeddings
 

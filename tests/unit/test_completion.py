@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_server.engine.protocol import FinishReason
-from mlx_server.models.text.adapters.base import CallSyntax, Reasoning, Syntax
+from mlx_server.models.text.syntax import CallSyntax, Reasoning, Syntax
 from mlx_server.schemas.internal import ToolUse
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.pieces import Kind, Piece

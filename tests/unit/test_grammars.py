@@ -1,7 +1,6 @@
 """Constraints at the boundary of the text side: what its grammars accept, and what is refused."""
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 from mlx_server.errors import BadRequest
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import load_adapter
-from mlx_server.models.text.client import ModelText, TextProcess
-from mlx_server.schemas.internal import ChatPrompt, Constraint, TextPrompt, TokenPrompt
+from mlx_server.schemas.internal import ChatPrompt, Constraint, TextPrompt
 from tests.support.tiny import build_tiny_model
 
 MODELS = ("generic", "gemma")
@@ -31,7 +29,7 @@ class Speaker:
         assert grammar is not None
         self._adapter = adapter
         self._tokens = LLTokenizer(
-            adapter.tokenizer.to_str(), eos_token=sorted(adapter.stop_tokens)
+            adapter.tokenizer.backend.to_str(), eos_token=sorted(adapter.stop_tokens)
         )
         self._matcher = LLMatcher(self._tokens, grammar)
         assert not self._matcher.is_error(), self._matcher.get_error()
@@ -44,7 +42,7 @@ class Speaker:
         )
 
     def _tokens_of(self, text: str) -> list[int]:
-        tokens: list[int] = self._adapter.tokenizer.encode(text, add_special_tokens=False).ids
+        tokens = self._adapter.tokenizer.encode_bare(text)
         if self._tokens.decode_str(tokens) == f" {text}":
             # SentencePiece puts a space in front of a text, which nobody said.
             tokens = self._tokens.greedy_tokenize(text)
@@ -83,9 +81,13 @@ def constraint(kind: Any, value: Any) -> Constraint:
     return Constraint(kind, value, "response_format")
 
 
+def grammar_of(adapter: Adapter, kind: str, value: Any) -> str | None:
+    return adapter.prepare(TextPrompt(""), constraint(kind, value)).grammar
+
+
 def refusal(adapter: Adapter, kind: str, value: Any) -> BadRequest:
     with pytest.raises(BadRequest) as refused:
-        adapter.bind(constraint(kind, value))
+        grammar_of(adapter, kind, value)
     assert refused.value.param == "response_format"
     assert "\n" not in refused.value.message
     return refused.value
@@ -164,20 +166,20 @@ def test_an_answer_is_bound_from_first_to_last_character(
     bad: list[str],
 ) -> None:
     adapter = adapters[family]
-    grammar = adapter.bind(constraint(kind, value))
+    grammar = grammar_of(adapter, kind, value)
     assert all(accepts(adapter, grammar, text) for text in good)
     assert not any(accepts(adapter, grammar, text) for text in bad)
 
 
 def test_a_key_cannot_be_spelled_in_a_way_that_escapes_its_schema(adapter: Adapter) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    grammar = adapter.bind(constraint("json_schema", schema))
+    grammar = grammar_of(adapter, "json_schema", schema)
     assert accepts(adapter, grammar, '{"b": "x"}')
     assert not accepts(adapter, grammar, r'{"\u0061": "x"}')
 
 
 def test_white_space_cannot_go_on_for_ever(adapter: Adapter) -> None:
-    speaker = Speaker(adapter, adapter.bind(constraint("json_object", None)))
+    speaker = Speaker(adapter, grammar_of(adapter, "json_object", None))
     assert not speaker.says("\n")
     assert speaker.says('{"a": ')
     assert not speaker.says(" ")
@@ -185,7 +187,7 @@ def test_white_space_cannot_go_on_for_ever(adapter: Adapter) -> None:
 
 def test_a_client_cannot_turn_strictness_off(adapter: Adapter) -> None:
     schema = {"x-guidance": {"lenient": True}, "type": "object", "required": ["a"]}
-    grammar = adapter.bind(constraint("json_schema", schema))
+    grammar = grammar_of(adapter, "json_schema", schema)
     assert not accepts(adapter, grammar, "{}")
     assert not accepts(adapter, grammar, '{"a":  1}')
 
@@ -238,7 +240,7 @@ def test_a_keyword_is_not_ignored_because_a_draft_does_not_know_it(
 
 def test_names_of_properties_are_no_keywords(adapter: Adapter) -> None:
     schema = {"type": "object", "properties": {"not": {"type": "null"}, "$ref": {"const": "if"}}}
-    grammar = adapter.bind(constraint("json_schema", schema))
+    grammar = grammar_of(adapter, "json_schema", schema)
     assert accepts(adapter, grammar, '{"not": null, "$ref": "if"}')
 
 
@@ -389,7 +391,7 @@ def test_a_budget_ends_the_thinking_and_nothing_else(
     if not prepared.thinking:
         assert speaker.says(reasoning.start)
     assert all(speaker.says("x") for _ in range(budget))
-    assert speaker.allowed() == {adapter.tokenizer.token_to_id(reasoning.end)}
+    assert speaker.allowed() == {adapter.tokenizer.token_id(reasoning.end)}
     assert speaker.says(reasoning.end)
     assert speaker.says("yes")
     assert speaker.may_end()
@@ -408,39 +410,3 @@ def test_a_budget_leaves_an_answer_without_thinking_alone(thinkers: dict[str, Ad
     assert accepts(adapter, grammar, "A long answer, <tool_call> and all", "<|im_start|>")
     closed = user("Hi", thinking_budget=2, template_kwargs={"enable_thinking": False})
     assert adapter.prepare(closed, None).grammar is None
-
-
-# in the text process
-
-
-@pytest.fixture
-async def text(tmp_path: Path) -> AsyncIterator[ModelText]:
-    """The text side of a tiny model, in a process."""
-    process = TextProcess(request_seconds=60)
-    try:
-        folder = build_tiny_model(tmp_path, "mistral-headers")
-        yield await process.open(folder, "tiny", trust_remote_code=False)
-    finally:
-        await process.kill()
-
-
-async def test_the_front_gets_prompts_with_their_grammars(
-    text: ModelText,
-) -> None:
-    bound = constraint("choice", ["yes"])
-    for prompt in (user("Hi"), TextPrompt("Hi"), TokenPrompt([1, 2, 3])):
-        prepared = await text.prepare(prompt, bound, limit=1000)
-        assert prepared.tokens
-        assert prepared.grammar
-        assert (await text.prepare(prompt, None, limit=1000)).grammar is None
-        with pytest.raises(BadRequest) as refused:
-            await text.prepare(prompt, constraint("regex", "["), limit=1000)
-        assert refused.value.param == "response_format"
-
-
-async def test_the_front_reads_calls_and_sees_their_markers(text: ModelText) -> None:
-    assert await text.parse_calls('stop[ARGS]{"now": true}', []) == [("stop", '{"now": true}')]
-    assert await text.parse_calls("stop what?", []) == []
-    marks = {text.visible_bytes(token) for token in text.syntax.visible}
-    assert marks == {b"[TOOL_CALLS]", b"[ARGS]", b"[THINK]", b"[/THINK]"}
-    assert all(text.token_bytes(token) == b"" for token in text.syntax.visible)

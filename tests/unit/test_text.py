@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_server.engine.protocol import Logprobs
-from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import load_adapter
+from mlx_server.models.text.tokenizer import TextTokenizer
 from mlx_server.schemas.internal import TokenLogprob
 from mlx_server.services.output.text import (
     AlignedText,
@@ -23,27 +23,27 @@ TEXTS = st.text(st.sampled_from("ab \n.é日🦙👩‍👧▁\u200d\ufffd"), ma
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextTokenizer]:
     folders = {name: tmp_path_factory.mktemp(name) for name in ("llama", "mistral", "gemma")}
     return {name: load_tiny(folder, name) for name, folder in folders.items()}
 
 
-def load_tiny(folder: Path, family: str) -> Adapter:
-    return load_adapter(build_tiny_model(folder, family), family)
+def load_tiny(folder: Path, family: str) -> TextTokenizer:
+    return load_adapter(build_tiny_model(folder, family), family).tokenizer
 
 
-def one_byte_tokens(adapter: Adapter, text: str) -> list[int]:
+def one_byte_tokens(tokenizer: TextTokenizer, text: str) -> list[int]:
     """`text` as tokens of one byte each."""
-    ids = {adapter.token_bytes(token): token for token in range(adapter.tokenizer.get_vocab_size())}
+    ids = {tokenizer.token_bytes(token): token for token in range(tokenizer.size)}
     return [ids[bytes([value])] for value in text.encode()]
 
 
-def continuation(adapter: Adapter, text: str) -> list[int]:
+def continuation(tokenizer: TextTokenizer, text: str) -> list[int]:
     """`text` in the tokenizer's own pieces, without what it puts in front."""
-    ids = adapter.tokenizer.encode("\n" + text, add_special_tokens=False).ids
-    start = next(i for i, token in enumerate(ids) if b"\n" in adapter.token_bytes(token))
-    alone = adapter.token_bytes(ids[start]) == b"\n"
-    return ids[start + 1 :] if alone else one_byte_tokens(adapter, text)
+    ids = tokenizer.encode_bare("\n" + text)
+    start = next(i for i, token in enumerate(ids) if b"\n" in tokenizer.token_bytes(token))
+    alone = tokenizer.token_bytes(ids[start]) == b"\n"
+    return ids[start + 1 :] if alone else one_byte_tokens(tokenizer, text)
 
 
 # characters
@@ -53,12 +53,12 @@ def continuation(adapter: Adapter, text: str) -> list[int]:
 @settings(deadline=None)
 @given(text=TEXTS)
 def test_streamed_tokens_join_to_the_text(
-    adapters: dict[str, Adapter], family: str, text: str
+    tokenizers: dict[str, TextTokenizer], family: str, text: str
 ) -> None:
-    adapter = adapters[family]
+    tokenizer = tokenizers[family]
     text = text.replace("▁", "_")
-    for tokens in (continuation(adapter, text), one_byte_tokens(adapter, text)):
-        decoder = TokenDecoder(adapter.token_bytes)
+    for tokens in (continuation(tokenizer, text), one_byte_tokens(tokenizer, text)):
+        decoder = TokenDecoder(tokenizer.token_bytes)
         assert "".join(map(decoder.push, tokens)) == text
         assert not decoder.inside_character
 
@@ -96,20 +96,20 @@ def test_a_model_that_says_only_invalid_bytes_still_streams() -> None:
     assert [decoder.push(0) for _ in range(5)] == ["\ufffd"] * 5
 
 
-def test_a_character_left_incomplete_is_dropped(adapters: dict[str, Adapter]) -> None:
-    text = AlignedText(adapters["llama"])
-    tokens = one_byte_tokens(adapters["llama"], "a🦙")[:-1]
+def test_a_character_left_incomplete_is_dropped(tokenizers: dict[str, TextTokenizer]) -> None:
+    text = AlignedText(tokenizers["llama"])
+    tokens = one_byte_tokens(tokenizers["llama"], "a🦙")[:-1]
     assert [text.push(token)[0] for token in tokens] == ["a", "", "", ""]
     assert text.flush() == ("", ())
 
 
-def test_the_first_token_of_an_answer_keeps_its_space(adapters: dict[str, Adapter]) -> None:
-    adapter = adapters["mistral"]
-    prompt = adapter.encode("The answer is")
-    answer = adapter.tokenizer.encode("fine.", add_special_tokens=False).ids
-    decoder = TokenDecoder(adapter.token_bytes)
+def test_the_first_token_of_an_answer_keeps_its_space(tokenizers: dict[str, TextTokenizer]) -> None:
+    tokenizer = tokenizers["mistral"]
+    prompt = tokenizer.encode("The answer is")
+    answer = tokenizer.encode_bare("fine.")
+    decoder = TokenDecoder(tokenizer.token_bytes)
     streamed = "".join(map(decoder.push, answer))
-    assert streamed == adapter.decode(prompt + answer).removeprefix(adapter.decode(prompt))
+    assert streamed == tokenizer.decode(prompt + answer).removeprefix(tokenizer.decode(prompt))
     assert streamed == " fine."
 
 
@@ -117,10 +117,10 @@ def test_the_first_token_of_an_answer_keeps_its_space(adapters: dict[str, Adapte
 
 
 def run(
-    adapter: Adapter, tokens: Sequence[int], stops: Sequence[str]
+    tokenizer: TextTokenizer, tokens: Sequence[int], stops: Sequence[str]
 ) -> tuple[str, list[TokenLogprob]]:
     """Push `tokens` with entries; at each moment the entries must tell the text so far."""
-    aligned, text = AlignedText(adapter, stops), ""
+    aligned, text = AlignedText(tokenizer, stops), ""
     entries: list[TokenLogprob] = []
     for token in tokens:
         more, released = aligned.push(token, Logprobs(token, -1.0, [(token, -1.0)]))
@@ -136,12 +136,12 @@ def run(
 @settings(deadline=None)
 @given(before=TEXTS, after=TEXTS, stop=st.sampled_from(["<end>", "\n\n#", "🦙🦙!", "ab"]))
 def test_entries_join_to_the_text_when_a_stop_falls_on_a_token_boundary(
-    adapters: dict[str, Adapter], before: str, after: str, stop: str
+    tokenizers: dict[str, TextTokenizer], before: str, after: str, stop: str
 ) -> None:
-    adapter = adapters["llama"]
-    tokens = one_byte_tokens(adapter, before + stop + after)
+    tokenizer = tokenizers["llama"]
+    tokens = one_byte_tokens(tokenizer, before + stop + after)
     whole = before + stop + after
-    text, entries = run(adapter, tokens, [stop])
+    text, entries = run(tokenizer, tokens, [stop])
     assert text == whole.partition(stop)[0]
     assert b"".join(entry.bytes for entry in entries) == text.encode()
 
@@ -150,12 +150,12 @@ def test_entries_join_to_the_text_when_a_stop_falls_on_a_token_boundary(
 @settings(deadline=None)
 @given(text=TEXTS)
 def test_each_entry_tells_where_its_token_begins(
-    adapters: dict[str, Adapter], family: str, text: str
+    tokenizers: dict[str, TextTokenizer], family: str, text: str
 ) -> None:
-    adapter = adapters[family]
+    tokenizer = tokenizers[family]
     text = text.replace("▁", "_")
-    tokens = continuation(adapter, text)
-    shown, entries = run(adapter, tokens, ["never said"])
+    tokens = continuation(tokenizer, text)
+    shown, entries = run(tokenizer, tokens, ["never said"])
     assert shown == text
     assert len(entries) == len(tokens)
     said = b""
@@ -167,52 +167,56 @@ def test_each_entry_tells_where_its_token_begins(
 
 
 def test_the_entry_of_a_token_that_the_stop_divides_stays_and_later_ones_go(
-    adapters: dict[str, Adapter],
+    tokenizers: dict[str, TextTokenizer],
 ) -> None:
-    adapter = adapters["llama"]
-    tokens = adapter.tokenizer.encode("Hello, world! How", add_special_tokens=False).ids
-    text, entries = run(adapter, tokens, ["lo, w"])
+    tokenizer = tokenizers["llama"]
+    tokens = tokenizer.encode_bare("Hello, world! How")
+    text, entries = run(tokenizer, tokens, ["lo, w"])
     assert text == "Hel"
     assert [entry.token for entry in entries] == ["H", "ello"]
 
 
-def test_nothing_follows_a_stop(adapters: dict[str, Adapter]) -> None:
-    adapter = adapters["llama"]
-    aligned = AlignedText(adapter, ["b"])
-    [token] = one_byte_tokens(adapter, "b")
+def test_nothing_follows_a_stop(tokenizers: dict[str, TextTokenizer]) -> None:
+    tokenizer = tokenizers["llama"]
+    aligned = AlignedText(tokenizer, ["b"])
+    [token] = one_byte_tokens(tokenizer, "b")
     assert aligned.push(token, Logprobs(token, -1.0, [])) == ("", ())
     assert aligned.stopped
     assert aligned.push(token) == ("", ())
     assert aligned.flush() == ("", ())
 
 
-def test_the_scores_of_an_unfinished_character_are_not_lost(adapters: dict[str, Adapter]) -> None:
-    adapter = adapters["llama"]
-    tokens = one_byte_tokens(adapter, "🦙")[:2]
-    text, entries = run(adapter, tokens, [])
+def test_the_scores_of_an_unfinished_character_are_not_lost(
+    tokenizers: dict[str, TextTokenizer],
+) -> None:
+    tokenizer = tokenizers["llama"]
+    tokens = one_byte_tokens(tokenizer, "🦙")[:2]
+    text, entries = run(tokenizer, tokens, [])
     assert text == ""
     assert b"".join(entry.bytes for entry in entries) == "🦙".encode()[:2]
     assert [entry.token for entry in entries] == ["bytes:\\xf0", "bytes:\\x9f"]
 
 
-def test_a_special_token_has_a_name_to_show_and_no_bytes(adapters: dict[str, Adapter]) -> None:
-    adapter = adapters["llama"]
-    special = token_id(adapter.tokenizer, "<|python_tag|>")
-    assert token_text(adapter, special) == "<|python_tag|>"
-    _, [entry] = run(adapter, [special], [])
+def test_a_special_token_has_a_name_to_show_and_no_bytes(
+    tokenizers: dict[str, TextTokenizer],
+) -> None:
+    tokenizer = tokenizers["llama"]
+    special = token_id(tokenizer.backend, "<|python_tag|>")
+    assert token_text(tokenizer, special) == "<|python_tag|>"
+    _, [entry] = run(tokenizer, [special], [])
     assert (entry.token, entry.bytes, entry.offset) == ("<|python_tag|>", b"", 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
 @pytest.mark.parametrize("text", ["Hello, world 日本🦙", " two  spaces", ""])
 def test_a_prompts_entries_point_into_its_text(
-    adapters: dict[str, Adapter], family: str, text: str
+    tokenizers: dict[str, TextTokenizer], family: str, text: str
 ) -> None:
-    adapter = adapters[family]
-    tokens = adapter.encode(text)
+    tokenizer = tokenizers[family]
+    tokens = tokenizer.encode(text)
     scores = [None, *(Logprobs(token, -2.0, [(token, -2.0)]) for token in tokens[1:])]
-    assert adapter.decode(tokens) == text
-    entries = prompt_logprobs(adapter, tokens, scores, text)
+    assert tokenizer.decode(tokens) == text
+    entries = prompt_logprobs(tokenizer, tokens, scores, text)
     assert b"".join(entry.bytes for entry in entries) == text.encode()
     assert entries[0].logprob is None
     assert all(entry.logprob == -2.0 for entry in entries[1:])

@@ -1,4 +1,4 @@
-"""Reads tool calls out of the text between a family's markers for them."""
+"""Reads tool calls from the text between their markers."""
 
 import json
 import logging
@@ -8,28 +8,27 @@ from typing import Any
 from mlx_server.events import event
 
 ARGUMENT_KEYS = ("arguments", "parameters")
-BETWEEN = " \t\r\n,;"
-"""What may stand between one JSON object and the next."""
+SEPARATORS = " \t\r\n,;"
 
 Parser = Callable[[str, list[dict[str, Any]]], Any]
 
 log = logging.getLogger("mlx_server.text")
 
 
-def read_calls(
+def parse_calls(
     text: str, tools: list[dict[str, Any]], parser: Parser | None
 ) -> list[tuple[str, str]]:
-    """Names and arguments (JSON objects) of all calls in `text`; none if any of it is garbled.
+    """Names and arguments (JSON objects) of all calls in `text`; none if any is garbled.
 
-    JSON is read whatever the family, for that is what grammars write where a family's notation
-    cannot say what a schema asks; `parser` is mlx-lm's for all else.
+    JSON is read in any family, since grammars write it where a notation falls short; the rest is
+    for mlx-lm's `parser`.
     """
     calls = _json_calls(text)
     if calls is None and parser is not None:
         try:
             calls = parser(text, tools)
         except Exception as error:  # noqa: BLE001
-            # Parsers raise whatever comes of taking a model's text for a call.
+            # Parsers raise anything on text that is no call.
             log.info(event("tool_call_garbled", kind=type(error).__name__))
             return []
     read = [_call(one) for one in (calls if isinstance(calls, list) else [calls])]
@@ -37,17 +36,17 @@ def read_calls(
 
 
 def _json_calls(text: str) -> list[Any] | None:
-    """The JSON values in `text`, in a list or one after the other; None if it is not that."""
+    """In a list or one after the other; None for other text."""
     decoder = json.JSONDecoder()
     found: list[Any] = []
-    rest = text.strip(BETWEEN)
+    rest = text.strip(SEPARATORS)
     while rest:
         try:
             value, end = decoder.raw_decode(rest)
         except (ValueError, RecursionError):
             return None
         found += value if isinstance(value, list) else [value]
-        rest = rest[end:].strip(BETWEEN)
+        rest = rest[end:].strip(SEPARATORS)
     return found
 
 

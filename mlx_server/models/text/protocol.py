@@ -1,156 +1,123 @@
-"""The messages between the front and the text process: structs in the engine protocol's frames."""
+"""Messages between the front and the text process, in the engine protocol's frames."""
 
+import struct
 from typing import Any
 
 import msgspec
 
-from mlx_server.models.text.adapters.base import Capabilities, Syntax
-from mlx_server.schemas.internal import Constraint, ToolUse
+from mlx_server.models.text.syntax import Syntax
+from mlx_server.schemas.internal import Constraint, Prompt
+
+SPAN = struct.Struct("=II")
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """Load the text side of the model folder `path`, to be known as `name`."""
+    """`path` is a model folder, `name` what users call it."""
 
-    id: int
     path: str
     name: str
     trust_remote_code: bool
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):
-    """Forget the text side that was opened as `handle`. Has no answer."""
-
-    handle: int
+    """Has no answer."""
 
 
-class Chat(msgspec.Struct, frozen=True, tag="chat"):
-    """Render a conversation with the model's template and tokenize it."""
-
-    id: int
-    handle: int
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    template_kwargs: dict[str, Any]
-    continue_final: bool
+class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+    prompt: Prompt
+    constraint: Constraint | None
     limit: int
-    """Tokens beyond which the answer may be a refusal instead."""
-    use: ToolUse | None = None
-    thinking_budget: int | None = None
-    constraint: Constraint | None = None
+    """Tokens beyond which the answer may be a refusal."""
 
 
-class Text(msgspec.Struct, frozen=True, tag="text"):
-    """Tokenize a bare text."""
+class Tokenize(msgspec.Struct, frozen=True, tag="tokenize"):
+    """Whole texts, with all that the tokenizer adds."""
 
-    id: int
-    handle: int
-    text: str
-    limit: int
-    constraint: Constraint | None = None
-
-
-class Texts(msgspec.Struct, frozen=True, tag="texts"):
-    """Tokenize whole texts, with all that the tokenizer puts around one."""
-
-    id: int
-    handle: int
     texts: list[str]
     limit: int
 
 
-class Constrain(msgspec.Struct, frozen=True, tag="constrain"):
-    """Make a grammar for the completion of a prompt that is already tokens."""
+class ParseCalls(msgspec.Struct, frozen=True, tag="parse_calls"):
+    """`text` was between the markers of calls."""
 
-    id: int
-    handle: int
-    constraint: Constraint
-
-
-class Parse(msgspec.Struct, frozen=True, tag="parse"):
-    """Read tool calls out of `text`, which stood between a family's markers for them."""
-
-    id: int
-    handle: int
     text: str
     tools: list[dict[str, Any]]
 
 
 class Decode(msgspec.Struct, frozen=True, tag="decode"):
-    """Turn tokens into text, special ones left out."""
-
-    id: int
-    handle: int
     tokens: list[int]
+
+
+class TokenTable(msgspec.Struct, frozen=True):
+    """The bytes of all tokens in running text, and the names of those without."""
+
+    data: bytes
+    offsets: bytes
+    """Native 32-bit integers: token i has `data[offsets[i]:offsets[i + 1]]`."""
+    names: dict[int, str]
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 in running text; empty for special and unknown tokens."""
+        position = 4 * token
+        if not 0 <= position <= len(self.offsets) - SPAN.size:
+            return b""
+        start, end = SPAN.unpack_from(self.offsets, position)
+        return self.data[start:end]
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
-    """What the front must know of a text side; its handle is the `id` of the request.
-
-    The bytes of token i are `pieces[offsets[i]:offsets[i + 1]]`, with `offsets` an array of native
-    unsigned 32-bit integers; `names` holds the tokens that have no bytes.
-    """
-
-    id: int
-    family: str
-    capabilities: Capabilities
     stop_tokens: list[int]
-    offsets: bytes
-    pieces: bytes
-    names: dict[int, str]
     syntax: Syntax
-    """How reasoning and tool calls stand in the model's text."""
+    tokens: TokenTable
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
-    """The answer to `Chat`, `Text` and `Constrain`: a prompt, and what its completion is bound to.
-
-    `grammar` covers the whole completion, thinking included. `thinking` says that the prompt leaves
-    a block of thinking open. `forced` says that the completion is, after any thinking, nothing but
-    tool calls.
-    """
-
-    id: int
     tokens: list[int]
     grammar: str | None = None
+    """Covers the whole completion, thinking included."""
     thinking: bool = False
-    forced: bool = False
+    """Whether the prompt leaves a block of thinking open."""
 
 
 class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
-    """The answer to `Texts`: the tokens of each."""
-
-    id: int
     tokens: list[list[int]]
 
 
 class Parsed(msgspec.Struct, frozen=True, tag="parsed"):
-    """The answer to `Parse`: names and arguments (JSON objects) of the calls, none if garbled."""
+    """Names and arguments (JSON objects), none if the text is garbled."""
 
-    id: int
     calls: list[tuple[str, str]]
 
 
 class Decoded(msgspec.Struct, frozen=True, tag="decoded"):
-    """The answer to `Decode`."""
-
-    id: int
     text: str
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """A request raised an exception of `errors.py`, which is named by `kind`."""
+    """`kind` is an exception of `errors.py`."""
 
-    id: int
     kind: str
     message: str
-    param: str | None
-    code: str | None
+    param: str | None = None
+    code: str | None = None
 
 
-Question = Chat | Text | Texts | Constrain | Parse | Decode
-"""What is asked of a text side that is open."""
-Request = Open | Close | Question
-Reply = Opened | Prepared | Tokenized | Parsed | Decoded | Refused
+Question = Open | Prepare | Tokenize | ParseCalls | Decode
+Answer = Opened | Prepared | Tokenized | Parsed | Decoded
+
+
+class Request(msgspec.Struct, frozen=True):
+    """`model` is the front's number for a text side."""
+
+    id: int
+    model: int
+    body: Question | Close
+
+
+class Reply(msgspec.Struct, frozen=True):
+    id: int
+    body: Answer | Refused
+
 
 decode_request = msgspec.msgpack.Decoder(Request).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mlx_server.engine.protocol import FinishReason
-from mlx_server.models.text.adapters.base import Syntax
+from mlx_server.models.text.syntax import Syntax
 from mlx_server.schemas.internal import ToolUse
 from mlx_server.services.output.pieces import Kind, Piece, PieceBuffer, overlap
 from mlx_server.services.output.reasoning import ReasoningReader

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from mlx_server.engine.protocol import FinishReason
-from mlx_server.models.text.adapters.base import CallSyntax
+from mlx_server.models.text.syntax import CallSyntax
 from mlx_server.schemas.internal import ToolUse
 from mlx_server.services.output.json_scan import ObjectScan, find_header, match_length
 from mlx_server.services.output.pieces import Kind, Piece, PieceBuffer

@@ -1,118 +1,129 @@
-"""What a model family must tell the front: how prompts are rendered, where turns end."""
+"""A model's text side, put together from the files of its folder."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import re
+from pathlib import Path
+from typing import Any, ClassVar
 
-from tokenizers import Tokenizer
+import msgspec
 
-from mlx_server.schemas.internal import ChatPrompt, Constraint
+from mlx_server.models.store.folder import eos_token_ids
+from mlx_server.models.text.call_parsing import parse_calls
+from mlx_server.models.text.grammars.builder import GrammarBuilder
+from mlx_server.models.text.grammars.checker import GrammarChecker
+from mlx_server.models.text.protocol import Prepared
+from mlx_server.models.text.special_tokens import SpecialTokens
+from mlx_server.models.text.syntax import (
+    GENERIC,
+    CallStyle,
+    Reasoning,
+    Syntax,
+    Thinking,
+    find_call_style,
+    find_reasoning,
+    thinking_after,
+)
+from mlx_server.models.text.template import ChatTemplate
+from mlx_server.models.text.tokenizer import TextTokenizer, load_tokenizer
+from mlx_server.models.text.tool_prompts import describe_tools, plain_messages
+from mlx_server.schemas.internal import ChatPrompt, Constraint, Prompt, TextPrompt, TokenPrompt
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a model can be asked for, as far as its files tell."""
+class Adapter:
+    """The text side of one model; a subclass holds what differs by family.
 
-    chat: bool
-    tools: bool
-    reasoning: bool
-    system_role: bool
-    tool_syntax: str | None = None
-    """How calls are written: a family's way, or `generic`, which the prompt asks for in words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reasoning:
-    """The markers around a block of thinking, such as `<think>` and `</think>`."""
-
-    start: str
-    end: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallSyntax:
-    """How tool calls stand in a model's text: each, or a list of them, between two markers.
-
-    An `end` of "" is the end of the answer. `json` says that what stands between is, or is a list
-    of, JSON objects whose keys `name` and `arguments` come in this order, so that it can be read
-    while it comes; anything else is read by `Adapter.parse_calls` when it is whole.
+    Methods block and are safe to call from any thread.
     """
 
-    start: str
-    end: str
-    json: bool
-    arguments: str = "arguments"
-    """The key of the arguments; Llama says `parameters`."""
+    family: ClassVar[str]
+    model_types: ClassVar[re.Pattern[str]]
+    """Matches the `model_type` of the family's configs."""
+    names: ClassVar[re.Pattern[str]]
+    """Matches the models' names in lower case, for configs that tell no family."""
+    end_of_turn: ClassVar[tuple[str, ...]] = ()
+    """Stop tokens, of which a vocabulary may lack some."""
+    call_style: ClassVar[CallStyle | None] = None
+    """Used where the template does not show it and the vocabulary has its start marker."""
 
+    def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
+        """Raises ModelLoadFailed."""
+        wrapper = load_tokenizer(path, trust_remote_code)
+        self.tokenizer = TextTokenizer(wrapper.backend_tokenizer)
+        self.stop_tokens = eos_token_ids(path) | self._stop_tokens(wrapper.eos_token)
+        self.template = ChatTemplate(wrapper)
+        self._call_parser = wrapper.tool_parser
+        self.style = self._find_style(wrapper)
+        reasoning = find_reasoning(wrapper, self.template.source)
+        self.syntax = self._find_syntax(reasoning)
+        checker = GrammarChecker(self.tokenizer.backend, self.stop_tokens)
+        self._grammars = GrammarBuilder(checker, reasoning, self.style)
 
-@dataclass(frozen=True, slots=True)
-class Syntax:
-    """What is more than plain text in a model's completion.
-
-    `visible` are special tokens among the markers, with their texts: they have no bytes in running
-    text, and must be seen all the same.
-    """
-
-    reasoning: Reasoning | None = None
-    calls: CallSyntax | None = None
-    visible: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedChat:
-    """A conversation in tokens, and what its completion is bound to.
-
-    `grammar` covers the whole completion, thinking included. `thinking` says that the prompt leaves
-    a block of thinking open; `forced` that the completion is, after any thinking, calls alone.
-    """
-
-    tokens: list[int]
-    grammar: str | None = None
-    thinking: bool = False
-    forced: bool = False
-
-
-class Adapter(Protocol):
-    """The text side of one loaded model. Methods block and are safe to call from any thread."""
-
-    family: str
-    capabilities: Capabilities
-    stop_tokens: frozenset[int]
-    syntax: Syntax
-    tokenizer: Tokenizer
-
-    def render(self, prompt: ChatPrompt) -> list[int]:
-        """Token ids of the conversation, ready to be continued.
-
-        Raises BadRequest when the model has no template or its template refuses the messages.
+    def prepare(self, prompt: Prompt, constraint: Constraint | None) -> Prepared:
+        """Raises BadRequest without a chat template, when it refuses the messages, and when a
+        constraint, a tool or a thinking budget cannot be kept.
         """
-
-    def prepare(self, prompt: ChatPrompt, constraint: Constraint | None) -> PreparedChat:
-        """The same, with what the completion is bound to by its constraint, tools and budget.
-
-        Raises BadRequest for what cannot be kept, too.
-        """
-
-    def bind(self, constraint: Constraint) -> str:
-        """The grammar of a bare text's completion. Raises BadRequest."""
+        match prompt:
+            case ChatPrompt():
+                return self._prepare_chat(prompt, constraint)
+            case TextPrompt(text=text):
+                tokens = self.tokenizer.encode(text)
+            case TokenPrompt(ids=ids):
+                tokens = ids
+        return Prepared(tokens, self._grammars.completion(constraint) if constraint else None)
 
     def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Names and arguments (JSON objects) of the calls in `text`; none if it is garbled.
+        """Names and arguments (JSON objects) in `text`, which was between the markers of calls.
 
-        `text` stood between the markers of `syntax.calls`, in an answer to a prompt with `tools`.
+        None of them if it is garbled.
         """
+        return parse_calls(text, tools, self._call_parser)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a bare text, with the tokenizer's beginning-of-text token if it has one."""
+    def _prepare_chat(self, prompt: ChatPrompt, constraint: Constraint | None) -> Prepared:
+        self.template.check(prompt)
+        shown = self._for_template(prompt)
+        text = self.template.render(shown, add_generation_prompt=not prompt.continue_final)
+        thinking = self._thinking_after(shown, text)
+        return Prepared(
+            tokens=self.tokenizer.encode_bare(text),
+            grammar=self._grammars.chat(prompt, constraint, thinking),
+            thinking=thinking is Thinking.OPEN,
+        )
 
-    def surely_exceeds(self, text: str, limit: int) -> bool:
-        """Whether `text` has more than `limit` tokens, found without tokenizing much more."""
+    def _for_template(self, prompt: ChatPrompt) -> ChatPrompt:
+        if self.style is not GENERIC:
+            return prompt
+        messages = plain_messages(prompt.messages)
+        if prompt.tools:
+            messages = describe_tools(messages, prompt.tools, self.template.has_system_role)
+        return msgspec.structs.replace(prompt, messages=messages, tools=None)
 
-    def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that `token` stands for in running text; empty for special tokens."""
+    def _thinking_after(self, prompt: ChatPrompt, rendered: str) -> Thinking:
+        reasoning = self.syntax.reasoning
+        if reasoning is None:
+            return Thinking.DONE
+        if prompt.continue_final:
+            answer = str(prompt.messages[-1]["content"])
+            thinking = thinking_after(answer, reasoning)
+            return Thinking.DONE if thinking is Thinking.POSSIBLE and answer.strip() else thinking
+        # Messages may hold the markers, so only what the template adds for the answer counts.
+        return thinking_after(self.template.generation_prompt(prompt, rendered), reasoning)
 
-    def token_name(self, token: int) -> str:
-        """What the vocabulary calls `token`: the way to show a special one."""
+    def _stop_tokens(self, eos_token: str | None) -> frozenset[int]:
+        # By name: transformers answers for a missing token with the id of the unknown token.
+        names = {eos_token, *self.end_of_turn} - {None}
+        ids = (self.tokenizer.token_id(str(name)) for name in names)
+        return frozenset(i for i in ids if i is not None)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, special tokens left out."""
+    def _find_style(self, wrapper: Any) -> CallStyle | None:
+        style = self.call_style
+        known = style and self.tokenizer.token_id(style.syntax.start) is not None
+        return find_call_style(wrapper, self.template.source, style if known else None)
+
+    def _find_syntax(self, reasoning: Reasoning | None) -> Syntax:
+        marks = [reasoning.start, reasoning.end] if reasoning else []
+        if self.style is not None:
+            marks += [self.style.syntax.start, self.style.syntax.end, *self.style.marks]
+        return Syntax(
+            reasoning=reasoning,
+            calls=self.style.syntax if self.style else None,
+            visible=SpecialTokens(self.tokenizer.special_tokens()).find(*marks),
+        )

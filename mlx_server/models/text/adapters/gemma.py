@@ -2,11 +2,11 @@
 
 import re
 
-from mlx_server.models.text.adapters.generic import GenericAdapter
+from mlx_server.models.text.adapters.base import Adapter
 
 
-class GemmaAdapter(GenericAdapter):
-    """Ends a turn with `<end_of_turn>`, which Gemma 4 spells `<turn|>`."""
+class GemmaAdapter(Adapter):
+    """Gemma 4 spells `<end_of_turn>` `<turn|>`."""
 
     family = "gemma"
     model_types = re.compile(r"gemma")

@@ -1,13 +1,11 @@
-"""Mistral AI's models: Mistral, Mixtral, Ministral, Codestral and their kin."""
+"""Mistral AI's models, Mixtral, Ministral and Codestral among them."""
 
 import re
 
-from mlx_server.models.text.adapters.generic import GenericAdapter
+from mlx_server.models.text.adapters.base import Adapter
 
 
-class MistralAdapter(GenericAdapter):
-    """Ends a turn with the end of the sequence, `</s>`."""
-
+class MistralAdapter(Adapter):
     family = "mistral"
     model_types = re.compile(r"mistral|ministral|mixtral|pixtral")
     names = re.compile(r"(mi|mini|code|dev|magi)stral|mixtral|pixtral")

@@ -4,34 +4,39 @@ import json
 import re
 from typing import Any
 
-from mlx_server.models.text.adapters.generic import GenericAdapter
-from mlx_server.models.text.adapters.tool_prompts import arguments_text
-from mlx_server.models.text.grammars.call_styles import PHI
+import msgspec
+
+from mlx_server.models.text.adapters.base import Adapter
+from mlx_server.models.text.syntax import PHI
+from mlx_server.models.text.tool_prompts import arguments_text
 from mlx_server.schemas.internal import ChatPrompt
 
 
-class PhiAdapter(GenericAdapter):
-    """Ends a turn with `<|end|>`, which the larger Phi-4 spells `<|im_end|>`.
-
-    The templates that know tools find them in the system message, and know no calls.
-    """
+class PhiAdapter(Adapter):
+    """Templates that know tools take them from the system message, and show no calls."""
 
     family = "phi"
     model_types = re.compile(r"^phi")
     names = re.compile(r"\bphi\b|\bphi-?\d")
     end_of_turn = ("<|end|>", "<|im_end|>", "<|endoftext|>")
 
-    def _messages(self, prompt: ChatPrompt) -> list[dict[str, Any]]:
-        if self._style is not PHI:
-            return super()._messages(prompt)
+    def _for_template(self, prompt: ChatPrompt) -> ChatPrompt:
+        if self.style is not PHI:
+            return super()._for_template(prompt)
         messages = [_with_plain_calls(message) for message in prompt.messages]
-        if not prompt.tools:
-            return messages
-        functions = [tool.get("function", tool) for tool in prompt.tools]
-        shown = {"tools": json.dumps(functions, ensure_ascii=False)}
-        if messages and messages[0].get("role") == "system":
-            return [messages[0] | shown, *messages[1:]]
-        return [{"role": "system", "content": "", **shown}, *messages]
+        if prompt.tools:
+            messages = _with_tools(messages, prompt.tools)
+        return msgspec.structs.replace(prompt, messages=messages)
+
+
+def _with_tools(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    functions = [tool.get("function", tool) for tool in tools]
+    shown = {"tools": json.dumps(functions, ensure_ascii=False)}
+    if messages and messages[0].get("role") == "system":
+        return [messages[0] | shown, *messages[1:]]
+    return [{"role": "system", "content": "", **shown}, *messages]
 
 
 def _with_plain_calls(message: dict[str, Any]) -> dict[str, Any]:

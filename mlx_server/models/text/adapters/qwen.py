@@ -1,12 +1,12 @@
-"""Alibaba's Qwen, from 1.5 on, and its mixtures of experts."""
+"""Alibaba's Qwen, from 1.5 on."""
 
 import re
 
-from mlx_server.models.text.adapters.generic import GenericAdapter
+from mlx_server.models.text.adapters.base import Adapter
 
 
-class QwenAdapter(GenericAdapter):
-    """Ends a turn with `<|im_end|>`; base models end a text with `<|endoftext|>`."""
+class QwenAdapter(Adapter):
+    """Base models end a text with `<|endoftext|>`."""
 
     family = "qwen"
     model_types = re.compile(r"qwen")

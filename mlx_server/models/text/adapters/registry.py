@@ -1,4 +1,4 @@
-"""Which adapter a model gets: by its own config, by its name only as a fallback."""
+"""The adapter for a model: by its config's `model_type`, else by its name, else the generic one."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mlx_server.models.text.adapters.mistral import MistralAdapter
 from mlx_server.models.text.adapters.phi import PhiAdapter
 from mlx_server.models.text.adapters.qwen import QwenAdapter
 
-FAMILIES: tuple[type[GenericAdapter], ...] = (
+FAMILIES: tuple[type[Adapter], ...] = (
     LlamaAdapter,
     QwenAdapter,
     MistralAdapter,
@@ -22,23 +22,17 @@ FAMILIES: tuple[type[GenericAdapter], ...] = (
 
 
 def load_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adapter:
-    """The adapter of the model in the folder `path`, known to users as `name`.
-
-    Blocks for as long as reading its tokenizer takes. Raises ModelLoadFailed when the folder's
-    config or tokenizer is missing or broken.
-    """
-    config = read_config(path)
-    return find_family(config, name)(path, config, trust_remote_code)
+    """Blocks while the tokenizer is read. Raises ModelLoadFailed."""
+    return find_family(read_config(path), name)(path, trust_remote_code)
 
 
-def find_family(config: dict[str, Any], name: str) -> type[GenericAdapter]:
-    """The family that the config's `model_type` belongs to; else that of `name`; else generic."""
+def find_family(config: dict[str, Any], name: str) -> type[Adapter]:
     model_type = str(config.get("model_type") or "").lower()
     short_name = name.rstrip("/").rsplit("/", 1)[-1].lower()
     for family in FAMILIES:
-        if family.model_types and family.model_types.search(model_type):
+        if family.model_types.search(model_type):
             return family
     for family in FAMILIES:
-        if family.names and family.names.search(short_name):
+        if family.names.search(short_name):
             return family
     return GenericAdapter

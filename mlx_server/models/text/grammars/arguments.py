@@ -1,35 +1,43 @@
-"""The arguments of a tool call as grammars, in JSON and in the notations of families.
-
-The notations cannot say everything that a schema asks, or mlx-lm's parsers cannot read all that
-they could say; Unwritable is raised where JSON has to be written instead.
-"""
+"""Grammars of a tool call's arguments, in JSON and in the notations of families."""
 
 import re
 from typing import Any
 
 from mlx_server.models.text.grammars.lark import Lark, quoted, text_without
-from mlx_server.models.text.grammars.markers import Markers
+from mlx_server.models.text.syntax import ArgumentNotation
 
 OBJECT_KEYS = frozenset({"$schema", "type", "properties", "required", "additionalProperties"})
 PLAIN_TYPES = frozenset({"integer", "number", "boolean", "null"})
 LARGEST = 10**15
-"""Beyond it, parsers that read integers as floats lose digits."""
+"""Parsers that read integers as floats keep the digits up to here."""
 WORD = re.compile(r"\w+", re.ASCII)
 NULL = re.compile(r"\s*null\s*", re.IGNORECASE)
 PARAMETER_END = "\n</parameter>\n"
 
 
 class Unwritable(Exception):
-    """A family's notation has no way to write what a schema asks for, or to read it back."""
+    """A notation cannot write a schema, or mlx-lm cannot read it back; JSON has to do."""
 
 
-def json_arguments(lark: Lark, markers: Markers, schema: Any) -> str:
-    """A JSON object."""
+def arguments(lark: Lark, notation: ArgumentNotation, schema: Any) -> str:
+    """`schema` comes from `arguments_schema`. Raises Unwritable."""
+    match notation:
+        case "json":
+            return json_arguments(lark, schema)
+        case "qwen-xml":
+            return _xml_arguments(lark, schema)
+        case "gemma":
+            return _Escaped(lark, '<|"|>', flat=False).object(schema)
+        case "function-gemma":
+            return _Escaped(lark, "<escape>", flat=True).object(schema)
+
+
+def json_arguments(lark: Lark, schema: Any) -> str:
     return lark.schema(schema)
 
 
-def xml_arguments(lark: Lark, markers: Markers, schema: Any) -> str:
-    """`<parameter=name>`, the value as text or JSON, `</parameter>`, each on a line of its own."""
+def _xml_arguments(lark: Lark, schema: Any) -> str:
+    """`<parameter=name>`, the value as text or JSON, `</parameter>`, each on its own line."""
     parameters = []
     for name, inner, required in _properties(schema):
         start = quoted(f"<parameter={name}>\n")
@@ -38,27 +46,15 @@ def xml_arguments(lark: Lark, markers: Markers, schema: Any) -> str:
     return " ".join(parameters)
 
 
-def escaped_arguments(lark: Lark, markers: Markers, schema: Any) -> str:
-    """Gemma 4's notation: `{name:value,...}`, with texts between `<|"|>`."""
-    return _Escaped(lark, markers, '<|"|>', flat=False).of(schema)
-
-
-def flat_escaped_arguments(lark: Lark, markers: Markers, schema: Any) -> str:
-    """FunctionGemma's notation: the same with `<escape>`, and nothing nested."""
-    return _Escaped(lark, markers, "<escape>", flat=True).of(schema)
-
-
 class _Escaped:
-    """Writes values in the notation that marks texts with `escape`."""
+    """Gemma's `{name:value,...}`, with texts between two `escape`; `flat` forbids nesting."""
 
-    def __init__(self, lark: Lark, markers: Markers, escape: str, flat: bool) -> None:
+    def __init__(self, lark: Lark, escape: str, flat: bool) -> None:
         self._lark = lark
-        self._markers = markers
         self._escape = escape
         self._flat = flat
 
-    def of(self, schema: Any) -> str:
-        """An object."""
+    def object(self, schema: Any) -> str:
         first, rest = "", ""
         for name, inner, required in reversed(_properties(schema)):
             pair = self._lark.rule("pair", f"{quoted(name + ':')} {self._value(inner)}")
@@ -76,8 +72,8 @@ class _Escaped:
         if "enum" in schema and all(isinstance(one, str) for one in schema["enum"]):
             return self._one_of(schema["enum"])
         if kind == "string" and schema.keys() <= {"type"}:
-            unsayable = ["\0", self._escape, *("}" if self._flat else "")]
-            return self._between(self._lark.rule("TEXT", text_without(*unsayable)))
+            unwritable = ["\0", self._escape, *("}" if self._flat else "")]
+            return self._between(self._lark.rule("TEXT", text_without(*unwritable)))
         if kind in PLAIN_TYPES:
             return self._lark.schema(_bounded(schema))
         if self._flat:
@@ -85,7 +81,7 @@ class _Escaped:
         if kind == "array" and schema.keys() <= {"type", "items"} and "items" in schema:
             item = self._value(schema["items"])
             return self._lark.rule("brackets", f'"[" ({item} ("," {item})*)? "]"')
-        return self.of(schema)
+        return self.object(schema)
 
     def _one_of(self, texts: list[str]) -> str:
         if any(self._escape in text or "\0" in text or "}" in text for text in texts):
@@ -93,12 +89,12 @@ class _Escaped:
         return self._between(f"({' | '.join(quoted(text) for text in texts)})")
 
     def _between(self, inside: str) -> str:
-        mark = self._markers.symbols(self._escape)
+        mark = self._lark.exactly(self._escape)
         return self._lark.rule("escaped", f"{mark} {inside} {mark}")
 
 
 def _properties(schema: Any) -> list[tuple[str, Any, bool]]:
-    """Name, schema and necessity of each property of a closed object."""
+    """Name, schema and whether it is required, for each property of a closed object."""
     closed = isinstance(schema, dict) and schema.get("additionalProperties") is False
     if not closed or schema.get("type") != "object" or not schema.keys() <= OBJECT_KEYS:
         raise Unwritable
@@ -110,12 +106,12 @@ def _properties(schema: Any) -> list[tuple[str, Any, bool]]:
 
 
 def _xml_value(lark: Lark, schema: Any) -> str:
-    """A value up to the end of its element: a text as it is, anything else as JSON."""
+    """Through its end tag: a text as it is, anything else as JSON."""
     if not isinstance(schema, dict):
         raise Unwritable
     kind = schema.get("type")
     if kind == "string" and schema.keys() <= {"type"}:
-        # The parser takes a null in any spelling for no value.
+        # mlx-lm's parser reads "null" in any case as no value.
         text = f"{text_without('</')} & ~/\\s*(?i:null)\\s*/"
         return lark.rule("value", f"{lark.rule('TEXT', text)} {quoted(PARAMETER_END)}", "[lazy]")
     if "enum" in schema and all(isinstance(one, str) for one in schema["enum"]):
@@ -132,7 +128,6 @@ def _xml_choice(text: str) -> str:
 
 
 def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
-    """`schema`, its numbers within what a float holds to the digit."""
     if schema.get("type") not in ("integer", "number"):
         return schema
     bounds = {"minimum": -LARGEST, "maximum": LARGEST}

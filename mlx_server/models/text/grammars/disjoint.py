@@ -1,19 +1,18 @@
-"""Whether schemas exclude each other, so that exactly one of them is the same as any of them."""
+"""Whether schemas exclude each other, so that `oneOf` means the same as `anyOf`."""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote
 
-MAX_STEPS = 16
-"""References that lead to references."""
+MAX_REFERENCES = 16
 
 
 def mutually_exclusive(options: Sequence[Any], root: Any) -> bool:
-    """Whether no value can match two of `options`, as far as can be seen at a glance.
+    """Whether it is plain that no value matches two of `options`.
 
-    Their types differ, or they are objects told apart by a property that all must have, as
-    discriminated unions are. `root` is the schema that references refer to.
+    Their types differ, or a required property does, as in discriminated unions. `root` holds what
+    references name.
     """
     schemas = [_resolved(option, root) for option in options]
     if not all(isinstance(schema, dict) for schema in schemas):
@@ -26,12 +25,11 @@ def mutually_exclusive(options: Sequence[Any], root: Any) -> bool:
 
 
 def plain_pointer(reference: str) -> str:
-    """A reference within a document, as the names on the way."""
     return unquote(reference).replace("~1", "/").replace("~0", "~")
 
 
 def _resolved(schema: Any, root: Any) -> Any:
-    for _ in range(MAX_STEPS):
+    for _ in range(MAX_REFERENCES):
         reference = schema.get("$ref") if isinstance(schema, dict) else None
         if not isinstance(reference, str) or not reference.startswith("#/"):
             return schema
@@ -42,22 +40,21 @@ def _resolved(schema: Any, root: Any) -> Any:
 
 
 def _types_differ(schemas: Sequence[dict[str, Any]]) -> bool:
-    return _apart([_types(schema) for schema in schemas])
+    return _all_disjoint([_types(schema) for schema in schemas])
 
 
 def _values_differ(schemas: Sequence[dict[str, Any]], name: str, root: Any) -> bool:
     properties = (schema.get("properties") for schema in schemas)
     named = (one.get(name) if isinstance(one, dict) else None for one in properties)
-    return _apart([_values(_resolved(schema, root)) for schema in named])
+    return _all_disjoint([_values(_resolved(schema, root)) for schema in named])
 
 
-def _apart(sets: Sequence[set[str]]) -> bool:
-    """Whether all have members, and no two the same."""
+def _all_disjoint(sets: Sequence[set[str]]) -> bool:
     return all(sets) and len(set().union(*sets)) == sum(map(len, sets))
 
 
 def _types(schema: dict[str, Any]) -> set[str]:
-    """The types of values that match, empty if that is not plain; an integer is a number."""
+    """Empty if unknown; an integer is a number."""
     types = schema.get("type") or []
     named = set(types if isinstance(types, list) else [types])
     return named - {"integer"} | {"number"} if "integer" in named else named
@@ -69,11 +66,11 @@ def _required(schema: dict[str, Any]) -> set[str]:
 
 
 def _values(schema: Any) -> set[str]:
-    """All values that match, as JSON; empty if they cannot be listed."""
+    """As JSON; empty if they cannot be listed."""
     if not isinstance(schema, dict):
         return set()
     values = [schema["const"]] if "const" in schema else schema.get("enum")
-    # Other numbers than whole ones can be written in several ways, and so can objects.
+    # Fractions and objects can be written in several ways.
     if not isinstance(values, list) or not all(type(v) in (str, int, bool) for v in values):
         return set()
     return set(map(json.dumps, values))

@@ -1,7 +1,6 @@
-"""JSON schemas that can be promised: what llguidance would not keep is refused here, by its place.
+"""JSON schemas that can be promised: whatever limits a document is either kept or refused.
 
-llguidance compiles a schema to a grammar, and ignores what it does not know, or what the schema's
-own draft does not. A promise needs more: whatever limits a document is either kept or refused.
+llguidance, which compiles them, ignores what it does not know, or what a schema's draft does not.
 """
 
 import re
@@ -33,10 +32,10 @@ KEPT = frozenset(
         "required",
     }
 )
-"""Keywords without schemas in them, which llguidance keeps."""
-ONE = frozenset({"additionalProperties", "additionalItems", "items"})
-SEVERAL = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
-NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+"""Keywords that llguidance keeps, without schemas in them."""
+ONE_SCHEMA = frozenset({"additionalProperties", "additionalItems", "items"})
+SCHEMA_LIST = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
+SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 REFUSED = frozenset(
     {
         "$anchor",
@@ -62,8 +61,8 @@ REFUSED = frozenset(
         "unevaluatedProperties",
     }
 )
-"""Keywords that limit a document in some draft, and that nobody here keeps."""
-UNWRITTEN = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+"""Keywords that limit a document in some draft, and cannot be kept."""
+UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 MAX_DEPTH = 64
 LEAP_YEAR = "[0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00"
 DATE = (
@@ -80,12 +79,12 @@ EXACT_FORMATS = {
     "time": f"^{TIME}$",
     "date-time": f"^({DATE})T{TIME}$",
 }
-"""Formats for which llguidance's own expression lets through what is no such date or time."""
+"""Formats that llguidance's own expressions check too loosely."""
 FORMATS = frozenset({"duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
 
 
 class Unkept(Exception):
-    """Something in a constraint cannot be kept. `place` is where, "" for all of it."""
+    """`place` is the part of a constraint that cannot be kept, "" for all of it."""
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(f"{place}: {reason}" if place else reason)
@@ -94,35 +93,31 @@ class Unkept(Exception):
 
 
 def strict_schema(schema: Any) -> Any:
-    """`schema` as llguidance shall read it. Raises Unkept for what it would not keep.
-
-    What only describes is left out, so that schemas that mean the same are the same.
-    """
-    return _Reading(schema).strict()
+    """`schema` for llguidance, without descriptions. Raises Unkept."""
+    return _SchemaReader(schema).strict()
 
 
 def child_place(place: str, key: str | int) -> str:
-    """The place of what stands under `key` at `place`."""
     if isinstance(key, int):
         return f"{place}[{key}]"
     return f"{place}.{key}" if place and key else place or key
 
 
 def inner_schemas(schema: Any) -> Iterator[tuple[str, Any]]:
-    """The schemas directly in `schema`, and their places in it."""
+    """With their places in `schema`."""
     for key, value in schema.items() if isinstance(schema, dict) else ():
-        if key in SEVERAL and isinstance(value, list):
+        if key in SCHEMA_LIST and isinstance(value, list):
             for i, item in enumerate(value):
                 yield child_place(key, i), item
-        elif key in ONE:
+        elif key in ONE_SCHEMA:
             yield key, value
-        elif key in NAMED:
+        elif key in SCHEMAS_BY_NAME:
             for name, item in value.items():
                 yield child_place(key, name), item
 
 
 def patterns(schema: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """The patterns in a strict schema, and their places."""
+    """With their places, from a strict schema."""
     if isinstance(schema, dict) and "pattern" in schema:
         yield child_place(place, "pattern"), schema["pattern"]
     for inner_place, inner in inner_schemas(schema):
@@ -131,7 +126,7 @@ def patterns(schema: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A schema in a schema: where, as a place for people and as a pointer for references."""
+    """A schema within a schema: `place` is for people, `pointer` for references."""
 
     schema: Any
     place: str = ""
@@ -145,9 +140,7 @@ class _Node:
         return _Node(schema, place, pointer, self.depth + 1)
 
 
-class _Reading:
-    """A schema that is read: what was seen of it, and what it refers to."""
-
+class _SchemaReader:
     def __init__(self, schema: Any) -> None:
         self._root = schema
         self._seen: dict[str, Any] = {}
@@ -178,16 +171,16 @@ class _Reading:
         value, here = node.schema[key], child_place(node.place, key)
         if key in REFUSED or (key == "uniqueItems" and value is not False):
             raise Unkept(here, f"`{key}` cannot be kept")
-        if key in SEVERAL and isinstance(value, list):
-            # A format may have left something under `allOf`.
+        if key in SCHEMA_LIST and isinstance(value, list):
+            # A format may have put something under `allOf`.
             inner = [self._read(node.under(key, i)) for i in range(len(value))]
             if key == "oneOf" and mutually_exclusive(value, self._root):
                 result.setdefault("allOf", []).append({"anyOf": inner})
             else:
                 result.setdefault(key, []).extend(inner)
-        elif key in ONE:
+        elif key in ONE_SCHEMA:
             result[key] = self._read(node.under(key))
-        elif key in NAMED:
+        elif key in SCHEMAS_BY_NAME:
             if not isinstance(value, dict):
                 raise Unkept(here, "must be an object")
             _check_texts(list(value), here)
@@ -206,7 +199,7 @@ class _Reading:
 
 
 def _add_format(result: dict[str, Any], schema: dict[str, Any], value: Any, place: str) -> None:
-    """`format` limits texts only; that of a number is a remark."""
+    """`format` limits strings only."""
     types = schema.get("type", "string")
     if "string" not in (types if isinstance(types, list) else [types]):
         return
@@ -221,7 +214,7 @@ def _add_format(result: dict[str, Any], schema: dict[str, Any], value: Any, plac
 def _check_value(schema: dict[str, Any], key: str, value: Any, place: str) -> None:
     if key in ("const", "enum", "required"):
         _check_texts(value, place)
-    # Keys that the schema does not name may come twice, so that they cannot be counted.
+    # Keys that the schema does not name may come twice, so they cannot be counted.
     if key == "minProperties" and isinstance(value, int):
         required = schema.get("required")
         if value - (len(required) if isinstance(required, list) else 0) > 1:
@@ -229,8 +222,8 @@ def _check_value(schema: dict[str, Any], key: str, value: Any, place: str) -> No
 
 
 def _check_texts(value: Any, place: str) -> None:
-    """Refuse control characters for which JSON has no short escape: they cannot be written."""
-    if isinstance(value, str) and UNWRITTEN.search(value):
+    """Raise Unkept for control characters without a short escape in JSON."""
+    if isinstance(value, str) and UNWRITABLE.search(value):
         raise Unkept(place, "control characters cannot be written")
     for inner in value if isinstance(value, list) else ():
         _check_texts(inner, place)

@@ -1,7 +1,6 @@
-"""Regular expressions of schemas, read so that whoever checks the text agrees.
+"""Regular expressions of schemas, narrowed to what all validators match.
 
-`\\d` and `\\w` are ASCII in ECMA-262, by which JSON schema goes, and all of Unicode in Python and
-others. What is let through is what matches either way.
+`\\d` and `\\w` are ASCII in ECMA-262, which JSON schema follows, and Unicode in Python and others.
 """
 
 import re
@@ -9,14 +8,13 @@ import re
 DIGITS = r"\p{Nd}"
 WORDS = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}"
 NARROW = {"D": f"[^{DIGITS}]", "W": f"[^{WORDS}]"}
-"""What no one counts among digits or word characters."""
+"""What nobody counts as digits or word characters."""
 NARROW_WITHIN_NEGATION = {"d": DIGITS, "w": WORDS, "D": "[^0-9]", "W": "[^0-9A-Za-z_]"}
-"""The widest readings, which a negated class turns to the narrowest."""
+"""The widest readings, which a negated class makes the narrowest."""
 PART = re.compile(r"\\(.)|\[\^?|\]|.", re.DOTALL)
 
 
 def agreed(pattern: str) -> str:
-    """`pattern` with its classes of characters narrowed to what all readings share."""
     negated: list[bool] = []
     result = []
     for part in PART.finditer(pattern):

@@ -1,4 +1,4 @@
-"""The bytes that a token stands for in running text, whatever kind of tokenizer it belongs to."""
+"""The bytes of tokens in running text, for any kind of tokenizer."""
 
 import json
 import re
@@ -11,11 +11,11 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes:
-    """Maps token ids to bytes that concatenate to the text; special and unknown ids to none.
+    """Maps token ids to bytes that join to the text; special and unknown ids to none.
 
-    Decoders that treat each token by itself (byte level; SentencePiece with or without byte
-    fallback) are followed step by step, since a token may end within a character. Of a decoder of
-    any other kind, a token's text is what it adds to the text of another token.
+    Decoders that treat tokens one by one (byte level, SentencePiece) are followed step by step,
+    since a token may end within a character. With others, a token's bytes are what it adds to a
+    text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -56,7 +56,7 @@ class TokenBytes:
 
 
 def _steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """The decoder's steps as declared in tokenizer.json, sequences flattened."""
+    """The decoder's, sequences flattened."""
     if tokenizer.decoder is None:
         return
     pending = [json.loads(tokenizer.decoder.__getstate__())]
@@ -81,7 +81,7 @@ def _replacement(step: dict[str, Any]) -> tuple[str, str]:
 
 
 def _treats_each_token_alone(steps: list[dict[str, Any]]) -> bool:
-    """Whether a token's text depends on itself only, save for a strip at the ends of the whole."""
+    """Apart from a strip at the ends of the whole text."""
     fused = False
     for step in steps:
         fused = fused or step["type"] == "Fuse"
@@ -92,7 +92,7 @@ def _treats_each_token_alone(steps: list[dict[str, Any]]) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 as itself, the others from U+0100 on."""
+    """GPT-2's: printable Latin-1 as itself, other bytes from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
     alphabet = {chr(value): value for value in printable}
@@ -103,7 +103,7 @@ BYTE_ALPHABET = _byte_alphabet()
 
 
 def _byte_level(piece: str) -> bytes:
-    # An added token is plain text; the decoder tells it by a character outside the alphabet.
+    # An added token is plain text, recognised by a character outside the alphabet.
     if all(character in BYTE_ALPHABET for character in piece):
         return bytes(BYTE_ALPHABET[character] for character in piece)
     return piece.encode()

@@ -1,0 +1,145 @@
+"""Compiling grammars before anything is generated, and finding what is wrong with them."""
+
+import hashlib
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from tokenizers import Tokenizer
+
+from mlx_server.engine.protocol import MOST_ROW_ITEMS, MOST_STEP_ITEMS
+from mlx_server.models.store.folder import one_line
+from mlx_server.models.text.grammars.json_schema import (
+    Unkept,
+    child_place,
+    inner_schemas,
+    patterns,
+)
+from mlx_server.models.text.grammars.parts import Grammar, json_grammar
+from mlx_server.models.text.special_tokens import SpecialTokens
+
+LIMITS = LLParserLimits(
+    verbose_errors=False, max_items_in_row=MOST_ROW_ITEMS, step_max_items=MOST_STEP_ITEMS
+)
+MAX_REASON = 300
+CACHED = 512
+MAX_SEARCH = 64
+"""Schemas to compile one by one, to find the one at fault."""
+SHOWN_LINES = re.compile(r"^ *([0-9]+ \|.*|\^)$", re.MULTILINE)
+"""Lines of an error in which llguidance shows the grammar."""
+PLAIN_PATTERN = re.compile(r"\^?[^\\^$?\x00-\x1f\x7f]*\$?")
+"""Patterns that something surely matches."""
+
+
+class GrammarChecker:
+    """Has one model's tokenizer. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_tokens: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stop_tokens = sorted(stop_tokens)
+        self._lock = threading.Lock()
+        self._loaded: LLTokenizer | None = None
+        self._errors: OrderedDict[bytes, str] = OrderedDict()
+
+    def special_tokens(self) -> SpecialTokens:
+        """Those that llguidance does not take for text: all added tokens that look like `<this>`.
+
+        Raises Unkept.
+        """
+        tokenizer = self._llguidance()
+        added = self._tokenizer.get_added_tokens_decoder()
+        ids = {token.content: i for i, token in added.items() if tokenizer.is_special_token(i)}
+        return SpecialTokens(ids)
+
+    def error_in(self, grammar: str) -> str:
+        """Empty if it compiles. Raises Unkept when the tokenizer cannot be used."""
+        key = hashlib.sha256(grammar.encode()).digest()
+        tokenizer = self._llguidance()
+        with self._lock:
+            if key in self._errors:
+                self._errors.move_to_end(key)
+                return self._errors[key]
+        error = _compile_error(grammar, tokenizer)
+        with self._lock:
+            self._errors[key] = error
+            if len(self._errors) > CACHED:
+                self._errors.popitem(last=False)
+        return error
+
+    def check(self, grammar: Grammar) -> None:
+        """Raises Unkept, with the place if it is in a schema."""
+        error = self._error_alone(grammar)
+        if not error:
+            return
+        schema = grammar.get("json_schema")
+        raise Unkept("", error) if schema is None else self._locate(schema, error)
+
+    def check_patterns(self, grammar: Grammar) -> None:
+        """Raises Unkept when a pattern begins a text that nothing can complete.
+
+        Within a document, llguidance would find that only when the model gets there.
+        """
+        for place, pattern in patterns(grammar.get("json_schema")):
+            if isinstance(pattern, str) and PLAIN_PATTERN.fullmatch(pattern):
+                continue
+            if error := self._error_alone(json_grammar({"type": "string", "pattern": pattern})):
+                raise Unkept(place, error)
+
+    def _error_alone(self, grammar: Grammar) -> str:
+        return self.error_in(json.dumps({"grammars": [grammar]}, ensure_ascii=False))
+
+    def _locate(self, schema: Any, reason: str) -> Unkept:
+        """The innermost schema that fails by itself."""
+        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        place, tries = "", MAX_SEARCH
+        found: str | None = place
+        while found is not None:
+            place, found = found, None
+            for inner_place, inner in inner_schemas(schema):
+                tries -= 1
+                if tries < 0 or not isinstance(inner, dict):
+                    continue
+                if error := self._error_alone(json_grammar({**definitions, **inner})):
+                    found = child_place(place, inner_place)
+                    schema, reason = inner, error
+                    break
+        return Unkept(place, reason)
+
+    def _llguidance(self) -> LLTokenizer:
+        with self._lock:
+            if self._loaded is None:
+                try:
+                    self._loaded = LLTokenizer(
+                        self._tokenizer.to_str(), eos_token=self._stop_tokens or None
+                    )
+                except Exception as error:
+                    # Anything, for a tokenizer that llguidance does not know.
+                    raise Unkept(
+                        "", f"this model's tokenizer cannot be used for it: {one_line(error)}"
+                    ) from error
+            return self._loaded
+
+
+def _compile_error(grammar: str, tokenizer: LLTokenizer) -> str:
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+    if matcher.is_error():
+        return _reason(matcher.get_error())
+    # The lexer, which starts with the first mask, has errors of its own.
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        return _reason(matcher.get_error())
+    if matcher.is_stopped() and not matcher.is_accepting():
+        return "nothing can match it"
+    return ""
+
+
+def _reason(error: str) -> str:
+    """llguidance's words, without the lines that show a grammar that no client wrote."""
+    if error.startswith("oneOf"):
+        return "`oneOf` can be kept only where its schemas exclude each other"
+    words = " ".join(SHOWN_LINES.sub("", error).split())
+    return words.removeprefix("Unsatisfiable schema: ")[:MAX_REASON].rstrip(".")

@@ -1,0 +1,29 @@
+"""Special tokens within texts."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+
+class SpecialTokens:
+    """`ids` are by text; of overlapping tokens the longest wins."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._ids = ids
+        texts = sorted(ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+    def find(self, *texts: str) -> dict[int, str]:
+        """Texts by id."""
+        found = (token for text in texts for token in self._pattern.findall(text))
+        return {self._ids[token]: token for token in found}
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """Plain texts and ids, in order."""
+        position = 0
+        for match in self._pattern.finditer(text):
+            if plain := text[position : match.start()]:
+                yield plain
+            yield self._ids[match[0]]
+            position = match.end()
+        if plain := text[position:]:
+            yield plain

@@ -1,0 +1,108 @@
+"""Rendering conversations with a model's chat template."""
+
+from functools import cached_property
+from typing import Any
+
+from mlx_server.errors import BadRequest
+from mlx_server.models.store.folder import one_line
+from mlx_server.schemas.internal import ChatPrompt
+
+# Arguments of the renderer itself: `chat_template` would let a client supply the program, the
+# others change what comes back.
+RESERVED_KWARGS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+PROBE = "a probe of the system role"
+
+
+class ChatTemplate:
+    """Safe to use from any thread."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+        template = wrapper.chat_template
+        texts = template.values() if isinstance(template, dict) else [template or ""]
+        self.source = "\n".join(map(str, texts))
+        """All of them, where a model has several; "" where there is none in its files."""
+
+    def check(self, prompt: ChatPrompt) -> None:
+        """Raises BadRequest for what no template is asked to render."""
+        if not self._wrapper.has_chat_template:
+            raise BadRequest(
+                "This model has no chat template, so it cannot take messages; "
+                "send it a text with /v1/completions.",
+                param="messages",
+            )
+        if reserved := sorted(RESERVED_KWARGS & prompt.template_kwargs.keys()):
+            raise BadRequest(
+                f"These cannot be set for the chat template: {', '.join(reserved)}",
+                param="chat_template_kwargs",
+            )
+        if prompt.continue_final and not _ends_with_assistant_text(prompt.messages):
+            raise BadRequest(
+                "Only a last message of the assistant, with text, can be continued.",
+                param="messages",
+            )
+
+    def render(self, prompt: ChatPrompt, *, add_generation_prompt: bool) -> str:
+        """Raises BadRequest when the template fails."""
+        try:
+            rendered: str = self._wrapper.apply_chat_template(
+                prompt.messages,
+                tools=prompt.tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=prompt.continue_final,
+                tokenize=False,
+                **prompt.template_kwargs,
+            )
+        except Exception as error:
+            # A template is a program that runs on the client's data: whatever it raises, from
+            # raise_exception to a TypeError, is that data's fault.
+            raise BadRequest(
+                f"The model's chat template refuses these messages: {one_line(error)}",
+                param="messages",
+            ) from error
+        return rendered
+
+    def generation_prompt(self, prompt: ChatPrompt, rendered: str) -> str:
+        """What the template adds for the answer, at the end of the `rendered` prompt."""
+        return _text_after(self.render(prompt, add_generation_prompt=False), rendered)
+
+    @cached_property
+    def has_system_role(self) -> bool:
+        """False if the template refuses or drops system messages."""
+        messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "Hello"}]
+        try:
+            return PROBE in self.render(ChatPrompt(messages), add_generation_prompt=True)
+        except BadRequest:
+            return False
+
+
+def _ends_with_assistant_text(messages: list[dict[str, Any]]) -> bool:
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant" and isinstance(last.get("content"), str)
+
+
+def _text_after(beginning: str, text: str) -> str:
+    """From where `text` departs from `beginning`."""
+    if text.startswith(beginning):
+        return text[len(beginning) :]
+    pairs = enumerate(zip(text, beginning, strict=False))
+    return text[next((i for i, (a, b) in pairs if a != b), len(text)) :]
