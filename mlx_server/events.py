@@ -47,6 +47,8 @@ def setup_logging(level: str) -> None:
         logger.propagate = True
     # Our request event holds more.
     logging.getLogger("uvicorn.access").propagate = False
+    # At debug level this one logs every chunk, which is the completion's text.
+    logging.getLogger("sse_starlette").setLevel(logging.INFO)
     # They log the URLs of downloads, which may be signed.
     for name in ("httpx2", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -6,21 +6,16 @@ Both hold their generation inside their own call, so that every ending closes it
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import cast
+from typing import NoReturn, cast
 
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from mlx_server.api.http.failures import failure_of
 from mlx_server.api.http.stopping import ServerStopping, Stopping
 from mlx_server.api.http.wire import StreamEvent, wire_of
 from mlx_server.config import Settings
-
-STREAM_HEADERS = [
-    (b"cache-control", b"no-store"),
-    (b"connection", b"keep-alive"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect events
-]
 
 
 class WholeAnswer(Response):
@@ -55,92 +50,82 @@ class StreamedAnswer(Response):
         self._grace = grace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        stream = _Stream(scope, send)
+        frames = _Frames(scope)
+        stream: _EventStream | None = None
         async with while_connected(receive) as stop_watching:
             try:
-                async with _stopping(scope).limited(self._grace):
-                    await self._write_all(stream, stop_watching)
+                async with _stopping(scope).limited(self._grace), self._opened as events:
+                    stream = _EventStream(_until_the_end(events, frames, stop_watching), scope)
+                    await stream(scope, _never, send)
             except ServerStopping as error:
-                if not stream.begun:
+                if stream is None:
                     raise
-                if not stream.ended:
+                if stream.active:
                     stop_watching()
-                    await stream.fail(error)
-
-    async def _write_all(self, stream: "_Stream", stop_watching: Callable[[], object]) -> None:
-        async with self._opened as events:
-            await stream.begin()
-            error: Exception | None = None
-            async with stream.pinged():
-                try:
-                    async for together in events:
-                        await stream.write(together)
-                except Exception as raised:  # noqa: BLE001
-                    # The client is told, and what nobody expected is logged.
-                    error = raised
-            # A server may report the end of the answer as a disconnect.
-            stop_watching()
-            if error is None:
-                await stream.end()
-            else:
-                await stream.fail(error)
+                    last = frames.failure(error)
+                    await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-class _Stream:
-    """A streamed answer under way."""
+class _EventStream(EventSourceResponse):
+    """sse-starlette's response without a cancel scope around every event it sends, and without
+    its own watch for the server's end."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self.begun = False
-        self.ended = False
+    def __init__(self, content: AsyncIterator[bytes], scope: Scope) -> None:
+        wire = wire_of(scope)
+        settings = cast(Settings, scope["app"].state.settings)
+        super().__init__(
+            content,
+            media_type=wire.media_type,
+            ping=settings.ping_interval if wire.ping else 0,
+            ping_message_factory=lambda: cast(ServerSentEvent, wire.ping),  # bytes go as they are
+        )
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        await send(message)  # api.http.connection knows when a client takes nothing
+
+    async def _listen_for_exit_signal_with_grace(self) -> None:
+        await _never()  # api.http.stopping ends the stream
+
+
+class _Frames:
+    """Writes a stream's events as its protocol frames them, numbered from 0."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.end = wire_of(scope).end
         self._scope = scope
-        self._send = send
         self._wire = wire_of(scope)
-        self._ping_interval = cast(Settings, scope["app"].state.settings).ping_interval
-        self._events = 0
+        self._count = 0
 
-    async def begin(self) -> None:
-        self.begun = True
-        headers = [(b"content-type", self._wire.media_type.encode()), *STREAM_HEADERS]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+    def join(self, events: Iterable[StreamEvent]) -> bytes:
+        return b"".join([self._framed(event) for event in events])
 
-    async def write(self, events: Iterable[StreamEvent]) -> None:
-        # Sending costs by the piece.
-        if data := b"".join([self._framed(event) for event in events]):
-            await self._send_body(data)
-
-    async def end(self) -> None:
-        await self._finish(self._wire.end)
-
-    async def fail(self, error: Exception) -> None:
-        """End with an event that tells the client about `error`."""
-        event = self._wire.error_event(failure_of(error, self._scope))
-        await self._finish(self._framed(event))
-
-    @asynccontextmanager
-    async def pinged(self) -> AsyncIterator[None]:
-        pings = asyncio.create_task(self._ping())
-        try:
-            yield
-        finally:
-            pings.cancel()
-            await asyncio.wait([pings])
-
-    async def _ping(self) -> None:
-        while self._wire.ping:
-            await asyncio.sleep(self._ping_interval)
-            await self._send_body(self._wire.ping)
+    def failure(self, error: Exception) -> bytes:
+        """The last event, which tells the client about `error`."""
+        return self._framed(self._wire.error_event(failure_of(error, self._scope)))
 
     def _framed(self, event: StreamEvent) -> bytes:
-        number = self._events
-        self._events += 1
+        number = self._count
+        self._count += 1
         return self._wire.frame(event, number)
 
-    async def _finish(self, data: bytes) -> None:
-        self.ended = True
-        await self._send_body(data, more=False)
 
-    async def _send_body(self, data: bytes, *, more: bool = True) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+async def _until_the_end(
+    events: AsyncIterator[Iterable[StreamEvent]],
+    frames: _Frames,
+    stop_watching: Callable[[], object],
+) -> AsyncIterator[bytes]:
+    try:
+        async for together in events:
+            # Sending costs by the piece: what came together goes together.
+            if data := frames.join(together):
+                yield data
+        if frames.end:
+            yield frames.end
+    except Exception as error:  # noqa: BLE001
+        # The client is told, and what nobody expected is logged.
+        yield frames.failure(error)
+    # Next comes the end of the answer, which a server may report as a disconnect.
+    stop_watching()
 
 
 def _stopping(scope: Scope) -> Stopping:
@@ -172,3 +157,9 @@ async def _expire_on_disconnect(receive: Receive, limit: asyncio.Timeout) -> Non
         if message["type"] == "http.disconnect":
             limit.reschedule(asyncio.get_running_loop().time())
             return
+
+
+async def _never() -> NoReturn:
+    """A `receive` for those who need not watch the client: `while_connected` does."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError
