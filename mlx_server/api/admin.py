@@ -18,7 +18,7 @@ from mlx_server.api.http.dependencies import (
 from mlx_server.api.http.failures import documented
 from mlx_server.api.http.json_route import JsonRoute
 from mlx_server.api.http.streaming import WholeAnswer
-from mlx_server.models.pool.slot import ModelStatus
+from mlx_server.models.pool.status import ModelStatus
 from mlx_server.models.store.catalog import Catalog, ModelEntry
 from mlx_server.models.store.pulls import PullStatus
 from mlx_server.models.store.removal import plan_removal, remove

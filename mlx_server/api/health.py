@@ -12,7 +12,7 @@ from mlx_server.api.http.dependencies import MetricsDep, PoolDep, authenticated
 from mlx_server.api.http.failures import documented
 from mlx_server.errors import Unavailable
 from mlx_server.models.pool.manager import ModelPoolManager
-from mlx_server.models.pool.slot import ModelStatus
+from mlx_server.models.pool.status import ModelStatus
 
 router = APIRouter()
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mlx_server.config import Settings
-from mlx_server.engine.client import RowStream
 from mlx_server.errors import BadRequest, RequestTimeout, TooManyRequests, Unavailable
-from mlx_server.models.pool.slot import LoadedModel
+from mlx_server.models.pool.loading import LoadedModel
+from mlx_server.models.pool.stream import RowStream
 
 SHORTEST_RETRY = 1.0
 LONGEST_RETRY = 60.0

@@ -9,11 +9,11 @@ from opentelemetry import trace
 
 from mlx_server import __version__
 from mlx_server.config import Settings
-from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import Embed
 from mlx_server.errors import BadRequest, ContextLengthExceeded
+from mlx_server.models.pool.loading import LoadedModel
 from mlx_server.models.pool.manager import ModelPoolManager
-from mlx_server.models.pool.slot import LoadedModel
+from mlx_server.models.pool.stream import RowStream
 from mlx_server.schemas.internal import Caller
 from mlx_server.services.backpressure import Admission
 

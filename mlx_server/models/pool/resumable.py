@@ -1,0 +1,170 @@
+"""An engine as its callers see it: requests that outlive the processes that work on them.
+
+A request that keeps ending engines is found out here and fails alone.
+"""
+
+import logging
+from collections.abc import Iterable
+
+from mlx_server.engine.client import EngineClient
+from mlx_server.engine.protocol import Embed, Generate, Row
+from mlx_server.errors import EngineFailed, ServerError
+from mlx_server.events import event
+from mlx_server.models.pool.open_requests import OpenEmbedding, OpenGeneration, OpenRequest
+from mlx_server.models.pool.stream import RowStream
+
+SUSPICION = 4
+"""Evidence from which a request runs alone, so that no other is blamed for it."""
+PROOF = 6
+"""Evidence from which a request that ran alone fails: a third crash, or a sixth kill."""
+
+log = logging.getLogger("mlx_server.supervisor")
+
+
+class ResumableEngine:
+    """The open requests of a model, sent to whichever process is attached.
+
+    The supervisor attaches each process and detaches it once it has ended; in between, requests
+    wait.
+    """
+
+    def __init__(self, model_id: str) -> None:
+        self.model_id = model_id
+        self.progressed = False
+        """Whether anything has come from the process attached last."""
+        self._process: EngineClient | None = None
+        self._open: dict[int, OpenRequest] = {}
+        self._next_id = 0
+        self._on_trial: OpenRequest | None = None
+        self._failure: ServerError | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    # for callers
+
+    def generate(self, requests: list[Generate], request_id: str) -> RowStream:
+        """Send `requests` under new ids; returns the stream of their rows.
+
+        `request_id` is the client's name for them. Raises what the engine failed with for good.
+        """
+        stream = self._new_stream(len(requests))
+        for id_, request in zip(stream.ids, requests, strict=True):
+            opened = OpenGeneration(id_, request, request_id, stream, self._on_progress)
+            self._open[id_] = opened
+        self._send_waiting()
+        return stream
+
+    def embed(self, request: Embed, request_id: str) -> RowStream:
+        """The same for vectors."""
+        stream = self._new_stream(1)
+        id_ = stream.ids.start
+        self._open[id_] = OpenEmbedding(id_, request, request_id, stream, self._on_progress)
+        self._send_waiting()
+        return stream
+
+    # for streams
+
+    def abort(self, ids: Iterable[int]) -> None:
+        """Give up those of these requests that have not ended."""
+        gone = [request for id_ in ids if (request := self._open.pop(id_, None)) is not None]
+        self._recall(gone)
+
+    def pause(self, ids: Iterable[int]) -> None:
+        """Take these back from the engine, with what they got so far."""
+        paused = [request for id_ in ids if (request := self._open.get(id_)) is not None]
+        for request in paused:
+            request.paused = True
+        self._recall(paused)
+        for request in paused:
+            request.engine_id, self._next_id = self._next_id, self._next_id + 1
+
+    def resume(self, ids: Iterable[int]) -> None:
+        """Send these again, to go on where they were."""
+        for id_ in ids:
+            if (request := self._open.get(id_)) is not None:
+                request.paused = False
+        self._send_waiting()
+
+    # for the supervisor
+
+    def attach(self, process: EngineClient) -> None:
+        """Send what is open to `process`."""
+        self._process = process
+        self.progressed = False
+        self._send_waiting()
+
+    def detach(self, evidence: int) -> None:
+        """The attached process has ended, which counts as `evidence` against what it worked on."""
+        self._process = None
+        self._blame(evidence)
+        for request in list(self._open.values()):
+            request.take_back()
+            if request.complete:
+                request.put(Row(request.id, [], "length"))
+
+    def fail(self, error: ServerError) -> None:
+        """End all requests with `error`, and those still to come; the first error stays."""
+        self._failure = self._failure or error
+        for request in list(self._open.values()):
+            request.fail_stream(error)
+
+    def _new_stream(self, requests: int) -> RowStream:
+        if self._failure is not None:
+            raise self._failure
+        ids = range(self._next_id, self._next_id + requests)
+        self._next_id = ids.stop
+        return RowStream(self, ids)
+
+    def _recall(self, requests: list[OpenRequest]) -> None:
+        """Let the process forget `requests`."""
+        if self._process is not None:
+            self._process.abort([request.engine_id for request in requests if request.sent])
+        for request in requests:
+            request.take_back()
+        if self._on_trial in requests:
+            self._acquit()
+
+    def _on_progress(self, request: OpenRequest, ended: bool) -> None:
+        self.progressed = True
+        if ended:
+            self._open.pop(request.id, None)
+        if request is self._on_trial:
+            self._acquit()
+
+    def _acquit(self) -> None:
+        self._on_trial = None
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Send what is not sent: suspects first and one at a time, then all others."""
+        if self._process is None or self._on_trial is not None:
+            return
+        waiting = [r for r in self._open.values() if not (r.sent or r.paused)]
+        self._on_trial = next((r for r in waiting if r.evidence >= SUSPICION), None)
+        for request in waiting if self._on_trial is None else [self._on_trial]:
+            request.sent = True
+            self._process.submit(request.remaining(), request)
+
+    def _blame(self, evidence: int) -> None:
+        """Hold the engine's end against a request on trial, or else what had begun.
+
+        If nothing had begun, receiving a request may have been too much for the engine.
+        """
+        sent = [request for request in self._open.values() if request.sent]
+        blamed = [request for request in sent if request.begun] or sent
+        on_trial, self._on_trial = self._on_trial, None
+        if on_trial in blamed:
+            blamed = [on_trial]
+        for request in blamed:
+            request.evidence += evidence
+        if on_trial in blamed and on_trial.evidence >= PROOF:
+            log.error(event("request_blamed", model=self.model_id, request_id=on_trial.request_id))
+            on_trial.fail_stream(
+                EngineFailed(
+                    "The model's engine ended each time that it worked on this request. "
+                    f"Quote this id when you report it: {on_trial.request_id}"
+                )
+            )
