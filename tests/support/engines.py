@@ -204,7 +204,11 @@ class Fleet:
     async def spawn(self, module: str) -> Child:
         engine = ScriptedEngine(self, 1_000_000 + len(self.engines))
         self.engines.append(engine)
-        return await engine.connect()
+        try:
+            return await engine.connect()
+        except BaseException:
+            engine.process.kill()
+            raise
 
     async def start(
         self,

@@ -96,8 +96,10 @@ class ModelLoader:
         except BaseException:
             starting.cancel()
             opening.cancel()
-            process, _ = await asyncio.gather(starting, opening, return_exceptions=True)
-            if isinstance(process, EngineClient):
+            process, text = await asyncio.gather(starting, opening, return_exceptions=True)
+            if not isinstance(text, BaseException):
+                text.close()
+            if not isinstance(process, BaseException):
                 await process.kill()
             raise
 

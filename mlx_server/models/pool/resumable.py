@@ -1,7 +1,4 @@
-"""An engine as its callers see it: requests that outlive the processes that work on them.
-
-A request that keeps ending engines is found out here and fails alone.
-"""
+"""An engine as its callers see it: requests that outlive the processes that work on them."""
 
 import logging
 from collections.abc import Iterable
@@ -10,13 +7,9 @@ from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Embed, Generate, Row
 from mlx_server.errors import EngineFailed, ServerError
 from mlx_server.events import event
+from mlx_server.models.pool.blame import Blame
 from mlx_server.models.pool.open_requests import OpenEmbedding, OpenGeneration, OpenRequest
 from mlx_server.models.pool.stream import RowStream
-
-SUSPICION = 4
-"""Evidence from which a request runs alone, so that no other is blamed for it."""
-PROOF = 6
-"""Evidence from which a request that ran alone fails: a third crash, or a sixth kill."""
 
 log = logging.getLogger("mlx_server.supervisor")
 
@@ -35,7 +28,7 @@ class ResumableEngine:
         self._process: EngineClient | None = None
         self._open: dict[int, OpenRequest] = {}
         self._next_id = 0
-        self._on_trial: OpenRequest | None = None
+        self._blame = Blame()
         self._failure: ServerError | None = None
 
     @property
@@ -99,7 +92,9 @@ class ResumableEngine:
     def detach(self, evidence: int) -> None:
         """The attached process has ended, which counts as `evidence` against what it worked on."""
         self._process = None
-        self._blame(evidence)
+        sent = [request for request in self._open.values() if request.sent]
+        if (culprit := self._blame.engine_ended(sent, evidence)) is not None:
+            self._convict(culprit)
         for request in list(self._open.values()):
             request.take_back()
             if request.complete:
@@ -124,47 +119,28 @@ class ResumableEngine:
             self._process.abort([request.engine_id for request in requests if request.sent])
         for request in requests:
             request.take_back()
-        if self._on_trial in requests:
-            self._acquit()
+        if self._blame.acquit(requests):
+            self._send_waiting()
 
     def _on_progress(self, request: OpenRequest, ended: bool) -> None:
         self.progressed = True
         if ended:
             self._open.pop(request.id, None)
-        if request is self._on_trial:
-            self._acquit()
-
-    def _acquit(self) -> None:
-        self._on_trial = None
-        self._send_waiting()
+        if self._blame.acquit([request]):
+            self._send_waiting()
 
     def _send_waiting(self) -> None:
-        """Send what is not sent: suspects first and one at a time, then all others."""
-        if self._process is None or self._on_trial is not None:
+        if self._process is None:
             return
         waiting = [r for r in self._open.values() if not (r.sent or r.paused)]
-        self._on_trial = next((r for r in waiting if r.evidence >= SUSPICION), None)
-        for request in waiting if self._on_trial is None else [self._on_trial]:
+        for request in self._blame.next_to_run(waiting):
             request.sent = True
             self._process.submit(request.remaining(), request)
 
-    def _blame(self, evidence: int) -> None:
-        """Hold the engine's end against a request on trial, or else what had begun.
-
-        If nothing had begun, receiving a request may have been too much for the engine.
-        """
-        sent = [request for request in self._open.values() if request.sent]
-        blamed = [request for request in sent if request.begun] or sent
-        on_trial, self._on_trial = self._on_trial, None
-        if on_trial in blamed:
-            blamed = [on_trial]
-        for request in blamed:
-            request.evidence += evidence
-        if on_trial in blamed and on_trial.evidence >= PROOF:
-            log.error(event("request_blamed", model=self.model_id, request_id=on_trial.request_id))
-            on_trial.fail_stream(
-                EngineFailed(
-                    "The model's engine ended each time that it worked on this request. "
-                    f"Quote this id when you report it: {on_trial.request_id}"
-                )
-            )
+    def _convict(self, request: OpenRequest) -> None:
+        log.error(event("request_blamed", model=self.model_id, request_id=request.request_id))
+        message = (
+            "The model's engine ended each time that it worked on this request. "
+            f"Quote this id when you report it: {request.request_id}"
+        )
+        request.fail_stream(EngineFailed(message))

@@ -10,15 +10,13 @@ from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Stats
 from mlx_server.errors import LoadCrashed, Unavailable
 from mlx_server.events import event
+from mlx_server.models.pool.blame import CRASH, KILL
 from mlx_server.models.pool.resumable import ResumableEngine
 
 MAX_LOAD_ATTEMPTS = 3
 """Loads in a row that may crash before the model is given up."""
 MIN_DELAY, MAX_DELAY = 0.25, 30.0
 """Seconds before the next load after engines that gave nothing at all, doubled each time."""
-CRASH, KILL = 2, 1
-"""Evidence against the requests of an engine that ended. SIGKILL comes from outside and counts
-less, but may be the system's answer to the memory that a request takes."""
 HANG_TURNS = 20
 """An engine may be silent for this many times its longest turn."""
 HANG_CHECKS = 10
