@@ -57,8 +57,7 @@ class Recipient(Protocol):
 class EngineClient:
     """One engine process and the requests it holds.
 
-    Create it with `EngineClient.start`. `closed` alone tells that the engine is gone: recipients
-    hear nothing more.
+    `closed` alone tells that the engine is gone: recipients hear nothing more.
     """
 
     def __init__(self, model_id: str, child: Child) -> None:
@@ -70,7 +69,6 @@ class EngineClient:
         self.last_lines: deque[str] = deque(maxlen=KEPT_LOG_LINES)
         self.closed = asyncio.Event()
         self.reads = 0
-        """How often something has come from the engine."""
         self._child = child
         self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._recipients: dict[int, Recipient] = {}
@@ -90,8 +88,8 @@ class EngineClient:
     ) -> Self:
         """Start an engine and wait until it has loaded the model folder `path`.
 
-        Raises ModelLoadFailed when it cannot load, LoadCrashed when it ended without saying why.
-        No process is left behind that is not returned, on cancellation neither.
+        Raises ModelLoadFailed, or LoadCrashed when it ended without saying why. No process is
+        left behind then, nor on cancellation.
         """
         client = cls(model_id, await spawn("mlx_server.engine.worker"))
         try:
@@ -105,22 +103,20 @@ class EngineClient:
 
     @property
     def in_flight(self) -> int:
-        """Requests that have not ended."""
         return len(self._recipients)
 
     def submit(self, request: Generate | Embed, recipient: Recipient) -> None:
-        """Send `request` under the id it has. An engine that has ended never answers."""
+        """An engine that has ended never answers."""
         self._recipients[request.id] = recipient
         self._send(request)
 
     def abort(self, ids: Iterable[int]) -> None:
-        """Give up those of these requests that have not ended."""
         open_ids = [id_ for id_ in ids if self._recipients.pop(id_, None) is not None]
         if open_ids:
             self._send(Abort(open_ids))
 
     async def stop(self) -> None:
-        """Ask the engine to end, and make sure that it does."""
+        """Ask the engine to end; kill it if it does not."""
         self._send(Stop())
         try:
             async with asyncio.timeout(STOP_SECONDS):
@@ -130,7 +126,6 @@ class EngineClient:
         await self.kill()
 
     async def kill(self) -> None:
-        """End the process now, and the tasks that read from it."""
         await self._child.kill()
         await asyncio.wait([self._receiver])
         self._log_relay.cancel()  # a process that the engine started may still hold its end
@@ -141,7 +136,6 @@ class EngineClient:
 
     @property
     def how_it_ended(self) -> str:
-        """The signal or the exit code that ended the process."""
         code = self.process.returncode
         return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 

@@ -1,4 +1,4 @@
-"""Loads and ends models within the budget: owns the line, and a task for each model in memory."""
+"""Loads and ends models: owns the line, and a task for each model in memory."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger("mlx_server.pool")
 
 
 class Arranger:
-    """Carries out what `eviction` decides. `arrange` is called whenever something has changed."""
+    """Carries out what `eviction` decides."""
 
     def __init__(
         self,
@@ -33,7 +33,6 @@ class Arranger:
         swap_interval: float,
     ) -> None:
         self.line: list[Slot] = []
-        """Models that are waited for, the first in line first."""
         self._slots = slots
         self._planner = planner
         self._loader = loader
@@ -43,13 +42,13 @@ class Arranger:
         self._stopping = False
 
     def enqueue(self, slot: Slot) -> None:
-        """Put `slot`, whose need is known, at the end of the line unless it is there."""
+        """`slot` must have a plan."""
         if slot not in self.line and slot.phase != "loading":
             self.line.append(slot)
         self.arrange()
 
     def arrange(self) -> None:
-        """Load what is first in line, after making room for it."""
+        """Do what can be done now. Call it whenever something has changed."""
         if self._stopping:
             return
         for slot in self._slots.values():
@@ -66,12 +65,11 @@ class Arranger:
         self._set_timer()
 
     def end(self, slot: Slot) -> None:
-        """Begin to end the engine of a loaded model."""
+        """Begin to end a loaded model."""
         slot.phase = "ending"
         self._tasks[slot].cancel()
 
     async def stop(self) -> None:
-        """End every engine, and give up loads under way."""
         self._stopping = True
         if self._timer is not None:
             self._timer.cancel()
@@ -83,10 +81,10 @@ class Arranger:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for slot in self._slots.values():
-            slot.vacate()  # for loads whose task was cancelled before it began
+            slot.vacate()  # a task that is cancelled before it began does not
 
     def _serve(self, first: Slot) -> bool:
-        """Do what can be done now for the first in line; whether it has left the line."""
+        """Whether it leaves the line."""
         slots, budget = self._slots.values(), self._planner.budget
         match next_step(first, slots, budget):
             case Step.WAIT:
@@ -123,11 +121,11 @@ class Arranger:
         )
 
     async def _run(self, slot: Slot, plan: LoadPlan) -> None:
-        """One model from its load to its end, which comes by cancellation or by itself."""
+        """From load to end, which comes by cancellation or by itself."""
         try:
             model = await self._loader.load(plan)
         except Exception as error:  # noqa: BLE001
-            # Whatever is wrong with a model folder, those who wait must hear of it.
+            # Whatever it is, those who wait must hear of it.
             slot.fail(self._loader.failure(error, slot.entry.id))
         else:
             self._take_over(slot, model, plan)
@@ -154,10 +152,9 @@ class Arranger:
         self.arrange()
 
     async def _supervise(self, slot: Slot, model: LoadedModel) -> None:
-        """Keep an engine running as long as somebody uses the model."""
         try:
             await model.supervisor.run(wanted=lambda: slot.in_use > 0)
-        except asyncio.CancelledError:  # by `end`, and this is how to
+        except asyncio.CancelledError:  # by `end`
             await model.supervisor.stop()
             log.info(event("model_unloaded", model=model.id, pid=model.facts.pid))
         except Exception as error:  # noqa: BLE001
@@ -174,6 +171,6 @@ class Arranger:
         now = time.monotonic()
         when = next_change(self._slots.values(), bool(self.line), self._swap_interval, now)
         if when is not None:
-            # It may have come since those that had expired were ended.
+            # It may have come meanwhile.
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, when - now), self.arrange)

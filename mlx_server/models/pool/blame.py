@@ -5,12 +5,11 @@ from collections.abc import Collection
 from mlx_server.models.pool.open_requests import OpenRequest
 
 CRASH, KILL = 2, 1
-"""Evidence of an engine's end. SIGKILL comes from outside and counts less, but may be the system's
-answer to the memory that a request takes."""
+"""Evidence of an engine's end. SIGKILL comes from outside, but perhaps for a request's memory."""
 SUSPICION = 4
-"""Evidence from which a request runs alone, so that no other is blamed for it."""
+"""Evidence from which a request runs alone."""
 PROOF = 6
-"""Evidence on which a request that ran alone is convicted: a third crash, or a sixth kill."""
+"""Evidence that convicts a request that ran alone: a third crash, or a sixth kill."""
 
 
 class Blame:
@@ -27,17 +26,15 @@ class Blame:
         return waiting if self._on_trial is None else [self._on_trial]
 
     def acquit(self, requests: Collection[OpenRequest]) -> bool:
-        """These did no harm, or are gone; whether that ends a trial."""
+        """These did no harm or are gone; returns whether that ends a trial."""
         if self._on_trial not in requests:
             return False
         self._on_trial = None
         return True
 
     def engine_ended(self, sent: list[OpenRequest], evidence: int) -> OpenRequest | None:
-        """Blame the request on trial, or else all that had begun; returns one that is convicted.
-
-        If none had begun, receiving a request may have been too much for the engine.
-        """
+        """Blame the request on trial, or else all that had begun; returns one that is convicted."""
+        # If none had begun, receiving a request may have been too much for the engine.
         blamed = [request for request in sent if request.begun] or sent
         on_trial, self._on_trial = self._on_trial, None
         if on_trial in blamed:

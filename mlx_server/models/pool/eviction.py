@@ -1,9 +1,8 @@
-"""Who is loaded next and who makes room for it: decisions over slots, which they leave as they are.
+"""Decides who is loaded next and who makes room; the pool carries it out.
 
-The model asked for first is made room for first. Idle models go first, the least recently used
-before others. A model in use is left alone for `swap_interval` seconds after it was loaded; then it
-takes no new request, finishes what it has, and goes. Its later requests join the line, so that
-traffic alternating between models is served in groups.
+First come, first served. Idle models go first, the least recently used before others. A model in
+use goes `swap_interval` seconds after its load at the earliest: it takes no new request and
+finishes what it has. Its later requests join the line, so that alternating traffic is grouped.
 """
 
 from collections.abc import Collection, Iterable
@@ -13,18 +12,16 @@ from mlx_server.models.pool.slot import Slot
 
 
 class Step(Enum):
-    """What to do for the first in line."""
-
     LEAVE = auto()
-    """Nobody waits for it any more, or it is there."""
+    """It is there, or nobody wants it."""
     WAIT = auto()
-    """It is on its way out, and can be loaded again after that."""
+    """Until its engine has ended."""
     KEEP = auto()
-    """It was to make room, and stays."""
+    """It was draining."""
     LOAD = auto()
     MAKE_ROOM = auto()
     REFUSE = auto()
-    """Pinned models leave no room for it."""
+    """Pinned models leave no room."""
 
 
 def next_step(first: Slot, slots: Collection[Slot], budget: int) -> Step:
@@ -45,7 +42,7 @@ def next_step(first: Slot, slots: Collection[Slot], budget: int) -> Step:
 def to_drain(
     first: Slot, slots: Collection[Slot], budget: int, swap_interval: float, now: float
 ) -> list[Slot]:
-    """Models that are to take no new request, so that there is room for `first` in the end."""
+    """Who makes room for `first`."""
     others = [slot for slot in slots if slot is not first]
     going = sum(slot.need for slot in others if slot.draining or slot.leaving)
     lacking = reserved(slots) - going + first.need - budget
@@ -64,7 +61,6 @@ def to_drain(
 
 
 def expired(slots: Iterable[Slot], now: float) -> list[Slot]:
-    """Models that nobody has used for as long as they stay."""
     return [
         slot
         for slot in slots
@@ -75,7 +71,7 @@ def expired(slots: Iterable[Slot], now: float) -> list[Slot]:
 def next_change(
     slots: Collection[Slot], anybody_waits: bool, swap_interval: float, now: float
 ) -> float | None:
-    """When the next model expires or, if one is waited for, may be interrupted."""
+    """When a model expires next or, if anybody waits, may be drained."""
     times = [slot.expires_at for slot in slots if slot.idle and slot.expires_at is not None]
     if anybody_waits:
         swaps = [slot.loaded_at + swap_interval for slot in slots if slot.interruptible]
@@ -84,11 +80,11 @@ def next_change(
 
 
 def reserved(slots: Iterable[Slot]) -> int:
-    """Bytes promised to models that are loaded, loading or on their way out."""
+    """Bytes."""
     return sum(slot.need for slot in slots if slot.holds_memory)
 
 
 def pinned_beside(first: Slot, slots: Iterable[Slot]) -> int:
-    """Bytes that can never be made free for `first`."""
+    """Bytes that are never freed for `first`."""
     others = (slot for slot in slots if slot is not first)
     return sum(s.need for s in others if s.pinned and s.holds_memory and not s.leaving)

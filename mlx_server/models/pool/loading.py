@@ -1,4 +1,4 @@
-"""One load of a model: its engine and its text side, started together."""
+"""Loads a model: its engine and its text side, started together."""
 
 import asyncio
 import logging
@@ -30,8 +30,6 @@ log = logging.getLogger("mlx_server.pool")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that can generate: its engine for the tokens, its text side for the rest."""
-
     id: str
     engine: ResumableEngine
     supervisor: EngineSupervisor
@@ -40,15 +38,13 @@ class LoadedModel:
     lock: ModelLock
 
     def close(self) -> None:
-        """Let go of everything but the engine."""
+        """Release all but the engine."""
         self.lock.release()
         self.text.close()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLoader:
-    """What every load takes. Timeouts are in seconds."""
-
     home: Path
     load_timeout: float
     hang_timeout: float
@@ -56,7 +52,7 @@ class ModelLoader:
     start_engine: StartEngine
 
     async def load(self, plan: LoadPlan) -> LoadedModel:
-        """Carry out `plan`; nothing is left behind when that fails or is cancelled."""
+        """Nothing is left behind on failure or cancellation."""
         model_id = plan.entry.id
         with load_span(model_id) as span:
             lock = ModelLock(self.home, plan.path)
@@ -75,7 +71,7 @@ class ModelLoader:
         return LoadedModel(model_id, engine, supervisor, text, facts, lock)
 
     def failure(self, error: Exception, model_id: str) -> ServerError:
-        """What to tell those who wait, for whatever kept an engine from starting."""
+        """What to tell those who wait for an engine that did not start."""
         match error:
             case ServerError():
                 return error
@@ -87,7 +83,6 @@ class ModelLoader:
         return ModelLoadFailed(f"{type(error).__name__}: {error}")
 
     async def _start_both(self, plan: LoadPlan) -> tuple[EngineClient, ModelText]:
-        """Start engine and text side at once; neither is left behind when the other fails."""
         trusted = plan.options.trust_remote_code
         starting = asyncio.create_task(self._start_engine(plan, kv_share=1.0))
         opening = asyncio.create_task(self.texts.open(plan.path, plan.entry.id, trusted))

@@ -1,7 +1,4 @@
-"""The pool of loaded models: `acquire` is the one way to a model.
-
-Everything about loading, waiting, limits, eviction and replacement is behind it.
-"""
+"""The pool of loaded models; `acquire` is the one way to a model."""
 
 import asyncio
 import contextlib
@@ -39,10 +36,7 @@ log = logging.getLogger("mlx_server.pool")
 
 
 class ModelPoolManager:
-    """Loads models on demand, shares them, and limits who waits for them.
-
-    `texts`, `start_engine` and `find_device` say where processes come from.
-    """
+    """Loads models on demand, shares them, and limits who waits for them."""
 
     def __init__(
         self,
@@ -70,10 +64,7 @@ class ModelPoolManager:
         self._stopping = False
 
     async def start(self, models: list[str]) -> None:
-        """Learn the budget and begin to load `models` in the background.
-
-        Raises ServerError when MLX cannot be used here at all.
-        """
+        """Begin to load `models` in the background. Raises Unavailable when MLX cannot be used."""
         device = await self._find_device()
         self._planner.on_cpu = device.name == "cpu"
         self._planner.budget = parse_bytes(self.settings.memory_limit, device.memory)
@@ -88,25 +79,23 @@ class ModelPoolManager:
                 self._arranger.enqueue(slot)
 
     async def stop(self) -> None:
-        """End every engine. Loads under way are given up."""
         self._stopping = True
         await self._arranger.stop()
         await self._texts.kill()
 
     @property
     def ready(self) -> bool:
-        """Whether all models named at the start have been loaded and none of them is failing."""
+        """Whether all models named at the start can generate."""
         return self.not_ready_reason is None
 
     @property
     def not_ready_reason(self) -> str | None:
-        """Which models cannot generate yet, and why; None when all can."""
         if self._stopping:
             return "The server is stopping."
         return not_ready_reason(self._slots.values())
 
     def statuses(self) -> list[ModelStatus]:
-        """The models that were asked for since the start."""
+        """Of the models asked for since the start."""
         return [status_of(slot) for slot in self._slots.values()]
 
     @asynccontextmanager
@@ -115,10 +104,10 @@ class ModelPoolManager:
     ) -> AsyncIterator[LoadedModel]:
         """The model of that id or alias, loaded and kept loaded as long as the block lasts.
 
-        `keep_alive` is how many seconds it stays loaded afterwards, negative for as long as there
-        is room, None for what the settings say. Raises ModelNotFound, BadRequest for a model that
-        does not serve `purpose`, ModelLoading when it does not load within `settings.load_wait`
-        seconds, ModelLoadFailed, and InsufficientMemory when it can never fit.
+        `keep_alive` is how many seconds it stays afterwards, negative while there is room, None as
+        the settings say. Raises ModelNotFound, BadRequest for a model that does not serve
+        `purpose`, ModelLoading after `settings.load_wait` seconds, ModelLoadFailed, and
+        InsufficientMemory when it can never fit.
         """
         slot = await self._slot(model_id)
         _check_purpose(slot.entry, purpose)
@@ -133,17 +122,16 @@ class ModelPoolManager:
             self._arranger.arrange()
 
     async def load(self, model_id: str) -> ModelStatus:
-        """Load a model now, however long that takes. Raises as `acquire` does."""
+        """Load a model, waiting for as long as loads may take. Raises as `acquire` does."""
         slot = await self._slot(model_id)
         if slot.available is None:
             await self._wait_for(slot, self.settings.load_timeout)
         return status_of(slot)
 
     async def unload(self, model_id: str) -> ModelStatus:
-        """Let a model finish what it has, then end its engine; returns when that has happened.
+        """Let a model finish its requests, then end it. Raises BadRequest while it is loading.
 
-        Cancelled while requests run, it leaves the model loaded. Raises BadRequest for a model
-        that is loading.
+        Cancellation leaves it loaded while requests run.
         """
         slot = await self._slot(model_id)
         if slot.phase == "loading":
@@ -177,11 +165,10 @@ class ModelPoolManager:
         if slot is None:
             slot = Slot(entry, self.settings.keep_alive_of(entry.id))
             self._slots[entry.id] = slot
-        slot.entry = entry  # its folder may have been replaced
+        slot.entry = entry  # its folder may be another
         return slot
 
     async def _wait_for(self, slot: Slot, seconds: float) -> LoadedModel:
-        """Stand in line for `slot` until it is loaded."""
         if slot.waiters >= self.settings.max_load_waiters:
             raise ModelLoading(
                 f"{slot.waiters} requests wait for the model `{slot.entry.id}` already.",
@@ -199,7 +186,7 @@ class ModelPoolManager:
             ) from error
         finally:
             slot.waiters -= 1
-            # Once the caller uses the model, or is gone and does not want it any more.
+            # Once the caller uses the model or is gone.
             asyncio.get_running_loop().call_soon(self._arranger.arrange)
 
     async def _until_loaded(self, slot: Slot) -> LoadedModel:
@@ -218,7 +205,6 @@ class ModelPoolManager:
         return model
 
     async def _plan(self, slot: Slot) -> None:
-        """Find out what the model needs. Raises what is wrong with it."""
         if slot.holds_memory:
             return
         slot.measuring = True
@@ -234,7 +220,6 @@ class ModelPoolManager:
 
 
 def _check_purpose(entry: ModelEntry, purpose: Purpose) -> None:
-    """Raise BadRequest for a model that cannot do what is asked for."""
     if entry.embeds and purpose == "generate":
         raise BadRequest(
             f"The model `{entry.id}` makes embeddings and generates no text; "

@@ -1,4 +1,4 @@
-"""How much memory a model is promised, and the load options that hold its engine to it."""
+"""How much memory a model is promised."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +15,12 @@ from mlx_server.units import parse_bytes
 DEFAULT_KV_SHARE = "25%"
 """Of the budget, for one model's KV caches."""
 MIN_KV_TOKENS = 2048
-"""A model is not loaded where its KV cache could not hold one sequence of this many tokens."""
+"""One sequence that a KV cache must hold for its model to be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that a model is promised: its weights, its KV caches, and room to compute."""
+    """Bytes of weights, of KV caches, and of room to compute."""
 
     weights: int
     kv: int
@@ -33,8 +33,6 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What to load, what it needs, and how the engine is told."""
-
     entry: ModelEntry
     path: Path
     footprint: Footprint
@@ -45,21 +43,17 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class MemoryPlanner:
-    """Plans loads within the budget."""
+    """Plans loads within `budget` bytes for all models together."""
 
     kv_cache: str | None
-    """Bytes, or a share of the budget, for one model's KV caches."""
+    """For one model: bytes, or a share of the budget."""
     budget: int = 0
-    """Bytes for all models together, known once the device is."""
     on_cpu: bool = False
     _measured: dict[Footprint, int] = field(default_factory=dict)
-    """What weights took when they were loaded, by what was estimated from the same files."""
+    """Bytes that weights took when loaded."""
 
     def plan(self, entry: ModelEntry, options: LoadOptions) -> LoadPlan:
-        """Read the model's files and plan its load. Blocks.
-
-        Raises ModelLoadFailed for damaged files and InsufficientMemory when it can never fit.
-        """
+        """Read the files; blocks. Raises ModelLoadFailed, or InsufficientMemory beyond `budget`."""
         if entry.path is None:
             raise ModelLoadFailed("it has not been pulled yet")
         mode = options.dequantize
@@ -69,11 +63,11 @@ class MemoryPlanner:
         except InsufficientMemory:
             if not float32 or mode == "always":
                 raise
-            # Slower as it is stored, but it runs.
+            # Slower as stored, but it runs.
             return self._plan(entry, entry.path, options, False)
 
     def correct(self, plan: LoadPlan, facts: Ready) -> LoadPlan:
-        """Replace estimates by what was measured, never beyond what the engine was allowed."""
+        """Replace estimates by measurements, within what the engine was allowed."""
         self._measured[plan.footprint] = facts.weights_bytes
         left = plan.need.total - facts.weights_bytes - facts.kv_limit
         working = max(0, min(plan.need.working, left))

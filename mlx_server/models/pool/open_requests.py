@@ -1,7 +1,7 @@
-"""Requests that have not ended: what was asked, what has come, and what remains to be computed.
+"""Requests that have not ended: what was asked, what has come, what remains.
 
-Sent to another engine with its tokens so far at the end of its prompt, a generation goes on as if
-nothing had happened: the engine's randomness depends on the seed and the position alone.
+With its tokens so far at the end of its prompt, a generation goes on in another engine as if
+nothing had happened: its randomness depends on the seed and the position alone.
 """
 
 from abc import ABC, abstractmethod
@@ -18,10 +18,7 @@ RESUMED_PRIORITY = -(1 << 31)
 
 
 class OpenRequest(ABC):
-    """One request, and the stream that its rows go to.
-
-    `on_progress` is called with each row or failure that came, and whether it was the last.
-    """
+    """`on_progress` is called for each row or failure, with whether it is the last."""
 
     def __init__(
         self,
@@ -32,15 +29,13 @@ class OpenRequest(ABC):
     ) -> None:
         self.id = id_
         self.engine_id = id_
-        """What the engine calls it: new each time that it is paused, as rows under the old name
-        may still be on their way."""
+        """New after each pause, as rows under the old one may still be on their way."""
         self.request_id = request_id
         self.evidence = 0
-        """The ends of engines that worked on it since its latest row, weighed."""
+        """Ends of engines that worked on it since its latest row, weighed."""
         self.paused = False
         self.sent = False
         self.begun = False
-        """Whether the present engine has begun to work on it."""
         self._stream = stream
         self._on_progress = on_progress
         self._resumed = False
@@ -48,15 +43,15 @@ class OpenRequest(ABC):
     @property
     @abstractmethod
     def complete(self) -> bool:
-        """Whether all of it has come but for the finish."""
+        """Whether all has come but the finish."""
 
     @abstractmethod
     def remaining(self) -> Generate | Embed:
-        """What is left to compute, as a request of its own."""
+        """A request for the rest."""
 
     @abstractmethod
     def _keep(self, row: Row) -> Row:
-        """Remember what `row` brings; returns what of it is new to the reader."""
+        """Remember what `row` brings; returns what of it the reader does not know."""
 
     def begin(self) -> None:
         self.begun = True
@@ -73,12 +68,11 @@ class OpenRequest(ABC):
         self._on_progress(self, ended)
 
     def take_back(self) -> None:
-        """No engine works on it any more."""
         self._resumed = self._resumed or self.begun
         self.sent = self.begun = False
 
     def fail_stream(self, error: ServerError) -> None:
-        """End it and all that was asked for together with it."""
+        """Fail it together with its stream's other requests."""
         self._stream.fail(error)
 
     def _priority(self, asked: int) -> int:
@@ -86,8 +80,6 @@ class OpenRequest(ABC):
 
 
 class OpenGeneration(OpenRequest):
-    """A request for tokens, and those that came."""
-
     def __init__(
         self,
         id_: int,
@@ -120,15 +112,13 @@ class OpenGeneration(OpenRequest):
     def _keep(self, row: Row) -> Row:
         self._tokens += row.tokens
         if self._has_row and row.cached is not None:
-            # The first engine's figure holds; this one counts generated tokens as well.
+            # The first engine's figure holds; this one includes generated tokens.
             row = msgspec.structs.replace(row, cached=None)
         self._has_row = True
         return row
 
 
 class OpenEmbedding(OpenRequest):
-    """A request for vectors, and the texts whose vectors have not come."""
-
     def __init__(
         self,
         id_: int,

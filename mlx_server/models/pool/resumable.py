@@ -1,4 +1,4 @@
-"""An engine as its callers see it: requests that outlive the processes that work on them."""
+"""An engine as its callers see it: requests outlive the processes that work on them."""
 
 import logging
 from collections.abc import Iterable
@@ -15,16 +15,12 @@ log = logging.getLogger("mlx_server.supervisor")
 
 
 class ResumableEngine:
-    """The open requests of a model, sent to whichever process is attached.
-
-    The supervisor attaches each process and detaches it once it has ended; in between, requests
-    wait.
-    """
+    """A model's open requests. They go to the process that is attached, and wait for one."""
 
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
         self.progressed = False
-        """Whether anything has come from the process attached last."""
+        """Whether the process attached last has given anything."""
         self._process: EngineClient | None = None
         self._open: dict[int, OpenRequest] = {}
         self._next_id = 0
@@ -33,15 +29,14 @@ class ResumableEngine:
 
     @property
     def in_flight(self) -> int:
-        """Requests that have not ended."""
         return len(self._open)
 
     # for callers
 
     def generate(self, requests: list[Generate], request_id: str) -> RowStream:
-        """Send `requests` under new ids; returns the stream of their rows.
+        """Send `requests` under ids of our own; `request_id` is what their client knows.
 
-        `request_id` is the client's name for them. Raises what the engine failed with for good.
+        Raises what the engine failed with for good.
         """
         stream = self._new_stream(len(requests))
         for id_, request in zip(stream.ids, requests, strict=True):
@@ -51,7 +46,6 @@ class ResumableEngine:
         return stream
 
     def embed(self, request: Embed, request_id: str) -> RowStream:
-        """The same for vectors."""
         stream = self._new_stream(1)
         id_ = stream.ids.start
         self._open[id_] = OpenEmbedding(id_, request, request_id, stream, self._on_progress)
@@ -61,12 +55,11 @@ class ResumableEngine:
     # for streams
 
     def abort(self, ids: Iterable[int]) -> None:
-        """Give up those of these requests that have not ended."""
         gone = [request for id_ in ids if (request := self._open.pop(id_, None)) is not None]
         self._recall(gone)
 
     def pause(self, ids: Iterable[int]) -> None:
-        """Take these back from the engine, with what they got so far."""
+        """Take these back from the engine; they keep what they got."""
         paused = [request for id_ in ids if (request := self._open.get(id_)) is not None]
         for request in paused:
             request.paused = True
@@ -75,7 +68,6 @@ class ResumableEngine:
             request.engine_id, self._next_id = self._next_id, self._next_id + 1
 
     def resume(self, ids: Iterable[int]) -> None:
-        """Send these again, to go on where they were."""
         for id_ in ids:
             if (request := self._open.get(id_)) is not None:
                 request.paused = False
@@ -84,13 +76,12 @@ class ResumableEngine:
     # for the supervisor
 
     def attach(self, process: EngineClient) -> None:
-        """Send what is open to `process`."""
         self._process = process
         self.progressed = False
         self._send_waiting()
 
     def detach(self, evidence: int) -> None:
-        """The attached process has ended, which counts as `evidence` against what it worked on."""
+        """The process has ended, which is `evidence` against what it worked on."""
         self._process = None
         sent = [request for request in self._open.values() if request.sent]
         if (culprit := self._blame.engine_ended(sent, evidence)) is not None:
@@ -101,7 +92,7 @@ class ResumableEngine:
                 request.put(Row(request.id, [], "length"))
 
     def fail(self, error: ServerError) -> None:
-        """End all requests with `error`, and those still to come; the first error stays."""
+        """Fail all requests, and those to come. The first error stays."""
         self._failure = self._failure or error
         for request in list(self._open.values()):
             request.fail_stream(error)
@@ -114,7 +105,6 @@ class ResumableEngine:
         return RowStream(self, ids)
 
     def _recall(self, requests: list[OpenRequest]) -> None:
-        """Let the process forget `requests`."""
         if self._process is not None:
             self._process.abort([request.engine_id for request in requests if request.sent])
         for request in requests:

@@ -1,4 +1,4 @@
-"""One model's place in the pool: what state it is in and who uses it. The pool writes it."""
+"""A model's state and use-counts, which only the pool writes."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger("mlx_server.pool")
 
 
 class Signal:
-    """Wakes everybody who waits for it, each time."""
+    """Wakes all who wait, each time."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -36,38 +36,36 @@ class Signal:
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """The state of one model. `now` is monotonic time, as are `..._at`, in seconds."""
+    """One model's place in the pool. `now` and all `..._at` are monotonic seconds."""
 
     entry: ModelEntry
     keep_alive: float | None = None
-    """Seconds that it usually stays loaded unused; None for good."""
+    """Seconds that it usually stays unused; None for good."""
     pinned: bool = False
     preloaded: bool = False
-    """Whether it was named at the start, and so stays loaded unless room is needed."""
+    """Named at the start: stays loaded unless room is needed."""
     phase: Phase = "absent"
     plan: LoadPlan | None = None
     model: LoadedModel | None = None
-    """While `loaded` and `ending`."""
     error: ServerError | None = None
-    """Why it could not be loaded last."""
     measuring: bool = False
     draining: bool = False
     """Takes no new request, to make room."""
     lost: bool = False
-    """Its engine ended by itself while nobody used it."""
+    """Its engine ended while nobody used it."""
     proven: bool = False
-    """Whether it loaded, and has not failed or been lost since."""
+    """It loaded, and was not lost since."""
     in_use: int = 0
     waiters: int = 0
     unloaders: int = 0
-    """How many wait for its requests to finish, to end it then."""
+    """Operators who wait for its requests to finish."""
     loads: int = 0
     failures: int = 0
     restarts: int = 0
     """Of engines before the present one."""
     last_lines: tuple[str, ...] = ()
     last_used: float | None = None
-    """In seconds since the epoch."""
+    """Since the epoch."""
     load_seconds: float | None = None
     began_at: float = 0.0
     loaded_at: float = 0.0
@@ -81,42 +79,38 @@ class Slot:
 
     @property
     def need(self) -> int:
-        """Bytes reserved for it, or that it would take; 0 as long as that is unknown."""
+        """Bytes that it takes or would take; 0 while unknown."""
         return self.plan.need.total if self.plan else 0
 
     @property
     def leaving(self) -> bool:
-        """Loaded, and certain to be gone soon without anybody's doing."""
+        """Loaded, and certain to be gone soon."""
         return self.phase == "ending" or (self.phase == "loaded" and self.unloaders > 0)
 
     @property
     def available(self) -> LoadedModel | None:
-        """The model, if a new request may use it now."""
+        """The model, if it takes requests."""
         return None if self.draining or self.leaving else self.model
 
     @property
     def idle(self) -> bool:
-        """Loaded, used by nobody, and free to be ended."""
+        """Loaded, unused and free to be ended."""
         if self.phase != "loaded" or self.in_use or self.pinned:
             return False
-        # Those who wait for a model that takes requests are about to have it.
+        # Waiters of a model that takes requests are about to get it.
         return self.draining or not self.waiters
 
     @property
     def interruptible(self) -> bool:
-        """Loaded and in use, and free to make room once its requests have finished."""
+        """In use and free to be drained."""
         return self.phase == "loaded" and self.in_use > 0 and not (self.draining or self.pinned)
 
     def acquire(self) -> None:
-        """A request begins to use the model."""
         self.in_use += 1
         self.expires_at = None
 
     def release(self, keep_alive: float | None, now: float) -> None:
-        """A request has ended; the model stays for `keep_alive` seconds, None for as usual.
-
-        Negative seconds keep it for as long as there is room.
-        """
+        """The model stays for `keep_alive` seconds: None as usual, negative while there is room."""
         self.in_use -= 1
         self.last_used = time.time()
         if self.in_use == 0 and self.model is not None:
@@ -124,7 +118,6 @@ class Slot:
         self.changed.notify()
 
     def keep(self) -> None:
-        """Take requests again."""
         self.draining = False
         self.changed.notify()
 
@@ -136,7 +129,6 @@ class Slot:
         self.loads += 1
 
     def finish_loading(self, model: LoadedModel, plan: LoadPlan, now: float) -> None:
-        """The model is loaded; `plan` is what it needs by measurement."""
         self.phase = "loaded"
         self.model = model
         self.plan = plan
@@ -148,7 +140,6 @@ class Slot:
         self.changed.notify()
 
     def fail(self, error: ServerError) -> None:
-        """Record why there is no model, for those who wait and for `failure`."""
         self.error = error
         if isinstance(error, LoadCrashed):
             self.last_lines = error.last_lines
@@ -158,7 +149,7 @@ class Slot:
         self.changed.notify()
 
     def failure(self) -> ServerError:
-        """What to tell a request for a model that could not be loaded."""
+        """The error for requests that wait for it."""
         error = self.error or ModelLoadFailed("unknown reason")
         kind = InsufficientMemory if isinstance(error, InsufficientMemory) else ModelLoadFailed
         return kind(
@@ -168,7 +159,7 @@ class Slot:
         )
 
     def vacate(self) -> None:
-        """The engine has ended, or was never started; its memory is free."""
+        """Its engine has ended or never started, and its memory is free."""
         if self.model is not None:
             supervisor = self.model.supervisor
             self.restarts += supervisor.restarts

@@ -18,7 +18,7 @@ SHOWN_CHARACTERS = 500
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """One model as it is now. Times are in seconds, memory in bytes."""
+    """Times are in seconds, since the epoch for points in time; memory is in bytes."""
 
     id: str
     state: ModelState
@@ -29,29 +29,28 @@ class ModelStatus:
     context_length: int | None = None
     memory: Memory | None = None
     need: int | None = None
-    """Memory reserved for it, or that it would take."""
+    """Reserved for it, or what it would take."""
     load_seconds: float | None = None
     loads: int = 0
     restarts: int = 0
-    """Engines that ended by themselves and were replaced while requests went on."""
+    """Engines replaced while requests went on."""
     last_lines: tuple[str, ...] = ()
-    """What the last engine that ended by itself, or crashed while it loaded, wrote last."""
+    """Of the last engine that crashed."""
     in_flight: int = 0
     """Requests that hold the model."""
     running: int = 0
     waiting: int = 0
     preempted: int = 0
     step_seconds: float = 0.0
-    """What a decode step takes of late."""
+    """Of a decode step, of late."""
     kv_bytes: int = 0
-    """The caches of running requests."""
+    """Of running requests."""
     prefix_cache: PrefixStats | None = None
     waiting_to_load: int = 0
     pinned: bool = False
     last_used: float | None = None
-    """Since the epoch."""
     expires: float | None = None
-    """When it is unloaded if nobody uses it, since the epoch."""
+    """When it is unloaded if nobody uses it."""
 
 
 def state_of(slot: Slot) -> ModelState:
@@ -104,7 +103,6 @@ def status_of(slot: Slot) -> ModelStatus:
 
 
 def not_ready_reason(slots: Iterable[Slot]) -> str | None:
-    """Which models named at the start cannot generate, and why; None when all can."""
     missing = [slot for slot in slots if slot.preloaded and not slot.proven]
     if not missing:
         return None
@@ -116,7 +114,7 @@ def not_ready_reason(slots: Iterable[Slot]) -> str | None:
 
 
 def retry_after(slot: Slot, now: float) -> float:
-    """A guess at how many more seconds a load takes, from the last one."""
+    """Seconds, from how long the last load took."""
     elapsed = now - slot.began_at if slot.phase == "loading" else 0.0
     usual = slot.load_seconds if slot.load_seconds is not None else 2 * elapsed
     return max(MIN_RETRY_AFTER, usual - elapsed)

@@ -1,4 +1,4 @@
-"""What an engine sends for requests, buffered for whoever reads it; slow readers pause them."""
+"""Rows on their way from an engine to their reader, who pauses it by falling behind."""
 
 import asyncio
 from collections import deque
@@ -16,16 +16,13 @@ MAX_UNREAD = 2048
 
 
 class Producer(Protocol):
-    """Works on the requests of a stream."""
+    """Works on a stream's requests."""
 
-    def abort(self, ids: Iterable[int]) -> None:
-        """Give up those of these requests that have not ended."""
+    def abort(self, ids: Iterable[int]) -> None: ...
 
-    def pause(self, ids: Iterable[int]) -> None:
-        """Stop working on these for now."""
+    def pause(self, ids: Iterable[int]) -> None: ...
 
-    def resume(self, ids: Iterable[int]) -> None:
-        """Go on with these."""
+    def resume(self, ids: Iterable[int]) -> None: ...
 
 
 class RowStream:
@@ -46,11 +43,9 @@ class RowStream:
         self._paused = False
 
     def begin(self) -> None:
-        """Called when the engine begins with one of the requests."""
         self.begun = True
 
     def put(self, item: Row | Failed) -> None:
-        """Called with what arrived."""
         self._items.append(item)
         self._arrived.set()
         if isinstance(item, Row):
@@ -72,25 +67,22 @@ class RowStream:
         self._producer.abort(self._open)
 
     def abort(self, index: int) -> None:
-        """Give up the request at `index` of those sent; no more rows come for it."""
+        """Give up the request at `index` of those sent."""
         id_ = self.ids[index]
         self._open.discard(id_)
         self._producer.abort([id_])
 
     async def rows(self) -> AsyncIterator[tuple[int, Row]]:
-        """Pairs of a request's index among those sent, and its next row.
+        """Pairs of a request's index and its next row.
 
-        Raises EngineFailed when one of the requests fails, and whatever the stream failed with.
+        Raises EngineFailed when a request fails, and what the stream failed with.
         """
         async for together in self.arrivals():
             for pair in together:
                 yield pair
 
     async def arrivals(self) -> AsyncIterator[Iterator[tuple[int, Row]]]:
-        """The pairs of `rows`, those together that have arrived since the last look.
-
-        A reader that falls behind gets more at a time, within bounds, and so can catch up.
-        """
+        """The pairs of `rows`, those together that are here, so that a slow reader catches up."""
         while self._open:
             if not self._items:
                 self._caught_up()
@@ -103,7 +95,6 @@ class RowStream:
                 self._raise(first)
 
     def _buffered_rows(self) -> Iterator[tuple[int, Row]]:
-        """The rows that need no waiting, up to a failure."""
         while self._items and isinstance(row := self._items[0], Row):
             self._items.popleft()
             self._unread -= _size(row)
@@ -125,5 +116,4 @@ class RowStream:
 
 
 def _size(row: Row) -> int:
-    """Tokens of a row, and alternatives to them."""
     return len(row.tokens) + sum(len(entry.top) for entry in row.logprobs or ())

@@ -1,4 +1,4 @@
-"""Watches a model's engine process; when it ends or hangs, starts another in its place."""
+"""Watches a model's engine and replaces it when it ends or hangs."""
 
 import asyncio
 import logging
@@ -14,20 +14,17 @@ from mlx_server.models.pool.blame import CRASH, KILL
 from mlx_server.models.pool.resumable import ResumableEngine
 
 MAX_LOAD_ATTEMPTS = 3
-"""Loads in a row that may crash before the model is given up."""
 MIN_DELAY, MAX_DELAY = 0.25, 30.0
-"""Seconds before the next load after engines that gave nothing at all, doubled each time."""
+"""Seconds before the next load after engines that gave nothing, doubled each time."""
 HANG_TURNS = 20
 """An engine may be silent for this many times its longest turn."""
 HANG_CHECKS = 10
-"""Looks in a row that must find an engine silent. Looks are counted, not seconds, because a front
-that was suspended has read nothing all the while."""
+"""Looks in a row that must find it silent. Seconds would count a suspended front against it."""
 KV_SHARE_AFTER_KILL = 0.5
-"""Of its KV memory, what an engine starts with after one that was killed, as systems do for lack of
-memory. It grows by itself."""
+"""Of its KV memory for an engine to start with, as systems kill for lack of memory. It grows."""
 
 StartProcess = Callable[[float], Awaitable[EngineClient]]
-"""Starts an engine that uses this share of its KV memory at first."""
+"""Starts an engine with this share of its KV memory."""
 
 log = logging.getLogger("mlx_server.supervisor")
 
@@ -44,19 +41,17 @@ class EngineSupervisor:
     ) -> None:
         self.restarts = 0
         self.last_lines: tuple[str, ...] = ()
-        """What the process that ended last wrote at its end."""
+        """Of the process that ended last."""
         self._process = process
         self._engine = engine
         self._start = start
         self._hang_timeout = hang_timeout
         self._running = True
         self._fruitless = 0
-        """Processes in a row that gave nothing."""
         engine.attach(process)
 
     @property
     def restarting(self) -> bool:
-        """Whether there is no process now."""
         return not self._running
 
     @property
@@ -68,10 +63,7 @@ class EngineSupervisor:
         return self._process.stats if self._running else None
 
     async def run(self, wanted: Callable[[], bool]) -> None:
-        """Replace each process that ends; returns when one has ended and none is `wanted`.
-
-        Raises what a load raises. A load that crashes is tried again a few times.
-        """
+        """Replace each process that ends, until none is `wanted`. Raises as loads do."""
         while True:
             hung = await self._closed_or_hung()
             ended_at = time.monotonic()
@@ -93,12 +85,11 @@ class EngineSupervisor:
             self._engine.attach(self._process)
 
     async def stop(self) -> None:
-        """Fail what is open and end the process."""
         self._engine.fail(Unavailable(f"The model `{self._engine.model_id}` is being stopped."))
         await self._process.stop()
 
     async def _closed_or_hung(self) -> bool:
-        """Wait for either; returns whether it hangs."""
+        """Returns whether it hangs."""
         process = self._process
         silent = 0
         while silent <= HANG_CHECKS:
@@ -120,7 +111,7 @@ class EngineSupervisor:
         return max(self._hang_timeout, HANG_TURNS * longest)
 
     async def _bury(self, hung: bool) -> float:
-        """Take the requests back from a process that is gone; returns the next one's KV share."""
+        """Take the requests back; returns the next process's KV share."""
         process, engine = self._process, self._engine
         self._running = False
         await process.kill()
@@ -155,7 +146,6 @@ class EngineSupervisor:
 
 
 def _delay(failures: int) -> float:
-    """Seconds to wait after so many failures in a row."""
     if failures == 0:
         return 0.0
     return min(MAX_DELAY, MIN_DELAY * 2.0 ** min(failures - 1, 16))
