@@ -20,6 +20,7 @@ from llguidance import LLMatcher
 
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Sampling
+from mlx_server.models.pool.resumable import ResumableEngine
 
 PROMPT_TOKENS = 64
 FIELDS = 100
@@ -68,14 +69,15 @@ class Comparison:
     def __init__(self, engine: EngineClient) -> None:
         if engine.ready is None:
             raise SystemExit("the engine is not loaded")
-        self.engine = engine
+        self.engine = ResumableEngine(engine.model_id)
+        self.engine.attach(engine)
         self.prompts = Prompts(engine.ready.vocab_size)
 
     async def rate(self, streams: int, tokens: int, grammar: str | None) -> float:
         """Tokens a second of all streams together, from the first token on."""
         times: list[float] = []
         requests = [self._request(tokens, grammar, seed) for seed in range(streams)]
-        with self.engine.generate(requests) as stream:
+        with self.engine.generate(requests, "benchmark") as stream:
             async for _, row in stream.rows():
                 times += [time.perf_counter()] * len(row.tokens)
         if len(times) != streams * tokens:
@@ -85,7 +87,7 @@ class Comparison:
     async def first_token(self, grammar: str | None) -> float:
         """Seconds until a lone request has its first token."""
         started = time.perf_counter()
-        with self.engine.generate([self._request(2, grammar, 0)]) as stream:
+        with self.engine.generate([self._request(2, grammar, 0)], "benchmark") as stream:
             async for _ in stream.rows():
                 return time.perf_counter() - started
         raise SystemExit("no token came")

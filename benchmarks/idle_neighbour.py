@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Sampling
+from mlx_server.models.pool.resumable import ResumableEngine
 
 PROMPT = list(range(5, 37))
 OPTIONS = LoadOptions(memory_limit="30%")
@@ -20,8 +21,10 @@ OPTIONS = LoadOptions(memory_limit="30%")
 async def measure(engine: EngineClient, batch: int, tokens: int) -> float:
     """Tokens per second of `batch` requests together."""
     requests = [Generate(0, PROMPT, Sampling(seed=i), tokens) for i in range(batch)]
+    resumable = ResumableEngine(engine.model_id)
+    resumable.attach(engine)
     started = time.perf_counter()
-    with engine.generate(requests) as stream:
+    with resumable.generate(requests, "benchmark") as stream:
         async for _ in stream.rows():
             pass
     return batch * tokens / (time.perf_counter() - started)

@@ -23,7 +23,7 @@ from mlx_server.api.http.openapi import event_stream
 from mlx_server.api.http.streaming import StreamedAnswer, WholeAnswer
 from mlx_server.api.http.wire import ApiProtocol, StreamEvent
 from mlx_server.api.openai.wire import WIRE, documented
-from mlx_server.models.pool.slot import ModelStatus
+from mlx_server.models.pool.status import ModelStatus
 from mlx_server.models.store.catalog import Catalog, ModelEntry
 from mlx_server.models.store.pulls import PullManager, PullStatus
 from mlx_server.models.store.removal import plan_removal, remove

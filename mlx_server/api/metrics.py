@@ -11,7 +11,7 @@ from starlette.responses import Response
 from mlx_server.api.http.dependencies import MetricsDep, authenticated
 from mlx_server.api.openai.wire import documented
 from mlx_server.models.pool.manager import ModelPoolManager
-from mlx_server.models.pool.slot import ModelStatus
+from mlx_server.models.pool.status import ModelStatus
 
 router = APIRouter()
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mlx_server.engine.client import RowStream
 from mlx_server.errors import BadRequest, RequestTimeout, TooManyRequests, Unavailable
+from mlx_server.models.pool.stream import RowStream
 
 MIN_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0

@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import Embed
 from mlx_server.errors import BadRequest, ContextLengthExceeded
+from mlx_server.models.pool.loading import LoadedModel
 from mlx_server.models.pool.manager import ModelPoolManager
-from mlx_server.models.pool.slot import LoadedModel
+from mlx_server.models.pool.stream import RowStream
 from mlx_server.schemas.internal import Caller
 from mlx_server.services.backpressure import Backpressure
 from mlx_server.telemetry import embeddings_span

@@ -7,11 +7,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
-from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import Generate, Logprobs, Row
 from mlx_server.errors import BadRequest, ContextLengthExceeded
+from mlx_server.models.pool.loading import LoadedModel
 from mlx_server.models.pool.manager import ModelPoolManager
-from mlx_server.models.pool.slot import LoadedModel
+from mlx_server.models.pool.stream import RowStream
 from mlx_server.models.text.client import ModelText
 from mlx_server.models.text.protocol import Prepared
 from mlx_server.schemas.internal import (

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling
+from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model
 
-StartEngine = Callable[..., AbstractAsyncContextManager[EngineClient]]
+StartEngine = Callable[..., AbstractAsyncContextManager[DirectEngine]]
 
 GREEDY = Sampling(temperature=0)
 
@@ -23,8 +23,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def started(path: Path, **options: object) -> AsyncIterator[EngineClient]:
-    client = await EngineClient.start("tiny", path, LoadOptions(**options))
+async def started(path: Path, **options: object) -> AsyncIterator[DirectEngine]:
+    client = await DirectEngine.start("tiny", path, LoadOptions(**options))
     try:
         yield client
     finally:
@@ -32,7 +32,7 @@ async def started(path: Path, **options: object) -> AsyncIterator[EngineClient]:
 
 
 @pytest.fixture(scope="session")
-async def engine(tiny_model: Path) -> AsyncIterator[EngineClient]:
+async def engine(tiny_model: Path) -> AsyncIterator[DirectEngine]:
     async with started(tiny_model, prefill_chunk=16) as client:
         yield client
 
@@ -43,7 +43,7 @@ def request(
     return Generate(0, list(prompt), sampling, max_tokens, **more)
 
 
-async def rows_of(client: EngineClient, *requests: Generate) -> list[list[Row]]:
+async def rows_of(client: DirectEngine, *requests: Generate) -> list[list[Row]]:
     """All rows of each request, sent together."""
     rows: list[list[Row]] = [[] for _ in requests]
     with client.generate(list(requests)) as stream:
@@ -52,7 +52,7 @@ async def rows_of(client: EngineClient, *requests: Generate) -> list[list[Row]]:
     return rows
 
 
-async def tokens_of(client: EngineClient, *requests: Generate) -> list[list[int]]:
+async def tokens_of(client: DirectEngine, *requests: Generate) -> list[list[int]]:
     """The completion of each request, sent together."""
     return [
         [token for row in rows for token in row.tokens] for rows in await rows_of(client, *requests)
@@ -68,7 +68,7 @@ async def until(condition: object, seconds: float = 5.0) -> float:
     return time.monotonic() - started_at
 
 
-async def idle(engine: EngineClient) -> None:
+async def idle(engine: DirectEngine) -> None:
     def quiet() -> bool:
         s = engine.stats
         return s is not None and (s.running, s.prefilling, s.waiting) == (0, 0, 0)

@@ -13,7 +13,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_server.engine.cache.prefix import PrefixCache
-from mlx_server.engine.client import EngineClient
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.plan import Start
 from mlx_server.engine.protocol import Begun, Generate, LoadOptions, Row, Sampling, Stats
@@ -22,6 +21,7 @@ from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.engine.sequence import Sequence
 from mlx_server.errors import EngineFailed, ModelLoadFailed
 from tests.engine.conftest import request, rows_of, started, tokens_of
+from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model
 
 CONTEXT = 2048
@@ -55,7 +55,7 @@ class Watch:
 
 
 @asynccontextmanager
-async def watched(engine: EngineClient) -> AsyncIterator[Watch]:
+async def watched(engine: DirectEngine) -> AsyncIterator[Watch]:
     watch = Watch()
 
     async def look() -> None:
@@ -105,7 +105,7 @@ def told(rows: list[Row]) -> tuple[list[int], list[int], int | None]:
     )
 
 
-async def alone(engine: EngineClient, requests: list[Generate]) -> list[object]:
+async def alone(engine: DirectEngine, requests: list[Generate]) -> list[object]:
     return [told((await rows_of(engine, one))[0]) for one in requests]
 
 
@@ -169,7 +169,7 @@ async def test_what_can_never_fit_is_refused_and_the_longest_that_fits_is_served
 
 async def test_a_model_whose_cache_holds_nothing_is_not_loaded(model: Path) -> None:
     with pytest.raises(ModelLoadFailed, match="KV cache"):
-        await EngineClient.start("tiny", model, LoadOptions(kv_limit=1000))
+        await DirectEngine.start("tiny", model, LoadOptions(kv_limit=1000))
 
 
 async def test_callers_take_turns_in_a_full_engine(model: Path) -> None:

@@ -15,12 +15,13 @@ import pytest
 from mlx_lm.utils import load_model
 from numpy.typing import NDArray
 
-from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Embed, Embedding, LoadOptions, PoolingMode
 from mlx_server.errors import EngineFailed, ModelLoadFailed
-from mlx_server.models.pool.supervisor import SupervisedEngine
+from mlx_server.models.pool.resumable import ResumableEngine
+from mlx_server.models.pool.supervisor import EngineSupervisor
 from tests.engine.conftest import idle, request
 from tests.support.bert import ReferenceEncoder, build_tiny_bert, unit, wordpiece
+from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model
 
 Floats = NDArray[np.float64]
@@ -41,8 +42,8 @@ WAYS: dict[PoolingMode, Callable[[Floats], Floats]] = {
 @asynccontextmanager
 async def started(
     path: Path, embedding: Embedding = MEAN, **options: object
-) -> AsyncIterator[EngineClient]:
-    client = await EngineClient.start("tiny", path, LoadOptions(**options), embedding=embedding)
+) -> AsyncIterator[DirectEngine]:
+    client = await DirectEngine.start("tiny", path, LoadOptions(**options), embedding=embedding)
     try:
         yield client
     finally:
@@ -55,7 +56,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-async def engine(bert: Path) -> AsyncIterator[EngineClient]:
+async def engine(bert: Path) -> AsyncIterator[DirectEngine]:
     async with started(bert) as client:
         yield client
 
@@ -69,7 +70,7 @@ def texts(count: int, longest: int = CONTEXT, seed: int = 0) -> list[list[int]]:
 
 
 async def vectors_of(
-    engine: EngineClient, wanted: Sequence[Sequence[int]], dimensions: int | None = None
+    engine: DirectEngine, wanted: Sequence[Sequence[int]], dimensions: int | None = None
 ) -> list[Floats]:
     """The vector of each text, asked for at once."""
     found: dict[int, Floats] = {}
@@ -104,7 +105,7 @@ async def test_every_way_of_pooling_is_that_of_the_formulae(
 
 
 async def test_a_vector_does_not_depend_on_what_goes_along(
-    engine: EngineClient, bert: Path
+    engine: DirectEngine, bert: Path
 ) -> None:
     reference = ReferenceEncoder(bert)
     asked = texts(300)
@@ -115,7 +116,7 @@ async def test_a_vector_does_not_depend_on_what_goes_along(
         assert np.abs(alone - reference.mean(text)).max() < TOLERANCE
 
 
-async def test_fewer_dimensions_are_the_first_ones_at_length_1(engine: EngineClient) -> None:
+async def test_fewer_dimensions_are_the_first_ones_at_length_1(engine: DirectEngine) -> None:
     asked = texts(3)
     whole = await vectors_of(engine, asked)
     short = await vectors_of(engine, asked, dimensions=5)
@@ -155,7 +156,7 @@ def without_head(folder: Path) -> None:
 
 @pytest.mark.parametrize("caller", ["the same", "another"])
 async def test_a_small_request_does_not_wait_for_a_large_one(
-    engine: EngineClient, caller: str
+    engine: DirectEngine, caller: str
 ) -> None:
     large = Embed(0, texts(2000), caller="the same")
     small = Embed(0, [[5] * CONTEXT], caller=caller)
@@ -164,7 +165,7 @@ async def test_a_small_request_does_not_wait_for_a_large_one(
     assert finished == [1, 0]
 
 
-async def test_an_aborted_request_is_forgotten(engine: EngineClient) -> None:
+async def test_an_aborted_request_is_forgotten(engine: DirectEngine) -> None:
     with engine.generate([Embed(0, texts(2000))]) as stream:
         async for _ in stream.rows():
             break
@@ -172,7 +173,7 @@ async def test_an_aborted_request_is_forgotten(engine: EngineClient) -> None:
     assert engine.in_flight == 0
 
 
-async def test_texts_that_are_empty_are_passed_over(engine: EngineClient) -> None:
+async def test_texts_that_are_empty_are_passed_over(engine: DirectEngine) -> None:
     found = []
     with engine.generate([Embed(0, [[], [5, 6], [], [7]])]) as stream:
         async for _, row in stream.rows():
@@ -184,28 +185,31 @@ async def test_texts_that_are_empty_are_passed_over(engine: EngineClient) -> Non
 
 
 async def test_the_next_engine_makes_what_the_last_one_did_not(bert: Path) -> None:
-    async def start(kv_share: float) -> EngineClient:
+    async def start(kv_share: float) -> DirectEngine:
         options = LoadOptions(kv_share=kv_share)
-        return await EngineClient.start("tiny", bert, options, embedding=MEAN)
+        return await DirectEngine.start("tiny", bert, options, embedding=MEAN)
 
     asked = texts(2000)
     found: dict[int, bytes] = {}
     counts: Counter[int] = Counter()
-    engine = SupervisedEngine(await start(1.0), start, hang_timeout=60)
+    engine = ResumableEngine("tiny")
+    supervisor = EngineSupervisor(await start(1.0), engine, start, hang_timeout=60)
+    supervision = asyncio.create_task(supervisor.run(wanted=lambda: True))
     try:
         with engine.embed(Embed(0, asked), "a-request") as stream:
             async for _, row in stream.rows():
-                if not found and engine.pid is not None:
-                    os.kill(engine.pid, signal.SIGKILL)
-                    await engine.ended()
-                    await engine.restart()
+                if not found and supervisor.pid is not None:
+                    os.kill(supervisor.pid, signal.SIGKILL)
                 found |= dict(row.vectors or ())
                 counts.update(index for index, _ in row.vectors or ())
         again = engine.embed(Embed(0, asked[:50]), "another")
         with again:
             undisturbed = {i: v async for _, row in again.rows() for i, v in row.vectors or ()}
+        assert supervisor.restarts == 1
     finally:
-        await engine.stop()
+        supervision.cancel()
+        await asyncio.wait([supervision])
+        await supervisor.stop()
     assert counts == Counter(range(len(asked)))
     for index, vector in undisturbed.items():
         ours, theirs = (np.frombuffer(one, "<f4") for one in (found[index], vector))
@@ -250,7 +254,7 @@ def spoil(folder: Path, token: int) -> None:
     ],
 )
 async def test_what_the_model_cannot_do_is_refused(
-    engine: EngineClient, asked: Embed, reason: str
+    engine: DirectEngine, asked: Embed, reason: str
 ) -> None:
     with pytest.raises(EngineFailed, match=reason), engine.generate([asked]) as stream:
         async for _ in stream.rows():

@@ -15,10 +15,10 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import LoadOptions, Sampling
 from mlx_server.errors import EngineFailed, ModelLoadFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
+from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model
 
 PROMPTS = [
@@ -34,7 +34,7 @@ def greedy_by_mlx_lm(path: Path, prompt: list[int], count: int) -> list[int]:
 
 
 async def test_greedy_text_is_what_mlx_lm_gives_alone_and_in_a_mixed_batch(
-    engine: EngineClient, tiny_model: Path
+    engine: DirectEngine, tiny_model: Path
 ) -> None:
     expected = [greedy_by_mlx_lm(tiny_model, prompt, 12) for prompt in PROMPTS]
     alone = [(await tokens_of(engine, request(prompt, 12)))[0] for prompt in PROMPTS]
@@ -43,7 +43,7 @@ async def test_greedy_text_is_what_mlx_lm_gives_alone_and_in_a_mixed_batch(
     assert together == expected
 
 
-async def test_a_seed_gives_the_same_tokens_alone_and_among_others(engine: EngineClient) -> None:
+async def test_a_seed_gives_the_same_tokens_alone_and_among_others(engine: DirectEngine) -> None:
     settings = [
         Sampling(temperature=1, seed=11),
         Sampling(temperature=0.8, top_p=0.9, seed=12),
@@ -60,7 +60,7 @@ async def test_a_seed_gives_the_same_tokens_alone_and_among_others(engine: Engin
 
 
 async def test_requests_join_and_leave_a_running_batch_without_a_trace(
-    engine: EngineClient,
+    engine: DirectEngine,
 ) -> None:
     generator = random.Random(1)
     requests = [
@@ -77,7 +77,7 @@ async def test_requests_join_and_leave_a_running_batch_without_a_trace(
 
 
 async def test_a_request_goes_on_from_the_tokens_an_earlier_engine_sampled(
-    engine: EngineClient,
+    engine: DirectEngine,
 ) -> None:
     sampling = Sampling(temperature=1, seed=3, repetition_penalty=1.2, frequency_penalty=0.4)
     prompt = PROMPTS[3]
@@ -88,7 +88,7 @@ async def test_a_request_goes_on_from_the_tokens_an_earlier_engine_sampled(
         assert whole[:cut] + tail == whole
 
 
-async def test_a_stop_token_ends_a_request_and_is_its_last(engine: EngineClient) -> None:
+async def test_a_stop_token_ends_a_request_and_is_its_last(engine: DirectEngine) -> None:
     [tokens] = await tokens_of(engine, request(PROMPTS[4], 20, Sampling(temperature=1, seed=4)))
     stop = tokens[7]
     first = tokens.index(stop)
@@ -99,13 +99,13 @@ async def test_a_stop_token_ends_a_request_and_is_its_last(engine: EngineClient)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-async def test_max_tokens_is_exact(engine: EngineClient, count: int) -> None:
+async def test_max_tokens_is_exact(engine: DirectEngine, count: int) -> None:
     [rows] = await rows_of(engine, request(PROMPTS[0], count))
     assert sum(len(row.tokens) for row in rows) == count
     assert rows[-1].finish == "length"
 
 
-async def test_the_context_bounds_a_completion(engine: EngineClient) -> None:
+async def test_the_context_bounds_a_completion(engine: DirectEngine) -> None:
     prompt = [5] * 500
     [tokens] = await tokens_of(engine, request(prompt, 10_000))
     assert len(prompt) + len(tokens) == 512
@@ -116,7 +116,7 @@ async def test_the_context_bounds_a_completion(engine: EngineClient) -> None:
 @pytest.mark.parametrize(
     "bad", [request([], 5), request([512_000], 5), request([1], 5, Sampling(logit_bias={-1: 1.0}))]
 )
-async def test_what_cannot_run_fails_by_itself(engine: EngineClient, bad: object) -> None:
+async def test_what_cannot_run_fails_by_itself(engine: DirectEngine, bad: object) -> None:
     good = asyncio.create_task(tokens_of(engine, request(PROMPTS[5], 30)))
     with pytest.raises(EngineFailed):
         await tokens_of(engine, bad)
@@ -124,7 +124,7 @@ async def test_what_cannot_run_fails_by_itself(engine: EngineClient, bad: object
 
 
 async def test_log_probabilities_come_for_those_who_ask_and_match_the_model(
-    engine: EngineClient, tiny_model: Path
+    engine: DirectEngine, tiny_model: Path
 ) -> None:
     prompt = PROMPTS[6]
     asking = request(prompt, 6, Sampling(temperature=1, seed=8), logprobs=3, prompt_logprobs=2)
@@ -149,7 +149,7 @@ async def test_log_probabilities_come_for_those_who_ask_and_match_the_model(
         assert [v for _, v in entry.top] == pytest.approx(-np.sort(-expected[at])[:3], abs=1e-4)
 
 
-async def test_a_prompt_can_be_scored_without_a_completion(engine: EngineClient) -> None:
+async def test_a_prompt_can_be_scored_without_a_completion(engine: DirectEngine) -> None:
     [rows] = await rows_of(engine, request(PROMPTS[9], 0, prompt_logprobs=0))
     assert len(rows) == 1
     assert rows[0].finish == "length"
@@ -209,27 +209,22 @@ async def test_short_prompts_and_a_long_one_do_not_wait_for_each_other(tmp_path:
         assert served > 50, "about 100 chunks of prefill, and a short prompt after each"
 
 
-async def test_a_dead_engine_reaches_every_waiting_request(tiny_model: Path) -> None:
+async def test_a_dead_engine_is_noticed_at_once(tiny_model: Path) -> None:
     async with started(tiny_model) as engine:
-        requests = [
-            asyncio.create_task(tokens_of(engine, request(PROMPTS[2], 480))) for _ in range(4)
-        ]
-        await until(lambda: engine.stats is not None and engine.in_flight == 4)
         os.kill(engine.pid, signal.SIGKILL)
-        results = await asyncio.gather(*requests, return_exceptions=True)
-        assert all(isinstance(r, EngineFailed) and "signal 9" in str(r) for r in results)
-        with pytest.raises(EngineFailed):
-            engine.generate([request([1])])
+        await asyncio.wait_for(engine.closed.wait(), 5)
+        await engine.kill()
+        assert engine.how_it_ended == "signal 9"
 
 
 FRONT = """
 import asyncio, pathlib, sys
-from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Sampling
+from tests.support.engines import DirectEngine
 async def main():
-    client = await EngineClient.start("tiny", pathlib.Path(sys.argv[1]), LoadOptions())
-    client.generate([Generate(0, [1, 2, 3], Sampling(), 100_000)])
-    print(client.pid, flush=True)
+    engine = await DirectEngine.start("tiny", pathlib.Path(sys.argv[1]), LoadOptions())
+    engine.generate([Generate(0, [1, 2, 3], Sampling(), 100_000)])
+    print(engine.pid, flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())
 """
@@ -261,5 +256,5 @@ async def test_a_folder_that_cannot_be_loaded_says_why(
     damage(path)
     children = set(psutil.Process().children(recursive=True))
     with pytest.raises(ModelLoadFailed, match=f"(?i){says}"):
-        await EngineClient.start("tiny", path, LoadOptions())
+        await DirectEngine.start("tiny", path, LoadOptions())
     assert set(psutil.Process().children(recursive=True)) <= children

@@ -13,7 +13,6 @@ import pytest
 from llguidance import LLMatcher
 
 from mlx_server.engine.cache.prefix import PrefixCache
-from mlx_server.engine.client import EngineClient
 from mlx_server.engine.grammar.grammar import Allowed, Constraint, Grammar, Masker, Vocabulary
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import Failed, Generate, LoadOptions, Row, Sampling, Tokens
@@ -24,6 +23,7 @@ from mlx_server.engine.sampling.host import HostSampler
 from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.errors import EngineFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of
+from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model, tiny_tokenizer, token_id
 
 SCHEMA = {
@@ -101,7 +101,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-async def engine(model: Path) -> AsyncIterator[EngineClient]:
+async def engine(model: Path) -> AsyncIterator[DirectEngine]:
     async with started(model, prefill_chunk=16) as client:
         yield client
 
@@ -110,7 +110,7 @@ async def engine(model: Path) -> AsyncIterator[EngineClient]:
 
 
 async def test_documents_are_valid_and_free_rows_the_same_as_without_them(
-    engine: EngineClient,
+    engine: DirectEngine,
 ) -> None:
     free = await tokens_of(engine, *FREE)
     rows = await rows_of(engine, *BOUND, *FREE)
@@ -136,7 +136,7 @@ async def test_documents_are_valid_whatever_the_kind_of_tokenizer(
 
 
 async def test_a_document_goes_on_from_the_tokens_an_earlier_engine_sampled(
-    engine: EngineClient,
+    engine: DirectEngine,
 ) -> None:
     for one in (BOUND[0], BOUND[1], BOUND[3]):
         [whole] = await tokens_of(engine, one)
@@ -150,7 +150,7 @@ async def test_a_document_goes_on_from_the_tokens_an_earlier_engine_sampled(
             assert (await tokens_of(engine, rest, FREE[0], BOUND[4]))[0] == whole[cut:]
 
 
-async def test_a_document_that_is_cut_short_ends_with_length(engine: EngineClient) -> None:
+async def test_a_document_that_is_cut_short_ends_with_length(engine: DirectEngine) -> None:
     [whole] = await tokens_of(engine, BOUND[0])
     [rows] = await rows_of(engine, msgspec.structs.replace(BOUND[0], max_tokens=9))
     assert told(rows) == whole[:9]
@@ -158,13 +158,13 @@ async def test_a_document_that_is_cut_short_ends_with_length(engine: EngineClien
 
 
 async def test_without_stop_tokens_a_document_ends_with_the_models_own(
-    engine: EngineClient,
+    engine: DirectEngine,
 ) -> None:
     [rows] = await rows_of(engine, msgspec.structs.replace(BOUND[0], stop_tokens=[]))
     check(rows)
 
 
-async def test_a_stop_token_with_a_text_is_never_part_of_a_document(engine: EngineClient) -> None:
+async def test_a_stop_token_with_a_text_is_never_part_of_a_document(engine: DirectEngine) -> None:
     letter = token_id(TOKENIZER, "a")
     grammar = "start: /[ab]{40}/"
     [rows] = await rows_of(engine, bound(1, grammar, stop_tokens=[letter, STOP]))
@@ -175,7 +175,7 @@ async def test_a_stop_token_with_a_text_is_never_part_of_a_document(engine: Engi
     assert len(text_of(document)) == 40
 
 
-async def test_a_grammar_names_special_tokens_by_their_ids(engine: EngineClient) -> None:
+async def test_a_grammar_names_special_tokens_by_their_ids(engine: DirectEngine) -> None:
     header = token_id(TOKENIZER, "<|start_header_id|>")
     [rows] = await rows_of(engine, bound(1, f'start: "call" <[{header}]> /[0-9]/ <[{STOP}]>'))
     tokens = told(rows)
@@ -194,7 +194,7 @@ async def test_a_grammar_names_special_tokens_by_their_ids(engine: EngineClient)
     ],
 )
 async def test_a_grammar_that_does_not_compile_fails_its_request_alone(
-    engine: EngineClient, grammar: str, message: str
+    engine: DirectEngine, grammar: str, message: str
 ) -> None:
     expected = await tokens_of(engine, BOUND[0], FREE[0])
     with engine.generate([bound(1, grammar)]) as bad:
@@ -206,7 +206,7 @@ async def test_a_grammar_that_does_not_compile_fails_its_request_alone(
 
 
 async def test_a_constraint_that_leaves_no_token_fails_its_request_alone(
-    engine: EngineClient,
+    engine: DirectEngine,
 ) -> None:
     stops = [i for i, piece in vocabulary_texts() if piece.startswith("q")]
     stuck = bound(1, 'start: /[0-9]{5}/ "qq"', stop_tokens=stops)

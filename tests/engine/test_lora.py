@@ -8,11 +8,11 @@ import pytest
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_model
 
-from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import LoadOptions
 from mlx_server.errors import ModelLoadFailed
 from tests.engine.conftest import request as generation
 from tests.engine.conftest import tokens_of
+from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_adapter, build_tiny_model
 
 PROMPT = [5, 17, 42, 99, 7]
@@ -42,7 +42,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 async def said(path: Path, adapter: Path | None, dequantize: str) -> list[int]:
     options = LoadOptions(dequantize=dequantize)
-    engine = await EngineClient.start("tiny", path, options, adapter)
+    engine = await DirectEngine.start("tiny", path, options, adapter)
     try:
         (tokens,) = await tokens_of(engine, generation(PROMPT, TOKENS))
     finally:
@@ -79,10 +79,10 @@ async def test_an_adapter_of_another_model_is_refused_by_name(
 ) -> None:
     other = build_tiny_model(tmp_path / "other", hidden=32)
     with pytest.raises(ModelLoadFailed, match="adapter in adapter cannot be applied"):
-        await EngineClient.start("other", other, LoadOptions(), adapter)
+        await DirectEngine.start("other", other, LoadOptions(), adapter)
 
 
 async def test_a_damaged_adapter_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"num_layers": 2}')
     with pytest.raises(ModelLoadFailed, match="cannot be applied"):
-        await EngineClient.start("base", base, LoadOptions(), tmp_path)
+        await DirectEngine.start("base", base, LoadOptions(), tmp_path)

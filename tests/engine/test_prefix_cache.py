@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mlx_server.engine.cache.prefix import BLOCK
-from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, Row, Sampling, Stats
 from tests.engine.conftest import request, rows_of, started, tokens_of, until
+from tests.support.engines import DirectEngine
 from tests.support.tiny import build_recurrent_model, build_tiny_model
 
 Build = Callable[[Path], Path]
@@ -60,7 +60,7 @@ async def without_cache(
         return [(await tokens_of(engine, one))[0] for one in requests]
 
 
-async def after(engine: EngineClient, *asked: Generate) -> Stats:
+async def after(engine: DirectEngine, *asked: Generate) -> Stats:
     """What the engine reports when it has ended exactly these requests and is idle."""
     length = sum(len(one.prompt) for one in asked)
 

@@ -17,10 +17,10 @@ import httpx
 import psutil
 import pytest
 
-from mlx_server.engine import client as engine_client
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import LoadOptions, Row, Sampling
-from mlx_server.models.pool.supervisor import SupervisedEngine
+from mlx_server.models.pool import stream as row_stream
+from mlx_server.models.pool.resumable import ResumableEngine
 from tests.engine.conftest import request
 from tests.faults.conftest import (
     CONTEXT,
@@ -470,36 +470,35 @@ async def test_a_stream_that_nobody_reads_pauses_and_goes_on_as_if_nothing_had_h
     path = build_tiny_model(tmp_path / "quick")
     asked = request([5, 6, 7], 700, Sampling(seed=3, presence_penalty=0.5), logprobs=3)
 
-    async def start(_: float) -> EngineClient:
-        return await EngineClient.start("quick", path, LoadOptions())
-
-    engine = SupervisedEngine(await start(1.0), start, 60)
+    process = await EngineClient.start("quick", path, LoadOptions())
+    engine = ResumableEngine("quick")
+    engine.attach(process)
     try:
         with engine.generate([asked] * 2, "undisturbed") as stream:
             expected = [pair async for pair in stream.rows()]
-        monkeypatch.setattr(engine_client, "MOST_UNREAD", 200)
+        monkeypatch.setattr(row_stream, "MAX_UNREAD", 200)
         with engine.generate([asked] * 2, "slow") as stream:
             got = []
             async for pair in stream.rows():
                 got.append(pair)
                 if len(got) % 300 == 1:
-                    await until(lambda: _is_paused(engine), LIVELY)
+                    await until(lambda: _is_paused(process), LIVELY)
         for index in range(2):
             assert _of_choice(got, index) == _of_choice(expected, index)
             assert len(_of_choice(got, index)) == 700
-        await until(lambda: _has_taken_up(engine), LIVELY)
+        await until(lambda: _was_sent_completions(process), LIVELY)
     finally:
-        await engine.stop()
+        await process.stop()
 
 
 def _of_choice(rows: list[tuple[int, Row]], index: int) -> list[int]:
     return [token for i, row in rows if i == index for token in row.tokens]
 
 
-async def _is_paused(engine: SupervisedEngine) -> bool:
-    return engine._engine.in_flight == 0
+async def _is_paused(process: EngineClient) -> bool:
+    return process.in_flight == 0
 
 
-async def _has_taken_up(engine: SupervisedEngine) -> bool:
+async def _was_sent_completions(process: EngineClient) -> bool:
     """Whether the prompts that the engine was sent held completions, and not just 3 tokens."""
-    return engine.stats is not None and engine.stats.prefix.prompt_tokens > 200
+    return process.stats is not None and process.stats.prefix.prompt_tokens > 200

@@ -190,23 +190,6 @@ async def test_a_dead_engine_that_nobody_uses_is_replaced_for_a_model_named_at_t
     assert [engine.pid for engine in server.engines()] == [(await server.idle("tiny"))["pid"]]
 
 
-async def test_the_next_request_gets_a_fresh_engine_of_a_model_loaded_on_demand(
-    tmp_path: Path, model: Path
-) -> None:
-    with serving(tmp_path, model_dirs=[str(model.parent)]) as server:
-
-        async def noticed() -> bool:
-            return bool((await server.models())["tiny"]["state"] == "absent")
-
-        async with server.client() as client:
-            assert not server.engines()
-            for _ in range(2):
-                await ask(client, CHAT, chat("tiny", max_tokens=2))
-                [engine] = server.engines()
-                engine.kill()
-                await until(noticed, 2)
-
-
 # clients that vanish
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_server.engine.client import RowStream
 from mlx_server.engine.protocol import Row
 from mlx_server.errors import BadRequest, RequestTimeout, TooManyRequests, Unavailable
+from mlx_server.models.pool.stream import RowStream
 from mlx_server.services import backpressure as module
 from mlx_server.services.backpressure import Backpressure
 

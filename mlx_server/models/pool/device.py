@@ -1,4 +1,4 @@
-"""What device the engines of this machine compute on, asked of a short-lived process."""
+"""Which device engines compute on, asked of a short-lived process."""
 
 import asyncio
 import sys
@@ -12,7 +12,7 @@ PROBE_SECONDS = 60.0
 
 
 async def find_device() -> Device:
-    """The device and its memory. Raises Unavailable when MLX cannot be imported or used."""
+    """Raises Unavailable when MLX cannot be imported or used."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""What a model will take in memory, told from its files' headers before anything is loaded."""
+"""Estimates what a model takes in memory from its files' headers."""
 
 import json
 import math
@@ -30,33 +30,27 @@ BITS = {
 }
 FLOAT32_BYTES = 4
 KV_BYTES = 2
-"""Bytes of a number in a KV cache on a device that computes in half precision."""
+"""Bytes of a number in half precision."""
 KV_GROUP_SIZES = (64, 32)
-"""Numbers of a quantized KV cache that share a scale and a bias: the first that divides a head."""
+"""Numbers that share a scale and a bias in a quantized KV cache: the first that divides a head."""
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
-"""Sizes of quantized weights that MLX knows."""
 SAMPLING_COPIES = 4
 SCORE_COPIES = 2
 UNFUSED_KEYS = 512
-"""Tokens of a text up to which attention may have all its scores in memory at once."""
+"""Tokens up to which attention may have all its scores in memory."""
 FULL_ATTENTION = ("full_attention", "attention")
-"""What configurations call a layer whose KV cache grows with the tokens."""
+"""Layer types whose KV cache grows with the tokens."""
 LARGEST_HEADER = 100_000_000
 HEADER = struct.Struct("<Q")
-
-
 KV_STEP = 256
-"""Tokens by which caches grow, so that one may hold room for as many more than it needs."""
+"""Tokens by which caches grow."""
 LARGEST_CHUNK = 2048
-"""Tokens whose activations are in memory at once, at most."""
+"""Tokens whose activations are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of memory: the weights once loaded, and the KV cache per token of one sequence.
-
-    `float32` says that the weights are dequantized to that.
-    """
+    """Bytes: the weights once loaded, dequantized if `float32`, and what comes per token."""
 
     float32: bool
     weights: int
@@ -65,14 +59,13 @@ class Footprint:
     vocabulary: int
     activations_per_token: int
     largest_chunk: int = LARGEST_CHUNK
-    """Tokens whose activations are in memory at once, at most."""
 
     def kv(self, tokens: int) -> int:
-        """The KV cache of one sequence."""
+        """Of one sequence."""
         return (tokens + KV_STEP) * self.kv_per_token
 
     def working(self, max_batch: int) -> int:
-        """Room to compute in: a chunk's activations, and a batch's logits while sampling."""
+        """A chunk's activations, and a batch's logits while sampling."""
         logits = max_batch * self.vocabulary * FLOAT32_BYTES
         return self.largest_chunk * self.activations_per_token + SAMPLING_COPIES * logits
 
@@ -80,11 +73,10 @@ class Footprint:
 def read_footprint(
     path: Path, float32: bool, adapter: Path | None = None, kv_bits: int | None = None
 ) -> Footprint:
-    """Estimate the model folder `path` with the LoRA weights in the folder `adapter`.
+    """Estimate the model in `path` with the LoRA weights in `adapter`.
 
-    The weights are dequantized to float32, or stay as they are stored; KV caches are quantized to
-    `kv_bits`, or hold numbers as they are computed.
-    Raises ModelLoadFailed for files that are damaged.
+    `float32` dequantizes the weights, `kv_bits` quantizes the KV caches. Raises ModelLoadFailed
+    for damaged files.
     """
     config = read_config(path)
     tensors = [tensor for file in sorted(path.glob(WEIGHTS)) for tensor in _tensors(file)]
@@ -108,9 +100,9 @@ def read_footprint(
 
 
 def read_embedding_footprint(path: Path, float32: bool, longest: int | None) -> Footprint:
-    """Estimate an embedding model, which takes each text of up to `longest` tokens at once.
+    """Estimate a model without KV caches and logits that takes `longest` tokens of a text at once.
 
-    It keeps no KV caches and computes no logits. Raises ModelLoadFailed for damaged files.
+    Raises ModelLoadFailed for damaged files.
     """
     plain = read_footprint(path, float32)
     context = min(plain.context_length, longest or plain.context_length)
@@ -135,7 +127,7 @@ class _Tensor:
 
 
 def _tensors(file: Path) -> list[_Tensor]:
-    """What the safetensors file holds, after checking that all of it is there."""
+    """Checks that all of the safetensors file is there."""
     try:
         with file.open("rb") as stream:
             (length,) = HEADER.unpack(stream.read(HEADER.size))
@@ -195,9 +187,9 @@ def _number(config: dict[str, Any], name: str, default: int) -> int:
 
 
 def _kv_bytes_per_token(config: dict[str, Any], number: int, kv_bits: int | None) -> int:
-    """Keys and values of all layers; families with a cheaper cache are overestimated.
+    """For all layers; cheaper caches of some families are overestimated.
 
-    `number` is what an unquantized one takes.
+    `number` is the bytes of an unquantized number.
     """
     layers = _number(config, "num_hidden_layers", 0)
     heads = max(1, _number(config, "num_attention_heads", 1))
@@ -214,7 +206,7 @@ def _kv_bytes_per_token(config: dict[str, Any], number: int, kv_bits: int | None
 
 
 def _growing_layers(config: dict[str, Any], layers: int) -> int:
-    """Layers that attend to everything; only their caches are quantized."""
+    """Only these layers' caches are quantized."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         kinds = part.get("layer_types")

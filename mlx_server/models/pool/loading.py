@@ -1,0 +1,112 @@
+"""Loads a model: its engine and its text side, started together."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from mlx_server.engine.client import EngineClient
+from mlx_server.engine.protocol import Embedding, LoadOptions, Ready
+from mlx_server.errors import ModelLoadFailed, ServerError
+from mlx_server.events import event
+from mlx_server.models.pool.needs import LoadPlan
+from mlx_server.models.pool.resumable import ResumableEngine
+from mlx_server.models.pool.supervisor import EngineSupervisor
+from mlx_server.models.store.locks import ModelLock
+from mlx_server.models.text.client import ModelText, TextProcess
+from mlx_server.telemetry import load_span
+
+StartEngine = Callable[
+    [str, Path, LoadOptions, Path | None, Embedding | None], Awaitable[EngineClient]
+]
+"""Starts a process as `EngineClient.start` does."""
+
+log = logging.getLogger("mlx_server.pool")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    id: str
+    engine: ResumableEngine
+    supervisor: EngineSupervisor
+    text: ModelText
+    facts: Ready
+    lock: ModelLock
+
+    def close(self) -> None:
+        """Release all but the engine."""
+        self.lock.release()
+        self.text.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoader:
+    home: Path
+    load_timeout: float
+    hang_timeout: float
+    texts: TextProcess
+    start_engine: StartEngine
+
+    async def load(self, plan: LoadPlan) -> LoadedModel:
+        """Nothing is left behind on failure or cancellation."""
+        model_id = plan.entry.id
+        with load_span(model_id) as span:
+            lock = ModelLock(self.home, plan.path)
+            try:
+                async with asyncio.timeout(self.load_timeout):
+                    process, text = await self._start_both(plan)
+            except BaseException:
+                lock.release()
+                raise
+            facts = process.ready
+            assert facts is not None
+            span.loaded(device=facts.device, weights_bytes=facts.weights_bytes)
+        engine = ResumableEngine(model_id)
+        start = partial(self._start_engine, plan)
+        supervisor = EngineSupervisor(process, engine, start, self.hang_timeout)
+        return LoadedModel(model_id, engine, supervisor, text, facts, lock)
+
+    def failure(self, error: Exception, model_id: str) -> ServerError:
+        """What to tell those who wait for an engine that did not start."""
+        match error:
+            case ServerError():
+                return error
+            case TimeoutError():
+                return ModelLoadFailed(f"it did not load within {self.load_timeout:g} seconds")
+            case OSError():
+                return ModelLoadFailed(f"its engine could not be started: {error}")
+        log.error(event("model_load_crashed", model=model_id), exc_info=error)
+        return ModelLoadFailed(f"{type(error).__name__}: {error}")
+
+    async def _start_both(self, plan: LoadPlan) -> tuple[EngineClient, ModelText]:
+        trusted = plan.options.trust_remote_code
+        starting = asyncio.create_task(self._start_engine(plan, kv_share=1.0))
+        opening = asyncio.create_task(self.texts.open(plan.path, plan.entry.id, trusted))
+        try:
+            return await asyncio.gather(starting, opening)
+        except BaseException:
+            starting.cancel()
+            opening.cancel()
+            process, text = await asyncio.gather(starting, opening, return_exceptions=True)
+            if not isinstance(text, BaseException):
+                text.close()
+            if not isinstance(process, BaseException):
+                await process.kill()
+            raise
+
+    async def _start_engine(self, plan: LoadPlan, kv_share: float) -> EngineClient:
+        options = msgspec.structs.replace(
+            plan.options,
+            memory_limit=str(plan.need.total),
+            kv_limit=plan.need.kv,
+            kv_share=kv_share,
+        )
+        entry = plan.entry
+        async with asyncio.timeout(self.load_timeout):
+            return await self.start_engine(
+                entry.id, plan.path, options, entry.adapter_path, plan.embedding
+            )

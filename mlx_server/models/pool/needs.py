@@ -1,0 +1,106 @@
+"""How much memory a model is promised."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+
+from mlx_server.engine.protocol import Embedding, LoadOptions, Ready
+from mlx_server.errors import InsufficientMemory, ModelLoadFailed
+from mlx_server.models.pool.footprint import Footprint, read_embedding_footprint, read_footprint
+from mlx_server.models.store.catalog import ModelEntry
+from mlx_server.models.store.embedding_files import read_embedding
+from mlx_server.units import parse_bytes
+
+DEFAULT_KV_SHARE = "25%"
+"""Of the budget, for one model's KV caches."""
+MIN_KV_TOKENS = 2048
+"""One sequence that a KV cache must hold for its model to be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of weights, of KV caches, and of room to compute."""
+
+    weights: int
+    kv: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.working
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    entry: ModelEntry
+    path: Path
+    footprint: Footprint
+    need: Need
+    options: LoadOptions
+    embedding: Embedding | None
+
+
+@dataclass(slots=True)
+class MemoryPlanner:
+    """Plans loads within `budget` bytes for all models together."""
+
+    kv_cache: str | None
+    """For one model: bytes, or a share of the budget."""
+    budget: int = 0
+    on_cpu: bool = False
+    _measured: dict[Footprint, int] = field(default_factory=dict)
+    """Bytes that weights took when loaded."""
+
+    def plan(self, entry: ModelEntry, options: LoadOptions) -> LoadPlan:
+        """Read the files; blocks. Raises ModelLoadFailed, or InsufficientMemory beyond `budget`."""
+        if entry.path is None:
+            raise ModelLoadFailed("it has not been pulled yet")
+        mode = options.dequantize
+        float32 = mode == "always" or (mode == "auto" and self.on_cpu)
+        try:
+            return self._plan(entry, entry.path, options, float32)
+        except InsufficientMemory:
+            if not float32 or mode == "always":
+                raise
+            # Slower as stored, but it runs.
+            return self._plan(entry, entry.path, options, False)
+
+    def correct(self, plan: LoadPlan, facts: Ready) -> LoadPlan:
+        """Replace estimates by measurements, within what the engine was allowed."""
+        self._measured[plan.footprint] = facts.weights_bytes
+        left = plan.need.total - facts.weights_bytes - facts.kv_limit
+        working = max(0, min(plan.need.working, left))
+        return replace(plan, need=Need(facts.weights_bytes, facts.kv_limit, working))
+
+    def _plan(self, entry: ModelEntry, path: Path, options: LoadOptions, float32: bool) -> LoadPlan:
+        embedding, longest = None, None
+        if entry.embeds:
+            files = read_embedding(path)
+            embedding, longest = files.embedding, files.longest
+            footprint = read_embedding_footprint(path, float32, longest)
+        else:
+            footprint = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
+        limits = [limit for limit in (options.context_length, longest) if limit is not None]
+        options = msgspec.structs.replace(
+            options,
+            dequantize="always" if float32 else "never",
+            context_length=min(limits, default=None),
+        )
+        need = self._need(footprint, options)
+        return LoadPlan(entry, path, footprint, need, options, embedding)
+
+    def _need(self, footprint: Footprint, options: LoadOptions) -> Need:
+        weights = self._measured.get(footprint, footprint.weights)
+        context = min(footprint.context_length, options.context_length or footprint.context_length)
+        working = footprint.working(options.max_batch)
+        smallest_kv = footprint.kv(min(context, MIN_KV_TOKENS))
+        least = weights + working + smallest_kv
+        if least > self.budget:
+            raise InsufficientMemory(
+                f"it needs {least:,} bytes of memory and all models together may take "
+                f"{self.budget:,}"
+            )
+        usual = max(smallest_kv, parse_bytes(self.kv_cache or DEFAULT_KV_SHARE, self.budget))
+        largest = options.max_batch * footprint.kv(context)
+        return Need(weights, min(largest, usual, self.budget - weights - working), working)

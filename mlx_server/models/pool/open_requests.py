@@ -1,0 +1,150 @@
+"""Requests that have not ended: what was asked, what has come, what remains.
+
+With its tokens so far at the end of its prompt, a generation goes on in another engine as if
+nothing had happened: its randomness depends on the seed and the position alone.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import msgspec
+
+from mlx_server.engine.protocol import Embed, Failed, Generate, Row
+from mlx_server.errors import ServerError
+from mlx_server.models.pool.stream import RowStream
+
+RESUMED_PRIORITY = -(1 << 31)
+"""Before all others: what was running gets its place back before anything new begins."""
+
+
+class OpenRequest(ABC):
+    """`on_progress` is called for each row or failure, with whether it is the last."""
+
+    def __init__(
+        self,
+        id_: int,
+        request_id: str,
+        stream: RowStream,
+        on_progress: Callable[["OpenRequest", bool], None],
+    ) -> None:
+        self.id = id_
+        self.engine_id = id_
+        """New after each pause, as rows under the old one may still be on their way."""
+        self.request_id = request_id
+        self.evidence = 0
+        """Ends of engines that worked on it since its latest row, weighed."""
+        self.paused = False
+        self.sent = False
+        self.begun = False
+        self._stream = stream
+        self._on_progress = on_progress
+        self._resumed = False
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether all has come but the finish."""
+
+    @abstractmethod
+    def remaining(self) -> Generate | Embed:
+        """A request for the rest."""
+
+    @abstractmethod
+    def _keep(self, row: Row) -> Row:
+        """Remember what `row` brings; returns what of it the reader does not know."""
+
+    def begin(self) -> None:
+        self.begun = True
+        self._stream.begin()
+
+    def put(self, item: Row | Failed) -> None:
+        ended = isinstance(item, Failed) or item.finish is not None
+        if item.id != self.id:
+            item = msgspec.structs.replace(item, id=self.id)
+        if isinstance(item, Row):
+            item = self._keep(item)
+        self.evidence = 0
+        self._stream.put(item)
+        self._on_progress(self, ended)
+
+    def take_back(self) -> None:
+        self._resumed = self._resumed or self.begun
+        self.sent = self.begun = False
+
+    def fail_stream(self, error: ServerError) -> None:
+        """Fail it together with its stream's other requests."""
+        self._stream.fail(error)
+
+    def _priority(self, asked: int) -> int:
+        return RESUMED_PRIORITY if self._resumed else asked
+
+
+class OpenGeneration(OpenRequest):
+    def __init__(
+        self,
+        id_: int,
+        request: Generate,
+        request_id: str,
+        stream: RowStream,
+        on_progress: Callable[[OpenRequest, bool], None],
+    ) -> None:
+        super().__init__(id_, request_id, stream, on_progress)
+        self._request = request
+        self._tokens: list[int] = []
+        self._has_row = False
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._tokens) and len(self._tokens) >= self._request.max_tokens
+
+    def remaining(self) -> Generate:
+        request = self._request
+        return msgspec.structs.replace(
+            request,
+            id=self.engine_id,
+            prompt=request.prompt + self._tokens,
+            generated=request.generated + len(self._tokens),
+            max_tokens=request.max_tokens - len(self._tokens),
+            prompt_logprobs=None if self._has_row else request.prompt_logprobs,
+            priority=self._priority(request.priority),
+        )
+
+    def _keep(self, row: Row) -> Row:
+        self._tokens += row.tokens
+        if self._has_row and row.cached is not None:
+            # The first engine's figure holds; this one includes generated tokens.
+            row = msgspec.structs.replace(row, cached=None)
+        self._has_row = True
+        return row
+
+
+class OpenEmbedding(OpenRequest):
+    def __init__(
+        self,
+        id_: int,
+        request: Embed,
+        request_id: str,
+        stream: RowStream,
+        on_progress: Callable[[OpenRequest, bool], None],
+    ) -> None:
+        super().__init__(id_, request_id, stream, on_progress)
+        self._request = request
+        self._missing = list(request.texts)
+        """A text whose vector has come is empty here."""
+
+    @property
+    def complete(self) -> bool:
+        return not any(self._missing)
+
+    def remaining(self) -> Embed:
+        return msgspec.structs.replace(
+            self._request,
+            id=self.engine_id,
+            texts=self._missing,
+            priority=self._priority(self._request.priority),
+        )
+
+    def _keep(self, row: Row) -> Row:
+        for index, _ in row.vectors or ():
+            self._missing[index] = []
+        return row

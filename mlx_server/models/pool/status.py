@@ -1,0 +1,130 @@
+"""What operators and metrics see of a model."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_server.engine.protocol import Memory, PrefixStats
+from mlx_server.models.pool.slot import MIN_RETRY_AFTER, Slot
+
+ModelState = Literal[
+    "absent", "downloading", "loading", "ready", "restarting", "draining", "failed"
+]
+SHOWN_LINES = 20
+SHOWN_CHARACTERS = 500
+"""Of each line."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """Times are in seconds, since the epoch for points in time; memory is in bytes."""
+
+    id: str
+    state: ModelState
+    reason: str | None = None
+    """Why it could not be loaded."""
+    pid: int | None = None
+    device: str | None = None
+    context_length: int | None = None
+    memory: Memory | None = None
+    need: int | None = None
+    """Reserved for it, or what it would take."""
+    load_seconds: float | None = None
+    loads: int = 0
+    restarts: int = 0
+    """Engines replaced while requests went on."""
+    last_lines: tuple[str, ...] = ()
+    """Of the last engine that crashed."""
+    in_flight: int = 0
+    """Requests that hold the model."""
+    running: int = 0
+    waiting: int = 0
+    preempted: int = 0
+    step_seconds: float = 0.0
+    """Of a decode step, of late."""
+    kv_bytes: int = 0
+    """Of running requests."""
+    prefix_cache: PrefixStats | None = None
+    waiting_to_load: int = 0
+    pinned: bool = False
+    last_used: float | None = None
+    expires: float | None = None
+    """When it is unloaded if nobody uses it."""
+
+
+def state_of(slot: Slot) -> ModelState:
+    if slot.model is None:
+        if slot.phase == "loading":
+            return "loading"
+        return "failed" if slot.error else "absent"
+    if slot.draining or slot.leaving:
+        return "draining"
+    return "restarting" if slot.model.supervisor.restarting else "ready"
+
+
+def status_of(slot: Slot) -> ModelStatus:
+    known: dict[str, Any] = {
+        "id": slot.entry.id,
+        "state": state_of(slot),
+        "reason": slot.error.message if slot.error else None,
+        "need": slot.need or None,
+        "load_seconds": slot.load_seconds,
+        "loads": slot.loads,
+        "in_flight": slot.in_use,
+        "waiting_to_load": slot.waiters,
+        "pinned": slot.pinned,
+        "last_used": slot.last_used,
+    }
+    model = slot.model
+    if model is None:
+        lines = _shown(slot.last_lines)
+        return ModelStatus(**known, restarts=slot.restarts, last_lines=lines)
+    supervisor, facts, stats = model.supervisor, model.facts, model.supervisor.stats
+    if stats is not None:
+        known |= {
+            "running": stats.running + stats.prefilling,
+            "waiting": stats.waiting,
+            "preempted": stats.preempted,
+            "step_seconds": stats.step_seconds,
+            "kv_bytes": stats.kv_bytes,
+            "prefix_cache": stats.prefix,
+        }
+    return ModelStatus(
+        **known,
+        restarts=slot.restarts + supervisor.restarts,
+        last_lines=_shown(supervisor.last_lines or slot.last_lines),
+        pid=supervisor.pid,
+        device=facts.device,
+        context_length=facts.context_length,
+        memory=stats.memory if stats else facts.memory,
+        expires=_expiry(slot),
+    )
+
+
+def not_ready_reason(slots: Iterable[Slot]) -> str | None:
+    missing = [slot for slot in slots if slot.preloaded and not slot.proven]
+    if not missing:
+        return None
+    return " ".join(
+        f"Model `{slot.entry.id}` is {state_of(slot)}"
+        + (f": {slot.error.message}" if slot.error else ".")
+        for slot in missing
+    )
+
+
+def retry_after(slot: Slot, now: float) -> float:
+    """Seconds, from how long the last load took."""
+    elapsed = now - slot.began_at if slot.phase == "loading" else 0.0
+    usual = slot.load_seconds if slot.load_seconds is not None else 2 * elapsed
+    return max(MIN_RETRY_AFTER, usual - elapsed)
+
+
+def _expiry(slot: Slot) -> float | None:
+    if slot.expires_at is None:
+        return None
+    return time.time() + slot.expires_at - time.monotonic()
+
+
+def _shown(lines: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(line[:SHOWN_CHARACTERS] for line in lines[-SHOWN_LINES:])

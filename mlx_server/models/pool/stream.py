@@ -1,0 +1,119 @@
+"""Rows on their way from an engine to their reader, who pauses it by falling behind."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
+from itertools import islice
+from typing import Protocol
+
+from mlx_server.engine.protocol import Failed, Row
+from mlx_server.errors import EngineFailed, ServerError
+
+MAX_ROWS_TOGETHER = 64
+"""Rows handed over at once, which their reader works through without a pause."""
+MAX_UNREAD = 2048
+"""Unread tokens and alternatives per request before a stream is paused: half a megabyte."""
+
+
+class Producer(Protocol):
+    """Works on a stream's requests."""
+
+    def abort(self, ids: Iterable[int]) -> None: ...
+
+    def pause(self, ids: Iterable[int]) -> None: ...
+
+    def resume(self, ids: Iterable[int]) -> None: ...
+
+
+class RowStream:
+    """The rows of requests sent together, as they come, until each has finished.
+
+    A context manager: leaving the block early aborts what still runs.
+    """
+
+    def __init__(self, producer: Producer, ids: range) -> None:
+        self.begun = False
+        """Whether an engine has begun to work on one of the requests."""
+        self.ids = ids
+        self._producer = producer
+        self._open = set(ids)
+        self._items: deque[Row | Failed | ServerError] = deque()
+        self._arrived = asyncio.Event()
+        self._unread = 0
+        self._paused = False
+
+    def begin(self) -> None:
+        self.begun = True
+
+    def put(self, item: Row | Failed) -> None:
+        self._items.append(item)
+        self._arrived.set()
+        if isinstance(item, Row):
+            self._unread += _size(item)
+            if self._unread > MAX_UNREAD * len(self.ids) and not self._paused:
+                self._paused = True
+                self._producer.pause(self._open)
+
+    def fail(self, error: ServerError) -> None:
+        """Abort what still runs; the reader gets `error` after the rows that are here."""
+        self._producer.abort(self._open)
+        self._items.append(error)
+        self._arrived.set()
+
+    def __enter__(self) -> "RowStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._producer.abort(self._open)
+
+    def abort(self, index: int) -> None:
+        """Give up the request at `index` of those sent."""
+        id_ = self.ids[index]
+        self._open.discard(id_)
+        self._producer.abort([id_])
+
+    async def rows(self) -> AsyncIterator[tuple[int, Row]]:
+        """Pairs of a request's index and its next row.
+
+        Raises EngineFailed when a request fails, and what the stream failed with.
+        """
+        async for together in self.arrivals():
+            for pair in together:
+                yield pair
+
+    async def arrivals(self) -> AsyncIterator[Iterator[tuple[int, Row]]]:
+        """The pairs of `rows`, those together that are here, so that a slow reader catches up."""
+        while self._open:
+            if not self._items:
+                self._caught_up()
+                self._arrived.clear()
+                await self._arrived.wait()
+            elif isinstance(first := self._items[0], Row):
+                yield islice(self._buffered_rows(), MAX_ROWS_TOGETHER)
+            else:
+                self._items.popleft()
+                self._raise(first)
+
+    def _buffered_rows(self) -> Iterator[tuple[int, Row]]:
+        while self._items and isinstance(row := self._items[0], Row):
+            self._items.popleft()
+            self._unread -= _size(row)
+            if row.id in self._open:
+                if row.finish is not None:
+                    self._open.discard(row.id)
+                yield row.id - self.ids.start, row
+
+    def _caught_up(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._producer.resume(self._open)
+
+    def _raise(self, failure: Failed | ServerError) -> None:
+        if isinstance(failure, ServerError):
+            raise failure
+        if failure.id in self._open:
+            raise EngineFailed(failure.message)
+
+
+def _size(row: Row) -> int:
+    return len(row.tokens) + sum(len(entry.top) for entry in row.logprobs or ())

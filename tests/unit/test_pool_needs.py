@@ -1,0 +1,151 @@
+"""What a model is promised of the budget, and what its engine is told."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mlx_server.engine.protocol import LoadOptions, Ready
+from mlx_server.errors import InsufficientMemory, ModelLoadFailed
+from mlx_server.models.pool.footprint import Footprint, read_footprint
+from mlx_server.models.pool.needs import LoadPlan, MemoryPlanner, Need
+from mlx_server.models.store.catalog import ModelEntry
+from tests.support.bert import build_tiny_bert
+from tests.support.tiny import build_tiny_model
+
+OPTIONS = LoadOptions(max_batch=4)
+AMPLE = 1 << 40
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", context=4096)
+
+
+def planner(budget: int = AMPLE, kv_cache: str | None = None, on_cpu: bool = True) -> MemoryPlanner:
+    return MemoryPlanner(kv_cache, budget, on_cpu)
+
+
+def entry(path: Path | None, embeds: bool = False) -> ModelEntry:
+    return ModelEntry("tiny", path, "folder", embeds=embeds)
+
+
+def facts(plan: LoadPlan, weights: int, kv: int) -> Ready:
+    made = msgspec.convert(
+        {
+            **dict.fromkeys(("pid", "context_length", "vocab_size", "longest_sequence"), 1),
+            "device": "cpu",
+            "model_type": "llama",
+            "weights_bytes": weights,
+            "kv_limit": kv,
+            "load_seconds": 0.1,
+            "dequantized": True,
+            "blas": None,
+            "memory": dict.fromkeys(("active", "peak", "cache", "limit"), 1),
+            "type": "ready",
+        },
+        Ready,
+    )
+    assert isinstance(made, Ready)
+    return made
+
+
+def test_caches_get_a_quarter_of_the_budget_but_no_more_than_a_full_batch_takes(
+    path: Path,
+) -> None:
+    footprint = read_footprint(path, True)
+    full = OPTIONS.max_batch * footprint.kv(4096)
+    working = footprint.working(OPTIONS.max_batch)
+    assert planner().plan(entry(path), OPTIONS).need == Need(footprint.weights, full, working)
+    assert planner(2 * full).plan(entry(path), OPTIONS).need.kv == full // 2
+    assert planner(kv_cache=str(full // 3)).plan(entry(path), OPTIONS).need.kv == full // 3
+    assert planner(4 * full, "50%").plan(entry(path), OPTIONS).need.kv == full
+
+
+def test_caches_hold_one_sequence_of_2048_tokens_at_least(path: Path) -> None:
+    footprint = read_footprint(path, True)
+    smallest = footprint.kv(2048)
+    assert planner(kv_cache="1").plan(entry(path), OPTIONS).need.kv == smallest
+    short = msgspec.structs.replace(OPTIONS, context_length=512)
+    assert planner(kv_cache="1").plan(entry(path), short).need.kv == footprint.kv(512)
+    least = footprint.weights + footprint.working(OPTIONS.max_batch) + smallest
+    assert planner(least).plan(entry(path), OPTIONS).need.total == least
+    with pytest.raises(InsufficientMemory, match=f"{least:,}.*{least - 1:,}"):
+        planner(least - 1).plan(entry(path), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "on_cpu", "told"),
+    [
+        ("auto", True, "always"),
+        ("auto", False, "never"),
+        ("always", False, "always"),
+        ("never", True, "never"),
+    ],
+)
+def test_weights_are_dequantized_on_a_cpu_unless_told_otherwise(
+    path: Path, mode: str, on_cpu: bool, told: str
+) -> None:
+    options = msgspec.structs.replace(OPTIONS, dequantize=mode)
+    plan = planner(on_cpu=on_cpu).plan(entry(path), options)
+    assert plan.options.dequantize == told
+    assert plan.footprint.float32 is (told == "always")
+
+
+def test_weights_stay_as_they_are_stored_where_float32_does_not_fit(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "half")
+    _store_in_half_precision(path)
+    whole, stored = read_footprint(path, True), read_footprint(path, False)
+    assert stored.weights < whole.weights
+    budget = _least(stored)
+    assert planner(budget).plan(entry(path), OPTIONS).options.dequantize == "never"
+    always = msgspec.structs.replace(OPTIONS, dequantize="always")
+    with pytest.raises(InsufficientMemory):
+        planner(budget).plan(entry(path), always)
+
+
+def _least(footprint: Footprint) -> int:
+    return footprint.weights + footprint.working(OPTIONS.max_batch) + footprint.kv(2048)
+
+
+def _store_in_half_precision(path: Path) -> None:
+    import mlx.core as mx
+
+    file = str(path / "model.safetensors")
+    weights = mx.load(file)
+    assert isinstance(weights, dict)
+    half = {name: weight.astype(mx.float16) for name, weight in weights.items()}
+    mx.eval(half)
+    mx.save_safetensors(file, half, metadata={"format": "mlx"})
+
+
+def test_measured_weights_replace_the_estimate_for_good(path: Path) -> None:
+    one = planner()
+    plan = one.plan(entry(path), OPTIONS)
+    measured = plan.need.weights - 100
+    corrected = one.correct(plan, facts(plan, measured, plan.need.kv))
+    assert corrected.need == Need(measured, plan.need.kv, plan.need.working)
+    assert one.plan(entry(path), OPTIONS).need.weights == measured
+
+
+def test_a_corrected_need_is_never_more_than_the_engine_was_allowed(path: Path) -> None:
+    one = planner()
+    plan = one.plan(entry(path), OPTIONS)
+    heavier = plan.need.weights + 100
+    corrected = one.correct(plan, facts(plan, heavier, plan.need.kv)).need
+    assert corrected.total == plan.need.total
+    assert corrected.working == plan.need.working - 100
+
+
+def test_an_embedding_model_is_told_its_longest_text(tmp_path: Path) -> None:
+    path = build_tiny_bert(tmp_path / "bert", context=128)
+    (path / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
+    plan = planner().plan(entry(path, embeds=True), OPTIONS)
+    assert plan.embedding is not None
+    assert plan.need.kv == 0
+    assert plan.options.context_length == plan.footprint.context_length == 64
+
+
+def test_a_model_that_is_not_there_has_no_plan() -> None:
+    with pytest.raises(ModelLoadFailed, match="not been pulled"):
+        planner().plan(entry(None), OPTIONS)
