@@ -26,6 +26,8 @@ from tests.support.pool import LIVELY, NAMES, Pool, local_pool, need_of, three_m
 
 MODELS = st.sampled_from(NAMES)
 MAX_OPEN = 12
+MAX_CRASHES = 2
+"""A third would be blamed on a request."""
 TICKS = 5
 
 
@@ -44,6 +46,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.folder = TemporaryDirectory()
         self.stack = AsyncExitStack()
         self.open: list[asyncio.Task[None]] = []
+        self.crashes = 0
         self.pool: Pool = self.runner.run(self._start())
 
     async def _start(self) -> Pool:
@@ -100,8 +103,10 @@ class PoolMachine(RuleBasedStateMachine):
     def generate(self) -> None:
         self.do(self._generate)
 
+    @precondition(lambda self: self.crashes < MAX_CRASHES)
     @rule(which=st.integers(0, 3))
     def crash(self, which: int) -> None:
+        self.crashes += 1
         loaded = [e for e in self.pool.fleet.running if e.load and e.received]
         if loaded:
             self.do(loaded[which % len(loaded)].crash)
@@ -191,4 +196,4 @@ def test_no_order_of_events_breaks_the_pool(models: Path, room: float) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("room", [1.5, 2.2, 3.5])
 def test_no_order_of_events_breaks_the_pool_for_long(models: Path, room: float) -> None:
-    play(models, room, games=400, moves=60)
+    play(models, room, games=200, moves=60)
