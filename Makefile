@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 MODEL := smollm2-135m
 INSTALL := PYTHON="$(PYTHON)" EXTRA="$(EXTRA)" scripts/install.sh
 SOURCES := pyproject.toml constraints.txt scripts/install.sh
+# Two at a time: each test of a server has an engine at work beside it.
+PARALLEL := -n 2 --dist loadscope
 
 # HOST counts on make's command line only: some shells export the machine's name under it.
 SERVE_FLAGS := --model $(MODEL)
@@ -16,13 +18,14 @@ ifneq ($(PORT),)
 SERVE_FLAGS += --port $(PORT)
 endif
 
-.PHONY: help install serve test soak bench clean
+.PHONY: help install install-dev serve check test soak bench clean
 .NOTPARALLEL:
 
 help:
 	@echo "make serve    install, then serve $(MODEL) (HOST=, PORT=, MODEL=, ARGS=)"
-	@echo "make install  only install, into $(VENV)"
-	@echo "make test     linters, type checks and tests"
+	@echo "make install  only install, into $(VENV); install-dev: with what tests need"
+	@echo "make check    linters, type checks and unit tests"
+	@echo "make test     everything that check does, and all other tests"
 	@echo "make soak     the long forms of the tests"
 	@echo "make bench    compare speeds with mlx-lm (ARGS=)"
 	@echo "make clean    remove everything that make has created"
@@ -33,6 +36,8 @@ $(VENV)/.installed: $(SOURCES)
 	@$(INSTALL)
 	@touch $@
 
+install-dev: $(VENV)/.installed-dev
+
 # The development install holds the plain one.
 $(VENV)/.installed-dev: $(SOURCES)
 	@$(INSTALL) dev
@@ -41,12 +46,24 @@ $(VENV)/.installed-dev: $(SOURCES)
 serve: install
 	@exec $(BIN)/mlx-server serve $(SERVE_FLAGS) $(ARGS)
 
+# Type checks for both platforms, whichever this is.
+define LINT
+$(BIN)/ruff check .
+$(BIN)/ruff format --check .
+$(BIN)/mypy -p mlx_server -p benchmarks --platform linux
+$(BIN)/mypy -p mlx_server -p benchmarks --platform darwin
+$(BIN)/lint-imports --no-logo
+endef
+
+check: $(VENV)/.installed-dev
+	$(LINT)
+	$(BIN)/python -m pytest $(PARALLEL) -q tests/unit $(ARGS)
+
+# What watches the clock, memory or the machine's load runs by itself, behind everything else.
 test: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p mlx_server -p benchmarks
-	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+	$(LINT)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not soak and not alone" $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and alone" $(ARGS)
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak --timeout=7200 $(ARGS)
