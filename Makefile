@@ -7,7 +7,7 @@ MODEL := smollm2-135m
 INSTALL := PYTHON="$(PYTHON)" EXTRA="$(EXTRA)" scripts/install.sh
 SOURCES := pyproject.toml constraints.txt scripts/install.sh
 # Two at a time: each test of a server has an engine at work beside it.
-PARALLEL := -n 2 --dist loadscope
+PARALLEL := -n 2 --dist loadgroup
 
 # HOST counts on make's command line only: some shells export the machine's name under it.
 SERVE_FLAGS := --model $(MODEL)

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +24,7 @@ READY_SECONDS = 90.0
 STOP_SECONDS = 15.0
 STRAGGLER_SECONDS = 2.0
 POLL_SECONDS = 0.02
+GREETING = re.compile(r"answers at (http://\S+)")
 MARK = "TEST_SERVER"
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -82,22 +83,21 @@ def serving(home: Path, *flags: str, ready: bool = True, **settings: object) -> 
     SIGTERM had not done so already.
     """
     home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    log = home / f"server-{port}.log"
     mark = uuid.uuid4().hex
+    log = home / f"server-{mark}.log"
     own = {MARK: mark, "MLX_SERVER_HOME": str(home), "HF_HOME": str(home / "hub")}
     own |= {f"MLX_SERVER_{name.upper()}": _as_variable(value) for name, value in settings.items()}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_server", "serve", "--port", str(port), *flags],
+            [sys.executable, "-m", "mlx_server", "serve", "--port", "0", *flags],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | own,
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log, mark)
     try:
+        server = Server(_greeted_url(process, log), process, log, mark)
         _wait_for(server, "/ready" if ready else "/health")
         yield server
     except BaseException:
@@ -112,10 +112,14 @@ def _as_variable(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _greeted_url(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The address that the server says it listens on."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        if found := GREETING.search(log.read_text(errors="replace")):
+            return found[1]
+        time.sleep(POLL_SECONDS)
+    raise AssertionError("the server never said where it listens")
 
 
 def _wait_for(server: Server, path: str) -> None:

@@ -1,0 +1,11 @@
+"""How tests share two workers: a file's tests stay together, and so do all of the demo model's."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for pytest-xdist's `loadgroup`, so that a server is started once."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            folder, _, file = item.nodeid.partition("::")[0].rpartition("/")
+            item.add_marker(pytest.mark.xdist_group(folder if folder == "tests/e2e" else file))
