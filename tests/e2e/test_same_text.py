@@ -93,7 +93,7 @@ class Said:
         return False
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(16, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [2, pytest.param(16, marks=pytest.mark.soak)])
 async def test_text_does_not_depend_on_the_cache_or_the_batch(
     demo_model: Path, tmp_path: Path, count: int
 ) -> None:

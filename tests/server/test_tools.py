@@ -196,8 +196,10 @@ async def test_a_forced_call_validates_in_each_familys_syntax_whole_and_streamed
     client: httpx.AsyncClient, model: str, named: bool, rounds: int
 ) -> None:
     choice = {"type": "function", "function": {"name": "forecast"}} if named else "required"
+    count = 4 if rounds > 1 else 2
     replies = [
-        await both(client, wild(model, tool_choice=choice, seed=5 + i)) for i in range(rounds)
+        await both(client, wild(model, tool_choice=choice, seed=5 + i, n=count))
+        for i in range(rounds)
     ]
     for one in (one for reply in replies for one in reply.choices):
         assert (one.reason, one.content) == ("tool_calls", None)
