@@ -160,13 +160,13 @@ class PrefixCache:
         self.shrink(self.limit)
         return block.snapshot
 
-    def hold(self, blocks: Iterable[Block]) -> None:
-        """Keep these blocks, whatever else needs room, until they are let go."""
+    def pin(self, blocks: Iterable[Block]) -> None:
+        """Keep these blocks, whatever else needs room, until `unpin`."""
         for block in blocks:
             block.users += 1
 
-    def let_go(self, blocks: Iterable[Block]) -> None:
-        """Undo `hold`."""
+    def unpin(self, blocks: Iterable[Block]) -> None:
+        """Undo `pin`."""
         for block in blocks:
             block.users -= 1
 
@@ -210,7 +210,7 @@ class PrefixCache:
         assert self.disk is not None
         return self.disk.read(wanted)
 
-    def take_in(self, prompt: list[int], keys: list[bytes], read: BlockRead) -> None:
+    def load_blocks(self, prompt: list[int], keys: list[bytes], read: BlockRead) -> None:
         """Add the blocks that were read of a prompt."""
         position = {key: i for i, key in enumerate(keys)}
         groups = self.layout.groups

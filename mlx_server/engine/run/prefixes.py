@@ -26,7 +26,7 @@ class WaitingPrefixes:
         """Put what was read for these requests into the prefix cache, and pin it."""
         for id_ in ids:
             fetch = self._fetches.pop(id_)
-            self._prefix.take_in(fetch.prompt, fetch.keys, self.reads.pop(id_))
+            self._prefix.load_blocks(fetch.prompt, fetch.keys, self.reads.pop(id_))
             self.pin(id_, fetch.keys)
 
     def drop(self, id_: int) -> None:
@@ -40,10 +40,10 @@ class WaitingPrefixes:
         """Keep the blocks `keys`, as far as they are in memory, for a request."""
         self.unpin(id_)
         self._pinned[id_] = self._prefix.chain(keys)
-        self._prefix.hold(self._pinned[id_])
+        self._prefix.pin(self._pinned[id_])
 
     def unpin(self, id_: int) -> None:
-        self._prefix.let_go(self._pinned.pop(id_, ()))
+        self._prefix.unpin(self._pinned.pop(id_, ()))
 
     def clear(self) -> None:
         """Forget all pins, since the prefix cache has been cleared."""
