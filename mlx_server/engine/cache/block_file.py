@@ -1,7 +1,4 @@
-"""The file of one KV-cache block: safetensors with a checksum over header and data.
-
-Knows bytes and single files; which blocks to keep is for `disk_index`, when for `disk`.
-"""
+"""The file of one KV-cache block: safetensors with a checksum over header and data."""
 
 import hashlib
 import json
@@ -51,21 +48,18 @@ NUMPY_NAMES = {"BOOL": "?", "BF16": "u2"}
 """Where numpy's name differs from the safetensors one. It has no bfloat16."""
 
 
-class Damaged(Exception):
-    """A file is not what was written for its block."""
+class Damaged(Exception): ...
 
 
 @dataclass(frozen=True, slots=True)
 class HostArray:
-    """An array's bytes in row-major order; `dtype` as safetensors names it."""
-
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
 
 
 def write_block(path: Path, identity: str, key: bytes, arrays: Sequence[HostArray]) -> int:
-    """Write a block to `path`, in an existing folder; returns the file's size. Raises OSError.
+    """Returns the file's size. Raises OSError.
 
     The file appears whole or not at all; after a power cut its checksum may be wrong.
     """
@@ -82,12 +76,11 @@ def write_block(path: Path, identity: str, key: bytes, arrays: Sequence[HostArra
 
 
 def read_block(path: Path, identity: str, key: bytes) -> list[HostArray]:
-    """The arrays of a block. Raises OSError, or Damaged when the file is not this block's."""
+    """Raises OSError, or Damaged when the file is not this block's."""
     return unpack(identity, key, _read_file(path))
 
 
 def remove_file(path: Path) -> bool:
-    """Whether the file is gone now. Another process may have removed it first."""
     try:
         path.unlink(missing_ok=True)
     except OSError:
@@ -98,8 +91,7 @@ def remove_file(path: Path) -> bool:
 def pack(identity: str, key: bytes, arrays: Sequence[HostArray]) -> list[bytes | memoryview]:
     """The parts of a block's file, in order.
 
-    Not by the safetensors package: it copies the data while holding Python's lock, and cannot
-    checksum its header.
+    The safetensors package copies while holding the GIL, and cannot checksum its header.
     """
     header: dict[str, object] = {"__metadata__": {"sha256": "", **_metadata(identity, key)}}
     end = 0
@@ -115,7 +107,7 @@ def pack(identity: str, key: bytes, arrays: Sequence[HostArray]) -> list[bytes |
 
 
 def unpack(identity: str, key: bytes, file: memoryview) -> list[HostArray]:
-    """The arrays in a file's bytes. Raises Damaged unless `pack` made them for this block."""
+    """Raises Damaged unless `pack` made the bytes for this block."""
     if file[HEADER.size : DIGEST.start] != START:
         raise Damaged("no header")
     if file[DIGEST] != _checksum([file[: HEADER.size], file[DIGEST.stop :]]):
@@ -135,7 +127,7 @@ def unpack(identity: str, key: bytes, file: memoryview) -> list[HostArray]:
 
 
 def to_host(array: mx.array) -> HostArray:
-    """The bytes of an evaluated array: a view if they are contiguous, else a copy."""
+    """A view of an evaluated array if contiguous, else a copy."""
     buffer: Any = array
     view = memoryview(buffer)
     # numpy takes plain bytes of any dtype, bfloat16 too, with no operation of MLX.
@@ -144,7 +136,7 @@ def to_host(array: mx.array) -> HostArray:
 
 
 def to_device(array: HostArray) -> mx.array:
-    """A copy that MLX owns; a bfloat16 one is still lazy."""
+    """A copy that MLX owns; bfloat16 stays lazy."""
     dtype = DTYPES[array.dtype]
     name = NUMPY_NAMES.get(array.dtype) or f"{array.dtype[0].lower()}{dtype.size}"
     numbers = np.frombuffer(array.data, dtype=name).reshape(array.shape)

@@ -1,6 +1,6 @@
-"""KV-cache blocks on disk, so that prompts' prefixes outlive the engine that computed them.
+"""KV-cache blocks on disk, so that prefixes outlive the engine that computed them.
 
-The engine's main thread calls `DiskCache` and owns all arrays; the two threads here see bytes only.
+The main thread calls `DiskCache` and owns all arrays; the two threads see bytes only.
 """
 
 import logging
@@ -54,8 +54,6 @@ class _Touch:
 
 
 class BlockRead:
-    """Blocks being read from disk."""
-
     def __init__(self, keys: Sequence[bytes]) -> None:
         self.keys = list(keys)
         self.begun = time.time_ns()
@@ -68,23 +66,20 @@ class BlockRead:
         return self.finished.is_set()
 
     def wait(self, timeout: float) -> bool:
-        """Whether it is done within `timeout` seconds."""
         return self.finished.wait(timeout)
 
     def cancel(self) -> None:
-        """Read no further; `blocks` still gives what has been read."""
         self.cancelled = True
 
     def blocks(self) -> list[list[mx.array]]:
-        """The blocks of `keys` up to the first that could not be read. For the main thread."""
+        """Up to the first that could not be read. For the main thread."""
         return [[to_device(array) for array in arrays] for arrays in self.found]
 
 
 class DiskCache:
     """The blocks of one model in `root/identity`; `limit` in bytes is on all files in `root`.
 
-    `identity` is a hexadecimal name for the model and its cache's layout. No method but `close`
-    waits for the disk.
+    `identity` is hexadecimal. No method but `close` waits for the disk.
     """
 
     def __init__(self, root: Path, identity: str, limit: int) -> None:
@@ -96,28 +91,26 @@ class DiskCache:
         self._reader.start()
 
     def holds(self, key: bytes) -> bool:
-        """Whether the block is on disk, as far as known; False until the folder is scanned."""
+        """False until the folder is scanned."""
         return key in self.index
 
     def write(self, key: bytes, arrays: Sequence[mx.array]) -> None:
-        """Have a block written, unless too much waits already.
+        """Queue a block, or drop it if too much waits.
 
-        The arrays must be evaluated: MLX cannot be asked whether they are, and would make the
-        caller wait. They are not copied, and stay in memory until written.
+        The arrays must be evaluated: MLX would make the caller wait otherwise. They are not copied.
         """
         if not self._closed:
             self.writer.put(key, arrays)
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        """Mark blocks as used though they were found in memory; `keys` in the prompt's order.
+        """Mark blocks found in memory as used; `keys` in the prompt's order.
 
-        Without this, a prompt's beginning, never read from disk, would be removed before the
-        blocks that are of no use without it.
+        Otherwise a prompt's beginning, never read from disk, would go before what needs it.
         """
         self.writer.touch(keys)
 
     def read(self, keys: Sequence[bytes]) -> BlockRead:
-        """Begin to read `keys` up to the first that is missing, or to `READ_LIMIT` bytes."""
+        """Begin to read `keys`, up to a missing one or `READ_LIMIT` bytes."""
         read = BlockRead([] if self._closed else self.index.leading(keys, READ_LIMIT))
         if read.keys:
             self._reader.put(read)
@@ -126,7 +119,6 @@ class DiskCache:
         return read
 
     def close(self) -> None:
-        """Write what waits as far as `CLOSE_SECONDS` allow, and end the threads."""
         if self._closed:
             return
         self._closed = True
@@ -138,10 +130,7 @@ class DiskCache:
 
 
 class DiskWriter(threading.Thread):
-    """Scans the folder, then writes and touches blocks in the order asked for.
-
-    `waiting` names the blocks still to be written.
-    """
+    """Scans the folder, then writes and touches blocks in order."""
 
     def __init__(self, index: DiskIndex) -> None:
         super().__init__(name="disk-writer", daemon=True)
@@ -173,7 +162,7 @@ class DiskWriter(threading.Thread):
             self._work.put(_Touch(old))
 
     def stop(self, give_up_at: float) -> None:
-        """End after what waits, or at `give_up_at` on the monotonic clock."""
+        """End after what waits, or at `give_up_at` (monotonic)."""
         self._give_up_at = give_up_at
         self._closing.set()
         self._work.put(None)
@@ -206,7 +195,6 @@ class DiskWriter(threading.Thread):
         return True
 
     def _write(self, block: _Write) -> int:
-        """Returns the size of the block's file, 0 if there is none."""
         now = time.monotonic()
         if now > self._give_up_at or now < self._retry_at:
             return 0
@@ -282,7 +270,7 @@ class _DiskReader(threading.Thread):
             read.found.append(arrays)
 
     def _condemn(self, key: bytes, error: Damaged | OSError) -> None:
-        """Forget a file, and remove it if it was read: one that cannot be may be whole."""
+        """Forget a file; remove it only if it was read: another may be whole."""
         path = self._index.path(key)
         log.warning('event=disk_cache_damaged file=%s reason="%s"', path, _reason(error))
         self._index.forget(key)

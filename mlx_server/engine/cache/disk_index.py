@@ -1,4 +1,4 @@
-"""Which blocks are on disk, when each was last used, and the limit on all their files."""
+"""Which blocks are on disk, when each was last used, and the limit on their files."""
 
 import math
 import os
@@ -27,15 +27,13 @@ FOLDER_NAME = re.compile(r"[0-9a-f]{8,}")
 
 @dataclass(slots=True)
 class _Entry:
-    """Size in bytes, and time of last use in unix seconds."""
-
     size: int
     used: float
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class _File:
-    """A block's file of any model; `used` is its mtime in nanoseconds."""
+    """A block's file of any model; `used` in nanoseconds."""
 
     used: int
     size: int
@@ -43,10 +41,10 @@ class _File:
 
 
 class DiskIndex:
-    """The blocks in `root/identity`, and the `limit` in bytes on the files of all models in `root`.
+    """The blocks in `root/identity`, and the `limit` in bytes on all models' files in `root`.
 
-    Several processes may share `root`; each enforces the limit. One thread adds and removes.
-    Others only look up, renew and forget, which needs no lock: each is one dict operation.
+    Processes may share `root`; each enforces the limit. One thread adds and removes; others look
+    up, renew and forget, which needs no lock: each is one dict operation.
     """
 
     def __init__(self, root: Path, identity: str, limit: int) -> None:
@@ -67,7 +65,7 @@ class DiskIndex:
         return self.folder / (key.hex() + SUFFIX)
 
     def leading(self, keys: Sequence[bytes], nbytes: int) -> list[bytes]:
-        """`keys` up to the first that is missing or exceeds `nbytes`, save that one always fits."""
+        """`keys` up to the first that is missing or exceeds `nbytes`; one always fits."""
         found: list[bytes] = []
         total = 0
         for key in keys:
@@ -79,12 +77,11 @@ class DiskIndex:
         return found
 
     def untouched(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Those of `keys` whose time of use should be renewed."""
         due = time.time() - TOUCH_SECONDS
         return [key for key in keys if (entry := self._entries.get(key)) and entry.used < due]
 
     def renew(self, key: bytes, now: int, position: int) -> None:
-        """Mark block number `position` of a prompt as used at `now`, in unix nanoseconds."""
+        """Mark a prompt's block as used at `now`, in unix nanoseconds."""
         used = now - 1000 * position  # what comes later in a prompt is removed earlier
         # Another process may have removed the file; a read-only folder keeps its times.
         with suppress(OSError):
@@ -105,7 +102,7 @@ class DiskIndex:
         self.folder.mkdir(mode=0o700, exist_ok=True)
 
     def make_room(self, nbytes: int) -> bool:
-        """Remove the least recently used files if need be; returns whether `nbytes` fit."""
+        """Remove the least recently used files; whether `nbytes` fit."""
         if not self._fits(nbytes) or self.unscanned > self.limit // SCAN_SHARE:
             self._scan(nbytes)
         return self._fits(nbytes)
@@ -131,7 +128,6 @@ class DiskIndex:
 
 
 def _block_files(root: Path) -> Iterator[_File]:
-    """The files of all models' blocks. Removes stale temporary ones."""
     for folder in _list_folder(root):
         if not FOLDER_NAME.fullmatch(folder.name):
             continue
@@ -148,7 +144,6 @@ def _block_files(root: Path) -> Iterator[_File]:
 
 
 def _list_folder(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Empty where the folder is missing or may not be read."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
