@@ -130,8 +130,6 @@ class DiskCache:
 
 
 class DiskWriter(threading.Thread):
-    """Scans the folder, then writes and touches blocks in order."""
-
     def __init__(self, index: DiskIndex) -> None:
         super().__init__(name="disk-writer", daemon=True)
         self.waiting: set[bytes] = set()

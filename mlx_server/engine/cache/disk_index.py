@@ -33,9 +33,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True, order=True)
 class _File:
-    """A block's file of any model; `used` in nanoseconds."""
-
-    used: int
+    used: int  # mtime in nanoseconds
     size: int
     path: Path
 

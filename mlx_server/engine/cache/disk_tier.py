@@ -47,7 +47,6 @@ class DiskTier:
         self._computing = []
 
     def settle(self) -> None:
-        """Hand over everything, when nothing runs."""
         self._unwritten.extend(self._computing)
         self._computing = []
         self._write(sum(block.nbytes for block in self._unwritten))

@@ -96,7 +96,6 @@ class KvLayout:
         ]
 
     def snapshot(self, cache: Cache) -> list[mx.array]:
-        """The unsliceable layers' state, of a cache of one sequence."""
         parts = leaves(cache)
         arrays: list[mx.array] = []
         numbers: list[int] = []

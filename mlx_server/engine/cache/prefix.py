@@ -25,8 +25,6 @@ KEY_BYTES = 16
 
 @dataclass(slots=True)
 class Match:
-    """The first `length` tokens of a prompt need not be computed."""
-
     blocks: list[Block] = field(default_factory=list)
     length: int = 0
 
@@ -129,7 +127,6 @@ class PrefixCache:
         self._blocks.shrink(self.limit)
 
     def pin(self, keys: Many[bytes]) -> list[Block]:
-        """Keep a prompt's blocks in memory; returns those there."""
         blocks = self._blocks.chain(keys)
         self._blocks.pin(blocks)
         return blocks

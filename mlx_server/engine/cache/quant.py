@@ -113,7 +113,6 @@ class _QuantizedArrays:
         self.values = self._written(self.values, mx.quantize(values, size, self.kv_bits), start)
 
     def _written(self, held: Planes | None, new: Planes, start: int) -> Planes:
-        """`new` at `start` of `held`, which grows by steps."""
         tokens = new[0].shape[2]
         if held is None or start + tokens > held[0].shape[2]:
             room = -(-tokens // self.step) * self.step
@@ -213,7 +212,6 @@ class BatchQuantizedKVCache(_QuantizedArrays, BatchKVCache):  # type: ignore[mis
         return plain
 
     def _assemble(self, planes: list[BatchKVCache]) -> None:
-        """Take over arrays, padding and offsets of plain caches."""
         first = planes[0]
         if first.keys is not None:
             self.keys = _planes(plane.keys for plane in planes)
