@@ -134,14 +134,6 @@ def test_a_batch_of_empty_caches_can_be_extended_and_extend(model: Any) -> None:
             assert_same(logits[row], alone(model, 8, prompt)[0])
 
 
-def test_an_extracted_row_goes_on_as_the_sequence_alone(model: Any) -> None:
-    cache = backend.merge([filled(model, 8, prompt) for prompt in PROMPTS])
-    run(model, cache, [prompt[-1:] for prompt in PROMPTS])
-    row = [layer.extract(1) for layer in cache]
-    assert row[0].size() == len(PROMPTS[1])
-    assert_same(run(model, row, [[90]]), alone(model, 8, [*PROMPTS[1], 90]))
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 def test_prompts_padded_on_the_right_come_out_as_each_alone(model: Any, bits: int) -> None:
     lengths = [len(prompt) - 1 for prompt in PROMPTS]

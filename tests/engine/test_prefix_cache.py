@@ -4,9 +4,11 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from mlx_server.engine.cache.prefix import BLOCK
+from mlx_server.engine.cache.blocks import LEAST_TAIL, Block, BlockIndex
+from mlx_server.engine.cache.prefix import BLOCK, extend_keys
 from mlx_server.engine.protocol import Generate, Row, Sampling, Stats
 from tests.engine.conftest import request, rows_of, started, tokens_of, until
 from tests.support.engines import DirectEngine
@@ -71,6 +73,77 @@ async def after(engine: DirectEngine, *asked: Generate) -> Stats:
     await until(told)
     assert engine.stats is not None
     return engine.stats
+
+
+def prompt_blocks(prompt: list[int]) -> list[Block]:
+    """The whole blocks of a prompt, of 4 bytes each."""
+    keys: list[bytes] = []
+    extend_keys(keys, prompt)
+    return [
+        Block(key, parent, prompt[i * BLOCK : (i + 1) * BLOCK], [mx.zeros(1)])
+        for i, (key, parent) in enumerate(zip(keys, [b"", *keys], strict=False))
+    ]
+
+
+def index_of(*chains: list[Block]) -> BlockIndex:
+    """An index whose last chain is the most recently used."""
+    index = BlockIndex()
+    for chain in chains:
+        for block in chain:
+            index.add(block)
+        index.touch(chain)
+    return index
+
+
+def held(index: BlockIndex, chain: list[Block]) -> int:
+    return index.known([block.key for block in chain])
+
+
+class TestBlockIndex:
+    def test_shrinking_drops_the_longest_unused_prompt_from_its_end(self) -> None:
+        old, new = prompt_blocks(prompt_of(96, 1)), prompt_blocks(prompt_of(96, 2))
+        index = index_of(new, old)
+        index.touch(new)
+        index.shrink(16)
+        assert (held(index, old), held(index, new)) == (1, 3)
+        index.shrink(8)
+        assert (held(index, old), held(index, new)) == (0, 2)
+        assert index.nbytes == 8
+        assert len(index) == 2
+
+    def test_pinned_blocks_stay_until_the_last_pin_is_gone(self) -> None:
+        chain = prompt_blocks(prompt_of(96, 1))
+        index = index_of(chain)
+        index.pin(chain[:2])
+        index.pin(chain[:1])
+        index.shrink(0)
+        assert held(index, chain) == 2
+        index.unpin(chain[:2])
+        index.shrink(0)
+        assert held(index, chain) == 1
+        index.unpin(chain[:1])
+        index.shrink(0)
+        assert len(index) == index.nbytes == 0
+
+    def test_a_snapshot_counts_with_its_block(self) -> None:
+        chain = prompt_blocks(prompt_of(64, 1))
+        index = index_of(chain)
+        index.add_snapshot(chain[1], [mx.zeros(10)])
+        assert index.nbytes == 48
+        index.shrink(4)
+        assert index.nbytes == 4
+
+    def test_the_tail_is_the_child_that_agrees_longest_and_long_enough(self) -> None:
+        prompt = prompt_of(96, 1)
+        short = prompt[: BLOCK + LEAST_TAIL] + prompt_of(BLOCK - LEAST_TAIL, 2)
+        long = prompt[: BLOCK + 20] + prompt_of(BLOCK - 20, 3)
+        parent, near = prompt_blocks(short)
+        best = prompt_blocks(long)[1]
+        index = index_of([parent, near, best])
+        rest = prompt[BLOCK:]
+        assert index.tail(parent.key, rest) == (best, 20)
+        assert index.tail(parent.key, rest[: LEAST_TAIL - 1]) == (None, 0)
+        assert index.tail(b"", rest) == (None, 0)
 
 
 async def test_a_prompt_seen_before_is_computed_from_its_last_whole_block_on(

@@ -11,11 +11,10 @@ SAMPLE_BYTES = 4096
 
 
 def model_identity(message: Load, layout: str) -> str:
-    """A hexadecimal name of the model in `message`, laid out as `layout` says.
+    """A hexadecimal name of the model, its adapter, its options and its layout.
 
-    Two models of one name have the same configuration, adapter, layout, and weight files of the
-    same sizes and times of change that are equal where they were sampled. Hashing the weights
-    whole would take longer than loading them.
+    Weight files count by size, time of change and samples: hashing them whole would take longer
+    than loading them.
     """
     digest = hashlib.blake2b(digest_size=16)
     options = message.options
@@ -32,7 +31,6 @@ def model_identity(message: Load, layout: str) -> str:
 
 
 def _sample(file: Path, size: int) -> bytes:
-    """Some bytes from evenly spaced places of `file`, the first ones among them."""
     with file.open("rb") as stream:
         parts = []
         for number in range(SAMPLES):

@@ -1,8 +1,7 @@
 """How a model's KV caches are cut into blocks of tokens, and put together again.
 
-Layers whose cache grows with the tokens (plain and quantized attention) are sliced: the part of a
-block depends on the tokens up to its end and on nothing else. Layers with a window or a recurrent
-state cannot be sliced afterwards; their whole state at a block's end is kept as a snapshot.
+Layers that grow with the tokens are sliced. Layers with a window or a recurrent state cannot be:
+their whole state at a block's end is kept as a snapshot.
 """
 
 from collections.abc import Sequence as Many
@@ -22,7 +21,6 @@ Cache = list[Any]
 
 
 def leaves(cache: Cache) -> list[Any]:
-    """The caches of all layers, those inside a list of caches one by one."""
     return [
         leaf
         for layer in cache
@@ -31,9 +29,9 @@ def leaves(cache: Cache) -> list[Any]:
 
 
 class KvLayout:
-    """The parts of one model's cache, learned from a cache of one sequence that holds a token.
+    """Learned from a cache of one sequence that holds a token.
 
-    `obstacle` names the kind of cache that can neither be sliced nor kept whole, if there is one.
+    `obstacle` names a kind of cache that can be neither sliced nor kept whole.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -62,31 +60,29 @@ class KvLayout:
 
     @property
     def groups(self) -> int:
-        """How many arrays a block has, its snapshot aside."""
         return len(self._groups)
 
     @property
     def sliceable(self) -> bool:
-        """Whether blocks alone, without snapshots, give a cache back."""
+        """Whether no snapshots are needed."""
         return not self._whole
 
     def describe(self) -> str:
-        """The layout in words that differ whenever blocks of one do not fit the other."""
+        """Differs whenever blocks of one layout do not fit the other."""
         groups = [(*map(str, shape), len(members)) for shape, members in self._groups.items()]
         return f"{groups} {self._sliced} {self._whole}"
 
     def padding(self, cache: Cache, length: int) -> int:
-        """Where in the arrays of `cache` a row of `length` tokens begins; rows end together."""
+        """Where in its arrays a row of `length` tokens begins; rows end together."""
         parts = leaves(cache)
         return int(parts[self._sliced[0]].size()) - length if self._sliced else 0
 
     def cut(
         self, cache: Cache, row: int, start: int, size: int, count: int
     ) -> list[list[mx.array]]:
-        """`count` blocks of `size` tokens of a row, from position `start` of the cache's arrays on.
+        """`count` blocks of `size` tokens of a row, from array position `start`.
 
-        Each block holds an array (parts, heads, size, width) for every group of alike parts, all
-        in buffers of its own, unevaluated.
+        A block is an unevaluated array (parts, heads, size, width) per group, in its own buffer.
         """
         parts = leaves(cache)
         stop = start + size * count
@@ -100,7 +96,6 @@ class KvLayout:
         ]
 
     def snapshot(self, cache: Cache) -> list[mx.array]:
-        """The state of the layers that cannot be sliced, of a cache of one sequence."""
         parts = leaves(cache)
         arrays: list[mx.array] = []
         numbers: list[int] = []
@@ -118,9 +113,9 @@ class KvLayout:
         length: int,
         snapshot: Many[mx.array] | None,
     ) -> None:
-        """Fill `cache`, new and of one sequence, with the first `length` tokens of `blocks`.
+        """Fill a new `cache` with the first `length` tokens of `blocks`.
 
-        `snapshot` is the one taken at `length`, None for a model that needs none.
+        `snapshot` is the one taken at `length`; None where the model needs none.
         """
         parts = leaves(cache)
         arrays: dict[tuple[int, int], mx.array] = {}
@@ -147,7 +142,6 @@ class KvLayout:
 
 
 def _token_arrays(part: KVCache | BatchKVCache) -> list[mx.array]:
-    """The arrays of a sliceable cache, each (rows, heads, tokens, width)."""
     arrays: list[mx.array] = []
     for side in (part.keys, part.values):
         arrays += [side] if isinstance(side, mx.array) else side

@@ -1,14 +1,12 @@
-"""Quantized KV caches that take part in continuous batching.
+"""Quantized KV caches for continuous batching; mlx-lm has one for a single sequence only.
 
-mlx-lm has one for a single sequence only. Keys and values are each held as a triple of arrays
-(rows, heads, tokens, width), as `mx.quantize` gives them: packed numbers, scales, biases. Padding,
-offsets and masks are those of mlx-lm's plain caches. Layers whose cache is bounded anyway, by a
-window or as a recurrent state, stay as they are.
+Keys and values are triples (packed, scales, biases) from `mx.quantize`; padding, offsets and masks
+are mlx-lm's. Layers bounded by a window or a recurrent state stay as they are.
 """
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
@@ -31,22 +29,18 @@ DIRECT_HEAD_DIM = 64
 releases of MLX leave columns out otherwise (https://github.com/ml-explore/mlx/issues/4250)."""
 
 
-class CannotQuantize(Exception):
-    """The model's attention does not work with a quantized KV cache; the message says why."""
+class CannotQuantize(Exception): ...
 
 
 def quantize_cache(cache: Many[Any], bits: int) -> list[Any]:
-    """The empty prompt cache `cache` with quantized layers in place of those that grow."""
     return [_quantized(layer, bits) for layer in cache]
 
 
 def check_support(model: Any, bits: int) -> int:
-    """How many of the model's caches are quantized; the others are bounded.
+    """How many of the model's caches are quantized.
 
-    Traces, without computing anything, what the engine does: a chunk of prefill, a merge, a decode
-    step. Raises CannotQuantize for heads that no group size divides, and for attention that cannot
-    read what the cache returns: most latent ones (MLA), those with sinks, and some that share keys
-    between layers.
+    Traces, without computing, a prefill chunk, a merge and a decode step. Raises CannotQuantize
+    when attention cannot read the result: most MLA, sinks, some layers that share keys.
     """
     cache = quantize_cache(make_prompt_cache(model), bits)
     count = _count_quantized(cache)
@@ -65,7 +59,7 @@ def check_support(model: Any, bits: int) -> int:
 
 
 def group_size_of(*widths: int) -> int:
-    """The group size for heads of these widths. Raises CannotQuantize if there is none."""
+    """Raises CannotQuantize if no group size divides all widths."""
     for size in GROUP_SIZES:
         if all(width and width % size == 0 for width in widths):
             return size
@@ -76,13 +70,11 @@ def group_size_of(*widths: int) -> int:
 
 
 class _QuantizedArrays:
-    """Storage and access that the two caches share.
+    """Storage that the two caches share.
 
-    mlx-lm's attention works on packed keys and values where the cache has `bits`, and on plain
-    ones where it has not. A decode step reads the whole cache for one query, which is quickest
-    packed. For a chunk of prefill the keys and values of the layer are dequantized for the moment,
-    because its fused attention then needs no scores (heads, chunk, tokens) in memory; so it is
-    always on CUDA, whose packed product does not take a part of an array.
+    mlx-lm's attention takes packed arrays where the cache has `bits`, plain ones otherwise. A
+    decode step is fastest packed. A prefill chunk is dequantized: fused attention needs no scores
+    (heads, chunk, tokens) in memory. So is everything on CUDA, whose packed product rejects slices.
     """
 
     keys: Planes | None
@@ -97,14 +89,13 @@ class _QuantizedArrays:
 
     @property
     def bits(self) -> int:
-        """Bits of the packed numbers last returned; absent when those were dequantized."""
+        """Absent when the arrays last returned were dequantized."""
         if not self._packed:
             raise AttributeError("bits")
         return self.kv_bits
 
     @property
     def group_size(self) -> int:
-        """Numbers that share a scale and a bias."""
         assert self.keys is not None
         packed, scales, _ = self.keys
         return packed.shape[3] * 8 * packed.itemsize // self.kv_bits // scales.shape[3]
@@ -114,7 +105,6 @@ class _QuantizedArrays:
         return sum(array.nbytes for array in (*(self.keys or ()), *(self.values or ())))
 
     def _write(self, keys: mx.array, values: mx.array, start: int) -> None:
-        """Put `keys` and `values` (rows, heads, tokens, head_dim) at position `start`."""
         widths = keys.shape[3], values.shape[3]
         size = group_size_of(*widths)
         aligned = all(width % DIRECT_HEAD_DIM == 0 for width in widths)
@@ -123,7 +113,6 @@ class _QuantizedArrays:
         self.values = self._written(self.values, mx.quantize(values, size, self.kv_bits), start)
 
     def _written(self, held: Planes | None, new: Planes, start: int) -> Planes:
-        """`new` at position `start` of `held`, which grows by steps where it is too short."""
         tokens = new[0].shape[2]
         if held is None or start + tokens > held[0].shape[2]:
             room = -(-tokens // self.step) * self.step
@@ -134,7 +123,6 @@ class _QuantizedArrays:
         return held
 
     def _read(self, end: int) -> tuple[Any, Any]:
-        """Keys and values of the first `end` positions, packed or not."""
         assert self.keys is not None
         assert self.values is not None
         keys, values = _part(self.keys, 0, end), _part(self.values, 0, end)
@@ -145,8 +133,6 @@ class _QuantizedArrays:
 
 
 class QuantizedKVCache(_QuantizedArrays, KVCache):  # type: ignore[misc]
-    """The keys and values of one sequence, quantized."""
-
     offset: int
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
@@ -158,7 +144,6 @@ class QuantizedKVCache(_QuantizedArrays, KVCache):  # type: ignore[misc]
         return self._read(self.offset)
 
     def plane(self, index: int) -> KVCache:
-        """One of the three arrays of keys and of values, as a plain cache."""
         plain = KVCache()
         if self.keys is not None and self.values is not None:
             plain.keys, plain.values = self.keys[index], self.values[index]
@@ -171,8 +156,6 @@ class QuantizedKVCache(_QuantizedArrays, KVCache):  # type: ignore[misc]
 
 
 class BatchQuantizedKVCache(_QuantizedArrays, BatchKVCache):  # type: ignore[misc]
-    """The keys and values of a left-padded batch, quantized."""
-
     offset: mx.array
     left_padding: mx.array
     _idx: int
@@ -213,16 +196,6 @@ class BatchQuantizedKVCache(_QuantizedArrays, BatchKVCache):  # type: ignore[mis
             plane.extend(other.plane(index))
         self._assemble(planes)
 
-    def extract(self, idx: int) -> QuantizedKVCache:
-        cache = QuantizedKVCache(self.kv_bits)
-        padding = cast(list[int], self.left_padding.tolist())[idx]
-        cache.offset = self._idx - padding
-        if self.keys is not None and self.values is not None:
-            part = (slice(idx, idx + 1), slice(None), slice(padding, self._idx))
-            cache.keys = _each(lambda x: mx.contiguous(x[part]), self.keys)
-            cache.values = _each(lambda x: mx.contiguous(x[part]), self.values)
-        return cache
-
     @classmethod
     def merge(cls, caches: list[QuantizedKVCache]) -> "BatchQuantizedKVCache":
         merged = cls(caches[0].kv_bits, [0] * len(caches))
@@ -232,7 +205,6 @@ class BatchQuantizedKVCache(_QuantizedArrays, BatchKVCache):  # type: ignore[mis
         return merged
 
     def plane(self, index: int) -> BatchKVCache:
-        """One of the three arrays of keys and of values, as a plain cache."""
         plain = BatchKVCache([])
         if self.keys is not None and self.values is not None:
             plain.keys, plain.values = self.keys[index], self.values[index]
@@ -240,7 +212,6 @@ class BatchQuantizedKVCache(_QuantizedArrays, BatchKVCache):  # type: ignore[mis
         return plain
 
     def _assemble(self, planes: list[BatchKVCache]) -> None:
-        """Take over arrays, padding and offsets of plain caches, of one array each."""
         first = planes[0]
         if first.keys is not None:
             self.keys = _planes(plane.keys for plane in planes)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from mlx_server.engine.cache.blocks import Block
 from mlx_server.engine.cache.disk import BlockRead
-from mlx_server.engine.cache.prefix import Block, PrefixCache
+from mlx_server.engine.cache.prefix import PrefixCache
 from mlx_server.engine.plan import Fetch
 
 
@@ -20,13 +21,13 @@ class WaitingPrefixes:
         """Begin to read from the disk."""
         for fetch in fetches:
             self._fetches[fetch.id] = fetch
-            self.reads[fetch.id] = self._prefix.read(fetch.wanted)
+            self.reads[fetch.id] = self._prefix.disk.read(fetch.wanted)
 
     def load(self, ids: Iterable[int]) -> None:
         """Put what was read for these requests into the prefix cache, and pin it."""
         for id_ in ids:
             fetch = self._fetches.pop(id_)
-            self._prefix.take_in(fetch.prompt, fetch.keys, self.reads.pop(id_))
+            self._prefix.load_blocks(fetch.prompt, fetch.keys, self.reads.pop(id_))
             self.pin(id_, fetch.keys)
 
     def drop(self, id_: int) -> None:
@@ -39,11 +40,10 @@ class WaitingPrefixes:
     def pin(self, id_: int, keys: list[bytes]) -> None:
         """Keep the blocks `keys`, as far as they are in memory, for a request."""
         self.unpin(id_)
-        self._pinned[id_] = self._prefix.chain(keys)
-        self._prefix.hold(self._pinned[id_])
+        self._pinned[id_] = self._prefix.pin(keys)
 
     def unpin(self, id_: int) -> None:
-        self._prefix.let_go(self._pinned.pop(id_, ()))
+        self._prefix.unpin(self._pinned.pop(id_, ()))
 
     def clear(self) -> None:
         """Forget all pins, since the prefix cache has been cleared."""

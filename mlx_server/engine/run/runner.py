@@ -78,7 +78,7 @@ class Runner:
             if prefill is not None:
                 yield Tokens(self._prefill(prefill, budget, outcome))
         outcome.failed += self.batch.take_failed()
-        self.prefix.pump()
+        self.prefix.disk.pump()
 
     def reset(self, outcome: Outcome) -> list[Start]:
         """Forget all arrays, which a failure has spoilt; returns what was running, in order."""
@@ -96,7 +96,7 @@ class Runner:
     def rest(self, prefix_limit: int) -> None:
         """Let go of what outlives a step; for when nothing runs. `prefix_limit` is in bytes."""
         self.prefix.resize(prefix_limit)
-        self.prefix.settle()
+        self.prefix.disk.settle()
         self.model.release()
 
     def _leave(self, plan: Plan, outcome: Outcome) -> None:

@@ -167,7 +167,7 @@ class Scheduler:
 
     def close(self) -> None:
         self.runner.constraints.close()
-        self.runner.prefix.close()
+        self.runner.prefix.disk.close()
 
     def stats(self) -> Stats:
         running, prefix = len(self.runner.batch.rows), self.runner.prefix
