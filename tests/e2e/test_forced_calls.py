@@ -92,7 +92,7 @@ async def whole(client: openai.AsyncOpenAI, body: dict[str, Any]) -> tuple[str, 
     return call.function.name, call.function.arguments, choice.finish_reason
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.soak)])
 async def test_each_forced_call_parses_and_validates_and_streams_as_it_is(
     client: openai.OpenAI, count: int
 ) -> None:

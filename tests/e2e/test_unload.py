@@ -4,8 +4,11 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.server import CHAT, Server, ask, chat, serving
+
+pytestmark = pytest.mark.alone
 
 MODEL = "smollm2-135m"
 SECONDS = 2.0

@@ -14,7 +14,7 @@ from openai.types import Completion, ErrorObject, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, TypeAdapter
 
-from tests.e2e.conftest import MODEL
+from tests.sdk.conftest import MODEL
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
