@@ -97,8 +97,8 @@ async def streamed_choices(client: httpx.AsyncClient, path: str, body: dict[str,
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
-        ({"tool_choice": "required"}, {"keep", "wait"}),
-        ({"tool_choice": {"type": "function", "function": {"name": "keep"}}}, {"keep"}),
+        ({"tool_choice": "required"}, ["keep", "wait"]),
+        ({"tool_choice": {"type": "function", "function": {"name": "keep"}}}, ["keep"]),
         (
             {
                 "tool_choice": {
@@ -109,14 +109,14 @@ async def streamed_choices(client: httpx.AsyncClient, path: str, body: dict[str,
                     },
                 }
             },
-            {"wait"},
+            ["wait"],
         ),
-        ({"tool_choice": "required", "parallel_tool_calls": False}, {"keep", "wait"}),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, ["keep", "wait"]),
     ],
     ids=str,
 )
 async def test_a_call_that_must_come_comes_whole_and_streamed(
-    server: Server, fields: dict[str, Any], names: set[str]
+    server: Server, fields: dict[str, Any], names: list[str]
 ) -> None:
     asked = {"messages": HELLO, "tools": [KEEPER, TIMER], "max_tokens": 1000}
     body = WILD | asked | fields | {"seed": 3}
@@ -135,7 +135,7 @@ async def test_a_call_that_must_come_comes_whole_and_streamed(
             arguments = json.loads(function["arguments"])
             schema = PERSON if function["name"] == "keep" else {"type": "object"}
             Draft202012Validator(schema).validate(arguments)
-        if fields.get("parallel_tool_calls") is False or names == {"keep"}:
+        if fields.get("parallel_tool_calls") is False or names == ["keep"]:
             assert len(made) == 1
 
 
