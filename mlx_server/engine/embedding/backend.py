@@ -6,21 +6,20 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_server.engine.cpu import gelu as embedding_cpu
-from mlx_server.engine.embedding import encoder as embedding_encoder
+from mlx_server.engine.embedding.encoder import Encoder, EncoderArgs
 from mlx_server.engine.embedding.pooling import pool
-from mlx_server.engine.memory import DeviceMemory, device_name
+from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import ENCODERS, Embedding, LoadOptions
-from mlx_server.engine.run.backend import (
+from mlx_server.engine.run import patches
+from mlx_server.engine.run.weights import (
     ModelError,
     as_computed,
     body_classes,
     context_length,
     load_weights,
-    speed_up,
+    read_weights,
 )
 
 Floats = NDArray[np.float32]
@@ -40,16 +39,12 @@ class EmbeddingBackend:
     def __init__(
         self, path: Path, options: LoadOptions, memory: DeviceMemory, embedding: Embedding
     ) -> None:
-        self.release = speed_up()
-        if device_name() == "cpu":
-            embedding_encoder.ACTIVATIONS["gelu"] = embedding_cpu.gelu
+        self.release = patches.use_cpu_kernels()
         self._embedding = embedding
         model, config = load_weights(path, options, _classes)
         self.model, self.dequantized = as_computed(model, options, memory)
         self.model.eval()
-        mx.eval(self.model.parameters())
-        arrays: dict[str, mx.array] = dict(tree_flatten(self.model.parameters()))
-        self.weights_bytes = sum(array.nbytes for array in arrays.values())
+        self.weights_bytes = read_weights(self.model)
         self.model_type = str(config["model_type"])
         self.vocab_size = int(config["vocab_size"])
         self.context_length = _context_length(self.model, config, options.context_length)
@@ -80,14 +75,14 @@ class EmbeddingBackend:
 
 def _classes(config: dict[str, Any]) -> tuple[type, type]:
     if config.get("model_type") in ENCODERS:
-        return embedding_encoder.Encoder, embedding_encoder.EncoderArgs
+        return Encoder, EncoderArgs
     if any(config.get(name) for name in BOTH_WAYS) or config.get("is_causal") is False:
         raise ModelError("its attention looks ahead, which is supported for encoders only")
     return body_classes(config)
 
 
 def _context_length(model: Any, config: dict[str, Any], cap: int | None) -> int:
-    if not isinstance(model, embedding_encoder.Encoder):
+    if not isinstance(model, Encoder):
         return context_length(config, cap)
     own = model.args.context_length
     return min(own, cap) if cap else own

@@ -5,7 +5,7 @@ positions are counted from behind the padding token's id. Parameters have the na
 checkpoints, shortened.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,7 +16,12 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.normalization import LayerNorm
 from mlx_lm.models.base import BaseModelArgs
 
-ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+from mlx_server.engine.cpu import activations as cpu
+from mlx_server.engine.memory import device_name
+
+Activation = Callable[[mx.array], mx.array]
+
+ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": gelu,
     "gelu_new": gelu_approx,
     "gelu_pytorch_tanh": gelu_approx,
@@ -38,6 +43,12 @@ RENAMED = (
 )
 UNUSED = ("pooler.", "cls.", "lm_head.", "position_ids")
 """Heads for other ends, and numbers counted from 0."""
+
+
+def activation(name: str) -> Activation:
+    if name == "gelu" and device_name() == "cpu":
+        return cpu.gelu
+    return ACTIVATIONS[name]
 
 
 @dataclass
@@ -105,7 +116,7 @@ class Layer(Module):
         self.up = Linear(args.hidden_size, args.intermediate_size)
         self.down = Linear(args.intermediate_size, args.hidden_size)
         self.norm = LayerNorm(args.hidden_size, eps=args.layer_norm_eps)
-        self._activation = ACTIVATIONS[args.hidden_act]
+        self._activation = activation(args.hidden_act)
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
         x = self.attention_norm(x + self.attention(x, mask))

@@ -10,9 +10,10 @@ from mlx_server.engine.cache.prefix import BLOCK, PrefixCache
 from mlx_server.engine.grammar.masks import Constraints
 from mlx_server.engine.plan import Begin, ChunkTime, Outcome, Plan, Start
 from mlx_server.engine.protocol import Row, Tokens
-from mlx_server.engine.run.backend import Backend, cache_bytes
+from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.groups import Groups
+from mlx_server.engine.run.kv import cache_bytes
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
 from mlx_server.engine.run.prefixes import WaitingPrefixes
 from mlx_server.engine.sequence import Sequence, usable_keys
