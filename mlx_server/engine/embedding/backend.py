@@ -1,4 +1,4 @@
-"""A loaded embedding model: an encoder, or the body of a decoder, and how its output is pooled."""
+"""A loaded embedding model: an encoder, or the body of a decoder, and a pooling."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,16 +25,13 @@ from mlx_server.engine.run.weights import (
 Floats = NDArray[np.float32]
 
 SMALLEST_NORM = 1e-12
-"""A vector without length stays one."""
+"""A zero vector stays zero."""
 BOTH_WAYS = ("use_bidirectional_attention", "is_bidirectional")
-"""What configurations say of decoders that were made to look ahead, which none here does."""
+"""Decoders made to look ahead, which is not supported."""
 
 
 class EmbeddingBackend:
-    """Token ids to vectors of `width` numbers, of texts of up to `context_length` tokens.
-
-    Raises ModelError when the folder does not hold a model for that.
-    """
+    """Raises ModelError when the folder does not hold an embedding model."""
 
     def __init__(
         self, path: Path, options: LoadOptions, memory: DeviceMemory, embedding: Embedding
@@ -51,10 +48,7 @@ class EmbeddingBackend:
         self.width = self.vectors([[0]]).shape[1]
 
     def vectors(self, texts: Sequence[Sequence[int]]) -> Floats:
-        """A vector for each of `texts`, computed in one pass: (texts, width).
-
-        Raises ValueError when one of them holds what is no number.
-        """
+        """(texts, width), computed in one pass. Raises ValueError when some are not finite."""
         lengths = [len(text) for text in texts]
         padded = np.zeros((len(texts), max(lengths)), np.int32)
         for row, text in zip(padded, texts, strict=True):
@@ -65,8 +59,8 @@ class EmbeddingBackend:
             raise ValueError("the model's output is not finite")
         return pooled
 
-    def finished(self, vector: Floats, dimensions: int | None) -> bytes:
-        """A vector as it is to be sent, cut to `dimensions` if that is asked for."""
+    def encode(self, vector: Floats, dimensions: int | None) -> bytes:
+        """Little-endian float32 of `vector`, or of its first `dimensions` at length 1."""
         vector = vector[:dimensions]
         if self._embedding.normalize or dimensions is not None:
             vector = vector / max(float(np.linalg.norm(vector)), SMALLEST_NORM)

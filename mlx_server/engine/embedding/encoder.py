@@ -1,7 +1,6 @@
-"""Encoders of BERT's kind: every token attends to every other one of its text.
+"""BERT (Devlin et al. 2018) and RoBERTa (Liu et al. 2019).
 
-The architecture is that of Devlin et al. (2018), and of Liu et al. (2019) for RoBERTa, whose
-positions are counted from behind the padding token's id. Parameters have the names of published
+RoBERTa counts positions from behind the padding token's id. Parameters have the names of published
 checkpoints, shortened.
 """
 
@@ -42,7 +41,7 @@ RENAMED = (
     ("layer.", "layers."),
 )
 UNUSED = ("pooler.", "cls.", "lm_head.", "position_ids")
-"""Heads for other ends, and numbers counted from 0."""
+"""Heads for other tasks, and a plain range."""
 
 
 def activation(name: str) -> Activation:
@@ -53,8 +52,6 @@ def activation(name: str) -> Activation:
 
 @dataclass
 class EncoderArgs(BaseModelArgs):  # type: ignore[misc]
-    """The sizes in an encoder's config.json."""
-
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -76,18 +73,14 @@ class EncoderArgs(BaseModelArgs):  # type: ignore[misc]
 
     @property
     def first_position(self) -> int:
-        """The position of a text's first token."""
         return 0 if self.model_type == "bert" else self.pad_token_id + 1
 
     @property
     def context_length(self) -> int:
-        """Tokens that a text may have."""
         return self.max_position_embeddings - self.first_position
 
 
 class Attention(Module):
-    """Self-attention in both directions."""
-
     def __init__(self, args: EncoderArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.heads = args.num_attention_heads
@@ -107,7 +100,7 @@ class Attention(Module):
 
 
 class Layer(Module):
-    """Attention, then a feed-forward network; the norms come after the sums."""
+    """The norms come after the sums."""
 
     def __init__(self, args: EncoderArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -125,8 +118,6 @@ class Layer(Module):
 
 
 class Encoder(Module):
-    """Token ids to a vector for each token."""
-
     def __init__(self, args: EncoderArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.args = args
@@ -137,7 +128,7 @@ class Encoder(Module):
         self.layers = [Layer(args) for _ in range(args.num_hidden_layers)]
 
     def __call__(self, tokens: mx.array, lengths: Sequence[int]) -> mx.array:
-        """Vectors (rows, tokens, width) of `tokens` (rows, tokens), padded on the right."""
+        """(rows, tokens, width) from `tokens` (rows, tokens), padded on the right."""
         longest = tokens.shape[1]
         positions = mx.arange(longest) + self.args.first_position
         x = self.word_embeddings(tokens) + self.position_embeddings(positions)
@@ -151,7 +142,7 @@ class Encoder(Module):
         return states
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Weights of a checkpoint under the names used here; what is not used is left out."""
+        """The used weights, renamed."""
         named = ((_name(key), weight) for key, weight in weights.items())
         return {name: weight for name, weight in named if not name.startswith(UNUSED)}
 
