@@ -1,7 +1,7 @@
-"""Attention in float32 for MLX's CPU device, which computes the exponentials of softmax one by one.
+"""Attention in float32 for MLX's CPU device.
 
-While a prompt is computed the host is idle, so softmax runs in NumPy on MLX's own memory. A decode
-step stays a lazy graph. Everything else is left to the original.
+MLX computes exponentials one by one. While a prompt is computed the host is idle, so softmax runs
+in NumPy on MLX's own memory. A decode step stays a lazy graph.
 """
 
 from functools import lru_cache
@@ -24,7 +24,6 @@ _attention = mx.fast.scaled_dot_product_attention
 
 
 def clear_masks() -> None:
-    """Free the last step's masks."""
     _additive.cache_clear()
 
 
@@ -38,7 +37,7 @@ def attention(
     sinks: mx.array | None = None,
     **rest: Any,
 ) -> mx.array:
-    """`mx.fast.scaled_dot_product_attention`: (batch, heads, tokens, value dim).
+    """As `mx.fast.scaled_dot_product_attention`: (batch, heads, tokens, value dim).
 
     `q` is (batch, heads, tokens, head_dim), `k` and `v` (batch, kv heads, keys, ...).
     """
@@ -56,7 +55,7 @@ def attention(
 
 
 def _decode(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
-    """Attention of one token a row; `q` (batch, kv heads, group, 1, head_dim) is scaled."""
+    """One token a row; `q` (batch, kv heads, group, 1, head_dim) is scaled."""
     # Products with one row read the keys as they lie; with several BLAS copies them first.
     scores = (q @ mx.expand_dims(k, 2).swapaxes(-1, -2)).squeeze(3)
     if isinstance(mask, mx.array):
@@ -68,7 +67,7 @@ def _decode(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) 
 
 
 def _prefill(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
-    """Attention in tiles of queries; `q` (batch, kv heads, group, tokens, head_dim) is scaled."""
+    """Tiles of queries; `q` (batch, kv heads, group, tokens, head_dim) is scaled."""
     tokens, keys = q.shape[3], k.shape[2]
     rows = max(16, TILE // (q.size // q.shape[-1] // tokens * keys))
     bias = None
@@ -93,7 +92,7 @@ def _prefill(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None)
 
 
 def _exponentials(scores: Floats) -> Floats:
-    """Turn scores into softmax's numerators in place; returns their sums over the last axis."""
+    """Softmax's numerators in place; returns their sums over the last axis."""
     with np.errstate(invalid="ignore"):
         scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
@@ -102,7 +101,6 @@ def _exponentials(scores: Floats) -> Floats:
 
 @lru_cache(maxsize=8)
 def _causal(tokens: int) -> Floats:
-    """What a token's scores of itself and the tokens around it get added: (tokens, tokens)."""
     return np.triu(np.full((tokens, tokens), MASKED, np.float32), 1)
 
 
@@ -118,7 +116,7 @@ def _additive(mask: mx.array) -> mx.array:
 
 
 def _by_group(mask: mx.array, kv_heads: int) -> mx.array:
-    """A mask that broadcasts to (batch, heads, tokens, keys) for heads as (kv heads, group)."""
+    """Heads as (kv heads, group)."""
     mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
     if mask.shape[1] == 1:
         return mx.expand_dims(mask, 2)

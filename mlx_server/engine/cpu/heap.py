@@ -1,4 +1,4 @@
-"""glibc's heap, from which MLX's CPU device takes its buffers; other C libraries are left alone."""
+"""glibc's heap, from which MLX's CPU device takes its buffers."""
 
 import ctypes
 import sys
@@ -6,21 +6,18 @@ from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_REUSED = 32 << 20
-"""Bytes; the most that glibc takes for these."""
+"""The most that glibc takes for these."""
 
 
 def keep_freed() -> None:
-    """Have freed memory reused: a page given back costs 3 us when it is touched again.
-
-    Buffers of some MB come and go with every layer.
-    """
+    """Reuse freed memory: a page given back costs 3 us when touched again."""
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, LARGEST_REUSED)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_REUSED)
 
 
 def trimmer() -> Callable[[int], int] | None:
-    """`malloc_trim`, which gives freed memory back to the system, where there is one."""
+    """`malloc_trim`, where there is one."""
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,4 +1,4 @@
-"""What an embedding engine does in the place of a scheduler: one forward pass over texts a turn."""
+"""An embedding engine's turns: one forward pass over texts each."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,16 +19,16 @@ from mlx_server.engine.protocol import (
 from mlx_server.engine.schedule.pace import Pace
 
 MOST_TOKENS = 2048
-"""Per pass with several texts, padding included; the footprint reckons with as many."""
+"""Per pass with several texts, with padding; the footprint assumes it."""
 LEAST_TOKENS = 64
 PASS_SECONDS = 0.5
-"""How long a pass may take: what an abort may have to wait for."""
+"""What an abort may have to wait for."""
 SPEED_WEIGHT = 0.3
 NO_PREFIXES = PrefixStats(blocks=0, bytes=0, prompt_tokens=0, cached_tokens=0)
 
 
 class PassBudget:
-    """How many tokens a pass may have, from how fast passes have been and whether they failed."""
+    """How many tokens a pass may have, from speed and failures."""
 
     def __init__(self) -> None:
         self._most = MOST_TOKENS
@@ -52,8 +52,6 @@ class PassBudget:
 
 
 class Embedder:
-    """Owns every request of an embedding engine from its arrival to its last vector."""
-
     def __init__(self, model: EmbeddingBackend, memory: DeviceMemory) -> None:
         self.model = model
         self.memory = memory
@@ -81,7 +79,6 @@ class Embedder:
         self._queue.remove(ids)
 
     def turn(self) -> Iterator[Tokens | Begun]:
-        """One pass; yields what begins with it, and the vectors that come of it."""
         self._pass = self._queue.next_pass(self._budget.tokens)
         jobs = self._pass.jobs
         if new := [id_ for id_, job in jobs.items() if not job.begun]:
@@ -97,10 +94,7 @@ class Embedder:
         yield Tokens(rows)
 
     def recover(self, error: Exception) -> list[Failed]:
-        """Go on after a turn that raised `error`.
-
-        Passes are halved until the text that cannot be computed is alone.
-        """
+        """Halves passes until the text that fails is alone."""
         self.memory.release()
         if len(self._pass.chosen) > 1:
             self._budget.failed(self._pass.size)
@@ -110,7 +104,6 @@ class Embedder:
         return [Failed(id_, f"{type(error).__name__}: {error}")]
 
     def warm_up(self) -> None:
-        """Compute a small text, so that kernels are compiled and the pace is known."""
         self.add(Embed(id=0, texts=[[0] * min(LEAST_TOKENS, self.model.context_length)]))
         while self.busy:
             for _ in self.turn():
@@ -127,7 +120,7 @@ class Embedder:
             self.memory.release()
 
     def close(self) -> None:
-        """Nothing is kept that would have to be written."""
+        """Nothing needs writing."""
 
     def stats(self) -> Stats:
         running = self._queue.begun

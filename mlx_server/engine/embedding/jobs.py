@@ -1,7 +1,4 @@
-"""Embedding requests that wait for vectors, and which of their texts are computed together.
-
-Callers take turns, and so do the requests of each.
-"""
+"""Embedding requests in turns between callers, and which texts are computed together."""
 
 import bisect
 from collections.abc import Iterable
@@ -9,13 +6,13 @@ from collections.abc import Iterable
 from mlx_server.engine.protocol import Embed
 
 MOST_PADDING = 1.25
-"""Texts go together while padding makes the work no more than this times as large."""
+"""Largest factor by which padding may grow the work."""
 
 
 class Job:
-    """A request; `left` are the indexes of its texts without a vector, the longest first.
+    """`left` are the indexes of texts without a vector, the longest first.
 
-    `served` is the number of the last pass with one of its texts, at first of the last before it.
+    `served` is the number of the last pass with one of them, at first of the last before it.
     """
 
     def __init__(self, request: Embed, served: int) -> None:
@@ -26,12 +23,12 @@ class Job:
         self.left = sorted(wanted, key=self.length, reverse=True)
 
     def length(self, index: int) -> int:
-        """Tokens of a text."""
+        """In tokens."""
         return len(self.request.texts[index])
 
 
 class Pass:
-    """Texts for one forward pass of up to `budget` tokens, padded to the longest, the first."""
+    """Texts of up to `budget` tokens, padded to the longest, the first."""
 
     def __init__(self, budget: int) -> None:
         self.chosen: list[tuple[Job, int]] = []
@@ -50,11 +47,10 @@ class Pass:
 
     @property
     def jobs(self) -> dict[int, Job]:
-        """By request id."""
         return {job.request.id: job for job, _ in self.chosen}
 
     def fill(self, job: Job) -> None:
-        """Add the longest of the job's texts that are no longer than the first, while they fit."""
+        """Add texts no longer than the first, longest first, while they fit."""
         lengths = [-job.length(index) for index in job.left]
         start = bisect.bisect_left(lengths, -self._longest) if self.chosen else 0
         for index in job.left[start:]:
@@ -103,7 +99,6 @@ class JobQueue:
         return chosen
 
     def finish(self, done: Pass) -> None:
-        """Take the texts of `done` off their requests, and requests without any off the queue."""
         self._passes += 1
         computed = {(job.request.id, index) for job, index in done.chosen}
         for id_, job in done.jobs.items():
@@ -112,5 +107,5 @@ class JobQueue:
         self.remove(id_ for id_, job in done.jobs.items() if not job.left)
 
     def _rank(self, job: Job) -> tuple[int, int, int]:
-        """The least comes first; of equals, what arrived first."""
+        """The least comes first."""
         return job.request.priority, self._served[job.request.caller], job.served

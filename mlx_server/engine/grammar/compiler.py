@@ -1,7 +1,6 @@
-"""Grammars compiled in threads beside the engine's loop.
+"""Grammars compiled in threads.
 
-llguidance is imported, and given the model's tokens, when the first request with a grammar comes:
-it keeps some 50 MB for 50,000 tokens.
+llguidance is imported at the first grammar: it keeps some 50 MB for 50,000 tokens.
 """
 
 from collections import OrderedDict
@@ -15,11 +14,10 @@ if TYPE_CHECKING:
 THREADS = 2
 """A grammar that takes seconds leaves the others one."""
 MOST_GRAMMARS = 64
-"""Compiled grammars that are kept."""
 
 
 class GrammarCompiler:
-    """The grammars of one model, each compiled once; `vocab_size` is the width of its logits."""
+    """`vocab_size` is the width of the model's logits."""
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._folder = folder
@@ -29,7 +27,7 @@ class GrammarCompiler:
         self._grammars: OrderedDict[str, Future[Grammar]] = OrderedDict()
 
     def compile(self, text: str) -> "Future[Grammar]":
-        """Its exception is a GrammarError when `text` cannot be used."""
+        """Each text once; the exception is a GrammarError."""
         if text not in self._grammars:
             self._grammars[text] = self._threads.submit(_compile, self._read_vocabulary(), text)
             while len(self._grammars) > MOST_GRAMMARS:

@@ -1,8 +1,7 @@
-"""What a grammar allows: a model's tokens, compiled grammars, a request's place in one, masks.
+"""Grammars and masks by llguidance, which `compiler` and `masks` import in their threads.
 
-llguidance does the work and releases Python's lock for most of it; `compiler` and `masks` import
-this module in their threads. Runs of forced text are not skipped: the tokens into which a tokenizer
-would cut them are not always those that the model would have drawn.
+Runs of forced text are not skipped: the tokens into which a tokenizer would cut them are not always
+those that the model would have drawn.
 """
 
 import json
@@ -30,15 +29,11 @@ SILENT = 0
 
 
 class GrammarError(ValueError):
-    """The grammar, or the model, cannot be used for constraints; the message says why."""
+    """The grammar, or the model, cannot be used."""
 
 
 class Vocabulary:
-    """The tokens of a model.
-
-    `width` is the number of words of a mask, `known` the mask (width,) of all tokens, `ends` the
-    model's own end-of-sequence tokens.
-    """
+    """A model's tokens; a mask of them has `width` words, `known` is the mask of all."""
 
     def __init__(self, folder: Path, size: int) -> None:
         """`size` is the width of the model's logits. Raises GrammarError.
@@ -73,7 +68,7 @@ def _words(bits: npt.NDArray[np.bool_]) -> Words:
 
 
 def _tokens(content: str, size: int, ends: list[int]) -> LLTokenizer:
-    """The tokens in `content`; a model may have more or fewer. Raises ValueError."""
+    """Raises ValueError."""
     end = ends or None
     try:
         return LLTokenizer(content, n_vocab=size, eos_token=end)
@@ -93,10 +88,8 @@ def _own_ends(folder: Path) -> list[int]:
 
 
 class Grammar:
-    """A compiled grammar."""
-
     def __init__(self, vocabulary: Vocabulary, text: str) -> None:
-        """Raises GrammarError when `text` cannot be compiled, or not within the limits."""
+        """Raises GrammarError when `text` exceeds the limits or cannot be compiled."""
         self.vocabulary = vocabulary
         self._pristine = LLMatcher(vocabulary.tokens, text, log_level=SILENT, limits=LIMITS)
         # Some exceed a limit only here; copies share what this computes.
@@ -124,7 +117,6 @@ class Constraint:
     def __init__(
         self, grammar: Grammar, stop_tokens: frozenset[int], completion: list[int]
     ) -> None:
-        """Begins after `completion` and ends with one of `stop_tokens`."""
         self._grammar = grammar
         self._matcher: LLMatcher | None = None
         self._new = list(completion)
@@ -140,7 +132,6 @@ class Constraint:
         self._new.append(token)
 
     def take_new(self) -> list[int]:
-        """Tokens appended since the last call."""
         new, self._new = self._new, []
         return new
 
@@ -152,13 +143,12 @@ class Constraint:
         return self._matcher
 
     def problem(self, words: Words) -> str | None:
-        """Why the completion cannot go on with the mask `words` (width,), if it cannot."""
         if self.matcher.is_error():
             return f"the constraint cannot be kept: {self.matcher.get_error()}"
         return None if words.any() else "the constraint leaves the model no token to go on with"
 
     def put_stops(self, words: Words) -> None:
-        """Allow stop tokens in the mask `words` (width,) only where the grammar may end."""
+        """Allow stop tokens in `words` (width,) only where the grammar may end."""
         if self.matcher.is_accepting():
             words &= self._at_end
             words |= self._stops
@@ -170,9 +160,8 @@ class Constraint:
 class Allowed:
     """What the constrained rows of a step may take.
 
-    `rows` are their places in the batch, `words` (rows, width) uint32 their masks. By place,
-    `forced` has the token of a row with only one left, `problems` why a row that is not among
-    `rows` cannot go on.
+    `rows` are their places in the batch, `words` (rows, width) uint32 their masks; `forced` has
+    the only token of a place, `problems` why a place, not in `rows`, cannot go on.
     """
 
     rows: list[int]
@@ -181,7 +170,7 @@ class Allowed:
     problems: dict[int, str]
 
     def choices(self, vocab_size: int) -> dict[int, Ids]:
-        """The allowed tokens of each row, in rising order."""
+        """In rising order."""
         bits = np.unpackbits(
             self.words.view(np.uint8), axis=1, count=vocab_size, bitorder="little"
         ).view(np.bool_)
@@ -193,8 +182,6 @@ NewTokens = tuple[int, Constraint, list[int]]
 
 
 class Masker:
-    """Computes the masks of a whole step at once, on several processors."""
-
     def __init__(self, threads: int) -> None:
         self._executor = LLExecutor(threads)
 
@@ -225,7 +212,7 @@ class Masker:
 
 
 def _forced(rows: list[int], words: Words) -> dict[int, int]:
-    """By place, the token of each row whose mask in `words` (rows, width) has a single bit."""
+    """By place, the token of each mask with a single bit."""
     forced: dict[int, int] = {}
     for i in np.flatnonzero(np.bitwise_count(words).sum(axis=1) == 1):
         at = int(words[i].argmax())

@@ -11,14 +11,12 @@ MOST_PROCESSORS = 8
 
 
 class MaskThread:
-    """Advances matchers and computes masks, one step at a time."""
-
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._masker: Masker | None = None
 
     def submit(self, rows: "dict[int, Constraint]") -> "Future[Allowed]":
-        """What each of `rows`, by place in the batch, may take after its tokens so far."""
+        """What `rows`, by place in the batch, may take after their tokens so far."""
         new = [(place, constraint, constraint.take_new()) for place, constraint in rows.items()]
         return self._thread.submit(self._compute, new)
 
@@ -42,7 +40,7 @@ class Masks:
         self._allowed: Future[Allowed] | None = None
 
     def begin(self, rows: "dict[int, Constraint]") -> None:
-        """Start on the masks of `rows`, by place in the batch; other rows are free."""
+        """By place in the batch; other rows are free."""
         self._begun = True
         if rows:
             self._allowed = self._thread.submit(rows)

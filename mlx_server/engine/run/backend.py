@@ -1,8 +1,4 @@
-"""A loaded model that generates: its forward pass and its caches.
-
-mlx-lm keeps the architectures and the cache classes. What depends on their names lives in
-`engine/run`, `engine/cache` and `engine/cpu`, and is pinned to the range in pyproject.toml.
-"""
+"""A loaded model that generates."""
 
 import logging
 from collections.abc import Sequence
@@ -34,8 +30,7 @@ log = logging.getLogger("mlx_server.engine")
 class Backend:
     """`release` frees what outlives a step, when nothing runs.
 
-    `mixes` says whether tokens for several caches can be computed in one pass. `context_length` is
-    in tokens, `weights_bytes` what the parameters take in memory.
+    `mixes`: several caches can share a pass.
     """
 
     def __init__(
@@ -71,30 +66,27 @@ class Backend:
         return quantize_cache(cache, self.kv_bits) if self.kv_bits else cache
 
     def forward(self, tokens: mx.array, cache: Cache) -> mx.array:
-        """Logits (batch, tokens, vocab) after `tokens` (batch, tokens); grows `cache`."""
+        """(batch, tokens, vocab) from `tokens` (batch, tokens); grows `cache`."""
         logits: mx.array = self.model(tokens, cache=cache)
         return logits
 
     def step(self, parts: Sequence[Part], answers: int) -> mx.array:
         """Logits (answers, 1, vocab) of the first `answers` rows of `parts`; grows their caches.
 
-        More than one part needs a model that `mixes`.
+        Several parts need `mixes`.
         """
         if len(parts) == 1:
             return self.forward(parts[0].tokens, parts[0].cache)
         return mixed.forward(self.model, parts, answers)
 
     def prefill(self, tokens: mx.array, cache: Cache) -> None:
-        """Compute `tokens` (batch, tokens) into `cache`; the output projection is never run."""
+        """`tokens` are (batch, tokens); the output projection is never run."""
         self.forward(tokens, cache)
         mx.eval([layer.state for layer in cache])
 
 
 def _usable_kv_bits(model: Any, options: LoadOptions) -> int | None:
-    """Bits of quantized KV caches, None where all caches stay as they are.
-
-    Raises ModelError when the model's attention cannot use them.
-    """
+    """None where nothing can be quantized. Raises ModelError."""
     if options.kv_bits is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What the engine does with mlx-lm's KV caches: batch them, grow them, reckon their bytes."""
+"""Operations on mlx-lm's KV caches, and their cost in bytes."""
 
 import bisect
 from typing import Any
@@ -10,15 +10,15 @@ from mlx_server.engine.cache.layout import Cache, leaves
 from mlx_server.engine.run.weights import ModelError
 
 FIRST_SIZE_STEP = 32
-"""Tokens by which the first sizes of a prompt's layers differ."""
+"""Tokens by which layers' first sizes differ."""
 FULL_SIZE_STEP = 8
-"""Tokens by which they differ once they hold the whole prompt."""
+"""Tokens by which they differ with the whole prompt."""
 STAGGERED_LAYERS = 32
 """Layers after which sizes repeat."""
 
 
 class KvCost:
-    """What KV caches take in memory, derived from a cache that holds one token."""
+    """Derived from a cache that holds one token."""
 
     STEP = 256
     """Tokens by which mlx-lm's caches grow."""
@@ -29,14 +29,14 @@ class KvCost:
         self._growing = [(size, window) for _, size, window in parts if size]
 
     def bytes(self, rows: int, tokens: int) -> int:
-        """Bytes of a batch cache of `rows`, the longest of which holds `tokens`."""
+        """Of `rows`, the longest of which holds `tokens`."""
         # A cache grows from its present length, which after a merge is no multiple of the step.
         room = tokens + self.STEP - 1
         growing = sum(size * min(room, window or room) for size, window in self._growing)
         return rows * (self.fixed + growing)
 
     def longest(self, limit: int, context_length: int) -> int:
-        """The most tokens, up to `context_length`, that one sequence can hold in `limit` bytes."""
+        """The most tokens, up to `context_length`, of one sequence in `limit` bytes."""
         if self.bytes(1, context_length) <= limit:
             return context_length
         lengths = range(context_length)
@@ -57,10 +57,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def merge(caches: list[Cache]) -> Cache:
-    """One batch cache with a row for each of `caches`.
-
-    Raises ModelError when the model's kind of cache cannot be batched.
-    """
+    """One batch cache with a row for each. Raises ModelError where there is none."""
     first = caches[0]
     for layer in first:
         if not hasattr(layer, "merge"):
@@ -71,7 +68,7 @@ def merge(caches: list[Cache]) -> Cache:
 
 
 def _batch_of_one(layer: Any) -> Any:
-    """A batch cache of one row; plain caches are not copied for it."""
+    """Without a copy of plain caches."""
     if type(layer) is not KVCache:
         return layer.merge([layer])
     batch = BatchKVCache([0])
@@ -81,7 +78,7 @@ def _batch_of_one(layer: Any) -> Any:
 
 
 def extend(cache: Cache, other: Cache) -> Cache:
-    """The batch cache `cache` with the rows of the batch cache `other` after its own."""
+    """Append the rows of `other`; both are batch caches."""
     if not cache:
         return other
     for layer, more in zip(cache, other, strict=True):
@@ -98,9 +95,9 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
 
 
 def reserve(cache: Cache, tokens: int, chunk: int) -> None:
-    """Prepare a cache of one sequence for `chunk` of the `tokens` of its prompt still to come.
+    """Size a cache of one sequence for a prompt of `tokens` more, `chunk` of them next.
 
-    A full cache is copied to a larger one. Sizes are staggered, so that layers do this in turn.
+    Growing copies. Sizes are staggered, so that layers grow in turn.
     """
     for index, leaf in enumerate(leaves(cache)):
         if isinstance(leaf, KVCache):
@@ -111,7 +108,7 @@ def reserve(cache: Cache, tokens: int, chunk: int) -> None:
 
 
 def pad_right(cache: Cache, lengths: list[int]) -> None:
-    """Announce that the next tokens are padded on the right to the longest of `lengths`."""
+    """Announce that the next tokens are padded to the longest of `lengths`."""
     longest = max(lengths)
     padding = [longest - length for length in lengths]
     for layer in cache:
@@ -119,7 +116,7 @@ def pad_right(cache: Cache, lengths: list[int]) -> None:
 
 
 def unpad(cache: Cache) -> None:
-    """Move the padding announced by `pad_right` to the left, where decoding ignores it."""
+    """Move that padding to the left, where decoding ignores it."""
     for layer in cache:
         layer.finalize()
     mx.eval([layer.state for layer in cache])

@@ -1,8 +1,8 @@
 """One forward pass over rows of several caches: sequences that decode, and a chunk of a prompt.
 
-Weights are then read once for both (piggybacking: Agrawal et al. 2023, SARATHI), and sequences of
-very different lengths need not be padded to the longest. Every token is a row of length one at its
-own position, so that only attention has to tell parts apart; `patches` has the model call ours.
+Weights are then read once for both (piggybacking: Agrawal et al. 2023, SARATHI), and nothing is
+padded to the longest sequence. Every token is a row of length one at its own position, so that only
+attention tells parts apart.
 """
 
 import copy
@@ -16,12 +16,12 @@ from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.run.kv import merge
 
 TOLERANCE = 0.02
-"""Largest deviation of a mixed pass, relative to the largest logit; mistakes show as more."""
+"""Relative to the largest logit; mistakes show as more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tokens (rows, tokens) for one cache. All parts but the last have one token a row."""
+    """Tokens (rows, tokens) for one cache; only the last part has several a row."""
 
     tokens: mx.array
     cache: Cache
@@ -38,10 +38,10 @@ class Part:
 
 
 class MixedLayer:
-    """One layer's caches of all parts, which the model takes for a cache of single-token rows.
+    """What a model takes for one layer's cache of single-token rows.
 
-    Keys, values and masks are lists with an item per part. The logits of the first `answers` rows
-    are wanted.
+    Keys, values and masks are lists with an item per part. The logits of the first `answers`
+    rows are wanted.
     """
 
     def __init__(self, parts: Sequence[Part], layer: int, positions: mx.array, answers: int):
@@ -61,7 +61,7 @@ class MixedLayer:
         return [k for k, _ in both], [v for _, v in both]
 
     def split(self, array: mx.array) -> list[mx.array]:
-        """The parts of an array (rows, heads, 1, width), each (its rows, heads, tokens, width)."""
+        """(rows, heads, 1, width) to (part rows, heads, tokens, width) each."""
         parts, start = [], 0
         for rows, tokens in self.shapes:
             end = start + rows * tokens
@@ -76,7 +76,7 @@ class MixedLayer:
 
 
 def attention_by_part(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """mlx-lm's `scaled_dot_product_attention`, `original`, part by part for a `MixedLayer`."""
+    """mlx-lm's `scaled_dot_product_attention`, part by part for a `MixedLayer`."""
 
     def attention(
         queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, **rest: Any
@@ -92,7 +92,7 @@ def attention_by_part(original: Callable[..., mx.array]) -> Callable[..., mx.arr
 
 
 def body_of_answers(kind: type) -> type:
-    """A model's body, of class `kind`, that returns only the rows whose logits are wanted."""
+    """Returns only rows whose logits are wanted."""
 
     class Body(kind):  # type: ignore[misc]
         def __call__(self, inputs: mx.array, cache: Any = None, *args: Any, **options: Any) -> Any:
@@ -106,9 +106,9 @@ def body_of_answers(kind: type) -> type:
 
 
 def forward(model: Any, parts: Sequence[Part], answers: int) -> mx.array:
-    """Logits (answers, 1, vocab) of the first `answers` rows; grows the cache of every part.
+    """Logits (answers, 1, vocab) of the first `answers` rows; grows all caches.
 
-    `model` must have been prepared by `patches.enable_mixed_passes`.
+    Needs `patches.enable_mixed_passes`.
     """
     tokens = mx.concatenate([part.tokens.flatten() for part in parts])
     positions = mx.concatenate([part.positions() for part in parts])

@@ -1,7 +1,6 @@
-"""Every change that is made to mlx and mlx-lm at run time, and why.
+"""Every change made to mlx and mlx-lm at run time, and why; replacements live in their rooms.
 
-The functions and classes put in place live in their own rooms. Nothing here imports mlx before it
-is called: `leave_out_text_side` and the choice of a BLAS come first.
+Nothing here imports mlx before it is called: `leave_out_text_side` comes first.
 """
 
 import sys
@@ -23,10 +22,9 @@ ATTENTION = "scaled_dot_product_attention"
 def leave_out_text_side() -> None:
     """Make mlx-lm's models importable without its tokenizers. Call before its first import.
 
-    Replaces the package's `__init__` and `mlx_lm.tokenizer_utils` by empty modules: both bring in
-    transformers, three quarters of the time in which an engine of a small model starts.
-    `mlx_lm.utils` uses two names of the latter, for text alone. Should a release want more, all is
-    put back.
+    Replaces the package's `__init__` and `mlx_lm.tokenizer_utils` by empty modules: both import
+    transformers, three quarters of the start of a small model's engine. `mlx_lm.utils` takes two
+    names from the latter, for text alone. If an import fails so, all is put back.
     """
     spec = find_spec(PACKAGE)
     if PACKAGE in sys.modules or spec is None:
@@ -45,12 +43,12 @@ def leave_out_text_side() -> None:
 
 
 def use_cpu_kernels() -> Callable[[], None]:
-    """Where MLX computes on a CPU, replace what is slow there; returns what frees its caches.
+    """On a CPU device, replace what is slow there; returns what frees its caches.
 
-    `mx.fast.scaled_dot_product_attention` and mlx-lm's `swiglu` become `cpu.attention`'s and
-    `cpu.activations`', several times as fast, with outputs that agree to about 1e-6 of their
-    scale. Call before a model's module is imported, since that binds `swiglu`. A call with more
-    than one token a row evaluates, so it must not be traced (`mx.compile`, `mx.grad`).
+    `mx.fast.scaled_dot_product_attention` and mlx-lm's `swiglu` become those of `engine.cpu`,
+    several times as fast, equal to about 1e-6 of their scale. Call before a model's module is
+    imported, which binds `swiglu`. Calls with more than one token a row evaluate, so they must
+    not be traced (`mx.compile`, `mx.grad`).
     """
     from mlx_server.engine.memory import device_name
 
@@ -74,8 +72,7 @@ def _nothing() -> None:
 def enable_mixed_passes(model: Any, new_cache: "Callable[[], Cache]") -> str | None:
     """Prepare `model` for `mixed.forward` and try it.
 
-    Returns the obstacle, if there is one; `model` is then as it was. `new_cache` makes an empty
-    cache of one sequence.
+    Returns the obstacle, if any; `model` is then as it was.
     """
     from mlx_server.engine.run import mixed
 
@@ -94,9 +91,9 @@ def enable_mixed_passes(model: Any, new_cache: "Callable[[], Cache]") -> str | N
 
 
 def _attend_by_part(model: Any, undo: ExitStack) -> None:
-    """Wrap mlx-lm's `scaled_dot_product_attention` in the modules of the model's layers.
+    """Wrap `scaled_dot_product_attention`, which mlx-lm's modules import by name.
 
-    They import it by name, and each token of a mixed pass attends to the keys of its own cache.
+    Each token of a mixed pass attends to its own cache.
     """
     from mlx_server.engine.run import mixed
 
@@ -109,7 +106,7 @@ def _attend_by_part(model: Any, undo: ExitStack) -> None:
 
 
 def _drop_unanswered_rows(model: Any, undo: ExitStack) -> None:
-    """Give the body a subclass of its class, so that a chunk's rows miss the output projection."""
+    """Subclass the body's class: a chunk's rows need no output projection."""
     from mlx_server.engine.run import mixed
 
     body = getattr(model, "language_model", model).model

@@ -1,4 +1,4 @@
-"""From a model folder to an mlx-lm model in the format it is computed in."""
+"""Loading a model folder."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ Classes = Callable[[dict[str, Any]], tuple[type, type]]
 
 
 class ModelError(Exception):
-    """The model folder cannot be loaded; the message says why."""
+    """The model folder cannot be loaded."""
 
 
 def load_weights(
     path: Path, options: LoadOptions, classes: Classes = _get_classes
 ) -> tuple[Any, dict[str, Any]]:
-    """The model in `path`, its weights not read yet, and its config. Raises ModelError."""
+    """The model, its weights not read yet, and its config. Raises ModelError."""
     try:
         model, config = load_model(
             path,
@@ -50,7 +50,7 @@ def load_weights(
 
 
 def apply_adapter(model: Any, path: Path) -> Any:
-    """`model` with the LoRA adapters in `path`. Raises ModelError."""
+    """LoRA. Raises ModelError."""
     try:
         adapted = load_adapters(model, str(path))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
@@ -62,7 +62,7 @@ def apply_adapter(model: Any, path: Path) -> Any:
 
 
 def as_computed(model: Any, options: LoadOptions, memory: DeviceMemory) -> tuple[Any, bool]:
-    """`model` in the format it is computed in, and whether that is float32 instead of its own."""
+    """`model` in the format it is computed in, and whether that was changed to float32."""
     if not _wants_float32(options, model, memory):
         return model, False
     model = dequantize_model(model)
@@ -79,16 +79,16 @@ def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory) -> bo
 
 
 def read_weights(model: Any) -> int:
-    """Evaluate the parameters; returns their bytes."""
+    """Returns bytes."""
     mx.eval(model.parameters())
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     return sum(array.nbytes for array in arrays.values())
 
 
 def body_classes(config: dict[str, Any]) -> tuple[type, type]:
-    """The classes for a decoder without its output projection.
+    """A decoder without its output projection.
 
-    Called with tokens (rows, tokens) and the rows' lengths, it gives (rows, tokens, width).
+    Called with tokens (rows, tokens) and lengths, it gives (rows, tokens, width).
     """
     whole, arguments = _get_classes(config)
 
@@ -110,11 +110,11 @@ def body_classes(config: dict[str, Any]) -> tuple[type, type]:
 
 
 def context_length(config: dict[str, Any], cap: int | None) -> int:
-    """The model's own context in tokens, up to `cap`."""
+    """In tokens, up to `cap`."""
     own = int(_from_config(config, "max_position_embeddings") or DEFAULT_CONTEXT)
     return min(own, cap) if cap else own
 
 
 def _from_config(config: dict[str, Any], name: str) -> Any:
-    """A value of the configuration, or of its text part in a multimodal model."""
+    """Multimodal models keep it in their text part."""
     return config.get(name) or (config.get("text_config") or {}).get(name)
