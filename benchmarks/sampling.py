@@ -75,7 +75,9 @@ def ours(settings: list[Sampling], vocab: int) -> Step:
     def step(logits: mx.array) -> mx.array:
         for row in rows:
             row.position += 1
-        return sampler.sample(logits)
+        draw = sampler.launch(logits)
+        draw.finish()
+        return draw.tokens
 
     return step
 

@@ -1,4 +1,4 @@
-"""The front's handle on one engine process: start it, send it requests, stop it."""
+"""The front's handle on one engine process."""
 
 import asyncio
 import logging
@@ -36,29 +36,25 @@ RECEIVE_BYTES = 1 << 18
 KEPT_LOG_LINES = 50
 STOP_SECONDS = 5.0
 EXIT_SECONDS = 1.0
-"""For an engine to exit by itself once its socket has closed, so that its exit code is its own."""
+"""For an engine to exit with its own code once its socket has closed."""
 
 Spawn = Callable[[str], Awaitable[Child]]
-"""Starts a process that runs a module of ours."""
 
 log = logging.getLogger("mlx_server.engine")
 
 
 class Recipient(Protocol):
-    """Receives what an engine sends for one request."""
+    """Receives what comes of one request."""
 
     def begin(self) -> None:
-        """The engine is about to work on the request."""
+        """The engine starts on the request."""
 
     def put(self, item: Row | Failed) -> None:
         """The next row, or why there will be none."""
 
 
 class EngineClient:
-    """One engine process and the requests it holds.
-
-    `closed` alone tells that the engine is gone: recipients hear nothing more.
-    """
+    """When `closed` is set, recipients hear nothing more."""
 
     def __init__(self, model_id: str, child: Child) -> None:
         self.model_id = model_id
@@ -88,8 +84,8 @@ class EngineClient:
     ) -> Self:
         """Start an engine and wait until it has loaded the model folder `path`.
 
-        Raises ModelLoadFailed, or LoadCrashed when it ended without saying why. No process is
-        left behind then, nor on cancellation.
+        Raises ModelLoadFailed, or LoadCrashed when it ended without a reason. No process is left
+        behind then, nor on cancellation.
         """
         client = cls(model_id, await spawn("mlx_server.engine.worker"))
         try:
@@ -116,7 +112,7 @@ class EngineClient:
             self._send(Abort(open_ids))
 
     async def stop(self) -> None:
-        """Ask the engine to end; kill it if it does not."""
+        """Kills an engine that does not end."""
         self._send(Stop())
         try:
             async with asyncio.timeout(STOP_SECONDS):

@@ -94,7 +94,7 @@ def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":
 def _embedder(message: Load, embedding: Embedding, memory: "DeviceMemory") -> "Embedder":
     from mlx_server.engine.embedding.backend import EmbeddingBackend
     from mlx_server.engine.embedding.embedder import Embedder
-    from mlx_server.engine.run.backend import ModelError
+    from mlx_server.engine.run.weights import ModelError
 
     if message.adapter_path is not None:
         raise ModelError("LoRA adapters are not applied to embedding models")
@@ -124,7 +124,7 @@ def _kv_limit(options: LoadOptions, memory: "DeviceMemory", backend: "Backend") 
     left = memory.limit - backend.weights_bytes
     limit = left if options.kv_limit is None else min(options.kv_limit, left)
     if backend.kv_cost.longest(limit, backend.context_length) == 0:
-        from mlx_server.engine.run.backend import ModelError
+        from mlx_server.engine.run.weights import ModelError
 
         raise ModelError(
             f"its weights take {backend.weights_bytes:,} of the {memory.limit:,} bytes that it may "

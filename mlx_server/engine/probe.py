@@ -1,4 +1,4 @@
-"""`python -m mlx_server.engine.probe`: what device MLX computes on here, as JSON.
+"""`python -m mlx_server.engine.probe`: MLX's device here, as JSON.
 
 A process of its own, so that the front never touches a device.
 """

@@ -123,7 +123,7 @@ class Sequence:
         elif len(self.completion) >= self.limit:
             finish = "length"
         elif self.constraint is not None:
-            self.constraint.tell(token)
+            self.constraint.append(token)
         self.done = finish is not None
         return self.report([token], finish, [logprobs] if logprobs else None)
 

@@ -1,4 +1,4 @@
-"""Starting a process of ours with a fresh interpreter and a socket to talk to it."""
+"""Start a process of ours, with a socket to it."""
 
 import asyncio
 import contextlib
@@ -12,14 +12,11 @@ NICENESS = 5
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A started process and the front's end of the socket."""
-
     process: asyncio.subprocess.Process
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
     async def kill(self) -> None:
-        """End the process now, if it has not ended, and close the socket."""
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
@@ -30,8 +27,8 @@ class Child:
 async def spawn(module: str) -> Child:
     """Run `module` with the number of its end of a socketpair as the only argument.
 
-    Standard error is a pipe for the caller to read. The child is expected to call `step_back` and
-    to end when its socket closes.
+    Standard error is a pipe to read. The child calls `step_back` first and ends when its socket
+    closes.
     """
     front, child = socket.socketpair()
     with child:
@@ -55,18 +52,17 @@ async def spawn(module: str) -> Child:
 
 
 def step_back() -> None:
-    """For a child to call first: leave the front's process group, and let the front go before.
+    """Leave the front's process group, and let the front go first.
 
-    A signal to the group, as Ctrl-C sends, is then not for the child. And the event loop gets a
-    processor at once when all are busy; a session of its own would undo that on Linux, which shares
-    processors out between sessions first.
+    Ctrl-C signals the group. With a niceness the event loop gets a processor when all are busy; a
+    session of its own would undo that on Linux, which shares processors between sessions first.
     """
     os.setpgid(0, 0)
     os.nice(NICENESS)
 
 
 async def next_line(stream: asyncio.StreamReader) -> bytes:
-    """The next line, or what there is of one that is longer than the reader's limit."""
+    """A line longer than the reader's limit comes in pieces."""
     try:
         return await stream.readuntil()
     except asyncio.IncompleteReadError as error:

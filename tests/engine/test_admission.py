@@ -16,7 +16,8 @@ from mlx_server.engine.cache.prefix import PrefixCache
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.plan import Start
 from mlx_server.engine.protocol import Begun, Generate, LoadOptions, Row, Sampling, Stats
-from mlx_server.engine.run.backend import Backend, KvCost, cache_bytes, extend, keep_rows, merge
+from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.kv import KvCost, cache_bytes, extend, keep_rows, merge
 from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.engine.sequence import Sequence
 from mlx_server.errors import EngineFailed, ModelLoadFailed

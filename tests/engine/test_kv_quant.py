@@ -19,7 +19,7 @@ from mlx_server.engine.cache.quant import (
     group_size_of,
     quantize_cache,
 )
-from mlx_server.engine.run import backend
+from mlx_server.engine.run import kv
 from tests.support.tiny import build_tiny_model
 
 TOLERANCE = {8: 0.06, 4: 0.6}
@@ -98,7 +98,7 @@ def test_logits_are_close_to_those_of_a_plain_cache(
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rows_of_a_merged_batch_come_out_as_each_sequence_alone(model: Any, bits: int) -> None:
-    cache = backend.merge([filled(model, bits, prompt) for prompt in PROMPTS])
+    cache = kv.merge([filled(model, bits, prompt) for prompt in PROMPTS])
     following = [[50], [60], [70], [80]]
     first = run(model, cache, [prompt[-1:] for prompt in PROMPTS])
     second = run(model, cache, following)
@@ -112,11 +112,11 @@ def test_rows_that_join_and_leave_a_batch_come_out_as_each_alone(
     tmp_path: Path, head_dim: int
 ) -> None:
     model = tiny(tmp_path, head_dim)
-    batch = backend.merge([filled(model, 8, prompt) for prompt in PROMPTS[:2]])
+    batch = kv.merge([filled(model, 8, prompt) for prompt in PROMPTS[:2]])
     run(model, batch, [prompt[-1:] for prompt in PROMPTS[:2]])
-    batch = backend.extend(batch, backend.merge([filled(model, 8, p) for p in PROMPTS[2:]]))
+    batch = kv.extend(batch, kv.merge([filled(model, 8, p) for p in PROMPTS[2:]]))
     # Row 0 was the longest, so that what it leaves is shifted to the left.
-    batch = backend.keep_rows(batch, [2, 1])
+    batch = kv.keep_rows(batch, [2, 1])
     logits = run(model, batch, [PROMPTS[2][-1:], [90]])
     assert_same(logits[:1], alone(model, 8, PROMPTS[2]))
     assert_same(logits[1:], alone(model, 8, [*PROMPTS[1], 90]))
@@ -126,8 +126,8 @@ def test_rows_that_join_and_leave_a_batch_come_out_as_each_alone(
 def test_a_batch_of_empty_caches_can_be_extended_and_extend(model: Any) -> None:
     one_token = [[40], [41]]
     for order in ([one_token, PROMPTS[:2]], [PROMPTS[:2], one_token], [one_token, one_token]):
-        parts = [backend.merge([filled(model, 8, prompt) for prompt in part]) for part in order]
-        batch = backend.extend(parts[0], parts[1])
+        parts = [kv.merge([filled(model, 8, prompt) for prompt in part]) for part in order]
+        batch = kv.extend(parts[0], parts[1])
         prompts = [*order[0], *order[1]]
         logits = run(model, batch, [prompt[-1:] for prompt in prompts])
         for row, prompt in enumerate(prompts):
@@ -138,10 +138,10 @@ def test_a_batch_of_empty_caches_can_be_extended_and_extend(model: Any) -> None:
 def test_prompts_padded_on_the_right_come_out_as_each_alone(model: Any, bits: int) -> None:
     lengths = [len(prompt) - 1 for prompt in PROMPTS]
     padded = [prompt[:-1] + [0] * (max(lengths) + 1 - len(prompt)) for prompt in PROMPTS]
-    cache = backend.merge([new_cache(model, bits) for _ in PROMPTS])
-    backend.pad_right(cache, lengths)
+    cache = kv.merge([new_cache(model, bits) for _ in PROMPTS])
+    kv.pad_right(cache, lengths)
     run(model, cache, padded)
-    backend.unpad(cache)
+    kv.unpad(cache)
     logits = run(model, cache, [prompt[-1:] for prompt in PROMPTS])
     for row, prompt in enumerate(PROMPTS):
         assert_same(logits[row], alone(model, bits, prompt)[0])
@@ -159,7 +159,7 @@ def test_a_prompt_in_chunks_and_a_trimmed_cache_give_what_the_whole_prompt_gives
     assert_same(run(model, cache, [tokens[-1:]]), expected)
     assert [layer.trim(1) for layer in cache] == [1, 1]
     assert_same(run(model, cache, [tokens[-1:]]), expected)
-    batch = backend.merge([cache])
+    batch = kv.merge([cache])
     assert [layer.trim(1) for layer in batch] == [1, 1]
     assert_same(run(model, batch, [tokens[-1:]]), expected)
 
@@ -172,7 +172,7 @@ def test_memory_is_the_bits_of_a_number_and_its_share_of_scale_and_bias(
         caches = make_prompt_cache(model), new_cache(model, bits)
         for cache in caches:
             run(model, cache, [list(range(tokens))])
-        return backend.cache_bytes(caches[0]), backend.cache_bytes(caches[1])
+        return kv.cache_bytes(caches[0]), kv.cache_bytes(caches[1])
 
     for tokens in (1, 256, 257):
         plain, quantized = sizes(tokens)

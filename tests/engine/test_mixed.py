@@ -11,8 +11,9 @@ from mlx_lm.utils import load_model
 from mlx_server.engine.cache.prefix import PrefixCache
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import Generate, LoadOptions, Sampling, Tokens
-from mlx_server.engine.run import mixed
-from mlx_server.engine.run.backend import Backend, merge
+from mlx_server.engine.run import mixed, patches
+from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.kv import merge
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.schedule.scheduler import Scheduler
 from tests.engine.conftest import request
@@ -96,7 +97,7 @@ def test_a_model_that_gives_other_logits_in_one_pass_is_not_used_so(tmp_path: Pa
 
     attention.__call__ = mistaken
     try:
-        obstacle = mixed.enable(model, lambda: make_prompt_cache(model), merge)
+        obstacle = patches.enable_mixed_passes(model, lambda: make_prompt_cache(model))
     finally:
         attention.__call__ = original
     assert obstacle is not None

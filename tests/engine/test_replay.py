@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from mlx_server.engine.cache.prefix import PrefixCache
-from mlx_server.engine.grammar.masks import Constraints
+from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.plan import Outcome, Plan
 from mlx_server.engine.protocol import Failed, Generate, LoadOptions, Sampling, Tokens
@@ -102,9 +102,9 @@ def test_the_plans_of_200_mixed_requests_give_the_same_tokens_on_a_second_runner
     assert scheduler.counts.cached_tokens > 0
     assert sum(msgspec.msgpack.decode(plan)[-1] for plan in plans) > 0, "no mixed step"
 
-    constraints = Constraints(backend.path, backend.vocab_size)
+    grammars = GrammarCompiler(backend.path, backend.vocab_size)
     prefix = PrefixCache(backend.layout, limit)
-    second = Runner(backend, prefix, constraints, scheduler.longest_sequence)
+    second = Runner(backend, prefix, grammars, scheduler.longest_sequence)
     replayed: dict[int, list[int]] = {id_: [] for id_ in told}
     decode = msgspec.msgpack.Decoder(Plan).decode
     for plan in plans:

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_server.engine.cache.prefix import BLOCK, PrefixCache, extend_keys
-from mlx_server.engine.grammar.masks import Constraints
+from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.plan import Begin, Chunk, Fetch, Outcome, Plan, Start
 from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling
@@ -34,8 +34,8 @@ def runner(backend: Backend) -> Runner:
 
 
 def runner_of(backend: Backend, limit: int = LIMIT) -> Runner:
-    constraints = Constraints(backend.path, backend.vocab_size)
-    return Runner(backend, PrefixCache(backend.layout, limit), constraints, 512)
+    grammars = GrammarCompiler(backend.path, backend.vocab_size)
+    return Runner(backend, PrefixCache(backend.layout, limit), grammars, 512)
 
 
 def start(id_: int, prompt: list[int], max_tokens: int = COUNT, **more: Any) -> Start:

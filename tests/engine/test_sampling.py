@@ -253,6 +253,12 @@ def test_penalties_count_the_tokens_drawn_since(kind: type[Sampler]) -> None:
     assert drawn[2] != 7
 
 
+def finished(sampler: BatchSampler, logits: mx.array) -> mx.array:
+    draw = sampler.launch(logits)
+    draw.finish()
+    return draw.tokens
+
+
 def test_the_next_steps_graph_may_be_built_before_the_tokens_are_drawn() -> None:
     rows = [RowState(Sampling(temperature=1, frequency_penalty=0.5, seed=i)) for i in range(3)]
     logits = mx.array(peaked(np.random.default_rng(4), (3, VOCAB)).astype(np.float32))
@@ -269,7 +275,7 @@ def test_the_next_steps_graph_may_be_built_before_the_tokens_are_drawn() -> None
     again = BatchSampler(
         [RowState(row.sampling) for row in rows], mx.zeros(3, dtype=mx.uint32), VOCAB
     )
-    expected = again.sample(logits)
+    expected = finished(again, logits)
     assert first.tokens.tolist() == expected.tolist()
     assert built_upon.tolist() == (expected * 2).tolist()
     logprobs = first.logprobs()
@@ -278,14 +284,14 @@ def test_the_next_steps_graph_may_be_built_before_the_tokens_are_drawn() -> None
     second.finish()
     for row, token in zip(rows, cast(list[int], expected.tolist()), strict=True):
         row.completion, row.in_flight = [token], False
-    known = BatchSampler(rows, expected, VOCAB).sample(logits + built_upon[:, None])
+    known = finished(BatchSampler(rows, expected, VOCAB), logits + built_upon[:, None])
     assert second.tokens.tolist() == known.tolist()
 
 
 def test_greedy_rows_do_not_wait_for_the_logits() -> None:
     rows = [RowState(Sampling(temperature=0))]
     never_computed = mx.zeros((1, VOCAB))
-    token = BatchSampler(rows, mx.array([0]), VOCAB).sample(never_computed)
+    token = finished(BatchSampler(rows, mx.array([0]), VOCAB), never_computed)
     assert token.dtype == mx.uint32
     assert token.item() == 0
 
@@ -319,5 +325,5 @@ def test_reading_log_probabilities_leaves_the_logits_to_be_penalised_alone() -> 
     row = RowState(Sampling(temperature=1, logit_bias={3: 50.0}, repetition_penalty=1.5), [1, 2])
     given = peaked(np.random.default_rng(2), (1, VOCAB)).astype(np.float32)
     logits = mx.array(given)
-    assert BatchSampler([row], mx.array([0]), VOCAB).sample(logits).item() == 3
+    assert finished(BatchSampler([row], mx.array([0]), VOCAB), logits).item() == 3
     assert (np.array(logits) == given).all()

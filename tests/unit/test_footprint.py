@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_model
 
 from mlx_server.engine.cache.quant import quantize_cache
-from mlx_server.engine.run.backend import KvCost
+from mlx_server.engine.run.kv import KvCost
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.pool.footprint import read_footprint
 from tests.support.tiny import build_tiny_model

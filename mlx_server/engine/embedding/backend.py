@@ -1,4 +1,4 @@
-"""A loaded embedding model: an encoder, or the body of a decoder, and how its output is pooled."""
+"""A loaded embedding model: an encoder, or the body of a decoder, and a pooling."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,60 +6,49 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_server.engine.cpu import gelu as embedding_cpu
-from mlx_server.engine.embedding import encoder as embedding_encoder
+from mlx_server.engine.embedding.encoder import Encoder, EncoderArgs
 from mlx_server.engine.embedding.pooling import pool
-from mlx_server.engine.memory import DeviceMemory, device_name
+from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import ENCODERS, Embedding, LoadOptions
-from mlx_server.engine.run.backend import (
+from mlx_server.engine.run import patches
+from mlx_server.engine.run.weights import (
     ModelError,
     as_computed,
     body_classes,
     context_length,
     load_weights,
-    speed_up,
+    read_weights,
 )
 
 Floats = NDArray[np.float32]
 
 SMALLEST_NORM = 1e-12
-"""A vector without length stays one."""
+"""A zero vector stays zero."""
 BOTH_WAYS = ("use_bidirectional_attention", "is_bidirectional")
-"""What configurations say of decoders that were made to look ahead, which none here does."""
+"""Decoders made to look ahead, which is not supported."""
 
 
 class EmbeddingBackend:
-    """Token ids to vectors of `width` numbers, of texts of up to `context_length` tokens.
-
-    Raises ModelError when the folder does not hold a model for that.
-    """
+    """Raises ModelError when the folder does not hold an embedding model."""
 
     def __init__(
         self, path: Path, options: LoadOptions, memory: DeviceMemory, embedding: Embedding
     ) -> None:
-        self.release = speed_up()
-        if device_name() == "cpu":
-            embedding_encoder.ACTIVATIONS["gelu"] = embedding_cpu.gelu
+        self.release = patches.use_cpu_kernels()
         self._embedding = embedding
         model, config = load_weights(path, options, _classes)
         self.model, self.dequantized = as_computed(model, options, memory)
         self.model.eval()
-        mx.eval(self.model.parameters())
-        arrays: dict[str, mx.array] = dict(tree_flatten(self.model.parameters()))
-        self.weights_bytes = sum(array.nbytes for array in arrays.values())
+        self.weights_bytes = read_weights(self.model)
         self.model_type = str(config["model_type"])
         self.vocab_size = int(config["vocab_size"])
         self.context_length = _context_length(self.model, config, options.context_length)
         self.width = self.vectors([[0]]).shape[1]
 
     def vectors(self, texts: Sequence[Sequence[int]]) -> Floats:
-        """A vector for each of `texts`, computed in one pass: (texts, width).
-
-        Raises ValueError when one of them holds what is no number.
-        """
+        """(texts, width), computed in one pass. Raises ValueError when some are not finite."""
         lengths = [len(text) for text in texts]
         padded = np.zeros((len(texts), max(lengths)), np.int32)
         for row, text in zip(padded, texts, strict=True):
@@ -70,8 +59,8 @@ class EmbeddingBackend:
             raise ValueError("the model's output is not finite")
         return pooled
 
-    def finished(self, vector: Floats, dimensions: int | None) -> bytes:
-        """A vector as it is to be sent, cut to `dimensions` if that is asked for."""
+    def encode(self, vector: Floats, dimensions: int | None) -> bytes:
+        """Little-endian float32 of `vector`, or of its first `dimensions` at length 1."""
         vector = vector[:dimensions]
         if self._embedding.normalize or dimensions is not None:
             vector = vector / max(float(np.linalg.norm(vector)), SMALLEST_NORM)
@@ -80,14 +69,14 @@ class EmbeddingBackend:
 
 def _classes(config: dict[str, Any]) -> tuple[type, type]:
     if config.get("model_type") in ENCODERS:
-        return embedding_encoder.Encoder, embedding_encoder.EncoderArgs
+        return Encoder, EncoderArgs
     if any(config.get(name) for name in BOTH_WAYS) or config.get("is_causal") is False:
         raise ModelError("its attention looks ahead, which is supported for encoders only")
     return body_classes(config)
 
 
 def _context_length(model: Any, config: dict[str, Any], cap: int | None) -> int:
-    if not isinstance(model, embedding_encoder.Encoder):
+    if not isinstance(model, Encoder):
         return context_length(config, cap)
     own = model.args.context_length
     return min(own, cap) if cap else own

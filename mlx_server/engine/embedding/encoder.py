@@ -1,11 +1,10 @@
-"""Encoders of BERT's kind: every token attends to every other one of its text.
+"""BERT (Devlin et al. 2018) and RoBERTa (Liu et al. 2019).
 
-The architecture is that of Devlin et al. (2018), and of Liu et al. (2019) for RoBERTa, whose
-positions are counted from behind the padding token's id. Parameters have the names of published
+RoBERTa counts positions from behind the padding token's id. Parameters have the names of published
 checkpoints, shortened.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,7 +15,12 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.normalization import LayerNorm
 from mlx_lm.models.base import BaseModelArgs
 
-ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+from mlx_server.engine.cpu import activations as cpu
+from mlx_server.engine.memory import device_name
+
+Activation = Callable[[mx.array], mx.array]
+
+ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": gelu,
     "gelu_new": gelu_approx,
     "gelu_pytorch_tanh": gelu_approx,
@@ -37,13 +41,17 @@ RENAMED = (
     ("layer.", "layers."),
 )
 UNUSED = ("pooler.", "cls.", "lm_head.", "position_ids")
-"""Heads for other ends, and numbers counted from 0."""
+"""Heads for other tasks, and a plain range."""
+
+
+def activation(name: str) -> Activation:
+    if name == "gelu" and device_name() == "cpu":
+        return cpu.gelu
+    return ACTIVATIONS[name]
 
 
 @dataclass
 class EncoderArgs(BaseModelArgs):  # type: ignore[misc]
-    """The sizes in an encoder's config.json."""
-
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -65,18 +73,14 @@ class EncoderArgs(BaseModelArgs):  # type: ignore[misc]
 
     @property
     def first_position(self) -> int:
-        """The position of a text's first token."""
         return 0 if self.model_type == "bert" else self.pad_token_id + 1
 
     @property
     def context_length(self) -> int:
-        """Tokens that a text may have."""
         return self.max_position_embeddings - self.first_position
 
 
 class Attention(Module):
-    """Self-attention in both directions."""
-
     def __init__(self, args: EncoderArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.heads = args.num_attention_heads
@@ -96,7 +100,7 @@ class Attention(Module):
 
 
 class Layer(Module):
-    """Attention, then a feed-forward network; the norms come after the sums."""
+    """The norms come after the sums."""
 
     def __init__(self, args: EncoderArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -105,7 +109,7 @@ class Layer(Module):
         self.up = Linear(args.hidden_size, args.intermediate_size)
         self.down = Linear(args.intermediate_size, args.hidden_size)
         self.norm = LayerNorm(args.hidden_size, eps=args.layer_norm_eps)
-        self._activation = ACTIVATIONS[args.hidden_act]
+        self._activation = activation(args.hidden_act)
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
         x = self.attention_norm(x + self.attention(x, mask))
@@ -114,8 +118,6 @@ class Layer(Module):
 
 
 class Encoder(Module):
-    """Token ids to a vector for each token."""
-
     def __init__(self, args: EncoderArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.args = args
@@ -126,7 +128,7 @@ class Encoder(Module):
         self.layers = [Layer(args) for _ in range(args.num_hidden_layers)]
 
     def __call__(self, tokens: mx.array, lengths: Sequence[int]) -> mx.array:
-        """Vectors (rows, tokens, width) of `tokens` (rows, tokens), padded on the right."""
+        """(rows, tokens, width) from `tokens` (rows, tokens), padded on the right."""
         longest = tokens.shape[1]
         positions = mx.arange(longest) + self.args.first_position
         x = self.word_embeddings(tokens) + self.position_embeddings(positions)
@@ -140,7 +142,7 @@ class Encoder(Module):
         return states
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Weights of a checkpoint under the names used here; what is not used is left out."""
+        """The used weights, renamed."""
         named = ((_name(key), weight) for key, weight in weights.items())
         return {name: weight for name, weight in named if not name.startswith(UNUSED)}
 

@@ -1,4 +1,4 @@
-"""One vector of a text from those of its tokens, as sentence-transformers names the ways."""
+"""A text's vector from those of its tokens; modes are named as in sentence-transformers."""
 
 from collections.abc import Callable, Sequence
 
@@ -34,7 +34,7 @@ def _max(states: mx.array, lengths: mx.array) -> mx.array:
 
 
 def _sum(states: mx.array, lengths: mx.array) -> mx.array:
-    # Not a product with 0 and 1: padding may hold what is no number.
+    # Not a product with 0 and 1: padding may hold NaN.
     return mx.sum(mx.where(_present(states, lengths), states, 0.0), axis=1)
 
 
@@ -47,13 +47,13 @@ def _mean_sqrt_len(states: mx.array, lengths: mx.array) -> mx.array:
 
 
 def _weighted_mean(states: mx.array, lengths: mx.array) -> mx.array:
-    """Later tokens, which have seen more of a decoder's text, weigh more."""
+    """Later tokens weigh more: they have seen more of a decoder's text."""
     weights = mx.arange(1, states.shape[1] + 1)[:, None]
     return _sum(states * weights, lengths) / (lengths * (lengths + 1) / 2)
 
 
 def _present(states: mx.array, lengths: mx.array) -> mx.array:
-    """Which tokens are no padding: (rows, tokens, 1)."""
+    """(rows, tokens, 1), false for padding."""
     return (mx.arange(states.shape[1]) < lengths)[..., None]
 
 

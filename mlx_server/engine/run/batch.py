@@ -6,7 +6,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_server.engine.grammar.masks import Constraints, Masks
+from mlx_server.engine.grammar.masks import Masks, MaskThread
 from mlx_server.engine.protocol import Failed, Logprobs, Row
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.groups import Groups, ids_of
@@ -97,12 +97,12 @@ class Batch:
     so that host and device work side by side. Masks are computed meanwhile.
     """
 
-    def __init__(self, model: Backend, groups: Groups, constraints: Constraints) -> None:
+    def __init__(self, model: Backend, groups: Groups, mask_thread: MaskThread) -> None:
         self.pending: Step | None = None
         self.failed: list[Failed] = []
         self._model = model
         self._groups = groups
-        self._constraints = constraints
+        self._mask_thread = mask_thread
         self._inputs = Inputs()
         self._sampler: BatchSampler | None = None
 
@@ -180,7 +180,7 @@ class Batch:
             wanted = [row.request.logprobs for row in rows]
             bound = [i for i, row in enumerate(rows) if row.constraint is not None]
             self._sampler = BatchSampler(rows, inputs, self._model.vocab_size, wanted, bound)
-        masks = self._constraints.masks() if any(row.constraint for row in rows) else None
+        masks = Masks(self._mask_thread) if any(row.constraint for row in rows) else None
         logits = self._model.step([*self._groups.parts(inputs), *chunk], len(rows))
         draw = self._sampler.launch(logits[:, -1, :].astype(mx.float32), masks)
         for row in rows:

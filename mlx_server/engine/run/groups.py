@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.cache.prefix import PrefixCache
-from mlx_server.engine.run import backend
+from mlx_server.engine.run import kv
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import store_blocks
 from mlx_server.engine.sequence import Sequence
@@ -58,7 +58,7 @@ class Groups:
 
     @property
     def nbytes(self) -> int:
-        return sum(backend.cache_bytes(group.cache) for group in self._groups)
+        return sum(kv.cache_bytes(group.cache) for group in self._groups)
 
     def add(self, rows: list[Sequence], cache: Cache) -> int:
         new = Group(rows, cache)
@@ -70,7 +70,7 @@ class Groups:
             before = self._groups[: self._groups.index(group) + 1]
             place = sum(len(one.rows) for one in before)
             group.rows += new.rows
-            group.cache = backend.extend(group.cache, new.cache)
+            group.cache = kv.extend(group.cache, new.cache)
         self._renumber()
         return place
 
@@ -105,7 +105,7 @@ class Groups:
                 kept = store_blocks(self._prefix, row, group.cache, i, row.computed)
                 mx.async_eval(kept)  # type: ignore[no-untyped-call]
         group.rows = [group.rows[i] for i in keep]
-        group.cache = backend.keep_rows(group.cache, keep)
+        group.cache = kv.keep_rows(group.cache, keep)
 
     def _renumber(self) -> None:
         self.rows = [row for group in self._groups for row in group.rows]

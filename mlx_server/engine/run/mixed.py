@@ -1,34 +1,27 @@
 """One forward pass over rows of several caches: sequences that decode, and a chunk of a prompt.
 
-A step of decoding reads all weights for a few rows, and so does a small chunk of prefill. Done in
-one pass they are read once, which is what piggybacking a chunk on a decode step is about (Agrawal
-et al. 2023, SARATHI). It also lets sequences of very different lengths keep caches of their own,
-none padded to the longest.
-
-Every token becomes a row of length one, at a position of its own, so that all but the attention is
-one operation for all of them. The model's own code does that: it is given `MixedLayer`s for
-caches, and calls a `scaled_dot_product_attention` that knows them.
+Weights are then read once for both (piggybacking: Agrawal et al. 2023, SARATHI), and nothing is
+padded to the longest sequence. Every token is a row of length one at its own position, so that only
+attention tells parts apart.
 """
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 
 from mlx_server.engine.cache.layout import Cache
+from mlx_server.engine.run.kv import merge
 
-ATTENTION = "scaled_dot_product_attention"
 TOLERANCE = 0.02
-"""Of the largest logit: how far a mixed pass may be from separate ones. A mistake shows as more."""
+"""Relative to the largest logit; mistakes show as more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tokens (rows, tokens) that go to one cache. All parts but the last have one token a row."""
+    """Tokens (rows, tokens) for one cache; only the last part has several a row."""
 
     tokens: mx.array
     cache: Cache
@@ -45,9 +38,10 @@ class Part:
 
 
 class MixedLayer:
-    """One layer's caches of all parts, as the model sees them: a cache of single-token rows.
+    """What a model takes for one layer's cache of single-token rows.
 
-    Keys, values and masks are lists with an item for each part; only `attend` looks into them.
+    Keys, values and masks are lists with an item per part. The logits of the first `answers`
+    rows are wanted.
     """
 
     def __init__(self, parts: Sequence[Part], layer: int, positions: mx.array, answers: int):
@@ -55,20 +49,19 @@ class MixedLayer:
         self.shapes = [part.shape for part in parts]
         self.offset = positions
         self.answers = answers
-        """Rows, from the first on, whose logits are wanted."""
 
     def make_mask(self, _: int, **options: Any) -> list[Any]:
         pairs = zip(self.caches, self.shapes, strict=True)
         return [cache.make_mask(tokens, **options) for cache, (_, tokens) in pairs]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[list[Any], list[Any]]:
-        """Give every cache its rows of `keys` and `values`, each (rows, heads, 1, width)."""
+        """`keys` and `values` are (rows, heads, 1, width)."""
         parts = zip(self.caches, self.split(keys), self.split(values), strict=True)
         both = [cache.update_and_fetch(k, v) for cache, k, v in parts]
         return [k for k, _ in both], [v for _, v in both]
 
     def split(self, array: mx.array) -> list[mx.array]:
-        """The parts of an array (rows, heads, 1, width), each (its rows, heads, tokens, width)."""
+        """(rows, heads, 1, width) to (part rows, heads, tokens, width) each."""
         parts, start = [], 0
         for rows, tokens in self.shapes:
             end = start + rows * tokens
@@ -82,28 +75,40 @@ class MixedLayer:
         return mx.concatenate([p if tokens == 1 else p.swapaxes(0, 2) for p, (_, tokens) in shapes])
 
 
-def attend(
-    original: Callable[..., mx.array],
-    queries: mx.array,
-    keys: Any,
-    values: Any,
-    cache: Any,
-    scale: float,
-    mask: Any,
-    **rest: Any,
-) -> mx.array:
-    if not isinstance(cache, MixedLayer):
-        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, **rest)
-    parts = zip(cache.split(queries), keys, values, cache.caches, mask, strict=True)
-    return cache.join(
-        [original(q, k, v, cache=one, scale=scale, mask=m, **rest) for q, k, v, one, m in parts]
-    )
+def attention_by_part(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """mlx-lm's `scaled_dot_product_attention`, part by part for a `MixedLayer`."""
+
+    def attention(
+        queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, **rest: Any
+    ) -> mx.array:
+        if not isinstance(cache, MixedLayer):
+            return original(queries, keys, values, cache=cache, scale=scale, mask=mask, **rest)
+        parts = zip(cache.split(queries), keys, values, cache.caches, mask, strict=True)
+        return cache.join(
+            [original(q, k, v, cache=one, scale=scale, mask=m, **rest) for q, k, v, one, m in parts]
+        )
+
+    return attention
+
+
+def body_of_answers(kind: type) -> type:
+    """Returns only rows whose logits are wanted."""
+
+    class Body(kind):  # type: ignore[misc]
+        def __call__(self, inputs: mx.array, cache: Any = None, *args: Any, **options: Any) -> Any:
+            hidden = super().__call__(inputs, cache, *args, **options)
+            if cache and isinstance(cache[0], MixedLayer):
+                return hidden[: cache[0].answers]
+            return hidden
+
+    Body.__name__, Body.__module__ = kind.__name__, kind.__module__
+    return Body
 
 
 def forward(model: Any, parts: Sequence[Part], answers: int) -> mx.array:
-    """Logits (answers, 1, vocab) of the first `answers` rows; grows the cache of every part.
+    """Logits (answers, 1, vocab) of the first `answers` rows; grows all caches.
 
-    `model` must be one for which `enable` returned None.
+    Needs `patches.enable_mixed_passes`.
     """
     tokens = mx.concatenate([part.tokens.flatten() for part in parts])
     positions = mx.concatenate([part.positions() for part in parts])
@@ -113,69 +118,7 @@ def forward(model: Any, parts: Sequence[Part], answers: int) -> mx.array:
     return logits
 
 
-def enable(model: Any, new_cache: Callable[[], Cache], merge: Callable[..., Cache]) -> str | None:
-    """Prepare `model` for `forward` and try it; says what is in the way, if anything is.
-
-    `new_cache` makes an empty cache of one sequence, `merge` one of several such.
-    """
-    with ExitStack() as undo:
-        obstacle = _obstacle(model, new_cache, merge, undo)
-        if obstacle is None:
-            undo.pop_all()
-    return obstacle
-
-
-def _obstacle(
-    model: Any, new_cache: Callable[[], Cache], merge: Callable[..., Cache], undo: ExitStack
-) -> str | None:
-    try:
-        _install(model, undo)
-        error = _error(model, new_cache, merge)
-    except Exception as failure:  # noqa: BLE001
-        # The code of some families asks more of a cache, in ways as many as there are families.
-        return f"{type(failure).__name__}: {failure}"
-    return None if error <= TOLERANCE else f"logits differ by {error:.2g} of the largest"
-
-
-def _install(model: Any, undo: ExitStack) -> None:
-    """Teach the model's attention and its body about mixed layers."""
-    body = _body(model)
-    kind = type(body)
-    body.__class__ = type(kind.__name__, (_Body, kind), {"__module__": kind.__module__})
-    undo.callback(setattr, body, "__class__", kind)
-    names = {type(module).__module__ for module in model.modules()}
-    homes = [home for name in names if hasattr(home := sys.modules.get(name), ATTENTION)]
-    for home in homes:
-        original = getattr(home, ATTENTION)
-        setattr(home, ATTENTION, _knowing(original))
-        undo.callback(setattr, home, ATTENTION, original)
-
-
-def _knowing(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    def attention(
-        queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, **rest: Any
-    ) -> mx.array:
-        return attend(original, queries, keys, values, cache, scale, mask, **rest)
-
-    return attention
-
-
-def _body(model: Any) -> Any:
-    """The part of a model that turns tokens into hidden states, before the output projection."""
-    return getattr(model, "language_model", model).model
-
-
-class _Body:
-    """Mixed into a model's body: hands on only those rows whose logits are wanted."""
-
-    def __call__(self, inputs: mx.array, cache: Any = None, *args: Any, **options: Any) -> Any:
-        hidden = super().__call__(inputs, cache, *args, **options)  # type: ignore[misc]
-        if cache and isinstance(cache[0], MixedLayer):
-            return hidden[: cache[0].answers]
-        return hidden
-
-
-def _error(model: Any, new_cache: Callable[[], Cache], merge: Callable[..., Cache]) -> float:
+def error(model: Any, new_cache: Callable[[], Cache]) -> float:
     """How far a mixed pass is from separate ones, relative to the largest logit."""
     begun = [new_cache() for _ in range(4)]
     for length, cache in enumerate(begun, 2):

@@ -1,23 +1,30 @@
-"""mlx-lm without its text side, which an engine never uses.
+"""Every change made to mlx and mlx-lm at run time, and why; replacements live in their rooms.
 
-`import mlx_lm` brings in transformers and the generator; that takes three quarters of the time in
-which an engine of a small model starts, and so of every swap of models.
+Nothing here imports mlx before it is called: `leave_out_text_side` comes first.
 """
 
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_server.engine.cache.layout import Cache
 
 PACKAGE = "mlx_lm"
 TEXT_MODULE = "mlx_lm.tokenizer_utils"
+ATTENTION = "scaled_dot_product_attention"
 
 
 def leave_out_text_side() -> None:
     """Make mlx-lm's models importable without its tokenizers. Call before its first import.
 
-    The package's `__init__` only re-exports what it imports, and `mlx_lm.utils` takes two names
-    from the text module that it uses for text alone. Should a release want more, it gets all.
+    Replaces the package's `__init__` and `mlx_lm.tokenizer_utils` by empty modules: both import
+    transformers, three quarters of the start of a small model's engine. `mlx_lm.utils` takes two
+    names from the latter, for text alone. If an import fails so, all is put back.
     """
     spec = find_spec(PACKAGE)
     if PACKAGE in sys.modules or spec is None:
@@ -33,3 +40,76 @@ def leave_out_text_side() -> None:
     except ImportError:
         for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
             del sys.modules[name]
+
+
+def use_cpu_kernels() -> Callable[[], None]:
+    """On a CPU device, replace what is slow there; returns what frees its caches.
+
+    `mx.fast.scaled_dot_product_attention` and mlx-lm's `swiglu` become those of `engine.cpu`,
+    several times as fast, equal to about 1e-6 of their scale. Call before a model's module is
+    imported, which binds `swiglu`. Calls with more than one token a row evaluate, so they must
+    not be traced (`mx.compile`, `mx.grad`).
+    """
+    from mlx_server.engine.memory import device_name
+
+    if device_name() != "cpu":
+        return _nothing
+    import mlx.core as mx
+    from mlx_lm.models import activations as originals
+
+    from mlx_server.engine.cpu import activations, attention, heap
+
+    heap.keep_freed()
+    mx.fast.scaled_dot_product_attention = attention.attention
+    originals.swiglu = activations.swiglu
+    return attention.clear_masks
+
+
+def _nothing() -> None:
+    return None
+
+
+def enable_mixed_passes(model: Any, new_cache: "Callable[[], Cache]") -> str | None:
+    """Prepare `model` for `mixed.forward` and try it.
+
+    Returns the obstacle, if any; `model` is then as it was.
+    """
+    from mlx_server.engine.run import mixed
+
+    with ExitStack() as undo:
+        try:
+            _attend_by_part(model, undo)
+            _drop_unanswered_rows(model, undo)
+            error = mixed.error(model, new_cache)
+        except Exception as failure:  # noqa: BLE001
+            # Some families' code asks more of a cache, each in its own way.
+            return f"{type(failure).__name__}: {failure}"
+        if error > mixed.TOLERANCE:
+            return f"logits differ by {error:.2g} of the largest"
+        undo.pop_all()
+    return None
+
+
+def _attend_by_part(model: Any, undo: ExitStack) -> None:
+    """Wrap `scaled_dot_product_attention`, which mlx-lm's modules import by name.
+
+    Each token of a mixed pass attends to its own cache.
+    """
+    from mlx_server.engine.run import mixed
+
+    names = {type(module).__module__ for module in model.modules()}
+    homes = [home for name in names if hasattr(home := sys.modules.get(name), ATTENTION)]
+    for home in homes:
+        original = getattr(home, ATTENTION)
+        setattr(home, ATTENTION, mixed.attention_by_part(original))
+        undo.callback(setattr, home, ATTENTION, original)
+
+
+def _drop_unanswered_rows(model: Any, undo: ExitStack) -> None:
+    """Subclass the body's class: a chunk's rows need no output projection."""
+    from mlx_server.engine.run import mixed
+
+    body = getattr(model, "language_model", model).model
+    kind = type(body)
+    body.__class__ = mixed.body_of_answers(kind)
+    undo.callback(setattr, body, "__class__", kind)

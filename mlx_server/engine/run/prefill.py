@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.cache.prefix import BLOCK, Match, PrefixCache
-from mlx_server.engine.run import backend
+from mlx_server.engine.run import kv
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import logprob_entries, store_blocks
@@ -84,7 +84,7 @@ class PromptPrefill:
         """The tokens (1, tokens) of the next chunk, for which the cache is ready."""
         prompt = self._sequence.request.prompt
         chunk = prompt[self.position : self._end(budget)]
-        backend.reserve(self.cache, len(prompt) - self.position, len(chunk))
+        kv.reserve(self.cache, len(prompt) - self.position, len(chunk))
         return Part(mx.array([chunk]), self.cache)
 
     def computed(self, part: Part) -> list[mx.array]:
@@ -102,7 +102,7 @@ class PromptPrefill:
         self.length = len(self._sequence.request.prompt) - 1
 
     def batch_cache(self) -> Cache:
-        return backend.merge([self.cache])
+        return kv.merge([self.cache])
 
     def _end(self, budget: int) -> int:
         if self._sequence.scored:
@@ -146,7 +146,7 @@ class GroupPrefill:
     def __init__(self, model: Backend, prefix: PrefixCache, sequences: list[Sequence]) -> None:
         self.sequences = sequences
         begun = [_cache_of(model, prefix, sequence) for sequence in sequences]
-        self.cache: Cache = backend.merge([cache for cache, _ in begun])
+        self.cache: Cache = kv.merge([cache for cache, _ in begun])
         self.position = 0
         self._starts = [start for _, start in begun]
         pairs = zip(sequences, self._starts, strict=True)
@@ -163,9 +163,9 @@ class GroupPrefill:
         if self.position >= self.length:
             return
         padded = mx.array([p + [0] * (self.length - len(p)) for p in self._missing])
-        backend.pad_right(self.cache, [len(p) for p in self._missing])
+        kv.pad_right(self.cache, [len(p) for p in self._missing])
         self._model.prefill(padded, self.cache)
-        backend.unpad(self.cache)
+        kv.unpad(self.cache)
         self.position = self.length
         lengths = [len(sequence.request.prompt) - 1 for sequence in self.sequences]
         rows = enumerate(zip(self.sequences, lengths, strict=True))

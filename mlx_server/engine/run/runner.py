@@ -7,12 +7,14 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_server.engine.cache.prefix import BLOCK, PrefixCache
-from mlx_server.engine.grammar.masks import Constraints
+from mlx_server.engine.grammar.compiler import GrammarCompiler
+from mlx_server.engine.grammar.masks import MaskThread
 from mlx_server.engine.plan import Begin, ChunkTime, Outcome, Plan, Start
 from mlx_server.engine.protocol import Row, Tokens
-from mlx_server.engine.run.backend import Backend, cache_bytes
+from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.groups import Groups
+from mlx_server.engine.run.kv import cache_bytes
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
 from mlx_server.engine.run.prefixes import WaitingPrefixes
 from mlx_server.engine.sequence import Sequence, usable_keys
@@ -33,15 +35,16 @@ class Runner:
     """
 
     def __init__(
-        self, model: Backend, prefix: PrefixCache, constraints: Constraints, context_length: int
+        self, model: Backend, prefix: PrefixCache, grammars: GrammarCompiler, context_length: int
     ) -> None:
         self.model = model
         self.prefix = prefix
-        self.constraints = constraints
+        self.grammars = grammars
+        self.mask_thread = MaskThread()
         self.context_length = context_length
         self.prefills: dict[int, Prefill] = {}
         self.waiting = WaitingPrefixes(prefix)
-        self.batch = Batch(model, Groups(model.mixes, prefix), constraints)
+        self.batch = Batch(model, Groups(model.mixes, prefix), self.mask_thread)
         self._mixed: _MixedChunk | None = None
 
     @property
@@ -89,7 +92,7 @@ class Runner:
         self.prefills.clear()
         self.waiting.clear()
         self.prefix.clear()
-        self.batch = Batch(self.model, Groups(self.model.mixes, self.prefix), self.constraints)
+        self.batch = Batch(self.model, Groups(self.model.mixes, self.prefix), self.mask_thread)
         self._mixed = None
         return [sequence.restart() for sequence in running.values()]
 
@@ -115,7 +118,7 @@ class Runner:
         sequences = [Sequence(start, self.context_length) for start in begin.starts]
         for sequence in sequences:
             if sequence.request.grammar is not None:
-                sequence.constrain(self.constraints.compile(sequence.request.grammar).result())
+                sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
         prefill: Prefill
         if len(sequences) == 1:
             prefill = PromptPrefill(self.model, self.prefix, sequences[0], begin.until)

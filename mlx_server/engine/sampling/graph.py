@@ -1,4 +1,4 @@
-"""Drawing the tokens of all rows of a batch in one graph, which the host need not wait for."""
+"""Drawing the tokens of all rows of a batch in one graph, without waiting for it."""
 
 import math
 from collections.abc import Container, Iterator
@@ -13,39 +13,35 @@ if TYPE_CHECKING:
     from mlx_server.engine.grammar.grammar import Allowed
 
 COLDEST = 2.0**-126
-"""The lowest temperature that float32 can divide by; anything below is none."""
+"""The lowest temperature float32 can divide by; below it counts as 0."""
 
 
 class SampledRow(Protocol):
-    """What sampling must know of a row of the batch."""
-
     @property
     def sampling(self) -> Sampling: ...
 
     @property
     def prompt(self) -> list[int]:
-        """Prompt tokens, without those that an earlier engine sampled."""
+        """Without tokens that an earlier engine sampled."""
 
     @property
     def completion(self) -> list[int]:
-        """Sampled tokens that have been read back."""
+        """Tokens that have been read back."""
 
     @property
     def in_flight(self) -> bool:
-        """Whether the row's next input is a sampled token not yet in `completion`."""
+        """Whether the next input is not yet in `completion`."""
 
     @property
     def position(self) -> int:
-        """Index in the completion of the token about to be drawn."""
+        """Index of the token about to be drawn in the completion."""
 
 
 def filters(sampling: Sampling) -> bool:
-    """Whether top-k, top-p or min-p cut the distribution."""
     return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
 
 
 def penalises(sampling: Sampling) -> bool:
-    """Whether the draw depends on the tokens before it."""
     return (
         sampling.repetition_penalty != 1
         or sampling.presence_penalty != 0
@@ -54,8 +50,6 @@ def penalises(sampling: Sampling) -> bool:
 
 
 class DeviceSampler:
-    """The graph of a batch's sampling; rows that ask for nothing are one argmax together."""
-
     def __init__(self, rows: Many[SampledRow], inputs: mx.array, vocab_size: int) -> None:
         settings = [row.sampling for row in rows]
         self.settings = settings
@@ -68,10 +62,9 @@ class DeviceSampler:
     def sample(
         self, logits: mx.array, shares: list[float], allowed: "Allowed | None" = None
     ) -> mx.array:
-        """Tokens (rows,) uint32 of `logits` (rows, vocab) float32.
+        """Tokens (rows,) uint32 from `logits` (rows, vocab) float32.
 
-        Each is the one at its share in [0, 1) of the row's cumulative distribution, in which
-        tokens that are not `allowed` have no part.
+        Each is the allowed one at its share in [0, 1) of the row's cumulative distribution.
         """
         if allowed and allowed.rows:
             logits = _masked(logits, allowed)
@@ -87,7 +80,7 @@ class DeviceSampler:
         return tokens
 
     def _draws(self, forced: Container[int]) -> "Iterator[_Draw]":
-        """The draws of all rows but those which are `forced`: the largest logit is theirs."""
+        """A forced row's largest logit is its only one."""
         for draw in (self.plain, self.filtered):
             if draw is None:
                 continue
@@ -99,7 +92,7 @@ class DeviceSampler:
 
 
 def _masked(logits: mx.array, allowed: "Allowed") -> mx.array:
-    """`logits` (rows, vocab) with minus infinity for tokens that constrained rows may not take."""
+    """`logits` (rows, vocab), minus infinity for what is not allowed."""
     index, words = mx.array(allowed.rows), mx.array(allowed.words)
     bits = (words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
     bits = bits.reshape(words.shape[0], -1)[:, : logits.shape[1]]
@@ -109,8 +102,6 @@ def _masked(logits: mx.array, allowed: "Allowed") -> mx.array:
 
 
 class _Bias:
-    """Additive logit bias of the rows that have one, as one scatter."""
-
     def __init__(self, entries: list[tuple[int, int, float]]) -> None:
         rows, tokens, values = zip(*entries, strict=True)
         self.rows, self.tokens, self.values = mx.array(rows), mx.array(tokens), mx.array(values)
@@ -129,10 +120,9 @@ class _Bias:
 
 
 class _Penalties:
-    """Repetition, presence and frequency penalties of the rows that have any.
+    """`seen` (rows, vocab) are the prompt's tokens, `counts` (rows, vocab) the completion's.
 
-    `seen` (rows, vocab) tells which tokens the prompt holds, `counts` (rows, vocab) how often the
-    completion does. Repetition as in Keskar et al. 2019 (CTRL), the others as OpenAI defines them.
+    Repetition as in Keskar et al. 2019 (CTRL), presence and frequency as OpenAI defines them.
     """
 
     def __init__(
@@ -165,7 +155,7 @@ class _Penalties:
         return penalised
 
     def count(self, tokens: mx.array) -> None:
-        """Take note of the tokens (batch rows,) just drawn."""
+        """Count the tokens (batch rows,) just drawn."""
         chosen = tokens[self.index]
         self._add(chosen, mx.ones(chosen.shape))
 
@@ -175,7 +165,7 @@ class _Penalties:
 
 
 def _histogram(token_lists: list[list[int]], vocab_size: int) -> mx.array:
-    """How often each token occurs in each list: (lists, vocab) float32."""
+    """(lists, vocab) float32"""
     counts = mx.zeros((len(token_lists), vocab_size))
     rows = [mx.full(len(tokens), row) for row, tokens in enumerate(token_lists) if tokens]
     if not rows:
@@ -185,7 +175,7 @@ def _histogram(token_lists: list[list[int]], vocab_size: int) -> mx.array:
 
 
 class _Draw:
-    """Draws from the whole distribution of rows with a temperature and no filter."""
+    """Rows with a temperature and no filter."""
 
     def __init__(self, settings: list[Sampling], index: list[int]) -> None:
         self.members = index
@@ -197,12 +187,12 @@ class _Draw:
         return cls(settings, index) if index else None
 
     def sample(self, logits: mx.array, shares: list[float]) -> mx.array:
-        """Tokens of these rows, from the `logits` (rows, vocab) and `shares` of all rows."""
+        """`logits` (rows, vocab) and `shares` are those of all rows."""
         probabilities = mx.softmax(logits[self.index] / self.temperature, axis=-1)
         return self._invert(probabilities, shares)
 
     def _invert(self, weights: mx.array, shares: list[float]) -> mx.array:
-        """The first index whose cumulative weight exceeds a share of the total: (rows,)."""
+        """The first index whose cumulative weight exceeds its share: (rows,)."""
         mine = mx.array([shares[i] for i in self.members])
         cumulative = mx.cumsum(weights, axis=-1)
         target = mine[:, None] * cumulative[:, -1:]
@@ -210,11 +200,10 @@ class _Draw:
 
 
 class _FilteredDraw(_Draw):
-    """Draws from rows whose distribution is cut by top-k, top-p or min-p, in that order.
+    """Rows cut by top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024), in that order.
 
     Each filter sees what the ones before it left, renormalised; the most likely token always
-    stays. Top-p is nucleus sampling (Holtzman et al. 2020), min-p as in Nguyen et al. 2024. Of
-    equally likely tokens the lowest comes first: both at the cut and in the order of the draw.
+    stays. Of equally likely tokens the lowest comes first.
     """
 
     def __init__(self, settings: list[Sampling], index: list[int]) -> None:
@@ -239,7 +228,7 @@ class _FilteredDraw(_Draw):
         return mx.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(mx.uint32)
 
     def _filter(self, weights: mx.array) -> mx.array:
-        """Zero what the filters cut from `weights` (rows, vocab), sorted in falling order."""
+        """Zero what is cut from `weights` (rows, vocab), in falling order."""
         rank = mx.arange(weights.shape[-1])[None]
         weights = mx.where(rank < self.top_k, weights, 0)
         before = mx.cumsum(weights, axis=-1) - weights
@@ -249,7 +238,7 @@ class _FilteredDraw(_Draw):
 
 
 def token_logprobs(logits: mx.array, tokens: mx.array, most: int) -> tuple[mx.array, ...]:
-    """See `sampling.token_logprobs`, as a graph."""
+    """See `sampler.token_logprobs`."""
     logits = logits.astype(mx.float32)
     normal = mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1) - normal

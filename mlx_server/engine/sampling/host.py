@@ -1,8 +1,6 @@
-"""Drawing tokens on the host, for the CPU device, whose logits the host can read where they are.
+"""`sampling.graph` in NumPy, for the CPU device, whose logits the host reads where they are.
 
-MLX evaluates `exp` and `sort` there an element at a time, and a graph cannot take a branch. NumPy's
-`exp` is some 20 times as fast, and only the tokens that a filter may keep need to be sorted. The
-results are those of `device_sampling`, up to float rounding.
+NumPy's `exp` is some 20 times as fast there, and only tokens that a filter may keep are sorted.
 """
 
 from collections.abc import Sequence as Many
@@ -22,22 +20,18 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 
 BLOCK = 256
-"""Weights whose sum is one entry of the coarse level when a cumulative distribution is searched."""
+"""Weights per entry of the coarse level of a cumulative distribution."""
 GROUPS = 1024
 """Strided groups of a row whose maxima bound its largest values from below."""
 FEW = 256
-"""Candidates that are sorted sooner than made fewer."""
 LARGEST_STEP, SMALLEST_STEP = 64.0, 1.1
-"""Factors by which the floor of the candidates is raised."""
 ROUNDING = 1 + 1e-4
-"""What a float32 sum over a vocabulary may be off by, generously."""
+"""A generous bound on the error of a float32 sum over a vocabulary."""
 LOWEST = np.float32(-np.inf)
 LEAST_WEIGHT = np.nextafter(np.float32(0), np.float32(1))
 
 
 class HostSampler:
-    """The rows' samplers; a token in flight is counted once it is known."""
-
     def __init__(self, rows: Many[SampledRow], inputs: mx.array, vocab_size: int) -> None:
         self.rows = [RowSampler(r.sampling, r.prompt, r.completion, vocab_size) for r in rows]
         self._vocab_size = vocab_size
@@ -51,10 +45,7 @@ class HostSampler:
         tokens: mx.array,
         allowed: "Allowed | None" = None,
     ) -> None:
-        """Write the tokens of `logits` (rows, vocab) to `tokens` (rows,), waiting for the logits.
-
-        Shares are as in `DeviceSampler.sample`, and so is what is `allowed`.
-        """
+        """As `DeviceSampler.sample`, but waits for the logits and writes to `tokens` (rows,)."""
         choices = allowed.choices(self._vocab_size) if allowed else {}
         values = np.asarray(logits)
         if self._in_flight:
@@ -71,8 +62,6 @@ class HostSampler:
 
 
 class RowSampler:
-    """Draws one request's tokens, and counts them where penalties ask for it."""
-
     def __init__(
         self, sampling: Sampling, prompt: list[int], completion: list[int], vocab_size: int
     ) -> None:
@@ -84,9 +73,9 @@ class RowSampler:
         )
 
     def draw(self, logits: Floats, share: float, choice: Ids | None = None) -> int:
-        """The token of `logits` (vocab,) at `share` in [0, 1) of the filtered distribution.
+        """The token at `share` of the distribution of `logits` (vocab,).
 
-        It is one of `choice`, in rising order, if that is given, and all others might not exist.
+        Only tokens of `choice`, in rising order, take part.
         """
         if choice is None:
             return self._pick(self._adjusted(logits), share)
@@ -95,7 +84,7 @@ class RowSampler:
         return int(choice[self._pick(self._adjusted(logits)[choice], share)])
 
     def _pick(self, logits: Floats, share: float) -> int:
-        """Where in `logits`, biased and penalised, the draw at `share` is."""
+        """Index into `logits`, which are biased and penalised."""
         best = int(logits.argmax())
         # Infinite or undefined logits, as a broken model gives them, have no distribution.
         if self.sampling.temperature < COLDEST or not np.isfinite(logits[best]):
@@ -107,12 +96,11 @@ class RowSampler:
         return int(tokens[_first_above(cumulative, share * cumulative[-1])])
 
     def count(self, token: int) -> None:
-        """Take note of a token drawn for the completion."""
         if self.penalties:
             self.penalties.count(token)
 
     def _adjusted(self, logits: Floats) -> Floats:
-        """Biased and penalised logits; the given ones stay as they are."""
+        """A biased and penalised copy."""
         if self.penalties is None and not len(self.biased):
             return logits
         logits = logits.copy()
@@ -123,10 +111,7 @@ class RowSampler:
 
 
 class _Penalties:
-    """The same as `device_sampling.Penalties` for one row, reckoned for the used tokens only.
-
-    `used` are the tokens of prompt and completion, `counts` (vocab,) those of the completion.
-    """
+    """As `graph._Penalties`; `used` are the tokens of both, `counts` (vocab,) the completion's."""
 
     def __init__(
         self, sampling: Sampling, prompt: list[int], completion: list[int], vocab_size: int
@@ -154,7 +139,7 @@ class _Penalties:
 def token_logprobs(
     logits: mx.array, tokens: mx.array, most: int, index: mx.array
 ) -> tuple[mx.array, ...]:
-    """See `sampling.token_logprobs`, of the rows at `index`."""
+    """See `sampler.token_logprobs`, of the rows at `index`."""
     values, drawn = np.asarray(logits.astype(mx.float32)), np.asarray(tokens)
     rows = [_row_logprobs(values[i], int(drawn[i]), most) for i in np.asarray(index)]
     chosen, best, best_logprobs = (np.stack(part) for part in zip(*rows, strict=True))
@@ -164,10 +149,7 @@ def token_logprobs(
 
 
 def _row_logprobs(logits: Floats, token: int, most: int) -> tuple[np.float32, Ids, Floats]:
-    """Log-probability under `logits` (vocab,) of `token`, then the best `most` tokens and theirs.
-
-    The best come in falling order, of equal ones the lowest token first.
-    """
+    """Of `token`, then the best `most` tokens, in falling order, and theirs."""
     highest = logits.max()
     normal = highest + np.log(_weights(logits, highest, 1.0).sum())
     best = largest(logits, most) if most else np.empty(0, dtype=np.intp)
@@ -175,10 +157,7 @@ def _row_logprobs(logits: Floats, token: int, most: int) -> tuple[np.float32, Id
 
 
 def largest(values: Floats, count: int, floor: np.float32 = LOWEST) -> Ids:
-    """Where the `count` largest of `values` (vocab,) are, as far as they reach `floor`.
-
-    They come in falling order, of equal ones the first first.
-    """
+    """Indices of the `count` largest of `values` (vocab,) from `floor` on, in falling order."""
     if count < len(values):
         floor = max(floor, _bound(values, count))
     near = np.flatnonzero(~(values < floor))  # undefined ones too: as many as asked for
@@ -186,9 +165,9 @@ def largest(values: Floats, count: int, floor: np.float32 = LOWEST) -> Ids:
 
 
 def _bound(values: Floats, count: int) -> np.float32:
-    """At most the value that `count` of `values` reach, and close below it when `count` is small.
+    """A close lower bound of the `count`-th largest value, when `count` is small.
 
-    Each of the `count` groups with the largest maxima holds a value that is not smaller.
+    The `count` groups with the largest maxima each hold a value that reaches it.
     """
     if count <= GROUPS // 4 and len(values) >= 4 * GROUPS:
         whole = len(values) - len(values) % GROUPS
@@ -197,10 +176,10 @@ def _bound(values: Floats, count: int) -> np.float32:
 
 
 def _falling(values: Floats) -> Ids:
-    """The indices that sort `values` in falling order, equal ones in rising order of index.
+    """Stable indices of `values` in falling order.
 
-    A float's bits order as its value does once those of one sign are turned over, and NumPy sorts
-    keys of 16 bits by radix: four times as fast as comparing when there are many.
+    A float's bits order as its value does once those of one sign are flipped, and NumPy sorts
+    16-bit keys by radix, four times as fast as comparing.
     """
     bits = (values + np.float32(0)).view(np.uint32)  # no negative zeros
     keys = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
@@ -209,7 +188,7 @@ def _falling(values: Floats) -> Ids:
 
 
 def _weights(logits: Floats, most: np.float32, temperature: float) -> Floats:
-    """Probabilities (vocab,) relative to that of the largest logit, `most`."""
+    """Probabilities (vocab,) relative to the largest."""
     weights = logits - most
     if temperature != 1:
         weights /= np.float32(temperature)
@@ -220,7 +199,7 @@ def _weights(logits: Floats, most: np.float32, temperature: float) -> Floats:
 def _invert(weights: Floats, share: float) -> int:
     """The first index at which the cumulative weight exceeds `share` of the total.
 
-    Searched in two levels: a running sum over a whole vocabulary would take several times as long.
+    In two levels: a running sum over a whole vocabulary takes several times as long.
     """
     starts = np.arange(0, len(weights), BLOCK)
     sums = np.add.reduceat(weights, starts).cumsum(dtype=np.float64)
@@ -233,19 +212,13 @@ def _invert(weights: Floats, share: float) -> int:
 
 
 def _first_above(cumulative: npt.NDArray[np.float64], target: float) -> int:
-    """The first index that lies above `target`.
-
-    Should rounding leave none, the last that adds to the sum.
-    """
+    """If rounding leaves none above `target`, the last that adds to the sum."""
     last = np.searchsorted(cumulative, cumulative[-1])
     return int(min(np.searchsorted(cumulative, target, side="right"), last, len(cumulative) - 1))
 
 
 def _filter(weights: Floats, sampling: Sampling) -> tuple[Ids, npt.NDArray[np.float64]]:
-    """Tokens that top-k, top-p and min-p leave, in falling order, and their cumulative weights.
-
-    Each filter sees what the ones before it left; the most likely token always stays.
-    """
+    """Tokens left by `graph._FilteredDraw`'s filters, in falling order, and cumulative weights."""
     if 0 < sampling.top_k < len(weights):
         tokens = largest(weights, sampling.top_k, LEAST_WEIGHT)
         total = float(weights[tokens].sum(dtype=np.float64))
@@ -263,11 +236,10 @@ def _filter(weights: Floats, sampling: Sampling) -> tuple[Ids, npt.NDArray[np.fl
 
 
 def _candidates(weights: Floats, total: float, sampling: Sampling) -> Ids:
-    """Tokens that hold all which top-p and min-p leave, and few more, in rising order.
+    """A small superset, in rising order, of the tokens that top-p and min-p leave.
 
     Tokens below `rest / vocab`, with `rest` the mass that top-p may cut, have less than `rest`
-    together: the others hold the nucleus for certain. The floor then rises, in steps that shrink
-    towards the cut, for as long as what lies above it still does.
+    together. From there the floor rises in shrinking steps while the rest still holds the nucleus.
     """
     floor = max(np.float32(sampling.min_p), LEAST_WEIGHT)
     if sampling.top_p >= 1:

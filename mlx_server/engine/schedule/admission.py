@@ -56,7 +56,7 @@ class Admission:
         for request in self.considered():
             if request.bound or request.request.grammar is None:
                 continue
-            request.grammar = self._runner.constraints.compile(request.request.grammar)
+            request.grammar = self._runner.grammars.compile(request.request.grammar)
             if not request.grammar.done():
                 continue
             try:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence as Many
 from typing import Protocol
 
-from mlx_server.engine.run.backend import KvCost
 from mlx_server.engine.run.groups import most_padded
+from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.schedule.backoff import KvBackoff
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from mlx_server.engine.cache.prefix import PrefixCache, extend_keys
-from mlx_server.engine.grammar.masks import Constraints
+from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.memory import DeviceMemory, is_out_of_memory
 from mlx_server.engine.plan import Outcome, Plan, Start
 from mlx_server.engine.protocol import (
@@ -67,8 +67,8 @@ class Scheduler:
         self.memory = memory
         self.kv_limit = kv_limit
         self.longest_sequence = model.kv_cost.longest(kv_limit, model.context_length)
-        constraints = Constraints(model.path, model.vocab_size)
-        self.runner = Runner(model, prefix, constraints, self.longest_sequence)
+        grammars = GrammarCompiler(model.path, model.vocab_size)
+        self.runner = Runner(model, prefix, grammars, self.longest_sequence)
         self.waiting = WaitingQueue()
         self.suspects: set[int] = set()
         """Requests with which a turn has failed, and which have got nowhere since."""
@@ -166,7 +166,8 @@ class Scheduler:
             self.memory.release()
 
     def close(self) -> None:
-        self.runner.constraints.close()
+        self.runner.grammars.close()
+        self.runner.mask_thread.close()
         self.runner.prefix.disk.close()
 
     def stats(self) -> Stats:

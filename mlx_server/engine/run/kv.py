@@ -1,0 +1,122 @@
+"""Operations on mlx-lm's KV caches, and their cost in bytes."""
+
+import bisect
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
+
+from mlx_server.engine.cache.layout import Cache, leaves
+from mlx_server.engine.run.weights import ModelError
+
+FIRST_SIZE_STEP = 32
+"""Tokens by which layers' first sizes differ."""
+FULL_SIZE_STEP = 8
+"""Tokens by which they differ with the whole prompt."""
+STAGGERED_LAYERS = 32
+"""Layers after which sizes repeat."""
+
+
+class KvCost:
+    """Derived from a cache that holds one token."""
+
+    STEP = 256
+    """Tokens by which mlx-lm's caches grow."""
+
+    def __init__(self, cache: Cache) -> None:
+        parts = [_part(leaf) for leaf in leaves(cache)]
+        self.fixed = sum(fixed for fixed, _, _ in parts)
+        self._growing = [(size, window) for _, size, window in parts if size]
+
+    def bytes(self, rows: int, tokens: int) -> int:
+        """Of `rows`, the longest of which holds `tokens`."""
+        # A cache grows from its present length, which after a merge is no multiple of the step.
+        room = tokens + self.STEP - 1
+        growing = sum(size * min(room, window or room) for size, window in self._growing)
+        return rows * (self.fixed + growing)
+
+    def longest(self, limit: int, context_length: int) -> int:
+        """The most tokens, up to `context_length`, of one sequence in `limit` bytes."""
+        if self.bytes(1, context_length) <= limit:
+            return context_length
+        lengths = range(context_length)
+        fitting = bisect.bisect_right(lengths, limit, key=lambda tokens: self.bytes(1, tokens))
+        return max(0, fitting - 1)
+
+
+def _part(leaf: Any) -> tuple[int, int, int | None]:
+    """Fixed bytes, bytes per token, and window in tokens, of a layer's cache."""
+    if isinstance(leaf, KVCache | RotatingKVCache) and leaf.keys is not None:
+        array = leaf.keys if isinstance(leaf.keys, mx.array) else leaf.keys[0]
+        return (0, leaf.nbytes // array.shape[2], getattr(leaf, "max_size", None))
+    return (int(leaf.nbytes), 0, None)
+
+
+def cache_bytes(cache: Cache) -> int:
+    return sum(int(layer.nbytes) for layer in cache)
+
+
+def merge(caches: list[Cache]) -> Cache:
+    """One batch cache with a row for each. Raises ModelError where there is none."""
+    first = caches[0]
+    for layer in first:
+        if not hasattr(layer, "merge"):
+            raise ModelError(f"{type(layer).__name__} does not support batching")
+    if len(caches) == 1:
+        return [_batch_of_one(layer) for layer in first]
+    return [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(first)]
+
+
+def _batch_of_one(layer: Any) -> Any:
+    """Without a copy of plain caches."""
+    if type(layer) is not KVCache:
+        return layer.merge([layer])
+    batch = BatchKVCache([0])
+    batch.keys, batch.values, batch._idx = layer.keys, layer.values, layer.offset
+    batch.offset = mx.array([layer.offset])
+    return batch
+
+
+def extend(cache: Cache, other: Cache) -> Cache:
+    """Append the rows of `other`; both are batch caches."""
+    if not cache:
+        return other
+    for layer, more in zip(cache, other, strict=True):
+        layer.extend(more)
+    return cache
+
+
+def keep_rows(cache: Cache, rows: list[int]) -> Cache:
+    if not rows:
+        return []
+    for layer in cache:
+        layer.filter(rows)
+    return cache
+
+
+def reserve(cache: Cache, tokens: int, chunk: int) -> None:
+    """Size a cache of one sequence for a prompt of `tokens` more, `chunk` of them next.
+
+    Growing copies. Sizes are staggered, so that layers grow in turn.
+    """
+    for index, leaf in enumerate(leaves(cache)):
+        if isinstance(leaf, KVCache):
+            place = index % STAGGERED_LAYERS
+            whole = tokens + FULL_SIZE_STEP * place
+            first = FIRST_SIZE_STEP * (place + 1)
+            leaf.step = first if leaf.keys is None and chunk < first < whole else whole
+
+
+def pad_right(cache: Cache, lengths: list[int]) -> None:
+    """Announce that the next tokens are padded to the longest of `lengths`."""
+    longest = max(lengths)
+    padding = [longest - length for length in lengths]
+    for layer in cache:
+        layer.prepare(lengths=lengths, right_padding=padding)
+
+
+def unpad(cache: Cache) -> None:
+    """Move that padding to the left, where decoding ignores it."""
+    for layer in cache:
+        layer.finalize()
+    mx.eval([layer.state for layer in cache])

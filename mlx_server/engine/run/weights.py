@@ -1,0 +1,120 @@
+"""Loading a model folder."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import (
+    _get_classes,
+    dequantize_model,
+    get_total_parameters,
+    load_adapters,
+    load_model,
+)
+
+from mlx_server.engine.memory import DeviceMemory, device_name
+from mlx_server.engine.protocol import LoadOptions
+
+DEFAULT_CONTEXT = 4096
+FLOAT32_BYTES = 4
+
+Classes = Callable[[dict[str, Any]], tuple[type, type]]
+"""From config.json to the classes of a model and of its arguments."""
+
+
+class ModelError(Exception):
+    """The model folder cannot be loaded."""
+
+
+def load_weights(
+    path: Path, options: LoadOptions, classes: Classes = _get_classes
+) -> tuple[Any, dict[str, Any]]:
+    """The model, its weights not read yet, and its config. Raises ModelError."""
+    try:
+        model, config = load_model(
+            path,
+            lazy=True,
+            get_model_classes=classes,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except json.JSONDecodeError as error:
+        raise ModelError(f"config.json is not valid JSON: {error}") from error
+    except FileNotFoundError as error:
+        raise ModelError(f"a file is missing: {error}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ModelError(f"{type(error).__name__}: {error}") from error
+    return model, config
+
+
+def apply_adapter(model: Any, path: Path) -> Any:
+    """LoRA. Raises ModelError."""
+    try:
+        adapted = load_adapters(model, str(path))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise ModelError(
+            f"the adapter in {path.name} cannot be applied: {type(error).__name__}: {error}"
+        ) from error
+    adapted.eval()
+    return adapted
+
+
+def as_computed(model: Any, options: LoadOptions, memory: DeviceMemory) -> tuple[Any, bool]:
+    """`model` in the format it is computed in, and whether that was changed to float32."""
+    if not _wants_float32(options, model, memory):
+        return model, False
+    model = dequantize_model(model)
+    model.set_dtype(mx.float32)
+    return model, True
+
+
+def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory) -> bool:
+    """On a CPU float32 runs several times faster than any narrower format."""
+    if options.dequantize != "auto":
+        return options.dequantize == "always"
+    needed = int(get_total_parameters(model)) * FLOAT32_BYTES
+    return device_name() == "cpu" and needed < memory.limit
+
+
+def read_weights(model: Any) -> int:
+    """Returns bytes."""
+    mx.eval(model.parameters())
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return sum(array.nbytes for array in arrays.values())
+
+
+def body_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """A decoder without its output projection.
+
+    Called with tokens (rows, tokens) and lengths, it gives (rows, tokens, width).
+    """
+    whole, arguments = _get_classes(config)
+
+    class Body(whole):  # type: ignore[misc, valid-type]
+        def __call__(self, tokens: mx.array, lengths: Sequence[int]) -> mx.array:
+            # Attention is causal, so padding on the right changes nothing.
+            states: mx.array = self.model(tokens)
+            return states
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            if not any(name.startswith("model.") for name in weights):
+                weights = {f"model.{name}": weight for name, weight in weights.items()}
+            if hasattr(whole, "sanitize"):
+                weights = super().sanitize(weights)
+            self.pop("lm_head", None)
+            return {name: w for name, w in weights.items() if not name.startswith("lm_head.")}
+
+    return Body, arguments
+
+
+def context_length(config: dict[str, Any], cap: int | None) -> int:
+    """In tokens, up to `cap`."""
+    own = int(_from_config(config, "max_position_embeddings") or DEFAULT_CONTEXT)
+    return min(own, cap) if cap else own
+
+
+def _from_config(config: dict[str, Any], name: str) -> Any:
+    """Multimodal models keep it in their text part."""
+    return config.get(name) or (config.get("text_config") or {}).get(name)
