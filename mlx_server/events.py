@@ -11,7 +11,6 @@ def event(name: str, **fields: object) -> str:
 
 
 def _value(value: object) -> str:
-    """One word, or quoted."""
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)

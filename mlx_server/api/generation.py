@@ -41,17 +41,12 @@ class Accepted:
 
 
 class AnswerFormat(Protocol):
-    """Folds events into one body."""
-
     def feed(self, prompt: int, event: Event) -> None: ...
 
-    def body(self, usage: Usage) -> bytes:
-        """JSON."""
+    def body(self, usage: Usage) -> bytes: ...
 
 
 class StreamFormat(Protocol):
-    """Turns events into those of a stream."""
-
     def begin(self) -> Sequence[StreamEvent]: ...
 
     def feed(self, prompt: int, event: Event) -> Sequence[StreamEvent]: ...
@@ -70,8 +65,6 @@ class AnswerFormats:
 
 @dataclass(slots=True)
 class Generator:
-    """Answers one HTTP request."""
-
     service: InferenceService
     metrics: Metrics
     requests: Sequence[InferenceRequest]
@@ -124,8 +117,6 @@ class Generator:
 
 
 class Tally:
-    """Adds up usage and times output."""
-
     def __init__(self, timer: RequestTimer) -> None:
         self._timer = timer
         self._prompts: dict[int, tuple[int, int]] = {}
@@ -181,7 +172,6 @@ async def _numbered(events: AsyncIterator[list[Event]]) -> AsyncGenerator[Indexe
 async def _merged(
     sources: Sequence[AsyncIterator[list[Event]]],
 ) -> AsyncIterator[AsyncIterator[IndexedEvents]]:
-    """The events of all `sources` as they come. The first error ends all."""
     queue: asyncio.Queue[IndexedEvents | Exception | None] = asyncio.Queue(MERGE_BUFFER)
 
     async def pump(index: int, source: AsyncIterator[list[Event]]) -> None:

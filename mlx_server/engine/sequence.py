@@ -22,7 +22,6 @@ def token_limit(request: Generate, context_length: int) -> int:
 
 
 def expected_length(tokens: int, left: int) -> int:
-    """How long a sequence may well get: an early end is likelier than its limit."""
     return tokens + min(EXPECTED_TOKENS, left)
 
 
@@ -69,7 +68,6 @@ class Sequence:
 
     @property
     def scored(self) -> bool:
-        """Whether its prompt's own log-probabilities are wanted."""
         return self.request.prompt_logprobs is not None
 
     @property

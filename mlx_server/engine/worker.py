@@ -53,7 +53,6 @@ class Inbox:
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def wait(self) -> ToEngine:
-        """The next message, however long it takes."""
         return self._messages.get()
 
     def burst(self, quiet: float) -> Iterator[ToEngine]:
@@ -66,7 +65,6 @@ class Inbox:
                 return
 
     def arrived(self) -> Iterator[ToEngine]:
-        """What has come in meanwhile, without waiting."""
         while not self._messages.empty():
             yield self._messages.get_nowait()
 
@@ -92,14 +90,12 @@ class Work(Protocol):
     pace: Pace
 
     @property
-    def busy(self) -> bool:
-        """Whether there is anything to compute."""
+    def busy(self) -> bool: ...
 
     def add(self, request: Any) -> Failed | None:
         """Queue a request of the kind that the model takes; says why when it can never run."""
 
-    def abort(self, ids: Sequence[int]) -> None:
-        """Forget these requests."""
+    def abort(self, ids: Sequence[int]) -> None: ...
 
     def turn(self) -> Iterator[Tokens | Begun | Failed]:
         """Compute for a bounded time; yields what comes of it."""
@@ -107,19 +103,14 @@ class Work(Protocol):
     def recover(self, error: Exception) -> list[Failed]:
         """Go on after a turn that raised `error`; returns the requests that are given up."""
 
-    def release(self) -> None:
-        """Give memory back that is not needed now."""
+    def release(self) -> None: ...
 
-    def stats(self) -> Stats:
-        """The present figures."""
+    def stats(self) -> Stats: ...
 
-    def close(self) -> None:
-        """Finish what must not be lost."""
+    def close(self) -> None: ...
 
 
 class Engine:
-    """The loop over one loaded model."""
-
     def __init__(self, connection: socket.socket, inbox: Inbox, work: Work) -> None:
         self.connection = connection
         self.inbox = inbox
@@ -127,7 +118,6 @@ class Engine:
         self._stats_due = 0.0
 
     def run(self) -> None:
-        """Serve until told to stop."""
         while True:
             for message in self._messages():
                 if isinstance(message, Stop):
@@ -165,7 +155,6 @@ class Engine:
                 self._send(failure)
 
     def _report(self) -> None:
-        """Send statistics when they are due, and always on falling idle."""
         now = time.monotonic()
         if now >= self._stats_due or not self.work.busy:
             self._stats_due = now + STATS_INTERVAL

@@ -133,7 +133,6 @@ def described(error: ServerError, request_id: str = "") -> Failure:
 
 
 def _http_failure(error: HTTPException, scope: Scope) -> Failure:
-    """Starlette's own refusals, such as that of an unknown path."""
     kind = KINDS.get(error.status_code, BadRequest if error.status_code < 500 else ServerError)
     path = brief(scope["path"], MAX_MESSAGE)
     match error.status_code:

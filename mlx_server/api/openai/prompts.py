@@ -113,7 +113,6 @@ def _template_tool(tool: Tool) -> dict[str, Any]:
 
 
 def _callable_tool(tool: Tool) -> dict[str, Any]:
-    """Also says whether arguments must match their schema."""
     function = _template_function(tool.function) | {"strict": tool.function.strict}
     return {"type": "function", "function": function}
 

@@ -116,7 +116,6 @@ def _additive(mask: mx.array) -> mx.array:
 
 
 def _by_group(mask: mx.array, kv_heads: int) -> mx.array:
-    """Heads as (kv heads, group)."""
     mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
     if mask.shape[1] == 1:
         return mx.expand_dims(mask, 2)

@@ -107,5 +107,4 @@ class JobQueue:
         self.remove(id_ for id_, job in done.jobs.items() if not job.left)
 
     def _rank(self, job: Job) -> tuple[int, int, int]:
-        """The least comes first."""
         return job.request.priority, self._served[job.request.caller], job.served

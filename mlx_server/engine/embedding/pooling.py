@@ -53,7 +53,6 @@ def _weighted_mean(states: mx.array, lengths: mx.array) -> mx.array:
 
 
 def _present(states: mx.array, lengths: mx.array) -> mx.array:
-    """(rows, tokens, 1), false for padding."""
     return (mx.arange(states.shape[1]) < lengths)[..., None]
 
 

@@ -212,7 +212,6 @@ class Masker:
 
 
 def _forced(rows: list[int], words: Words) -> dict[int, int]:
-    """By place, the token of each mask with a single bit."""
     forced: dict[int, int] = {}
     for i in np.flatnonzero(np.bitwise_count(words).sum(axis=1) == 1):
         at = int(words[i].argmax())

@@ -68,7 +68,6 @@ def merge(caches: list[Cache]) -> Cache:
 
 
 def _batch_of_one(layer: Any) -> Any:
-    """Without a copy of plain caches."""
     if type(layer) is not KVCache:
         return layer.merge([layer])
     batch = BatchKVCache([0])

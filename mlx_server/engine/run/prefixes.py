@@ -18,7 +18,6 @@ class WaitingPrefixes:
         self._pinned: dict[int, list[Block]] = {}
 
     def fetch(self, fetches: Iterable[Fetch]) -> None:
-        """Begin to read from the disk."""
         for fetch in fetches:
             self._fetches[fetch.id] = fetch
             self.reads[fetch.id] = self._prefix.disk.read(fetch.wanted)
@@ -31,7 +30,6 @@ class WaitingPrefixes:
             self.pin(id_, fetch.keys)
 
     def drop(self, id_: int) -> None:
-        """Forget a request that waits no longer."""
         self.unpin(id_)
         self._fetches.pop(id_, None)
         if (read := self.reads.pop(id_, None)) is not None:

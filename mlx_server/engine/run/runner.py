@@ -142,7 +142,6 @@ class Runner:
         return rows
 
     def _settle(self, outcome: Outcome) -> list[Row]:
-        """Read the step under way; of one with a chunk, how long that took."""
         rows = self.batch.settle()
         if self._mixed is not None:
             tokens, keys, began = self._mixed
@@ -152,7 +151,6 @@ class Runner:
         return rows
 
     def _mixed_step(self, prefill: PromptPrefill, budget: int, outcome: Outcome) -> list[Row]:
-        """Start a step that computes a chunk of `prefill` in the same pass."""
         if self.batch.rows:
             self._mixed = _MixedChunk(*prefill.size(budget), time.perf_counter())
             part = prefill.next_part(budget)
@@ -174,7 +172,6 @@ class Runner:
         return self._after_chunk(prefill, outcome)
 
     def _after_chunk(self, prefill: Prefill, outcome: Outcome) -> list[Row]:
-        """Rows of requests that only wanted their prompt scored; all others join the batch."""
         if prefill.position < prefill.length:
             return []
         first = prefill.sequences[0]

@@ -116,5 +116,4 @@ def context_length(config: dict[str, Any], cap: int | None) -> int:
 
 
 def _from_config(config: dict[str, Any], name: str) -> Any:
-    """Multimodal models keep it in their text part."""
     return config.get(name) or (config.get("text_config") or {}).get(name)

@@ -92,7 +92,6 @@ class DeviceSampler:
 
 
 def _masked(logits: mx.array, allowed: "Allowed") -> mx.array:
-    """`logits` (rows, vocab), minus infinity for what is not allowed."""
     index, words = mx.array(allowed.rows), mx.array(allowed.words)
     bits = (words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
     bits = bits.reshape(words.shape[0], -1)[:, : logits.shape[1]]
@@ -165,7 +164,6 @@ class _Penalties:
 
 
 def _histogram(token_lists: list[list[int]], vocab_size: int) -> mx.array:
-    """(lists, vocab) float32"""
     counts = mx.zeros((len(token_lists), vocab_size))
     rows = [mx.full(len(tokens), row) for row, tokens in enumerate(token_lists) if tokens]
     if not rows:

@@ -84,7 +84,6 @@ class RowSampler:
         return int(choice[self._pick(self._adjusted(logits)[choice], share)])
 
     def _pick(self, logits: Floats, share: float) -> int:
-        """Index into `logits`, which are biased and penalised."""
         best = int(logits.argmax())
         # Infinite or undefined logits, as a broken model gives them, have no distribution.
         if self.sampling.temperature < COLDEST or not np.isfinite(logits[best]):
@@ -100,7 +99,6 @@ class RowSampler:
             self.penalties.count(token)
 
     def _adjusted(self, logits: Floats) -> Floats:
-        """A biased and penalised copy."""
         if self.penalties is None and not len(self.biased):
             return logits
         logits = logits.copy()
@@ -188,7 +186,6 @@ def _falling(values: Floats) -> Ids:
 
 
 def _weights(logits: Floats, most: np.float32, temperature: float) -> Floats:
-    """Probabilities (vocab,) relative to the largest."""
     weights = logits - most
     if temperature != 1:
         weights /= np.float32(temperature)

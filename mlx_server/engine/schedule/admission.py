@@ -146,7 +146,6 @@ class Admission:
         return False
 
     def _prefix_pending(self, request: WaitingRequest) -> bool:
-        """Whether a part of the prefix is being computed or read for another request."""
         keys = request.keys
         known = self._prefix.known(keys)
         if known == len(keys):

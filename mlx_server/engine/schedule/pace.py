@@ -103,7 +103,6 @@ class ChunkTimes:
         return min(most, int(2 * left / (linear + root))) if linear + root else most
 
     def _coefficients(self) -> tuple[float, float, float]:
-        """a, b and c, in seconds; none is negative."""
         prior = (0.0, self._seconds_per_token, 0.0)
         chosen = [0, 1, 2]
         while True:

@@ -102,7 +102,6 @@ class Planner:
     def _next_chunk(
         self, begin: Begin | None, rows: list[Sequence], decoding: bool
     ) -> tuple[Chunk | None, bool]:
-        """The chunk for the prefill that is last in the rotation, and whether to mix it."""
         if not self._rotation:
             return None, False
         id_ = self._rotation[-1]

@@ -220,7 +220,6 @@ class Scheduler:
             self.waiting.put_back(WaitingRequest(start, self.longest_sequence))
 
     def _begun(self, outcome: Outcome) -> list[Start]:
-        """Every request that the turn that failed may have failed for."""
         begun = self.runner.reset(outcome)
         if self._plan is not None and self._plan.begin is not None and not outcome.begun:
             begun += self._plan.begin.starts

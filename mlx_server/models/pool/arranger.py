@@ -23,8 +23,6 @@ log = logging.getLogger("mlx_server.pool")
 
 
 class Arranger:
-    """Carries out what `eviction` decides."""
-
     def __init__(
         self,
         slots: Mapping[str, Slot],
@@ -65,7 +63,6 @@ class Arranger:
         self._set_timer()
 
     def end(self, slot: Slot) -> None:
-        """Begin to end a loaded model."""
         slot.phase = "ending"
         self._tasks[slot].cancel()
 
@@ -84,7 +81,6 @@ class Arranger:
             slot.vacate()  # a task that is cancelled before it began does not
 
     def _serve(self, first: Slot) -> bool:
-        """Whether it leaves the line."""
         slots, budget = self._slots.values(), self._planner.budget
         match next_step(first, slots, budget):
             case Step.WAIT:

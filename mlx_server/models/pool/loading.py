@@ -38,7 +38,6 @@ class LoadedModel:
     lock: ModelLock
 
     def close(self) -> None:
-        """Release all but the engine."""
         self.lock.release()
         self.text.close()
 

@@ -149,7 +149,6 @@ class Slot:
         self.changed.notify()
 
     def failure(self) -> ServerError:
-        """The error for requests that wait for it."""
         error = self.error or ModelLoadFailed("unknown reason")
         kind = InsufficientMemory if isinstance(error, InsufficientMemory) else ModelLoadFailed
         return kind(

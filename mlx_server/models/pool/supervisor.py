@@ -89,7 +89,6 @@ class EngineSupervisor:
         await self._process.stop()
 
     async def _closed_or_hung(self) -> bool:
-        """Returns whether it hangs."""
         process = self._process
         silent = 0
         while silent <= HANG_CHECKS:

@@ -99,7 +99,6 @@ class Catalog:
             self._last = None
 
     def _folder_of(self, name: str) -> Path | None:
-        """None when `name` is no path."""
         try:
             path = Path(name).expanduser()
             if os.path.isfile(path) and path.suffix.lower() == ".gguf":
@@ -155,7 +154,6 @@ class Catalog:
         return names | {entry.id: entry for entry in found.values()}
 
     def _candidates(self) -> Iterator[ModelEntry]:
-        """The most explicitly named first."""
         for name, (folder, names) in self._added.items():
             aliases = tuple(other for other in names if other != name)
             yield from _entry(folder, name, "command line", aliases)
@@ -184,7 +182,6 @@ class Catalog:
         return variants, faults
 
     def _resolve_alias(self, name: str) -> str:
-        """Follows each alias at most once."""
         aliases, seen = self.sources.aliases, set()
         while name in aliases and name not in seen:
             seen.add(name)
@@ -209,7 +206,6 @@ class Catalog:
 def _entry(
     folder: Path, name: str, source: Source, aliases: tuple[str, ...] = ()
 ) -> Iterator[ModelEntry]:
-    """Yields nothing for a folder that cannot be served."""
     config = model_config(folder)
     if config is None or folder_fault(folder) is not None:
         return

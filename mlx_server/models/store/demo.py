@@ -105,7 +105,6 @@ def _download_wheel(package: Package, name: str, staging: Path, on_progress: OnP
 
 
 def _pip_command(package: Package, staging: Path) -> list[str]:
-    """Uses whatever index pip is configured with."""
     requirements = staging / "requirements.txt"
     requirements.write_text(
         f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8"

@@ -55,7 +55,6 @@ def _complete_snapshot(repo: Path, commit: str) -> Path | None:
 
 
 def _refs(repo: Path) -> dict[str, Path]:
-    """Complete snapshots by branch or tag."""
     found = {}
     try:
         for file in (repo / "refs").rglob("*"):

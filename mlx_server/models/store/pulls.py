@@ -148,7 +148,6 @@ class _Pull:
             self._loop.call_soon(self._notify)
 
     def _report(self, progress: Progress) -> None:
-        """Called from the download's threads."""
         if self._cancelled.is_set():
             raise _Cancelled
         self._loop.call_soon_threadsafe(self._update, progress)

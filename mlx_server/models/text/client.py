@@ -41,8 +41,7 @@ A = TypeVar("A", Opened, Prepared, Tokenized, Parsed, Decoded)
 log = logging.getLogger("mlx_server.text")
 
 
-class TextProcessEnded(Unavailable):
-    """The process ended before it answered."""
+class TextProcessEnded(Unavailable): ...
 
 
 class TextProcess:

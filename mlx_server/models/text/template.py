@@ -101,7 +101,6 @@ def _ends_with_assistant_text(messages: list[dict[str, Any]]) -> bool:
 
 
 def _text_after(beginning: str, text: str) -> str:
-    """From where `text` departs from `beginning`."""
     if text.startswith(beginning):
         return text[len(beginning) :]
     pairs = enumerate(zip(text, beginning, strict=False))

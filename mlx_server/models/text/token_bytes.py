@@ -56,7 +56,6 @@ class TokenBytes:
 
 
 def _steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """The decoder's, sequences flattened."""
     if tokenizer.decoder is None:
         return
     pending = [json.loads(tokenizer.decoder.__getstate__())]

@@ -50,7 +50,6 @@ class PlainChoice:
         self.cached_tokens = 0
 
     def take(self, row: Row) -> list[Event]:
-        """The events that `row` causes."""
         events: list[Event] = []
         self.cached_tokens = row.cached or self.cached_tokens
         # A stop token ends the text and is no part of it.
@@ -116,7 +115,6 @@ class ParsedChoice:
         self._events: list[Event] = []
 
     async def take(self, row: Row) -> list[Event]:
-        """The events that `row` causes."""
         self.cached_tokens = row.cached or self.cached_tokens
         # A stop token ends the completion and is no part of it.
         text_tokens = len(row.tokens) - (row.finish == "stop")

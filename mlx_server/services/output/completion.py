@@ -68,7 +68,6 @@ class OutputReader:
         return self._buffer.drain()
 
     def _step(self) -> bool:
-        """Whether something else begins that can be read at once."""
         if self._block is not None:
             return self._read_block(self._block)
         if self._skips_space:
@@ -91,7 +90,6 @@ class OutputReader:
         return True
 
     def _read_start(self) -> bool:
-        """Look for what may only precede text."""
         text = self._buffer.text.lstrip()
         space = len(self._buffer.text) - len(text)
         if space <= MAX_SPACE:

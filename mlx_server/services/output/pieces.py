@@ -30,7 +30,6 @@ class PieceBuffer:
         self.pieces: list[Piece] = []
 
     def cut(self, kind: Kind, length: int) -> None:
-        """Make a piece of the first `length` characters."""
         if length:
             text = self.text
             self.pieces.append(Piece(kind, text[:length], length))

@@ -71,7 +71,6 @@ class StopMatcher:
         self._match[state] = len(stop)
 
     def _link(self) -> None:
-        """Give each state, nearest first, the longest shorter state that its text ends in."""
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()

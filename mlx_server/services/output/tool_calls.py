@@ -179,7 +179,6 @@ class CallReader:
 
     @property
     def _block(self) -> str:
-        """What was collected, with its markers."""
         return self._opening + "".join(self._collected) + self._closing
 
     def _give_back(self) -> None:

@@ -54,7 +54,6 @@ def _all_disjoint(sets: Sequence[set[str]]) -> bool:
 
 
 def _types(schema: dict[str, Any]) -> set[str]:
-    """Empty if unknown; an integer is a number."""
     types = schema.get("type") or []
     named = set(types if isinstance(types, list) else [types])
     return named - {"integer"} | {"number"} if "integer" in named else named
@@ -66,7 +65,6 @@ def _required(schema: dict[str, Any]) -> set[str]:
 
 
 def _values(schema: Any) -> set[str]:
-    """As JSON; empty if they cannot be listed."""
     if not isinstance(schema, dict):
         return set()
     values = [schema["const"]] if "const" in schema else schema.get("enum")
