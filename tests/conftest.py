@@ -12,8 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for pytest-xdist's `loadgroup`, so that a server is started once."""
+    """Group tests before pytest-xdist looks, so that a server is started once."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             folder, _, file = item.nodeid.partition("::")[0].rpartition("/")

@@ -10,8 +10,6 @@ import pytest
 from tests.faults.conftest import TINY
 from tests.support.server import CHAT, TEXT, Server, ask, chat, serving, until
 
-pytestmark = pytest.mark.alone
-
 ROOM = 24 << 20
 """Bytes that the engine may still take: enough for steps, too little for long prompts."""
 

@@ -13,8 +13,6 @@ from tests.support.raw import Raw
 from tests.support.server import CHAT, Server, ask, chat, serving, until
 from tests.support.tiny import build_tiny_model
 
-pytestmark = pytest.mark.alone
-
 CLIENTS = 32
 CONTEXT = 32_768
 QUICK_SECONDS, SOAK_SECONDS = 8.0, 60.0
