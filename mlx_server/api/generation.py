@@ -1,4 +1,4 @@
-"""The protocol-free half of answering: run generations, count, and fold or stream their events."""
+"""Answers generations independently of the protocol: run, count, fold or stream events."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -27,22 +27,18 @@ MERGE_BUFFER = 64
 
 OUTPUT_EVENTS = (TextDelta, ReasoningDelta, ToolCallStart, ToolCallDelta)
 IndexedEvents = tuple[int, list[Event]]
-"""The index of a prompt, and events that arrived together."""
+"""A prompt's index, and events that arrived together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What is known when a generation begins."""
-
     model: str
-    """Its own id, not the alias asked for."""
+    """Its id, never an alias."""
     prompts: tuple[str, ...] = ()
-    """The prompts' texts, if `AnswerFormats.echo`."""
+    """Prompt texts, if `AnswerFormats.echo`."""
 
 
 class AnswerFormat(Protocol):
-    """Folds events into one body."""
-
     def feed(self, prompt: int, event: Event) -> None: ...
 
     def body(self, usage: Usage) -> bytes:
@@ -50,8 +46,6 @@ class AnswerFormat(Protocol):
 
 
 class StreamFormat(Protocol):
-    """Turns events into those of a stream."""
-
     def begin(self) -> Sequence[StreamEvent]: ...
 
     def feed(self, prompt: int, event: Event) -> Sequence[StreamEvent]: ...
@@ -61,8 +55,6 @@ class StreamFormat(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormats:
-    """How one endpoint writes its answers."""
-
     answer: Callable[[Accepted], AnswerFormat]
     stream: Callable[[Accepted], StreamFormat]
     echo: bool = False
@@ -70,8 +62,6 @@ class AnswerFormats:
 
 @dataclass(slots=True)
 class Generator:
-    """Answers one HTTP request."""
-
     service: InferenceService
     metrics: Metrics
     requests: Sequence[InferenceRequest]
@@ -129,7 +119,7 @@ class Tally:
     def __init__(self, timer: RequestTimer) -> None:
         self._timer = timer
         self._prompts: dict[int, tuple[int, int]] = {}
-        """Tokens, and cached tokens, by the index of a prompt."""
+        """(tokens, cached tokens) by prompt index."""
         self._completion_tokens = 0
         self._reasoning_tokens = 0
 
@@ -139,13 +129,12 @@ class Tally:
         elif isinstance(event, Finished):
             self._completion_tokens += event.usage.completion_tokens
             self._reasoning_tokens += event.usage.reasoning_tokens
-            # Choices share their prompt, of which the least that any of them found is cached.
+            # Choices share their prompt: count the smallest cache hit.
             cached = event.usage.cached_tokens
             _, before = self._prompts.get(prompt, (0, cached))
             self._prompts[prompt] = (event.usage.prompt_tokens, min(before, cached))
 
     def finish(self) -> Usage:
-        """The sum, which is recorded as one finished request."""
         usage = Usage(
             prompt_tokens=sum(tokens for tokens, _ in self._prompts.values()),
             completion_tokens=self._completion_tokens,
@@ -160,7 +149,7 @@ class Tally:
 async def opened(
     service: InferenceService, requests: Sequence[InferenceRequest]
 ) -> AsyncIterator[tuple[Sequence[Generation], AsyncIterator[IndexedEvents]]]:
-    """Yields a generation per request, and the events of all."""
+    """Yields one generation per request, and the events of all of them."""
     async with AsyncExitStack() as stack:
         generations = await stack.enter_async_context(service.open_all(requests))
         sources = [generation.events() for generation in generations]
@@ -181,14 +170,14 @@ async def _numbered(events: AsyncIterator[list[Event]]) -> AsyncGenerator[Indexe
 async def _merged(
     sources: Sequence[AsyncIterator[list[Event]]],
 ) -> AsyncIterator[AsyncIterator[IndexedEvents]]:
-    """The events of all `sources` as they come. The first error ends all."""
+    """Events of all `sources` as they come; the first error ends all."""
     queue: asyncio.Queue[IndexedEvents | Exception | None] = asyncio.Queue(MERGE_BUFFER)
 
     async def pump(index: int, source: AsyncIterator[list[Event]]) -> None:
         try:
             async for together in source:
                 await queue.put((index, together))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 Raised again where the queue is read.
             # Raised again where the queue is read.
             await queue.put(error)
         else:

@@ -1,4 +1,4 @@
-"""The one place that turns exceptions into answers, and the errors that only HTTP knows."""
+"""Turns exceptions into answers."""
 
 import logging
 import math
@@ -73,7 +73,7 @@ KINDS: dict[int, type[ServerError]] = {
 
 
 def install(app: FastAPI) -> None:
-    """Answer expected exceptions in the shape of the request's protocol."""
+    """Answer expected exceptions in the request's protocol."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return error_response(error, request.scope)
@@ -98,7 +98,7 @@ def refusal(wire: Wire, failure: Failure, headers: Mapping[str, str] | None = No
 
 
 def failure_of(error: Exception, scope: Scope) -> Failure:
-    """Logs errors that nobody expected."""
+    """Logs unexpected errors."""
     request_id = scope["state"]["request_id"]
     match error:
         case ServerError():
@@ -133,7 +133,7 @@ def described(error: ServerError, request_id: str = "") -> Failure:
 
 
 def _http_failure(error: HTTPException, scope: Scope) -> Failure:
-    """Starlette's own refusals, such as that of an unknown path."""
+    """Starlette's own errors, such as for an unknown path."""
     kind = KINDS.get(error.status_code, BadRequest if error.status_code < 500 else ServerError)
     path = brief(scope["path"], MAX_MESSAGE)
     match error.status_code:

@@ -1,4 +1,4 @@
-"""Graceful shutdown: no new work, some patience with what runs, then an explicit end."""
+"""Graceful shutdown."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -36,9 +36,8 @@ class Stopping:
 
     @asynccontextmanager
     async def limited(self, grace: float | None = None) -> AsyncIterator[None]:
-        """A block that a stopping server waits for: `grace` seconds, or the default.
-
-        Then the block is cancelled and ServerStopping raised.
+        """Work that a stopping server waits for: `grace` seconds, or the default; then it is
+        cancelled and ServerStopping raised.
         """
         allowed = self._grace if grace is None else grace
         try:
