@@ -1,4 +1,4 @@
-"""Reads tool calls from the text between their markers."""
+"""Parses tool calls."""
 
 import json
 import logging
@@ -18,16 +18,14 @@ log = logging.getLogger("mlx_server.text")
 def parse_calls(
     text: str, tools: list[dict[str, Any]], parser: Parser | None
 ) -> list[tuple[str, str]]:
-    """Names and arguments (JSON objects) of all calls in `text`; none if any is garbled.
-
-    JSON is read in any family, since grammars write it where a notation falls short; the rest is
-    for mlx-lm's `parser`.
+    """(name, JSON arguments) of all calls in `text`; none if any is garbled. Any family's calls may
+    be JSON, since grammars fall back to it; the rest goes to mlx-lm's `parser`.
     """
     calls = _json_calls(text)
     if calls is None and parser is not None:
         try:
             calls = parser(text, tools)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 Parsers raise anything on garbled text.
             # Parsers raise anything on text that is no call.
             log.info(event("tool_call_garbled", kind=type(error).__name__))
             return []
@@ -36,7 +34,7 @@ def parse_calls(
 
 
 def _json_calls(text: str) -> list[Any] | None:
-    """In a list or one after the other; None for other text."""
+    """One list, or values one after the other; None for other text."""
     decoder = json.JSONDecoder()
     found: list[Any] = []
     rest = text.strip(SEPARATORS)
