@@ -1,4 +1,4 @@
-"""Loads and ends models: owns the line, and a task for each model in memory."""
+"""Loads and ends models: owns the queue, and a task per model in memory."""
 
 import asyncio
 import logging
@@ -23,8 +23,6 @@ log = logging.getLogger("mlx_server.pool")
 
 
 class Arranger:
-    """Carries out what `eviction` decides."""
-
     def __init__(
         self,
         slots: Mapping[str, Slot],
@@ -48,7 +46,7 @@ class Arranger:
         self.arrange()
 
     def arrange(self) -> None:
-        """Do what can be done now. Call it whenever something has changed."""
+        """Do what can be done now. Call after every change."""
         if self._stopping:
             return
         for slot in self._slots.values():
@@ -65,7 +63,6 @@ class Arranger:
         self._set_timer()
 
     def end(self, slot: Slot) -> None:
-        """Begin to end a loaded model."""
         slot.phase = "ending"
         self._tasks[slot].cancel()
 
@@ -81,10 +78,10 @@ class Arranger:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for slot in self._slots.values():
-            slot.vacate()  # a task that is cancelled before it began does not
+            slot.vacate()  # a task cancelled before its start does not
 
     def _serve(self, first: Slot) -> bool:
-        """Whether it leaves the line."""
+        """Whether it leaves the queue."""
         slots, budget = self._slots.values(), self._planner.budget
         match next_step(first, slots, budget):
             case Step.WAIT:
@@ -121,10 +118,10 @@ class Arranger:
         )
 
     async def _run(self, slot: Slot, plan: LoadPlan) -> None:
-        """From load to end, which comes by cancellation or by itself."""
+        """From load to end, by cancellation or by itself."""
         try:
             model = await self._loader.load(plan)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 Those who wait must learn of any error.
             # Whatever it is, those who wait must hear of it.
             slot.fail(self._loader.failure(error, slot.entry.id))
         else:
@@ -171,6 +168,5 @@ class Arranger:
         now = time.monotonic()
         when = next_change(self._slots.values(), bool(self.line), self._swap_interval, now)
         if when is not None:
-            # It may have come meanwhile.
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, when - now), self.arrange)
