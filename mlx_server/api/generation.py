@@ -27,7 +27,6 @@ MERGE_BUFFER = 64
 
 OUTPUT_EVENTS = (TextDelta, ReasoningDelta, ToolCallStart, ToolCallDelta)
 IndexedEvents = tuple[int, list[Event]]
-"""A prompt's index, and events that arrived together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,6 @@ class Accepted:
     model: str
     """Its id, never an alias."""
     prompts: tuple[str, ...] = ()
-    """Prompt texts, if `AnswerFormats.echo`."""
 
 
 class AnswerFormat(Protocol):
@@ -114,8 +112,6 @@ class Generator:
 
 
 class Tally:
-    """Adds up usage and times output."""
-
     def __init__(self, timer: RequestTimer) -> None:
         self._timer = timer
         self._prompts: dict[int, tuple[int, int]] = {}
@@ -170,14 +166,13 @@ async def _numbered(events: AsyncIterator[list[Event]]) -> AsyncGenerator[Indexe
 async def _merged(
     sources: Sequence[AsyncIterator[list[Event]]],
 ) -> AsyncIterator[AsyncIterator[IndexedEvents]]:
-    """Events of all `sources` as they come; the first error ends all."""
     queue: asyncio.Queue[IndexedEvents | Exception | None] = asyncio.Queue(MERGE_BUFFER)
 
     async def pump(index: int, source: AsyncIterator[list[Event]]) -> None:
         try:
             async for together in source:
                 await queue.put((index, together))
-        except Exception as error:  # noqa: BLE001 Raised again where the queue is read.
+        except Exception as error:  # noqa: BLE001
             # Raised again where the queue is read.
             await queue.put(error)
         else:

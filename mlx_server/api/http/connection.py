@@ -133,7 +133,6 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _refuse(self, error: ServerError) -> None:
-        """Answer and close, after a pause that lets the answer arrive."""
         self._refused = True
         if self._answering:
             self.transport.close()

@@ -128,7 +128,6 @@ def _caller(request: Request, keys: KeyRing, scope: KeyScope, shown: str | None)
 
 
 def _address(request: Request) -> str:
-    """The client's IPv4 address or IPv6 network."""
     host = request.client.host if request.client else ""
     if ":" not in host:
         return host

@@ -73,8 +73,6 @@ KINDS: dict[int, type[ServerError]] = {
 
 
 def install(app: FastAPI) -> None:
-    """Answer expected exceptions in the request's protocol."""
-
     async def answer(request: Request, error: Exception) -> Response:
         return error_response(error, request.scope)
 
@@ -133,7 +131,6 @@ def described(error: ServerError, request_id: str = "") -> Failure:
 
 
 def _http_failure(error: HTTPException, scope: Scope) -> Failure:
-    """Starlette's own errors, such as for an unknown path."""
     kind = KINDS.get(error.status_code, BadRequest if error.status_code < 500 else ServerError)
     path = brief(scope["path"], MAX_MESSAGE)
     match error.status_code:

@@ -108,7 +108,6 @@ class OriginCheck:
 
 
 def _bare_host(host: str) -> str:
-    """Without port, brackets or root dot."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]

@@ -45,7 +45,6 @@ class Window:
 
     @property
     def seconds_to_reset(self) -> float:
-        """Until the whole limit is free."""
         return self.left_of_now + MINUTE if self.now else self.left_of_before
 
 
@@ -92,7 +91,6 @@ class RateLimits:
         return None
 
     async def windows(self, caller: str) -> dict[str, Window]:
-        """By kind of limit."""
         meters = [meter for meter in (self._requests, self._tokens) if meter is not None]
         return {meter.kind: await meter.window(caller) for meter in meters}
 

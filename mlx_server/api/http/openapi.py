@@ -10,7 +10,6 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def documented(error_model: type[BaseModel], *statuses: int) -> Responses:
-    """`responses` of a route for these error statuses."""
     return {
         status: {"model": error_model, "description": HTTPStatus(status).phrase}
         for status in statuses

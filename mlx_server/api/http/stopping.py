@@ -17,8 +17,6 @@ class ServerStopping(Unavailable):
 
 
 class Stopping:
-    """What must have ended by when, once the server stops."""
-
     def __init__(self, grace: float) -> None:
         self._grace = grace
         self._since: float | None = None

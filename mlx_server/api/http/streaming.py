@@ -18,8 +18,6 @@ from mlx_server.config import Settings
 
 
 class WholeAnswer(Response):
-    """Awaits its JSON body while the client is connected."""
-
     def __init__(self, body: Callable[[], Awaitable[bytes]]) -> None:
         super().__init__(media_type="application/json")
         self._body = body
@@ -85,8 +83,6 @@ class _EventStream(EventSourceResponse):
 
 
 class _Frames:
-    """Frames events as the protocol does, numbered from 0."""
-
     def __init__(self, scope: Scope) -> None:
         self.end = wire_of(scope).end
         self._scope = scope
@@ -117,7 +113,7 @@ async def _until_the_end(
                 yield data
         if frames.end:
             yield frames.end
-    except Exception as error:  # noqa: BLE001 The client gets it; unexpected errors are logged.
+    except Exception as error:  # noqa: BLE001
         # The client is told, and what nobody expected is logged.
         yield frames.failure(error)
     # After the end of the answer a server may report a disconnect.

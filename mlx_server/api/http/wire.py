@@ -1,4 +1,4 @@
-"""A protocol to the rest of the server: its routes, and the envelope of its answers."""
+"""A protocol's routes and envelope."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +15,6 @@ HeaderPairs = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a client learns of an error."""
-
     status: int
     type: str
     code: str | None
@@ -24,7 +22,6 @@ class Failure:
     """At most `failures.MAX_MESSAGE` characters; no secrets."""
     param: str | None
     request_id: str
-    """Empty where no request was read."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -45,13 +42,9 @@ def _no_rate_headers(kind: str, window: Window) -> HeaderPairs:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """A protocol's envelope."""
-
     error_model: type[BaseModel]
     error_body: Callable[[Failure], bytes]
-    """The JSON body of an error answer."""
     error_event: Callable[[Failure], StreamEvent]
-    """The last event of a failed stream."""
     frame: Callable[[StreamEvent, int], bytes]
     """Encodes an event, given its number from 0."""
     ping: bytes
@@ -60,7 +53,6 @@ class Wire:
     """Follows the last event of a successful stream."""
     media_type: str = "text/event-stream; charset=utf-8"
     headers: Callable[[str], HeaderPairs] = _no_headers
-    """Headers of every answer, given the request id."""
     rate_headers: Callable[[str, Window], HeaderPairs] = _no_rate_headers
     """Rate limit headers; the kind is `requests` or `tokens`."""
     exposed_headers: tuple[str, ...] = ()
@@ -72,7 +64,6 @@ class ApiProtocol:
     wire: Wire
     routers: tuple[APIRouter, ...]
     prefixes: tuple[str, ...]
-    """Path prefixes that speak this protocol."""
 
 
 class Wires:

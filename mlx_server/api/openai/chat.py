@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: to the internal request, and from events to OpenAI's shapes."""
+"""`POST /v1/chat/completions`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: to internal requests, and from events to OpenAI's shapes."""
+"""`POST /v1/completions`."""
 
 from collections.abc import Sequence
 

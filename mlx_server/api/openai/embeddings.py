@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: to an internal request, and from vectors to OpenAI's shape."""
+"""`POST /v1/embeddings`."""
 
 import asyncio
 import struct

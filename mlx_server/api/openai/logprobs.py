@@ -32,7 +32,6 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
 
 
 def text_logprobs(tokens: Sequence[TokenLogprob], start: int) -> TextLogprobs:
-    """For text starting at character `start`."""
     return TextLogprobs(
         tokens=[entry.token for entry in tokens],
         token_logprobs=[
@@ -53,7 +52,6 @@ def joined(first: TextLogprobs, second: TextLogprobs) -> TextLogprobs:
 
 
 def _top_by_token(entry: TokenLogprob) -> dict[str, float] | None:
-    """Alternatives by text, including the token itself."""
     if entry.logprob is None:
         return None
     top: dict[str, float] = {}

@@ -64,7 +64,6 @@ def template_message(message: Message) -> dict[str, Any]:
 
 
 def _text(message: Message) -> str:
-    """Parts are joined by newlines."""
     if message.content is None:
         return message.refusal or ""
     if isinstance(message.content, str):
@@ -127,7 +126,6 @@ def _template_function(function: FunctionDefinition) -> dict[str, Any]:
 
 
 def _tool_use(options: PromptOptions) -> ToolUse | None:
-    """None if no tool may be called."""
     tools = all_tools(options)
     if not options.functions and not isinstance(options.function_call, FunctionName):
         return _chosen(tools, options.tool_choice, options.parallel_tool_calls)
