@@ -25,7 +25,7 @@ def parse_calls(
     if calls is None and parser is not None:
         try:
             calls = parser(text, tools)
-        except Exception as error:  # noqa: BLE001 Parsers raise anything on garbled text.
+        except Exception as error:  # noqa: BLE001
             # Parsers raise anything on text that is no call.
             log.info(event("tool_call_garbled", kind=type(error).__name__))
             return []
@@ -34,7 +34,6 @@ def parse_calls(
 
 
 def _json_calls(text: str) -> list[Any] | None:
-    """One list, or values one after the other; None for other text."""
     decoder = json.JSONDecoder()
     found: list[Any] = []
     rest = text.strip(SEPARATORS)

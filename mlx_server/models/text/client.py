@@ -52,7 +52,7 @@ class TextProcess:
 
     def __init__(self, request_seconds: float) -> None:
         self.request_seconds = request_seconds
-        """Limit on one template or tokenizer run."""
+        """Per template or tokenizer run."""
         self.child: Child | None = None
         self._starting = asyncio.Lock()
         self._ids = itertools.count()
@@ -90,7 +90,6 @@ class TextProcess:
             _send(self.child, Request(self.next_id(), model, Close()))
 
     async def kill(self) -> None:
-        """The next request starts another process."""
         if self.child is not None:
             await self.child.kill()
         await asyncio.gather(*self._tasks)
@@ -129,7 +128,6 @@ class ModelText:
     stop_tokens: frozenset[int]
 
     def __init__(self, process: TextProcess, source: Open) -> None:
-        """Incomplete until `reopen`."""
         self._process = process
         self._source = source
         self._child: Child | None = None

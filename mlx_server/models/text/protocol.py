@@ -19,15 +19,14 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     trust_remote_code: bool
 
 
-class Close(msgspec.Struct, frozen=True, tag="close"):
-    """Has no answer."""
+class Close(msgspec.Struct, frozen=True, tag="close"): ...
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     prompt: Prompt
     constraint: Constraint | None
     limit: int
-    """Tokens beyond which it may be refused."""
+    """In tokens; more may be refused."""
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag="tokenize"):
@@ -71,9 +70,8 @@ class Opened(msgspec.Struct, frozen=True, tag="opened"):
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     tokens: list[int]
     grammar: str | None = None
-    """Covers the whole completion, thinking included."""
+    """Of the whole completion, thinking included."""
     thinking: bool = False
-    """Whether the prompt leaves thinking open."""
 
 
 class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):

@@ -29,7 +29,7 @@ class Syntax:
     reasoning: Reasoning | None = None
     calls: CallSyntax | None = None
     visible: dict[int, str] = field(default_factory=dict)
-    """Special tokens that readers need, though `token_bytes` has none for them."""
+    """Special tokens that readers need, though they have no bytes."""
 
 
 ArgumentNotation = Literal["json", "qwen-xml", "gemma", "function-gemma"]
@@ -51,7 +51,6 @@ class CallStyle:
     """None: one call per answer."""
     closing: str = ""
     marks: tuple[str, ...] = ()
-    """Special tokens within a call."""
     notation: ArgumentNotation = "json"
 
 
@@ -78,7 +77,7 @@ HERMES = replace(
     between="\n</tool_call>\n<tool_call>\n",
 )
 GENERIC = replace(HERMES, name="generic")
-"""For templates without tools: the prompt describes them, and this style."""
+"""For templates without tools: the prompt describes this style."""
 LLAMA = json_style("llama", CallSyntax("<|python_tag|>", "", json=True, arguments="parameters"))
 PHI = _json_list_style("phi", CallSyntax("<|tool_call|>", "<|/tool_call|>", json=True))
 MISTRAL = _json_list_style("mistral", CallSyntax("[TOOL_CALLS]", "", json=True))
@@ -142,7 +141,6 @@ STYLES = {
 """By mlx-lm parser name."""
 TOOLS = re.compile(r"\btools\b")
 KNOWN_REASONING = (Reasoning("<think>", "</think>"), Reasoning("[THINK]", "[/THINK]"))
-"""Beyond mlx-lm's own."""
 
 
 def find_call_style(wrapper: Any, template: str, fallback: CallStyle | None) -> CallStyle | None:
@@ -190,15 +188,12 @@ def find_reasoning(wrapper: Any, template: str) -> Reasoning | None:
 
 
 class Thinking(Enum):
-    """What of a block of thinking may follow a prompt."""
-
     OPEN = "the block has begun"
     POSSIBLE = "the model may begin one"
     DONE = "no block comes any more"
 
 
 def thinking_after(opening: str, reasoning: Reasoning | None) -> Thinking:
-    """`opening`: what the template adds for the answer."""
     if reasoning is None:
         return Thinking.DONE
     start, end = opening.rfind(reasoning.start), opening.rfind(reasoning.end)

@@ -40,7 +40,6 @@ class ChatTemplate:
         template = wrapper.chat_template
         texts = template.values() if isinstance(template, dict) else [template or ""]
         self.source = "\n".join(map(str, texts))
-        """All of a model's templates; "" for none."""
 
     def check(self, prompt: ChatPrompt) -> None:
         """Raises BadRequest for unsupported arguments."""
@@ -82,7 +81,6 @@ class ChatTemplate:
         return rendered
 
     def generation_prompt(self, prompt: ChatPrompt, rendered: str) -> str:
-        """What the template adds for the answer."""
         return _text_after(self.render(prompt, add_generation_prompt=False), rendered)
 
     @cached_property

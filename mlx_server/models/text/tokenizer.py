@@ -12,15 +12,15 @@ from mlx_server.models.store.folder import one_line
 from mlx_server.models.text.token_bytes import TokenBytes
 
 MLX_LM_SETTINGS = {"chat_template_type", "tool_parser_type"}
-"""Keys of tokenizer_config.json that only mlx-lm's loader understands."""
+"""Only mlx-lm's own loader understands these."""
 LONG_TOKEN = 8
 """Characters per token of `limit` above which length is checked first."""
 PART = 1 << 16
-"""Characters tokenized at a time."""
+"""Characters."""
 PART_SLACK = 256
-"""Tokens that a cut may add to a part."""
+"""Tokens that a cut may add."""
 BATCH = 64
-"""Texts tokenized at a time, to let other requests run."""
+"""Texts, between which other requests run."""
 
 
 class TextTokenizer:
@@ -43,7 +43,6 @@ class TextTokenizer:
         return self._beginning + ids
 
     def encode_bare(self, text: str) -> list[int]:
-        """Without special tokens."""
         # Only batch methods release the GIL.
         return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 

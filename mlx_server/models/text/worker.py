@@ -52,7 +52,6 @@ class TextWorker:
         self._adapters: dict[int, Adapter] = {}
 
     def run(self) -> None:
-        """Serve until the front closes its socket."""
         frames = FrameReader()
         with ThreadPoolExecutor(THREADS, thread_name_prefix="text") as threads:
             while data := self._connection.recv(RECEIVE_BYTES):

@@ -36,11 +36,11 @@ class Adapter:
     family: ClassVar[str]
     model_types: ClassVar[re.Pattern[str]]
     names: ClassVar[re.Pattern[str]]
-    """Matches lower-case model names, for configs without a family."""
+    """For configs without a family; names are in lower case."""
     end_of_turn: ClassVar[tuple[str, ...]] = ()
-    """Stop tokens; a vocabulary may lack some."""
+    """Stop tokens, if in the vocabulary."""
     call_style: ClassVar[CallStyle | None] = None
-    """Fallback if the template shows none and the vocabulary has its start marker."""
+    """Fallback if the vocabulary has its start marker."""
 
     def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
         """Raises ModelLoadFailed."""

@@ -94,7 +94,6 @@ class _Escaped:
 
 
 def _properties(schema: Any) -> list[tuple[str, Any, bool]]:
-    """(name, schema, required) for each property of a closed object."""
     closed = isinstance(schema, dict) and schema.get("additionalProperties") is False
     if not closed or schema.get("type") != "object" or not schema.keys() <= OBJECT_KEYS:
         raise Unwritable

@@ -49,7 +49,6 @@ class GrammarBuilder:
         return self._checked(lark.source(start), constraint, use)
 
     def _answer(self, lark: Lark, use: ToolUse | None, constraint: Constraint | None) -> str | None:
-        """What follows any thinking; None if unconstrained."""
         if use is not None and use.choice != "auto":
             return self._calls(lark, forced_calls, use)
         if constraint is not None:
@@ -84,7 +83,6 @@ class GrammarBuilder:
             return Lark(self._checker.special_tokens())
 
     def _checked(self, grammar: str, constraint: Constraint | None, use: ToolUse | None) -> str:
-        """`grammar` if it compiles; else refuses the part at fault."""
         with _refusing(constraint.param if constraint else "tools"):
             if constraint is not None:
                 self._checker.check_patterns(constraint_grammar(constraint))

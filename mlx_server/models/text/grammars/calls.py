@@ -9,9 +9,8 @@ from mlx_server.models.text.syntax import CallStyle, json_style
 from mlx_server.schemas.internal import ToolUse
 
 MAX_CALLS = 16
-"""Per answer, under a grammar."""
 OPEN_KEYWORDS = frozenset({"$ref", "allOf", "anyOf", "oneOf", "patternProperties"})
-"""With these an object may have properties beyond its `properties`."""
+"""These allow properties beyond `properties`."""
 
 
 def forced_calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:

@@ -28,11 +28,10 @@ LIMITS = LLParserLimits(
 MAX_REASON = 300
 CACHED = 512
 MAX_SEARCH = 64
-"""Schemas compiled one by one to find the faulty one."""
+"""Schemas compiled to find a faulty one."""
 SHOWN_LINES = re.compile(r"^ *([0-9]+ \|.*|\^)$", re.MULTILINE)
-"""Error lines in which llguidance quotes the grammar."""
+"""Lines in which llguidance quotes the grammar."""
 PLAIN_PATTERN = re.compile(r"\^?[^\\^$?\x00-\x1f\x7f]*\$?")
-"""Patterns that certainly match something."""
 
 
 class GrammarChecker:
@@ -89,7 +88,6 @@ class GrammarChecker:
         return self.error_in(json.dumps({"grammars": [grammar]}, ensure_ascii=False))
 
     def _locate(self, schema: Any, reason: str) -> Unkept:
-        """The innermost schema that fails alone."""
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         place, tries = "", MAX_SEARCH
         found: str | None = place

@@ -64,7 +64,6 @@ def _required(schema: dict[str, Any]) -> set[str]:
 
 
 def _values(schema: Any) -> set[str]:
-    """As JSON; empty if not enumerable."""
     if not isinstance(schema, dict):
         return set()
     values = [schema["const"]] if "const" in schema else schema.get("enum")

@@ -31,7 +31,7 @@ KEPT = frozenset(
         "required",
     }
 )
-"""Kept by llguidance; hold no schemas."""
+"""Kept by llguidance, without schemas inside."""
 ONE_SCHEMA = frozenset({"additionalProperties", "additionalItems", "items"})
 SCHEMA_LIST = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
 SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
@@ -60,7 +60,7 @@ REFUSED = frozenset(
         "unevaluatedProperties",
     }
 )
-"""Limits of some draft that cannot be enforced."""
+"""Limits that cannot be enforced."""
 UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 MAX_DEPTH = 64
 LEAP_YEAR = "[0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00"
@@ -78,7 +78,7 @@ EXACT_FORMATS = {
     "time": f"^{TIME}$",
     "date-time": f"^({DATE})T{TIME}$",
 }
-"""Formats whose expressions in llguidance are too loose."""
+"""Stricter than llguidance's."""
 FORMATS = frozenset({"duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
 
 

@@ -13,7 +13,6 @@ class Lark:
     """A grammar in the making; methods return rule symbols."""
 
     def __init__(self, special: SpecialTokens) -> None:
-        """`special` as in `GrammarChecker.special_tokens`."""
         self._special = special
         self._rules: dict[str, str] = {}
         self._parts: dict[str, str] = {}
@@ -24,7 +23,6 @@ class Lark:
         return self._rules.setdefault(definition, f"{name}_{len(self._rules)}")
 
     def part(self, grammar: Grammar) -> str:
-        """A self-contained grammar."""
         text = json.dumps(grammar, ensure_ascii=False)
         return "@" + self._parts.setdefault(text, f"part_{len(self._parts)}")
 
@@ -43,7 +41,6 @@ class Lark:
         return self.rule("TEXT", text_without(marker))
 
     def text_until(self, marker: str) -> str:
-        """Through the first `marker`."""
         if self.special_token(marker) is None:
             return self.rule("until", f"{ANY_TEXT} {quoted(marker)}", "[lazy]")
         return self.rule("until", f"{self.text_without(marker)} {self.exactly(marker)}")
@@ -56,7 +53,6 @@ class Lark:
         return self.rule("until", f"{limited} {self.exactly(marker)}")
 
     def source(self, start: str) -> str:
-        """In llguidance's format."""
         rules = [f"{name}{definition}" for definition, name in self._rules.items()]
         main = lark_grammar("\n".join([f"start: {start}", *rules]))
         parts = [{"name": name, **json.loads(text)} for text, name in self._parts.items()]

@@ -20,7 +20,7 @@ r"""`json.dumps` spacing: small models allowed white space write little else. `\
 since a key spelled another way escapes `properties`.
 """
 MAX_TEXT = 256 * 1024
-"""Characters of a schema or grammar."""
+"""Characters."""
 GRAMMAR_HEAD = "%llguidance {}"
 
 Grammar = dict[str, Any]

@@ -5,7 +5,6 @@ from mlx_server.models.text.grammars.lark import Lark
 from mlx_server.models.text.syntax import Reasoning, Thinking
 
 GAP = r"/[ \t\r\n]{0,8}/"
-"""Between thinking and a constrained answer."""
 ANY_TOKENS = "<[*]>*"
 NO_TOKENS = "this model has no tokens that begin and end its thinking"
 
