@@ -79,7 +79,6 @@ def fetch_blobs(blobs: list[Blob], folder: Path, meter: ProgressMeter) -> None:
 
 
 def bytes_present(blob: Path) -> int:
-    """Of a finished or partial download."""
     return max(_size(blob), _size(_part(blob)))
 
 
@@ -148,7 +147,6 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _receive(blob: Blob, part: Path, have: int, meter: ProgressMeter) -> None:
-    """Append one connection's data to `part`, which holds `have` bytes."""
     from huggingface_hub import get_session
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,

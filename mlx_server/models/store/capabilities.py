@@ -11,10 +11,9 @@ from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.store.folder import read_json
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-"""Where chat templates are; the first one found counts."""
+"""The first one with a template counts."""
 TOOLS = re.compile(r"\btools\b")
 THINKING = ("<think>", "<longcat_think>", "<|think:start|>", "<|channel>thought", "[THINK]")
-"""What opens thinking in chat templates."""
 
 
 @dataclass(frozen=True, slots=True)

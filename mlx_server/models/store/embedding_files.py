@@ -28,7 +28,7 @@ MODES: dict[str, PoolingMode] = {
     "weightedmean_tokens": "weighted_mean",
     "lasttoken": "last",
 }
-"""Modes by configuration key, in the order of their vectors."""
+"""In the order of their vectors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ def fetch(model_id: str, sources: ModelSources, on_progress: OnProgress) -> Path
 
 
 def fetch_target(model_id: str, aliases: Mapping[str, str]) -> str:
-    """Resolve an alias. Raises BadRequest and ModelNotFound."""
+    """Raises BadRequest and ModelNotFound."""
     target = aliases.get(model_id, model_id)
     if "://" in target:
         raise BadRequest(

@@ -9,9 +9,8 @@ from typing import Any
 from mlx_server.errors import ModelLoadFailed
 
 PARTIAL = ".partial"
-"""Suffix of a folder being written, which is never served."""
+"""Suffix of an incomplete folder, which is never served."""
 WEIGHTS = "model*.safetensors"
-"""What mlx-lm loads."""
 INDEX = "model.safetensors.index.json"
 MAX_REASON = 500
 CONTEXT_KEYS = (
@@ -65,12 +64,10 @@ def read_json(file: Path) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """Of bounded length."""
     return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
 
 
 def model_config(folder: Path) -> dict[str, Any] | None:
-    """config.json, if it is a model's."""
     try:
         config = read_config(folder)
     except ModelLoadFailed:

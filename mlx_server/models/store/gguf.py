@@ -50,11 +50,10 @@ SPLITS: dict[str, list[str]] = {
     "llama-bpe": [TIKTOKEN.format(numbers=r"\p{N}{1,3}")],
     "qwen2": [TIKTOKEN.format(numbers=r"\p{N}")],
 }
-"""Per pre-tokenizer, expressions that split a text one after the other."""
+"""Expressions that split a text one after the other."""
 
 
 def main(arguments: list[str]) -> int:
-    """`arguments`: the GGUF file and an existing folder."""
     source, folder = map(Path, arguments)
     try:
         convert(source, folder)
@@ -161,7 +160,6 @@ def _match_norms(weights: "Arrays") -> None:
 
 
 def _quantization(weights: "Arrays") -> dict[str, Any]:
-    """The commonest width, and layers that differ."""
     bits = {
         name.removesuffix(".scales"): 32
         * weights[name.replace(".scales", ".weight")].shape[-1]
@@ -226,7 +224,6 @@ def _rope_scaling(metadata: dict[str, Any], tensors: "Arrays") -> dict[str, Any]
 
 
 def _llama3_scaling(divisors: list[float], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Llama 3's published values, with the factor of these divisors."""
     factor = round(max(divisors), 3)
     scaling = {
         "rope_type": "llama3",

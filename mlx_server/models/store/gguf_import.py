@@ -14,7 +14,7 @@ from mlx_server.models.store.locks import write_lock
 from mlx_server.models.store.transfer import check_space
 
 ORIGIN = "origin.json"
-"""Records what an imported folder was made from."""
+"""What an imported folder was made from."""
 
 
 def import_into(source: Path, models_folder: Path) -> Path:
@@ -53,7 +53,6 @@ def import_gguf(source: Path, folder: Path) -> None:
 
 
 def _temporary(folder: Path) -> tuple[Path, Path]:
-    """For the new model, and the old one meanwhile."""
     new, old = (folder.with_name(f"{folder.name}.{step}{PARTIAL}") for step in ("new", "old"))
     return new, old
 

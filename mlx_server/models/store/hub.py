@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 PATTERNS = ("*.json", WEIGHTS, "tokenizer.model", "*.tiktoken", "*.jinja", "*.txt")
-"""Top-level files of a text model. Never code, never pickles."""
+"""Never code, never pickles."""
 POOLING = "*_Pooling/config.json"
-"""Below that, in embedding models."""
+"""Of embedding models."""
 MAX_HTTP_BYTES = 50_000_000_000
-"""Larger files come only by the hub's own transfer protocol."""
+"""Larger files need the hub's own transfer protocol."""
 
 
 def fetch_repo(name: str, on_progress: OnProgress) -> Path:

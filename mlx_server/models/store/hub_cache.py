@@ -42,7 +42,6 @@ def cached_models() -> Iterator[tuple[str, Path]]:
 
 
 def cached_commit(name: str) -> Path | None:
-    """The complete snapshot `org/name@commit`."""
     if not is_repo_id(name):
         return None
     repo, _, commit = name.partition("@")

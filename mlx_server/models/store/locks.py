@@ -11,7 +11,6 @@ from mlx_server.errors import BadRequest, ModelLoadFailed
 
 @contextmanager
 def write_lock(folder: Path) -> Iterator[None]:
-    """For downloading or converting. Waits."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _write_lock_file(folder).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -45,7 +44,6 @@ class ModelLock:
             raise ModelLoadFailed("it is being removed") from error
 
     def release(self) -> None:
-        """Idempotent."""
         self._file.close()
 
 

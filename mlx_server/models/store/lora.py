@@ -25,7 +25,6 @@ class LoraAdapter:
 
     @property
     def fault(self) -> str | None:
-        """Why it cannot be used."""
         for name in (CONFIG, WEIGHTS):
             if not os.path.isfile(self.folder / name):
                 return f"it has no {name}"
@@ -46,7 +45,6 @@ class LoraAdapter:
 
 
 def find_adapters(sources: ModelSources) -> Iterator[LoraAdapter]:
-    """Those in the settings, then those below `adapters_folder`."""
     for variant, folder in sources.adapters.items():
         base, _, name = variant.rpartition("@")
         yield LoraAdapter(base, name, folder)

@@ -24,8 +24,6 @@ log = logging.getLogger("mlx_server.pulls")
 
 @dataclass(frozen=True, slots=True)
 class PullStatus:
-    """`error` is None while it runs."""
-
     model: str
     progress: Progress
     error: str | None = None
@@ -134,7 +132,7 @@ class _Pull:
         except _Cancelled:
             self.error = Unavailable(f"The pull of {self._target} was cancelled.")
             log.info(event("pull_cancelled", model=self._target, bytes=self.progress.done))
-        except Exception as error:  # noqa: BLE001 Every follower raises it.
+        except Exception as error:  # noqa: BLE001
             # Every follower raises it.
             self.error = error
             log.error(event("pull_failed", model=self._target, reason=str(error)))
