@@ -81,7 +81,6 @@ class Arranger:
             slot.vacate()  # a task cancelled before its start does not
 
     def _serve(self, first: Slot) -> bool:
-        """Whether it leaves the queue."""
         slots, budget = self._slots.values(), self._planner.budget
         match next_step(first, slots, budget):
             case Step.WAIT:
@@ -118,10 +117,9 @@ class Arranger:
         )
 
     async def _run(self, slot: Slot, plan: LoadPlan) -> None:
-        """From load to end, by cancellation or by itself."""
         try:
             model = await self._loader.load(plan)
-        except Exception as error:  # noqa: BLE001 Those who wait must learn of any error.
+        except Exception as error:  # noqa: BLE001
             # Whatever it is, those who wait must hear of it.
             slot.fail(self._loader.failure(error, slot.entry.id))
         else:

@@ -33,7 +33,7 @@ class Blame:
         return True
 
     def engine_ended(self, sent: list[OpenRequest], evidence: int) -> OpenRequest | None:
-        """Blame the request on trial, else all that had begun; returns a convict."""
+        """Blame the request on trial, else all that had begun; returns one found guilty."""
         # None had begun: receiving one may have been too much.
         blamed = [request for request in sent if request.begun] or sent
         on_trial, self._on_trial = self._on_trial, None

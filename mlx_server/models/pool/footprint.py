@@ -61,7 +61,6 @@ class Footprint:
     largest_chunk: int = LARGEST_CHUNK
 
     def kv(self, tokens: int) -> int:
-        """One sequence's."""
         return (tokens + KV_STEP) * self.kv_per_token
 
     def working(self, max_batch: int) -> int:
@@ -124,7 +123,6 @@ class _Tensor:
 
 
 def _tensors(file: Path) -> list[_Tensor]:
-    """Checks that the file is complete."""
     try:
         with file.open("rb") as stream:
             (length,) = HEADER.unpack(stream.read(HEADER.size))
@@ -202,7 +200,6 @@ def _kv_bytes_per_token(config: dict[str, Any], number: int, kv_bits: int | None
 
 
 def _growing_layers(config: dict[str, Any], layers: int) -> int:
-    """Only these are quantized."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         kinds = part.get("layer_types")

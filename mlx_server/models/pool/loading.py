@@ -23,7 +23,6 @@ from mlx_server.telemetry import load_span
 StartEngine = Callable[
     [str, Path, LoadOptions, Path | None, Embedding | None], Awaitable[EngineClient]
 ]
-"""As `EngineClient.start`."""
 
 log = logging.getLogger("mlx_server.pool")
 
@@ -38,7 +37,6 @@ class LoadedModel:
     lock: ModelLock
 
     def close(self) -> None:
-        """All but the engine."""
         self.lock.release()
         self.text.close()
 

@@ -36,8 +36,6 @@ log = logging.getLogger("mlx_server.pool")
 
 
 class ModelPoolManager:
-    """Loads models on demand, shares them, and limits who waits."""
-
     def __init__(
         self,
         settings: Settings,
@@ -85,7 +83,6 @@ class ModelPoolManager:
 
     @property
     def ready(self) -> bool:
-        """Whether all models named at the start can generate."""
         return self.not_ready_reason is None
 
     @property
@@ -95,7 +92,6 @@ class ModelPoolManager:
         return not_ready_reason(self._slots.values())
 
     def statuses(self) -> list[ModelStatus]:
-        """Of models asked for since the start."""
         return [status_of(slot) for slot in self._slots.values()]
 
     @asynccontextmanager

@@ -13,7 +13,7 @@ from mlx_server.models.store.embedding_files import read_embedding
 from mlx_server.units import parse_bytes
 
 DEFAULT_KV_SHARE = "25%"
-"""Of the budget, for one model's KV caches."""
+"""Of the budget, per model."""
 MIN_KV_TOKENS = 2048
 """A model loads only if its KV cache holds one such sequence."""
 
@@ -43,14 +43,11 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class MemoryPlanner:
-    """Plans loads within `budget` bytes for all models."""
-
     kv_cache: str | None
     """Per model: bytes, or a share of the budget."""
     budget: int = 0
     on_cpu: bool = False
     _measured: dict[Footprint, int] = field(default_factory=dict)
-    """Bytes of weights once loaded."""
 
     def plan(self, entry: ModelEntry, options: LoadOptions) -> LoadPlan:
         """Blocks on files. Raises ModelLoadFailed, InsufficientMemory beyond `budget`."""
@@ -67,7 +64,6 @@ class MemoryPlanner:
             return self._plan(entry, entry.path, options, False)
 
     def correct(self, plan: LoadPlan, facts: Ready) -> LoadPlan:
-        """Replace estimates by measurements, within the engine's allowance."""
         self._measured[plan.footprint] = facts.weights_bytes
         left = plan.need.total - facts.weights_bytes - facts.kv_limit
         working = max(0, min(plan.need.working, left))

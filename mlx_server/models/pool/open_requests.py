@@ -14,7 +14,6 @@ from mlx_server.errors import ServerError
 from mlx_server.models.pool.stream import RowStream
 
 RESUMED_PRIORITY = -(1 << 31)
-"""Resumed requests come before new ones."""
 
 
 class OpenRequest(ABC):
@@ -42,8 +41,7 @@ class OpenRequest(ABC):
 
     @property
     @abstractmethod
-    def complete(self) -> bool:
-        """All but the finish has come."""
+    def complete(self) -> bool: ...
 
     @abstractmethod
     def remaining(self) -> Generate | Embed: ...
@@ -71,7 +69,6 @@ class OpenRequest(ABC):
         self.sent = self.begun = False
 
     def fail_stream(self, error: ServerError) -> None:
-        """Fails all of its stream's requests."""
         self._stream.fail(error)
 
     def _priority(self, asked: int) -> int:

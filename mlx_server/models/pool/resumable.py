@@ -20,7 +20,6 @@ class ResumableEngine:
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
         self.progressed = False
-        """Whether the attached process has given anything."""
         self._process: EngineClient | None = None
         self._open: dict[int, OpenRequest] = {}
         self._next_id = 0
@@ -78,7 +77,6 @@ class ResumableEngine:
         self._send_waiting()
 
     def detach(self, evidence: int) -> None:
-        """The process ended: `evidence` against its requests."""
         self._process = None
         sent = [request for request in self._open.values() if request.sent]
         if (culprit := self._blame.engine_ended(sent, evidence)) is not None:

@@ -21,6 +21,8 @@ log = logging.getLogger("mlx_server.pool")
 
 
 class Signal:
+    """Wakes all current waiters."""
+
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
@@ -56,7 +58,6 @@ class Slot:
     in_use: int = 0
     waiters: int = 0
     unloaders: int = 0
-    """Operators waiting for its requests to finish."""
     loads: int = 0
     failures: int = 0
     restarts: int = 0
@@ -81,12 +82,10 @@ class Slot:
 
     @property
     def leaving(self) -> bool:
-        """Loaded, but soon gone."""
         return self.phase == "ending" or (self.phase == "loaded" and self.unloaders > 0)
 
     @property
     def available(self) -> LoadedModel | None:
-        """None if it takes no requests."""
         return None if self.draining or self.leaving else self.model
 
     @property

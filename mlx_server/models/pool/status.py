@@ -23,7 +23,6 @@ class ModelStatus:
     id: str
     state: ModelState
     reason: str | None = None
-    """Why it could not be loaded."""
     pid: int | None = None
     device: str | None = None
     context_length: int | None = None
@@ -33,9 +32,7 @@ class ModelStatus:
     load_seconds: float | None = None
     loads: int = 0
     restarts: int = 0
-    """Engines replaced while requests continued."""
     last_lines: tuple[str, ...] = ()
-    """Of the last engine that crashed."""
     in_flight: int = 0
     running: int = 0
     waiting: int = 0
@@ -49,7 +46,6 @@ class ModelStatus:
     pinned: bool = False
     last_used: float | None = None
     expires: float | None = None
-    """When it is unloaded if unused."""
 
 
 def state_of(slot: Slot) -> ModelState:

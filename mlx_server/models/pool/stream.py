@@ -10,7 +10,7 @@ from mlx_server.engine.protocol import Failed, Row
 from mlx_server.errors import EngineFailed, ServerError
 
 MAX_ROWS_TOGETHER = 64
-"""Rows per hand-over, which the reader handles without a pause."""
+"""Rows per hand-over, read without a pause."""
 MAX_UNREAD = 2048
 """Unread tokens and alternatives per request that pause a stream (0.5 MB)."""
 
@@ -30,7 +30,6 @@ class RowStream:
 
     def __init__(self, producer: Producer, ids: range) -> None:
         self.begun = False
-        """Whether an engine has begun any request."""
         self.ids = ids
         self._producer = producer
         self._open = set(ids)
@@ -64,7 +63,6 @@ class RowStream:
         self._producer.abort(self._open)
 
     def abort(self, index: int) -> None:
-        """By position among those sent."""
         id_ = self.ids[index]
         self._open.discard(id_)
         self._producer.abort([id_])

@@ -15,14 +15,13 @@ from mlx_server.models.pool.resumable import ResumableEngine
 
 MAX_LOAD_ATTEMPTS = 3
 MIN_DELAY, MAX_DELAY = 0.25, 30.0
-"""Seconds before the next load after engines that gave nothing; doubles."""
+"""Seconds between loads after engines that gave nothing; doubles."""
 HANG_TURNS = 20
-"""Silence, in longest turns, that means a hang."""
+"""In longest turns without progress."""
 HANG_CHECKS = 10
 """Consecutive silent checks that mean a hang. Seconds would count a suspended front's time."""
 KV_SHARE_AFTER_KILL = 0.5
-"""Of its KV memory, for an engine after SIGKILL, the system's answer to lack of memory. It grows.
-"""
+"""After SIGKILL, the system's answer to lack of memory. The share grows again."""
 
 StartProcess = Callable[[float], Awaitable[EngineClient]]
 """Given a share of its KV memory."""
@@ -42,7 +41,6 @@ class EngineSupervisor:
     ) -> None:
         self.restarts = 0
         self.last_lines: tuple[str, ...] = ()
-        """Of the last process to end."""
         self._process = process
         self._engine = engine
         self._start = start
@@ -90,7 +88,6 @@ class EngineSupervisor:
         await self._process.stop()
 
     async def _closed_or_hung(self) -> bool:
-        """Whether it hangs."""
         process = self._process
         silent = 0
         while silent <= HANG_CHECKS:
