@@ -11,7 +11,7 @@ from mlx_server.models.pool.stream import RowStream
 MIN_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
 AVERAGE_WEIGHT = 0.1
-"""Of the latest request in the mean duration."""
+"""Of the latest duration."""
 
 
 class Backpressure:

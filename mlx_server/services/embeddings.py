@@ -25,7 +25,7 @@ class EmbeddingRequest:
     dimensions: int | None = None
     priority: int = 0
     keep_alive: float | None = None
-    """Seconds the model stays loaded afterwards; None: per settings."""
+    """Seconds; None: per settings."""
 
 
 class EmbeddingService:

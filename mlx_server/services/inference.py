@@ -99,7 +99,6 @@ class Generation:
             await charge(self.prompt_tokens + completions)
 
     async def prompt_text(self) -> str:
-        """Without special tokens."""
         return await self._text.decode(self._tokens)
 
     async def events(self) -> AsyncIterator[list[Event]]:
@@ -184,7 +183,6 @@ def _check_vocabulary(tokens: list[int], request: InferenceRequest, model: Loade
 def _engine_requests(
     prompt: Prepared, request: InferenceRequest, model: LoadedModel
 ) -> list[Generate]:
-    """One per choice, each with its own seed."""
     room = model.facts.longest_sequence - len(prompt.tokens)
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
     # A text complete by its grammar cannot go on.

@@ -43,7 +43,6 @@ async def tokenized_bare(pool: ModelPoolManager, model_id: str, text: str) -> To
 
 
 async def count(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> int:
-    """Raises as `tokenized`."""
     async with pool.acquire(model_id, purpose="any") as model:
         return len((await model.text.prepare(prompt, None, model.facts.context_length)).tokens)
 

@@ -56,5 +56,4 @@ class TokenAligner:
             self._text_length += width
 
     def finish(self) -> None:
-        """Give the remaining tokens to the last piece."""
         self.add_piece(self._last_kind, 1)

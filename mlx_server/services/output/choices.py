@@ -38,8 +38,6 @@ log = logging.getLogger("mlx_server.services")
 
 
 class PlainChoice:
-    """Text only."""
-
     def __init__(
         self, index: int, vocabulary: Vocabulary, stops: tuple[str, ...], prompt_tokens: int
     ) -> None:
@@ -77,11 +75,11 @@ class PlainChoice:
 
 
 class TextSide(Vocabulary, Protocol):
-    def visible_bytes(self, token: int) -> bytes:
-        """`token_bytes`, or a marker token's bytes."""
+    def visible_bytes(self, token: int) -> bytes: ...
 
-    async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """(name, arguments); none if garbled."""
+    async def parse_calls(
+        self, text: str, tools: list[dict[str, Any]]
+    ) -> list[tuple[str, str]]: ...
 
 
 class ParsedChoice:

@@ -10,7 +10,7 @@ from mlx_server.services.output.reasoning import ReasoningReader
 from mlx_server.services.output.tool_calls import CallReader
 
 MAX_SPACE = 200
-"""Characters of white space held back before a possible marker."""
+"""Characters held back before a possible marker."""
 
 
 class OutputReader:
@@ -21,7 +21,7 @@ class OutputReader:
 
     def __init__(self, syntax: Syntax, use: ToolUse | None, *, thinking: bool) -> None:
         self.done = False
-        """The allowed calls have come; nothing follows."""
+        """All allowed calls have come."""
         self._reasoning = syntax.reasoning
         self._call_syntax = None if use is None else syntax.calls
         self._use = use
@@ -39,7 +39,6 @@ class OutputReader:
         return self._block.unparsed if isinstance(self._block, CallReader) else None
 
     def push(self, text: str) -> list[Piece]:
-        """Returns the pieces that are certain."""
         self._buffer.text += text
         return self._read()
 
@@ -66,7 +65,6 @@ class OutputReader:
         return self._buffer.drain()
 
     def _step(self) -> bool:
-        """Whether more can be read at once."""
         if self._block is not None:
             return self._read_block(self._block)
         if self._skips_space:
@@ -89,7 +87,6 @@ class OutputReader:
         return True
 
     def _read_start(self) -> bool:
-        """Read what may only precede text."""
         text = self._buffer.text.lstrip()
         space = len(self._buffer.text) - len(text)
         if space <= MAX_SPACE:

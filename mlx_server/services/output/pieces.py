@@ -8,10 +8,9 @@ class Kind(Enum):
     TEXT = auto()
     REASONING = auto()
     CALL = auto()
-    """A tool's name; its `ARGUMENTS` follow."""
+    """`ARGUMENTS` follow."""
     ARGUMENTS = auto()
     HIDDEN = auto()
-    """A marker, or white space beside one."""
 
 
 class Piece(NamedTuple):
@@ -30,7 +29,6 @@ class PieceBuffer:
         self.pieces: list[Piece] = []
 
     def cut(self, kind: Kind, length: int) -> None:
-        """The first `length` characters become a piece."""
         if length:
             text = self.text
             self.pieces.append(Piece(kind, text[:length], length))

@@ -12,8 +12,7 @@ from mlx_server.services.output.stops import StopMatcher
 
 
 class Vocabulary(Protocol):
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8; empty for special tokens."""
+    def token_bytes(self, token: int) -> bytes: ...
 
     def token_name(self, token: int) -> str: ...
 
@@ -31,11 +30,9 @@ class TruncatedText:
         self._pending: deque[tuple[int, TokenLogprob]] = deque()
 
     def add_entry(self, end: int, entry: TokenLogprob) -> None:
-        """The token ends at character `end`."""
         self._pending.append((end, entry))
 
     def add(self, text: str) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """Returns what is certain."""
         text, self.stopped = self._matcher.push(text)
         self._emitted += len(text)
         return text, self._release() if self._pending else ()
@@ -75,7 +72,6 @@ class AlignedText(TruncatedText):
     def push(
         self, token: int, logprobs: Logprobs | None = None
     ) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """Returns what is certain."""
         if self.stopped:
             return "", ()
         offset = self._decoded
@@ -127,7 +123,6 @@ def prompt_logprobs(
     logprobs: Sequence[Logprobs | None],
     decoded: str,
 ) -> tuple[TokenLogprob, ...]:
-    """Entries with offsets into `decoded`, the prompt's text."""
     decoder = TokenDecoder(vocabulary.token_bytes)
     entries, text = [], ""
     for token, known in zip(tokens, logprobs, strict=True):

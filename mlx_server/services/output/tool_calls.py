@@ -28,7 +28,6 @@ class CallReader:
     def __init__(self, buffer: PieceBuffer, syntax: CallSyntax, use: ToolUse, opening: str) -> None:
         self.ended = False
         self.calls = 0
-        """Completed."""
         self.unparsed: str | None = None
         self._buffer = buffer
         self._syntax = syntax
@@ -41,7 +40,6 @@ class CallReader:
         self._state = self._read_header if syntax.json else self._collect
 
     def read(self) -> None:
-        """Cut off what is certain."""
         while not self.ended and self.unparsed is None and self._state():
             pass
 
@@ -65,7 +63,6 @@ class CallReader:
             buffer.cut(Kind.TEXT, len(buffer.text))
 
     def parsed(self, calls: Sequence[tuple[str, str]]) -> None:
-        """Take the (name, arguments) in `unparsed`; none if garbled."""
         self.unparsed = None
         if not calls or any(name not in self._names for name, _ in calls):
             self._give_back()
@@ -134,7 +131,6 @@ class CallReader:
         return True
 
     def _read_extra_keys(self) -> bool:
-        """Such as a call id."""
         length, complete = self._scan.push(self._buffer.text)
         self._buffer.hide(length)
         if complete:
@@ -177,7 +173,6 @@ class CallReader:
 
     @property
     def _block(self) -> str:
-        """With its markers."""
         return self._opening + "".join(self._collected) + self._closing
 
     def _give_back(self) -> None:
