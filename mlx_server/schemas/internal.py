@@ -32,7 +32,6 @@ class ToolUse:
     choice: Literal["auto", "required", "named"] = "auto"
     name: str | None = None
     parallel: bool = True
-    """Several calls per answer."""
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
@@ -46,7 +45,7 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
     continue_final: bool = False
     use: ToolUse | None = None
     thinking_budget: int | None = None
-    """Tokens after which thinking must end; None is unlimited."""
+    """Tokens."""
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
@@ -63,7 +62,6 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
 Charge = Callable[[int], Awaitable[None]]
-"""Receives a request's token count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ class InferenceRequest:
     ignore_eos: bool = False
     priority: int = 0
     keep_alive: float | None = None
-    """Seconds the model stays loaded afterwards; None: per settings."""
+    """Seconds; None: per settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,6 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     reasoning_tokens: int = 0
-    """Part of the completion's."""
 
 
 @dataclass(frozen=True, slots=True)
