@@ -114,8 +114,6 @@ def _check_unique(keys: Sequence[ApiKey]) -> None:
 
 
 class _Entry(BaseModel):
-    """A `[[keys]]` table."""
-
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     name: Annotated[str, StringConstraints(pattern=NAME)]

@@ -44,7 +44,6 @@ def setup_tracing() -> None:
 
 
 def untraced(scope: MutableMapping[str, Any]) -> bool:
-    """Of an ASGI request."""
     return scope.get("path") in UNTRACED_PATHS
 
 
@@ -151,7 +150,6 @@ class LoadSpan:
         self._span = span
 
     def loaded(self, **attributes: str | int | float) -> None:
-        """Such as `weights_bytes` or `device`."""
         self._span.set_attributes({f"mlx_server.{key}": v for key, v in attributes.items()})
 
 
@@ -165,8 +163,6 @@ def load_span(model: str) -> Iterator[LoadSpan]:
 
 
 class Metrics:
-    """Prometheus metrics in their own registry."""
-
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -209,8 +205,6 @@ class Metrics:
 
 
 class RequestTimer:
-    """From the request's arrival."""
-
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._started = time.perf_counter()
@@ -262,7 +256,6 @@ class LoopLag:
         p99.set_function(lambda: self.quantile(0.99))
 
     async def run(self) -> None:
-        """Measure until cancelled."""
         while True:
             # The loop's clock may count whole milliseconds.
             due = time.perf_counter() + self.TICK
