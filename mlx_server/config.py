@@ -207,9 +207,8 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> "Settings":
-        """Read all sources; None values in `flags` count as absent.
-
-        Raises pydantic.ValidationError for a bad value and OSError for an unreadable file.
+        """None in `flags` counts as absent. Raises pydantic.ValidationError for a bad value,
+        OSError for an unreadable file.
         """
 
         class WithFile(cls):  # type: ignore[valid-type, misc]

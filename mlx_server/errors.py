@@ -1,15 +1,11 @@
-"""The exceptions that clients are told about, raised where the fact is known.
-
-`api/http` turns them into the protocol's shape.
-"""
+"""Exceptions shown to clients, which `api/http` puts into the protocol's shape."""
 
 from collections.abc import Iterable
 
 
 class ServerError(Exception):
-    """`status` is HTTP's, `type` and `code` are OpenAI's words for it.
-
-    `param` names the request's field at fault; `retry_after`, in seconds, becomes the header.
+    """`status` is HTTP's; `type` and `code` are OpenAI's. `param` is the request field at fault;
+    `retry_after` (seconds) becomes the header.
     """
 
     status = 500
@@ -43,8 +39,6 @@ class ContextLengthExceeded(BadRequest):
 
 
 class Unauthorized(ServerError):
-    """No API key, or not one of ours."""
-
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
@@ -79,15 +73,13 @@ class BodyTooLarge(ServerError):
 
 
 class TooManyRequests(ServerError):
-    """A queue is full or a rate is exceeded."""
-
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
 
 
 class Unavailable(ServerError):
-    """The server may be able to do this soon."""
+    """A later request may succeed."""
 
     status = 503
     type = "service_unavailable_error"
@@ -95,7 +87,7 @@ class Unavailable(ServerError):
 
 
 class ModelLoading(Unavailable):
-    """The wait for the model has run out."""
+    """The wait for the model ran out."""
 
     code = "model_loading"
 
@@ -105,9 +97,8 @@ class ModelLoadFailed(Unavailable):
 
 
 class LoadCrashed(ModelLoadFailed):
-    """The engine ended while it loaded the model, which may not happen again.
-
-    `last_lines` are the last that it wrote to standard error.
+    """The engine ended while loading; another try may succeed. `last_lines` are from its standard
+    error.
     """
 
     def __init__(self, message: str, last_lines: Iterable[str] = ()) -> None:
@@ -125,6 +116,6 @@ class RequestTimeout(ServerError):
 
 
 class EngineFailed(ServerError):
-    """The engine failed on this request, or ended because of it."""
+    """On this request, or ended because of it."""
 
     code = "engine_failed"

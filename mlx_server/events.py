@@ -1,11 +1,11 @@
-"""Log events: one line each, a name and fields. Nothing secret and no prompt text."""
+"""Log events: one line each, a name and fields. No secrets, no prompt text."""
 
 import logging
 import time
 
 
 def event(name: str, **fields: object) -> str:
-    """The message of a log event: `event=name key=value …`, None values left out."""
+    """`event=name key=value …`, without None values."""
     given = {"event": name} | {key: value for key, value in fields.items() if value is not None}
     return " ".join(f"{key}={_value(value)}" for key, value in given.items())
 
@@ -20,7 +20,7 @@ def _value(value: object) -> str:
 
 
 class EventFormatter(logging.Formatter):
-    """One line per event. Sentences of other libraries become events too."""
+    """One line per event; other libraries' sentences too."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -36,7 +36,6 @@ class EventFormatter(logging.Formatter):
 
 
 def setup_logging(level: str) -> None:
-    """Send all loggers' events from `level` on to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(EventFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -46,8 +45,8 @@ def setup_logging(level: str) -> None:
         logger.propagate = True
     # Our request event holds more.
     logging.getLogger("uvicorn.access").propagate = False
-    # At debug level this one logs every chunk, which is the completion's text.
+    # At debug level it logs every chunk: the completion's text.
     logging.getLogger("sse_starlette").setLevel(logging.INFO)
-    # They log the URLs of downloads, which may be signed.
+    # They log download URLs, which may be signed.
     for name in ("httpx2", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class KeysError(ValueError):
-    """Wrongly configured keys. The message never shows a key."""
+    """The message never shows a key."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """Known by its SHA-256. The scope `admin` permits everything."""
+    """Stored as SHA-256. Scope `admin` permits everything."""
 
     name: str
     digest: bytes = field(repr=False)
@@ -61,7 +61,7 @@ class KeyRing:
         admin_keys: Sequence[SecretStr] = (),
         keys_file: Path | None = None,
     ) -> Self:
-        """Raises KeysError. `api_keys` permit `admin` too where no other key does."""
+        """`api_keys` also permit `admin` if no other key does. Raises KeysError."""
         listed = [*_keys_file(keys_file)] if keys_file else []
         admins = [*_numbered("admin_keys", "admin", admin_keys, frozenset({"admin"}))]
         has_admin = any(key.permits("admin") for key in [*listed, *admins])
@@ -71,11 +71,11 @@ class KeyRing:
         return cls(keys, ALL_SCOPES if listed else used)
 
     def guards(self, scope: Scope) -> bool:
-        """Whether `scope` requires a key: `admin_keys` alone leave inference open."""
+        """Whether `scope` needs a key: `admin_keys` alone leave inference open."""
         return scope in self._guarded
 
     def find(self, shown: str) -> ApiKey | None:
-        """Compares `shown` with every key in constant time, so that timing reveals nothing."""
+        """Constant time over all keys, so that timing reveals nothing."""
         # Headers arrive as Latin-1.
         digest = sha256(shown.encode("latin-1", "replace")).digest()
         matches = [hmac.compare_digest(digest, key.digest) for key in self._keys]
@@ -83,7 +83,7 @@ class KeyRing:
 
 
 def warn_if_exposed(keys_file: Path | None) -> None:
-    """Log when other users of this machine can read the file."""
+    """Log if other users of this machine can read the file."""
     path = keys_file and keys_file.expanduser()
     if path and os.name == "posix" and path.stat().st_mode & 0o077:
         log.warning(event("keys_file_readable_by_others", path=path, hint="chmod 600"))
@@ -114,8 +114,6 @@ def _check_unique(keys: Sequence[ApiKey]) -> None:
 
 
 class _Entry(BaseModel):
-    """A `[[keys]]` table of the file."""
-
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     name: Annotated[str, StringConstraints(pattern=NAME)]

@@ -1,4 +1,4 @@
-"""The FastAPI application: its parts, its routes, its start and stop."""
+"""The FastAPI application."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -33,8 +33,7 @@ from mlx_server.services.embeddings import EmbeddingService
 from mlx_server.services.inference import InferenceService
 from mlx_server.telemetry import Metrics, setup_tracing, untraced
 
-# Request spans come from FastAPI itself: one per request, none per chunk of a stream, and neither
-# bodies nor arguments in them.
+# FastAPI's own request spans: one per request, none per chunk, no bodies or arguments.
 REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)
 
 PROTOCOLS = (OPENAI, ADMIN)
@@ -47,9 +46,8 @@ def create_app(
     catalog: Catalog | None = None,
     protocols: Sequence[ApiProtocol] = PROTOCOLS,
 ) -> FastAPI:
-    """The application. Without arguments it reads its settings, for ASGI servers' factories.
-
-    Paths that none of the `protocols` claims are answered as OpenAI's are.
+    """Without arguments settings are read, for ASGI servers' factories. Paths outside all
+    `protocols` are answered as OpenAI's.
     """
     if settings is None:
         settings = Settings.load()
@@ -89,7 +87,7 @@ def create_app(
 def _middleware(
     settings: Settings, figures: Metrics, stopping: Stopping, wires: Wires
 ) -> list[Middleware]:
-    """From the outermost to the innermost."""
+    """Outermost first."""
     layers = [
         Middleware(RequestContext, metrics=figures, wires=wires),
         Middleware(AvailabilityCheck, stopping=stopping),

@@ -1,4 +1,4 @@
-"""The HTTP server around the application: how it starts and stops."""
+"""The HTTP server: start and stop."""
 
 import asyncio
 import logging
@@ -19,23 +19,21 @@ from mlx_server.api.http.stopping import Stopping
 from mlx_server.events import event
 
 KEEP_ALIVE_SECONDS = 20
-"""More than the 5 s of Python's clients, so that a connection is closed by the side that might
-send on it."""
+"""More than the 5 s of Python's clients: the side that sends should close the connection."""
 FINAL_EVENT_SECONDS = 0.5
-"""For sending the error that ends a stream after the grace period."""
+"""To send the error that ends a stream after the grace period."""
 CUT_OFF_SECONDS = 1
 OTHER_FILES = 256
-"""Open files besides connections: libraries, engines, models being read."""
+"""Besides connections: libraries, engines, models being read."""
 
 log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which stops in three steps.
-
-    After SIGINT or SIGTERM new requests get a 503 and running ones have `grace` seconds before they
-    end with an error. Then connections close, then engines end. A second signal kills everything,
-    with exit code 128 plus its number. `on_start` is called once the server listens.
+    """uvicorn's server, which stops in three steps: on SIGINT or SIGTERM new requests get a 503 and
+    running ones have `grace` seconds before they end with an error; then connections close; then
+    engines end. A second signal kills everything, with exit code 128 plus its number. `on_start` is
+    called once it listens.
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called in the main thread, between any two instructions."""
+        """Runs in the main thread, between any two instructions."""
         if self.should_exit:
             _kill_everything(sig)
         self.should_exit = True
@@ -94,7 +92,7 @@ def _config(application: FastAPI, limits: ConnectionLimits) -> uvicorn.Config:
     protocol = partial(Connection, limits=limits, wires=application.state.wires)
     return uvicorn.Config(
         application,
-        # uvloop where it is installed.
+        # uvloop if installed
         loop="auto",
         http=cast(type[asyncio.Protocol], protocol),
         ws="none",

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans and Prometheus metrics. No prompt or completion text passes through here."""
+"""OpenTelemetry spans and Prometheus metrics. Never prompt or completion text."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from mlx_server import __version__
 from mlx_server.schemas.internal import ChatPrompt, Finished, InferenceRequest, Usage
 
-# Polled every few seconds: their spans would drown the others.
+# Polled every few seconds: they would drown other spans.
 UNTRACED_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
 SECONDS = (
@@ -31,26 +31,25 @@ Attributes = dict[str, str | int | float]
 
 
 def setup_tracing() -> None:
-    """Configure Logfire: spans leave the process only with a token or an OTLP endpoint set."""
+    """Spans leave the process only with a Logfire token or OTLP endpoint set."""
     logfire.configure(
         send_to_logfire="if-token-present",
         console=False,
         service_name="mlx-server",
         service_version=__version__,
         inspect_arguments=False,
-        # Continue the trace of a caller.
+        # Continue a caller's trace.
         distributed_tracing=True,
     )
 
 
 def untraced(scope: MutableMapping[str, Any]) -> bool:
-    """Whether the request of this ASGI scope gets no span."""
     return scope.get("path") in UNTRACED_PATHS
 
 
 @contextmanager
 def _span(name: str, attributes: Attributes) -> Iterator[Span]:
-    """A span that is not made current: it may be left in another task than entered it."""
+    """Not made current, since another task may leave it."""
     span = trace.get_tracer("mlx_server", __version__).start_span(name, attributes=attributes)
     try:
         yield span
@@ -66,7 +65,7 @@ def _span(name: str, attributes: Attributes) -> Iterator[Span]:
 def _request_span(
     operation: str, model: str, request_id: str, attributes: Attributes
 ) -> Iterator[Span]:
-    """A span of a request for a model, after the GenAI semantic conventions."""
+    """Follows the GenAI semantic conventions."""
     common: Attributes = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "mlx_server",
@@ -86,7 +85,7 @@ class InferenceSpan:
         self._output_tokens = 0
 
     def model(self, model: str) -> None:
-        """The id of the model that answers, which may have been asked for by an alias."""
+        """The answering model's id, never an alias."""
         self._span.set_attribute("gen_ai.response.model", model)
 
     def first_token(self) -> None:
@@ -141,7 +140,6 @@ class EmbeddingsSpan:
 
 @contextmanager
 def embeddings_span(model: str, inputs: int, request_id: str) -> Iterator[EmbeddingsSpan]:
-    """A span around the embedding of `inputs` texts."""
     attributes: Attributes = {"mlx_server.inputs": inputs}
     with _request_span("embeddings", model, request_id, attributes) as span:
         yield EmbeddingsSpan(span)
@@ -152,7 +150,6 @@ class LoadSpan:
         self._span = span
 
     def loaded(self, **attributes: str | int | float) -> None:
-        """What was loaded, such as `weights_bytes` or `device`."""
         self._span.set_attributes({f"mlx_server.{key}": v for key, v in attributes.items()})
 
 
@@ -166,8 +163,6 @@ def load_span(model: str) -> Iterator[LoadSpan]:
 
 
 class Metrics:
-    """The application's Prometheus metrics, in a registry of their own."""
-
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -198,7 +193,7 @@ class Metrics:
         )
         self.loop_lag = LoopLag(self.registry)
         tasks = Gauge("mlx_server_tasks", "Tasks of the event loop.", registry=self.registry)
-        tasks.set_function(lambda: len(asyncio.all_tasks()))  # it is collected on the loop
+        tasks.set_function(lambda: len(asyncio.all_tasks()))  # collected on the loop
 
     def _tokens(self, name: str, help: str) -> Counter:
         return Counter(f"mlx_server_{name}", help, ["model"], registry=self.registry)
@@ -210,8 +205,6 @@ class Metrics:
 
 
 class RequestTimer:
-    """Times one inference request from its arrival."""
-
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._started = time.perf_counter()
@@ -220,12 +213,10 @@ class RequestTimer:
         self._gaps: Histogram | None = None
 
     def opened(self, model: str) -> None:
-        """The request was accepted by `model`."""
         self._model = model
         self._gaps = self._metrics.inter_token_latency.labels(model)
 
     def text(self, choice: Hashable) -> None:
-        """A piece of the text of `choice` arrived."""
         now = time.perf_counter()
         last = self._last.get(choice)
         if last is not None and self._gaps is not None:
@@ -243,11 +234,11 @@ class RequestTimer:
 
 
 class LoopLag:
-    """How late the event loop wakes from sleeps: whatever blocks the loop shows up here."""
+    """How late the event loop wakes from sleeps: shows whatever blocks it."""
 
     TICK = 0.05
     WINDOW = 1200
-    """A minute of ticks, for `quantile`."""
+    """Ticks of a minute."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._window: deque[float] = deque(maxlen=self.WINDOW)
@@ -265,9 +256,8 @@ class LoopLag:
         p99.set_function(lambda: self.quantile(0.99))
 
     async def run(self) -> None:
-        """Measure until cancelled."""
         while True:
-            # Not the loop's own clock, which may count in whole milliseconds.
+            # The loop's clock may count whole milliseconds.
             due = time.perf_counter() + self.TICK
             await asyncio.sleep(self.TICK)
             lag = max(0.0, time.perf_counter() - due)
@@ -275,6 +265,6 @@ class LoopLag:
             self._histogram.observe(lag)
 
     def quantile(self, q: float) -> float:
-        """The `q` quantile over the last minute, in seconds; 0 before the first tick."""
+        """Over the last minute, in seconds; 0 before the first tick."""
         ordered = sorted(self._window)
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0

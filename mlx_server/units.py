@@ -11,7 +11,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_bytes(text: str, whole: int) -> int:
-    """Bytes in `text`: "12GB", "512M", "1024", or a share such as "80%" of `whole`."""
+    """ "12GB", "512M", "1024", or a share such as "80%" of `whole`."""
     text = text.strip().upper()
     if text.endswith("%"):
         return int(float(text[:-1]) / 100 * whole)
@@ -21,7 +21,7 @@ def parse_bytes(text: str, whole: int) -> int:
 
 
 def parse_seconds(text: str) -> float | None:
-    """Seconds in `text`: "90", "90s", "5m", "1h", "2d"; None if negative. Raises ValueError."""
+    """ "90", "90s", "5m", "1h", "2d"; None if negative. Raises ValueError."""
     text = text.strip()
     unit = _SECONDS.get(text[-1:])
     seconds = float(text[:-1]) * unit if unit else float(text)

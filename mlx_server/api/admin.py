@@ -1,4 +1,4 @@
-"""The operator's API: pull, load, unload and remove models; their state; the loop's lag."""
+"""The operator's API: pull, load, unload and remove models; statistics."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -41,7 +41,7 @@ from mlx_server.schemas.openai.common import ErrorBody
 router = APIRouter(
     prefix="/admin", dependencies=[AdminDep], route_class=JsonRoute, strict_content_type=False
 )
-# Errors are OpenAI's; the last event of a stream says itself that it is the last.
+# Errors are OpenAI's; a stream's last event is marked as the last.
 ADMIN = ApiProtocol(wire=replace(WIRE, end=b""), routers=(router,), prefixes=("/admin",))
 
 
@@ -51,7 +51,7 @@ async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Re
     entries = {entry.id: entry for entry in await asyncio.to_thread(catalog.entries)}
     statuses = {status.id: status for status in pool.statuses()}
     pulled = {pull.model: pull for pull in pulls.statuses()}
-    # A model that was removed is of no interest unless something of it is left.
+    # A removed model matters only if some of it is left.
     asked = [id_ for id_, status in statuses.items() if status.state != "absent"]
     ids = dict.fromkeys((*entries, *asked, *pulled))
     return _json(
@@ -65,7 +65,7 @@ async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Re
     responses=documented(400, 401, 403, 404, 413, 503),
 )
 async def load_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
-    """Load a model, making room for it; answers when it can generate."""
+    """Load a model, making room for it; answers when it is ready."""
 
     async def loaded() -> bytes:
         return await _encoded(catalog, await pool.load(model_id))
@@ -79,7 +79,7 @@ async def load_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Respo
     responses=documented(400, 401, 403, 404, 413),
 )
 async def unload_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
-    """Let a model finish its requests, then end it; answers when its memory is free."""
+    """Unload a model once its requests finish; answers when its memory is free."""
     body = await _encoded(catalog, await pool.unload(model_id))
     return Response(body, media_type="application/json")
 
@@ -102,17 +102,16 @@ async def remove_model(model_id: str, catalog: CatalogDep, settings: SettingsDep
 
 @router.post(
     "/models/pull",
-    # Without a content type of its own, so that only the stream's is described.
+    # No media type of its own: only the stream's is documented.
     response_class=StreamingResponse,
     responses=documented(400, 401, 403, 404, 413, 503) | event_stream([PullEvent, ErrorBody]),
 )
 async def pull_model(body: PullRequest, pulls: PullsDep) -> Response:
-    """Fetch a model; server-sent events tell the progress, the last one success or the error.
-
-    Who asks for a model that is being pulled follows that pull. It ends when nobody follows it,
-    and goes on from there the next time.
+    """Fetch a model. Server-sent events report progress, then success or the error. Requests for
+    the same model share one download; it stops when nobody follows it, and a later request resumes
+    it.
     """
-    # A stopping server does not wait for a download, which can be taken up again.
+    # A stopping server does not wait: downloads resume.
     return StreamedAnswer(_progress(pulls, body.model), grace=0.0)
 
 

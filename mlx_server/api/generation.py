@@ -1,4 +1,4 @@
-"""The protocol-free half of answering: run generations, count, and fold or stream their events."""
+"""Answers generations independently of the protocol: run, count, fold or stream events."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -27,17 +27,13 @@ MERGE_BUFFER = 64
 
 OUTPUT_EVENTS = (TextDelta, ReasoningDelta, ToolCallStart, ToolCallDelta)
 IndexedEvents = tuple[int, list[Event]]
-"""The index of a prompt, and events that arrived together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What is known when a generation begins."""
-
     model: str
-    """Its own id, not the alias asked for."""
+    """Its id, never an alias."""
     prompts: tuple[str, ...] = ()
-    """The prompts' texts, if `AnswerFormats.echo`."""
 
 
 class AnswerFormat(Protocol):
@@ -56,8 +52,6 @@ class StreamFormat(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormats:
-    """How one endpoint writes its answers."""
-
     answer: Callable[[Accepted], AnswerFormat]
     stream: Callable[[Accepted], StreamFormat]
     echo: bool = False
@@ -120,7 +114,7 @@ class Tally:
     def __init__(self, timer: RequestTimer) -> None:
         self._timer = timer
         self._prompts: dict[int, tuple[int, int]] = {}
-        """Tokens, and cached tokens, by the index of a prompt."""
+        """(tokens, cached tokens) by prompt index."""
         self._completion_tokens = 0
         self._reasoning_tokens = 0
 
@@ -130,13 +124,12 @@ class Tally:
         elif isinstance(event, Finished):
             self._completion_tokens += event.usage.completion_tokens
             self._reasoning_tokens += event.usage.reasoning_tokens
-            # Choices share their prompt, of which the least that any of them found is cached.
+            # Choices share their prompt: count the smallest cache hit.
             cached = event.usage.cached_tokens
             _, before = self._prompts.get(prompt, (0, cached))
             self._prompts[prompt] = (event.usage.prompt_tokens, min(before, cached))
 
     def finish(self) -> Usage:
-        """The sum, which is recorded as one finished request."""
         usage = Usage(
             prompt_tokens=sum(tokens for tokens, _ in self._prompts.values()),
             completion_tokens=self._completion_tokens,
@@ -151,7 +144,7 @@ class Tally:
 async def opened(
     service: InferenceService, requests: Sequence[InferenceRequest]
 ) -> AsyncIterator[tuple[Sequence[Generation], AsyncIterator[IndexedEvents]]]:
-    """Yields a generation per request, and the events of all."""
+    """Yields one generation per request, and the events of all of them."""
     async with AsyncExitStack() as stack:
         generations = await stack.enter_async_context(service.open_all(requests))
         sources = [generation.events() for generation in generations]

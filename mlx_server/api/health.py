@@ -1,4 +1,4 @@
-"""Whether the server answers, and whether it can generate."""
+"""Liveness and readiness."""
 
 from fastapi import APIRouter
 

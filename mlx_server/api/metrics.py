@@ -32,7 +32,7 @@ class PoolCollector(Collector):
         self._pool = pool
 
     def describe(self) -> Iterator[Metric]:
-        """Registering must not ask a pool that has not started."""
+        """Registering must not query a pool that has not started."""
         yield from ()
 
     def collect(self) -> Iterator[Metric]:

@@ -1,4 +1,4 @@
-"""The `mlx-server` command. Each command imports what is slow itself, so that help is quick."""
+"""The `mlx-server` command. Commands import slow modules themselves: help is quick."""
 
 import sys
 from typing import Annotated

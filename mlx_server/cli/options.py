@@ -1,4 +1,4 @@
-"""The settings and the errors that all commands share."""
+"""Settings and errors shared by all commands."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,5 +32,5 @@ def load_settings(config: Path | None, **flags: Any) -> "Settings":
     except OSError as error:
         raise CommandError(f"--config: {error}") from error
     except ValueError as error:
-        # The file is not TOML, or a variable that holds a list is not JSON.
+        # No TOML, or a list variable that is no JSON.
         raise CommandError(f"settings cannot be read: {error}") from error

@@ -53,7 +53,7 @@ def _first_key(settings: "Settings") -> str | None:
 
 
 def _ask(url: str, key: str | None) -> list[dict[str, Any]]:
-    """Raises Unavailable for no server, or one that refuses."""
+    """Raises Unavailable for no server or a refusal."""
     import httpx2
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}

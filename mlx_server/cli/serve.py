@@ -80,7 +80,7 @@ def serve(
 def _serve(settings: "Settings") -> None:
     addresses = find_addresses(settings.host, settings.port)
     _require_key(settings, addresses)
-    # Before any model is loaded, so that a port in use is reported at once.
+    # Before loading, so that a port in use is reported at once.
     sockets = bind(settings.host, settings.port, addresses)
     settings = settings.model_copy(update={"port": sockets[0].getsockname()[1]})
     _run(settings, _catalog_with_models(settings), sockets)
@@ -126,7 +126,7 @@ def _run(settings: "Settings", catalog: "Catalog", sockets: list["socket.socket"
     from mlx_server.server import Server, raise_open_file_limit
 
     setup_logging(settings.log_level)
-    # The server has its own handlers once it runs.
+    # Until the server installs its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
     raise_open_file_limit(settings.max_connections)
@@ -139,7 +139,7 @@ def _run(settings: "Settings", catalog: "Catalog", sockets: list["socket.socket"
     try:
         server.run(sockets)
     except OSError as error:
-        # Two processes can have bound the port, until one listens.
+        # Two processes can bind a port until one listens.
         raise CommandError(f"the server cannot start: {error}") from error
 
 

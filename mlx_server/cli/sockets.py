@@ -8,7 +8,7 @@ from typing import Any
 from mlx_server.cli.options import CommandError
 
 SEND_BUFFER = 128 << 10
-"""Bytes of a response that the system buffers for a client that does not read."""
+"""Bytes buffered for a client that does not read."""
 
 Address = tuple[socket.AddressFamily, tuple[Any, ...]]
 
@@ -27,13 +27,13 @@ def is_local(addresses: list[Address]) -> bool:
 
 
 def bind(host: str, port: int, addresses: list[Address]) -> list[socket.socket]:
-    """One bound socket per address, all on one port, not yet listening. Raises CommandError."""
+    """One per address, all on one port, not yet listening. Raises CommandError."""
     sockets: list[socket.socket] = []
     for family, (name, _, *rest) in addresses:
         try:
             sockets.append(_bound(family, (name, port, *rest)))
         except OSError as error:
-            # `localhost` stands for an IPv6 address too, also where IPv6 is switched off.
+            # `localhost` includes an IPv6 address even where IPv6 is off.
             if len(addresses) > 1 and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 continue
             raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
@@ -47,7 +47,7 @@ def _bound(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.soc
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it. The system's own default is megabytes.
+        # Inherited by connections. The system's default is megabytes.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

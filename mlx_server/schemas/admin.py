@@ -1,4 +1,4 @@
-"""The admin API's own wire formats. Times are in seconds, memory and sizes in bytes."""
+"""The admin API's wire formats. Times are in seconds, sizes in bytes."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""The protocol-free request, and the events that answer it. Every API is translated to these."""
+"""The protocol-independent request, and the events that answer it."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -11,10 +11,9 @@ from mlx_server.engine.protocol import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a completion must match as a whole.
-
-    `value` by `kind`: a JSON schema (an object or a bool); nothing; a regular expression; a list of
-    texts; a grammar in Lark or GBNF. `param` names the request's field, for errors.
+    """What a whole completion must match. `value` by `kind`: a JSON schema (object or bool);
+    nothing; a regular expression; texts; a grammar in Lark or GBNF. `param` names the request's
+    field, for errors.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
@@ -24,24 +23,20 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The tools that may be called, which are fewer than the template is shown.
-
-    `tools` are as chat templates read them: `{"type": "function", "function": {…}}` with a `name`
-    and possibly `description`, `parameters` and `strict`. `name` goes with the choice `named`.
+    """Tools that may be called, perhaps fewer than the template shows: `{"type": "function",
+    "function": {…}}` with `name` and perhaps `description`, `parameters`, `strict`. `name` goes
+    with the choice `named`.
     """
 
     tools: list[dict[str, Any]]
     choice: Literal["auto", "required", "named"] = "auto"
     name: str | None = None
     parallel: bool = True
-    """Whether one answer may hold several calls."""
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
-    """A conversation for the model's chat template.
-
-    `messages` are as templates read them, with `content` a string. `continue_final` leaves a last
-    assistant message open. `tools` are shown to the template; without `use` none may be called.
+    """A conversation in chat templates' form, with `content` a string. `continue_final` leaves a
+    last assistant message open. `tools` are shown; without `use` none may be called.
     """
 
     messages: list[dict[str, Any]]
@@ -50,11 +45,11 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
     continue_final: bool = False
     use: ToolUse | None = None
     thinking_budget: int | None = None
-    """Tokens after which the model must end its thinking; None leaves it to the model."""
+    """Tokens."""
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
-    """A text, tokenized with the tokenizer's own beginning-of-text rule."""
+    """Tokenized with the tokenizer's beginning-of-text rule."""
 
     text: str
 
@@ -67,14 +62,12 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
 Charge = Callable[[int], Awaitable[None]]
-"""Is told how many tokens a request has taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`key` identifies callers for fair sharing: a key's name, or the client's address.
-
-    `charge` is awaited with the tokens that a request took, however it ends.
+    """`key` identifies callers for fair sharing: a key's name, or the client's address. `charge` is
+    awaited with a request's tokens, however it ends.
     """
 
     request_id: str
@@ -84,10 +77,8 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """A prompt and how to continue it, `n` times.
-
-    Without `seed` one is drawn; without `max_tokens` the context is the limit. `logprobs` and
-    `prompt_logprobs` count the alternatives to report per token; None reports nothing.
+    """Continue a prompt `n` times. No `seed`: a random one; no `max_tokens`: up to the context.
+    `logprobs` and `prompt_logprobs` count alternatives per token; None reports nothing.
     """
 
     model: str
@@ -104,7 +95,7 @@ class InferenceRequest:
     ignore_eos: bool = False
     priority: int = 0
     keep_alive: float | None = None
-    """Seconds that the model stays loaded after this request; None leaves it to the settings."""
+    """Seconds; None: per settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +107,8 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """`bytes` of successive tokens join to UTF-8 text; a prompt's first token has no `logprob`.
-
-    `offset`, in characters, counts from the beginning of the completion, or of the prompt.
+    """`bytes` of successive tokens join to UTF-8; a prompt's first token has no `logprob`. `offset`
+    is in characters of the completion, or of the prompt.
     """
 
     token: str
@@ -130,18 +120,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one choice."""
-
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
     reasoning_tokens: int = 0
-    """Of the completion's, those the model thought with."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Sent once, first, if `prompt_logprobs` were asked for."""
+    """Sent first, once, if `prompt_logprobs` are set."""
 
     logprobs: tuple[TokenLogprob, ...]
 
@@ -161,7 +148,7 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallStart:
-    """`call` counts the calls of a choice from 0."""
+    """`call` counts a choice's calls from 0."""
 
     choice: int
     call: int
@@ -171,7 +158,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a call's arguments, which together are a JSON object."""
+    """Deltas join to a JSON object."""
 
     choice: int
     call: int

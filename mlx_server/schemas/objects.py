@@ -1,4 +1,4 @@
-"""What the wire formats of all protocols are built from."""
+"""Base classes of all protocols' wire formats."""
 
 import math
 import re
@@ -30,9 +30,8 @@ FOR_GOOD = -1.0
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A field that the protocol knows and this server does not support.
-
-    `harmless`, given the value and the whole object, recognises values that ask for nothing.
+    """A protocol's field that this server lacks. `harmless` (value, whole object) recognises values
+    that ask for nothing.
     """
 
     harmless: Callable[[Any, dict[str, Any]], bool]
@@ -53,7 +52,7 @@ class RequestObject(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     unsupported: ClassVar[Mapping[str, Refusal]] = {}
     tolerated: ClassVar[Mapping[str, str]] = {}
-    """Known fields without effect, with a remark on each."""
+    """Known fields without effect, with remarks."""
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -77,7 +76,7 @@ class RequestObject(BaseModel):
 
 
 class ResponseObject(BaseModel):
-    """Sent with exactly the fields that were set: a field can be absent, null or a value."""
+    """Sent with exactly the fields that were set."""
 
     def to_json(self) -> bytes:
         return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
@@ -93,7 +92,7 @@ def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
 
 
 def _refuse(unsupported: Mapping[str, Refusal], body: dict[str, Any]) -> None:
-    """Raise BadRequest for the first unsupported field of `body`."""
+    """Raises BadRequest."""
     for name, refusal in unsupported.items():
         if name in body and not refusal.harmless(body[name], body):
             raise BadRequest(
@@ -107,7 +106,7 @@ NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 
 
 def _seconds(value: Any) -> Any:
-    """Seconds from a number, or from a text such as '5m'; negative means for good."""
+    """From a number or a text such as '5m'; negative means for ever."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("must be a number of seconds or a text such as '5m'")
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""How many requests may wait for a model, and for how long."""
+"""How many requests may wait for a model, and how long."""
 
 import asyncio
 import time
@@ -11,14 +11,12 @@ from mlx_server.models.pool.stream import RowStream
 MIN_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
 AVERAGE_WEIGHT = 0.1
-"""Of the latest request in the moving average of durations."""
+"""Of the latest duration."""
 
 
 class Backpressure:
-    """Refuses requests that find no place, and ends those that wait or take too long.
-
-    `queue_timeout` is for the wait until the engine begins, `request_timeout` for everything, in
-    seconds.
+    """Limits the queue and its time. `queue_timeout` is until the engine begins, `request_timeout`
+    for everything, in seconds.
     """
 
     def __init__(
@@ -31,9 +29,8 @@ class Backpressure:
         self._average_seconds: dict[str, float] = {}
 
     def check_queue(self, model_id: str, in_flight: int, new: int) -> None:
-        """Raise TooManyRequests if `new` sequences find no place beside those `in_flight`.
-
-        Raises BadRequest if they never will.
+        """Raise TooManyRequests if `new` sequences do not fit beside those `in_flight`, BadRequest
+        if they never will.
         """
         if new > self._places:
             raise BadRequest(
@@ -53,9 +50,8 @@ class Backpressure:
     def timeouts(
         self, streams: Sequence[RowStream], arrived: float, model_id: str
     ) -> Iterator[None]:
-        """Fail `streams` when none begins in time, or when they take too long.
-
-        `arrived` is the event loop's time. Timers also fire while nobody reads the streams.
+        """Fail `streams` if none begins in time or they take too long. `arrived` is the event
+        loop's time. Timers also fire while nobody reads the streams.
         """
         loop = asyncio.get_running_loop()
         timers = [
@@ -70,7 +66,7 @@ class Backpressure:
 
     @contextmanager
     def timed(self, model_id: str) -> Iterator[None]:
-        """Learn how long the model's requests take, to tell others when to retry."""
+        """Record the model's request duration, for retry estimates."""
         started = time.monotonic()
         try:
             yield

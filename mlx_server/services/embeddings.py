@@ -1,4 +1,4 @@
-"""The embeddings path: texts → tokens → vectors."""
+"""Embeddings: texts → tokens → vectors."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,10 +17,7 @@ from mlx_server.telemetry import embeddings_span
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRequest:
-    """Texts or token ids to embed.
-
-    `dimensions` keeps that many of a vector's first numbers, scaled to length 1; None keeps all.
-    """
+    """`dimensions` truncates vectors and normalizes them; None keeps all."""
 
     model: str
     inputs: list[str] | list[list[int]]
@@ -28,7 +25,7 @@ class EmbeddingRequest:
     dimensions: int | None = None
     priority: int = 0
     keep_alive: float | None = None
-    """Seconds that the model stays loaded afterwards; None leaves it to the settings."""
+    """Seconds; None: per settings."""
 
 
 class EmbeddingService:
@@ -38,10 +35,8 @@ class EmbeddingService:
 
     @asynccontextmanager
     async def open(self, request: EmbeddingRequest) -> AsyncIterator["Vectors"]:
-        """Start a request; leaving the block aborts it.
-
-        Raises BadRequest, ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed and
-        TooManyRequests.
+        """Leaving the block aborts the request. Raises BadRequest, ContextLengthExceeded,
+        ModelNotFound, ModelLoading, ModelLoadFailed and TooManyRequests.
         """
         caller = request.caller
         arrived = asyncio.get_running_loop().time()
@@ -56,7 +51,7 @@ class EmbeddingService:
             self._backpressure.check_queue(model.id, model.engine.in_flight, 1)
             stack.enter_context(self._backpressure.timed(model.id))
             engine_request = Embed(
-                id=0,  # set by the engine's supervisor
+                id=0,  # set by the supervisor
                 texts=texts,
                 dimensions=request.dimensions,
                 caller=caller.key,
@@ -72,19 +67,15 @@ class EmbeddingService:
 
 
 class Vectors:
-    """The vectors of a request that its model's engine works on."""
-
     def __init__(self, model: LoadedModel, texts: list[list[int]], stream: RowStream) -> None:
         self.model = model.id
-        """Its own id, not the alias asked for."""
         self.prompt_tokens = sum(map(len, texts))
         self._stream = stream
 
     async def arrivals(self) -> AsyncIterator[list[tuple[int, bytes]]]:
-        """Pairs of a text's index and its vector, as little-endian float32, in any order.
-
-        Iterate once. Raises EngineFailed when the engine fails the request or keeps ending on it,
-        and Unavailable or RequestTimeout when a timeout ended it.
+        """(text index, vector as little-endian float32) pairs, in any order. Iterate once. Raises
+        EngineFailed if the engine fails or keeps ending on the request, Unavailable or
+        RequestTimeout on a timeout.
         """
         async for _, row in self._stream.rows():
             if row.vectors:
@@ -93,7 +84,7 @@ class Vectors:
 
 async def _prepare(request: EmbeddingRequest, model: LoadedModel) -> list[list[int]]:
     context, width = model.facts.context_length, model.facts.width
-    if width == 0:  # loaded before its folder became an embedding model's
+    if width == 0:  # loaded before its folder changed
         raise BadRequest("This model makes no embeddings.", param="model")
     if request.dimensions is not None and request.dimensions > width:
         raise BadRequest(f"`dimensions` is at most {width} for this model.", param="dimensions")

@@ -29,7 +29,7 @@ from mlx_server.telemetry import InferenceSpan, inference_span
 
 SEED_BITS = 64
 SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Odd, so that the seeds of a request's choices differ: the golden ratio in 64 bits."""
+"""The golden ratio in 64 bits: odd, so that choices' seeds differ."""
 
 
 class InferenceService:
@@ -41,16 +41,15 @@ class InferenceService:
     async def open_all(
         self, requests: Sequence[InferenceRequest]
     ) -> AsyncIterator[list["Generation"]]:
-        """Start requests for one model, together or not at all; leaving the block aborts them.
-
-        Raises BadRequest, ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed and
+        """Start requests for one model, all or none; leaving the block aborts them. Raises
+        BadRequest, ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed and
         TooManyRequests.
         """
         first = requests[0]
         arrived = asyncio.get_running_loop().time()
         async with AsyncExitStack() as stack:
             spans = [stack.enter_context(inference_span(request)) for request in requests]
-            # Once for all: a second acquisition could wait for a model that waits for this one.
+            # Once for all: a second acquisition could deadlock on a model change.
             model = await stack.enter_async_context(
                 self._pool.acquire(first.model, first.keep_alive)
             )
@@ -74,8 +73,6 @@ class InferenceService:
 
 
 class Generation:
-    """A request that its model's engine works on."""
-
     def __init__(
         self,
         request: InferenceRequest,
@@ -85,7 +82,6 @@ class Generation:
         span: InferenceSpan,
     ) -> None:
         self.model = model.id
-        """Its own id, not the alias asked for."""
         self.prompt_tokens = len(prompt.tokens)
         self._request = request
         self._text = model.text
@@ -103,14 +99,11 @@ class Generation:
             await charge(self.prompt_tokens + completions)
 
     async def prompt_text(self) -> str:
-        """The prompt without special tokens."""
         return await self._text.decode(self._tokens)
 
     async def events(self) -> AsyncIterator[list[Event]]:
-        """The events of all choices, grouped as they arrive. Iterate once.
-
-        Raises EngineFailed when the engine fails the request or keeps ending on it, and
-        Unavailable or RequestTimeout when a timeout ended it.
+        """All choices' events, grouped as they arrive. Iterate once. Raises EngineFailed if the
+        engine fails or keeps ending on the request, Unavailable or RequestTimeout on a timeout.
         """
         async for rows in self._stream.arrivals():
             events: list[Event] = []
@@ -126,7 +119,7 @@ class Generation:
                 events += new
             if events:
                 yield events
-        # Before the caller knows that all has come, and may ask for more.
+        # Before the caller sees the end and may ask for more.
         await self.settle()
 
     async def _scored(self, logprobs: Sequence[Logprobs | None]) -> PromptScored:
@@ -141,7 +134,7 @@ class Generation:
             self._span.first_token()
         if events and isinstance(last := events[-1], Finished):
             self._span.finished(last)
-            if row.finish is None:  # ended here, by a stop string or a call
+            if row.finish is None:  # ended by a stop string or a call
                 self._stream.abort(last.choice)
 
 
@@ -190,15 +183,14 @@ def _check_vocabulary(tokens: list[int], request: InferenceRequest, model: Loade
 def _engine_requests(
     prompt: Prepared, request: InferenceRequest, model: LoadedModel
 ) -> list[Generate]:
-    """One engine request per choice, each with its own seed."""
     room = model.facts.longest_sequence - len(prompt.tokens)
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
-    # A text that is complete by its grammar cannot go on.
+    # A text complete by its grammar cannot go on.
     ignore_eos = request.ignore_eos and prompt.grammar is None
     stop_tokens = [] if ignore_eos else sorted(model.text.stop_tokens)
     return [
         Generate(
-            id=0,  # set by the engine's supervisor
+            id=0,  # set by the supervisor
             prompt=prompt.tokens,
             sampling=msgspec.structs.replace(
                 request.sampling, seed=(seed + index * SEED_STRIDE) % (1 << SEED_BITS)

@@ -1,4 +1,4 @@
-"""Tokenizing and detokenizing, without a completion."""
+"""Tokenizing and detokenizing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mlx_server.services.output.text import token_text
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """`bytes` are empty for special tokens; `names` are for people to read."""
+    """`bytes` are empty for special tokens; `names` are for display."""
 
     ids: list[int]
     bytes: list[bytes]
@@ -20,10 +20,7 @@ class Tokens:
 
 
 async def tokenized(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> Tokens:
-    """The tokens that a completion of `prompt` would have.
-
-    Raises as `ModelPoolManager.acquire` and `ModelText.prepare` do.
-    """
+    """As a completion's prompt. Raises as `ModelPoolManager.acquire` and `ModelText.prepare`."""
     async with pool.acquire(model_id, purpose="any") as model:
         context = model.facts.context_length
         ids = (await model.text.prepare(prompt, None, context)).tokens
@@ -36,7 +33,7 @@ async def tokenized(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> To
 
 
 async def tokenized_bare(pool: ModelPoolManager, model_id: str, text: str) -> Tokens:
-    """The tokens of `text`, without those that the tokenizer adds in front."""
+    """Without the tokens that the tokenizer prepends."""
     whole = await tokenized(pool, model_id, TextPrompt(text))
     front = await tokenized(pool, model_id, TextPrompt(""))
     if text.startswith("".join(front.names)):  # the text itself holds them
@@ -46,13 +43,12 @@ async def tokenized_bare(pool: ModelPoolManager, model_id: str, text: str) -> To
 
 
 async def count(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> int:
-    """Raises as `tokenized` does."""
     async with pool.acquire(model_id, purpose="any") as model:
         return len((await model.text.prepare(prompt, None, model.facts.context_length)).tokens)
 
 
 async def detokenized(pool: ModelPoolManager, model_id: str, tokens: Sequence[int]) -> str:
-    """The text of `tokens` without special ones. Raises BadRequest, and as `acquire` does."""
+    """Without special tokens. Raises BadRequest, and as `acquire`."""
     async with pool.acquire(model_id, purpose="any") as model:
         vocabulary = model.facts.vocab_size
         if not all(token < vocabulary for token in tokens):

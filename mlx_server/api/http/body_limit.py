@@ -1,4 +1,4 @@
-"""How much of a body is read, and for how long."""
+"""Limits on a request body's size and duration."""
 
 import asyncio
 
@@ -11,20 +11,17 @@ from mlx_server.errors import BodyTooLarge
 DISCARD_FACTOR = 8
 DISCARD_SECONDS = 10.0
 SLOWEST_BODY = 1024
-"""Bytes per second that a body must reach once it has taken longer than the patience."""
+"""Bytes per second that a body must average once `patience` has passed."""
 
 
 class BodyLimit:
-    """Reads the body, up to a limit, before anything else looks at the request.
-
-    Every route needs its body whole, so holding it here costs nothing.
-    """
+    """Reads the body, up to a limit, before routing: every route needs it whole."""
 
     def __init__(self, app: ASGIApp, limit: int, patience: float) -> None:
         self.app = app
         self.limit = limit
         self.patience = patience
-        """Seconds that a body may pause, and after which its pace counts."""
+        """Seconds a body may pause, and after which its average pace counts."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not has_body(scope):
@@ -34,7 +31,7 @@ class BodyLimit:
         length = headers.get("content-length", "0")
         declared = int(length) if length.isascii() and length.isdigit() else 0
         if declared > self.limit:
-            # Such a client has sent nothing yet that must be discarded.
+            # The client has not sent the body yet: nothing to discard.
             waits = headers.get("expect", "").lower() == "100-continue"
             clean = not waits and await discard_body(receive, self.limit * DISCARD_FACTOR)
             await self._refuse(scope, receive, send, clean)
@@ -54,9 +51,8 @@ class BodyLimit:
         await self.app(scope, _replay(body, receive), send)
 
     async def _read(self, receive: Receive) -> tuple[bytes | None, bool]:
-        """The body, or the beginning of one that is too large, and whether that was all of it.
-
-        None if the client went away. Raises TimeoutError when it stalls or trickles.
+        """The body (or the start of one that is too large) and whether that was all; None if the
+        client left. Raises TimeoutError when it stalls or trickles.
         """
         chunks: list[bytes] = []
         size = 0
@@ -77,7 +73,7 @@ class BodyLimit:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, clean: bool) -> None:
         error = BodyTooLarge(f"The request body is larger than {self.limit} bytes.")
-        # What was left unread would be taken for the next request.
+        # Unread bytes would be taken for the next request.
         headers = {} if clean else {"Connection": "close"}
         await error_response(error, scope, headers)(scope, receive, send)
 
@@ -88,9 +84,8 @@ def has_body(scope: Scope) -> bool:
 
 
 async def discard_body(receive: Receive, limit: int) -> bool:
-    """Read up to `limit` bytes away; returns whether that was all.
-
-    Many clients read no answer before they have sent everything.
+    """Read away up to `limit` bytes; returns whether that was all. Many clients read no answer
+    before they have sent everything.
     """
     try:
         async with asyncio.timeout(DISCARD_SECONDS):

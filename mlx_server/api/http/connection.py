@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with bounds on what a client may cost. Nothing here runs per token."""
+"""uvicorn's HTTP protocol with bounds on what a client may cost. Nothing runs per token."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, ServerError
 
 SPARE_CONNECTIONS = 64
-"""Connections beyond the limit that are still heard, so that health and metrics answer."""
+"""Connections beyond the limit that still get health and metrics."""
 LINGER_SECONDS = 1.0
-"""A refused client that is cut off at once might not see its answer."""
+"""Seconds: a refused client that is cut off at once may miss its answer."""
 CROWDED = "crowded"
-"""The key of a request's state: whether there are too many connections."""
+"""Key in the request's state: over the connection limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """Numbers of connections and bytes; timeouts in seconds."""
+    """Counts, bytes, and timeouts in seconds."""
 
     connections: int
     head_bytes: int
@@ -96,14 +96,11 @@ class StallWatch:
 
 
 class Connection(HttpToolsProtocol):
-    """A connection with bounds.
+    """Bounds what one connection may cost.
 
-    * A request's head (request line and headers) has `receive_timeout` seconds from its first
-      byte, however steadily it comes, and `head_bytes` of room.
-    * A client that reads nothing for `send_timeout` seconds is cut off. Until then uvicorn pauses
-      whoever writes to it.
-    * On connections beyond the limit `AvailabilityCheck` refuses requests; those far beyond it are
-      refused as they open.
+    * A request head has `receive_timeout` seconds from its first byte, however steadily it comes.
+    * A client that reads nothing for `send_timeout` seconds is cut off.
+    * Beyond the limit `AvailabilityCheck` refuses requests; far beyond, connections are refused.
     """
 
     def __init__(
@@ -136,7 +133,6 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _refuse(self, error: ServerError) -> None:
-        """Answer and close, but listen a little longer so that the answer arrives."""
         self._refused = True
         if self._answering:
             self.transport.close()
@@ -169,7 +165,7 @@ class Connection(HttpToolsProtocol):
             if self._head_bytes > self._limits.head_bytes:
                 self._refuse(HeadTooLarge(self._limits.head_bytes))
         elif not (self._in_head or self._answering):
-            # The rest of a body that was answered before it came.
+            # The rest of a body that was answered early.
             self._head_timer.start()
 
     def on_message_begin(self) -> None:
@@ -184,7 +180,7 @@ class Connection(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self._limits.head_bytes:
             self._fault = HeadTooLarge(self._limits.head_bytes)
-            raise ValueError("head too large")  # stops the parser, which calls send_400_response
+            raise ValueError("head too large")  # stops the parser via send_400_response
         crowded = len(self.connections) > self._limits.connections
         self.scope.setdefault("state", {})[CROWDED] = crowded
         super().on_headers_complete()
@@ -201,7 +197,7 @@ class Connection(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         if self._answering:
-            # Reading may be paused, or what came was a stray newline.
+            # Reading is paused, or this was a stray newline.
             self._head_timer.start()
         elif self._head_bytes:
             self._refuse(ReceiveTimeout(self._limits.receive_timeout))

@@ -17,13 +17,13 @@ from mlx_server.telemetry import UNTRACED_PATHS, Metrics
 logger = logging.getLogger(__name__)
 
 ANSWER_HEADERS = "answer_headers"
-"""The key of a request's state: headers for its answer, as pairs of bytes."""
+"""Key in the request's state: answer headers as pairs of bytes."""
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
-    # Pages that `cors_origins` names ask with CORS, which this one does not restrict.
+    # Does not affect CORS for pages in `cors_origins`.
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
 HTML_HEADERS = [
@@ -33,7 +33,7 @@ HTML_HEADERS = [
 
 
 class RequestContext:
-    """Gives a request its id and its `Wire`, counts and logs it, answers bugs with a 500."""
+    """Assigns the request id and `Wire`, counts and logs, answers bugs with a 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, wires: Wires) -> None:
         self.app = app
@@ -64,7 +64,7 @@ class RequestContext:
             response = error_response(error, scope)
             trace.get_current_span().record_exception(error)
             if status:
-                # The answer has begun and cannot be completed: the server cuts the connection.
+                # The answer has begun: the server cuts the connection.
                 raise
             await response(scope, receive, send_with_headers)
         finally:
@@ -72,7 +72,7 @@ class RequestContext:
             self._record(scope, status, time.perf_counter() - started)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        """Status 0 is a client that left before the answer began."""
+        """Status 0: the client left before the answer began."""
         path = getattr(scope.get("route"), "path_format", "unmatched")
         self.metrics.requests.labels(scope["method"][:16], path, str(status)).inc()
         quiet = scope["path"] in UNTRACED_PATHS

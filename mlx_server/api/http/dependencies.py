@@ -26,10 +26,10 @@ from mlx_server.telemetry import Metrics
 
 PURPOSES: dict[KeyScope, str] = {"inference": "inference", "admin": "administrators"}
 CLIENT_PREFIX = 64
-"""Bits of an IPv6 address that name a client's network."""
+"""Bits of an IPv6 address that identify a client's network."""
 
 
-# These are coroutines because FastAPI would call plain functions in a thread each.
+# Coroutines, because FastAPI runs plain functions in threads.
 async def _settings(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
@@ -83,17 +83,14 @@ ShownKey = Annotated[str | None, Depends(APIKeyHeader(name="x-api-key", auto_err
 async def authenticated(
     request: Request, keys: KeysDep, bearer: Bearer, api_key: ShownKey
 ) -> Caller:
-    """Raises Unauthorized without one of the keys, if there are any."""
+    """Raises Unauthorized for a missing or unknown key, if any are configured."""
     return _caller(request, keys, "inference", bearer.credentials if bearer else api_key)
 
 
 async def administrator(
     request: Request, keys: KeysDep, bearer: Bearer, api_key: ShownKey
 ) -> Caller:
-    """Demands an admin key; if there are none, any key.
-
-    Raises Unauthorized, and Forbidden for a key of the rest of the API.
-    """
+    """Requires an admin key, or any key if no admin key exists. Raises Unauthorized, Forbidden."""
     return _caller(request, keys, "admin", bearer.credentials if bearer else api_key)
 
 
@@ -131,7 +128,6 @@ def _caller(request: Request, keys: KeyRing, scope: KeyScope, shown: str | None)
 
 
 def _address(request: Request) -> str:
-    """The client's address, or its network for IPv6."""
     host = request.client.host if request.client else ""
     if ":" not in host:
         return host

@@ -1,4 +1,4 @@
-"""The one place that turns exceptions into answers, and the errors that only HTTP knows."""
+"""Turns exceptions into answers."""
 
 import logging
 import math
@@ -73,8 +73,6 @@ KINDS: dict[int, type[ServerError]] = {
 
 
 def install(app: FastAPI) -> None:
-    """Answer expected exceptions in the shape of the request's protocol."""
-
     async def answer(request: Request, error: Exception) -> Response:
         return error_response(error, request.scope)
 
@@ -98,7 +96,7 @@ def refusal(wire: Wire, failure: Failure, headers: Mapping[str, str] | None = No
 
 
 def failure_of(error: Exception, scope: Scope) -> Failure:
-    """Logs errors that nobody expected."""
+    """Logs unexpected errors."""
     request_id = scope["state"]["request_id"]
     match error:
         case ServerError():

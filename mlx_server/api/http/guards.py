@@ -18,7 +18,7 @@ ALWAYS_ANSWERED = frozenset({"/health", "/metrics"})
 
 
 class AvailabilityCheck:
-    """Refuses requests while the server stops or has too many connections, except monitoring."""
+    """Refuses requests, except monitoring, while stopping or over the connection limit."""
 
     def __init__(self, app: ASGIApp, stopping: Stopping) -> None:
         self.app = app
@@ -42,12 +42,12 @@ class AvailabilityCheck:
 
 
 class HostCheck:
-    """Refuses foreign host names, which stops DNS rebinding by a web page."""
+    """Refuses foreign host names: stops DNS rebinding by web pages."""
 
     def __init__(self, app: ASGIApp, host: str, allowed_hosts: Iterable[str]) -> None:
         self.app = app
         self.allowed = {_bare_host(name) for name in (host, *allowed_hosts)}
-        # Rebinding needs a name: on a wildcard address any literal address is one of ours.
+        # Rebinding needs a name, so a wildcard address accepts any literal address.
         self.any_address = host in ("0.0.0.0", "::", "")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,10 +76,8 @@ class HostCheck:
 
 
 class OriginCheck:
-    """Refuses changes that a page of another origin asks for.
-
-    Browsers send simple requests unasked, and CORS only hides the answers from the page. They name
-    the page's origin, which other clients do not.
+    """Refuses changes asked for by a page of another origin (CSRF): browsers send simple requests
+    without asking, and CORS only hides the answers.
     """
 
     def __init__(self, app: ASGIApp, origins: Iterable[str]) -> None:
@@ -104,13 +102,12 @@ class OriginCheck:
         origin = origin.lower()
         if "*" in self.origins or origin in self.origins:
             return True
-        # The same origin, if a proxy speaks HTTPS for us too. HostCheck has approved of the host.
+        # Same origin, also behind an HTTPS proxy. HostCheck has approved the host.
         host = headers.get("host", "").lower()
         return bool(host) and origin in (f"http://{host}", f"https://{host}")
 
 
 def _bare_host(host: str) -> str:
-    """Without port, brackets or root dot: `[::1]:8000` is `::1`."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]

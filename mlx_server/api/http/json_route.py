@@ -1,4 +1,4 @@
-"""How bodies are read."""
+"""How request bodies are read."""
 
 import json
 from collections.abc import Callable, Coroutine
@@ -26,19 +26,19 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """Takes JSON of any content type, and its exact path only."""
+    """Takes JSON of any content type; matches its exact path only."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
             if request.scope["path"].endswith("\n"):
-                # The end of a path's pattern also matches before a line break.
+                # `$` in a path's pattern also matches before a line break.
                 raise NotFound("There is nothing at a path that ends with a line break.")
             if "origin" in request.headers and not _declares_json(request):
-                # A web page may post text to anyone, but must ask first to post JSON.
+                # Web pages may post text cross-origin, but JSON only after a preflight.
                 raise BadRequest("Content-Type must be application/json for a request of a page.")
-            # Without a declared type the handler asks for JSON.
+            # Without a content type the handler parses JSON.
             headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
             return await handler(
                 JsonRequest({**request.scope, "headers": headers}, request.receive)

@@ -1,4 +1,4 @@
-"""Rate limits. Requests are counted as they come, tokens once they are known."""
+"""Rate limits: requests counted on arrival, tokens once known."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,21 +13,21 @@ from mlx_server.schemas.internal import Charge
 
 MINUTE = 60
 MARGIN = 0.05
-"""Seconds added to a wait, because clocks differ."""
+"""Seconds added to a wait, since clocks differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The use of a limit in a sliding window, approximated by two counts:
+    """A sliding window approximated by two counts:
     https://limits.readthedocs.io/en/stable/strategies.html#sliding-window-counter
     """
 
     limit: int
     before: int
-    """Used in the last minute, `left_of_before` seconds of which are still in the window."""
+    """Used last minute; `left_of_before` seconds of it remain in the window."""
     left_of_before: float
     now: int
-    """Used in this minute, which ends in `left_of_now` seconds."""
+    """Used this minute, which ends in `left_of_now` seconds."""
     left_of_now: float
 
     @property
@@ -45,13 +45,10 @@ class Window:
 
     @property
     def seconds_to_reset(self) -> float:
-        """Until the whole limit is free again."""
         return self.left_of_now + MINUTE if self.now else self.left_of_before
 
 
 class Meter:
-    """One limit for all callers."""
-
     def __init__(self, kind: str, per_minute: int, storage: MemoryStorage) -> None:
         self.kind = kind
         self._item = RateLimitItemPerMinute(per_minute, namespace=kind)
@@ -62,7 +59,7 @@ class Meter:
         return await self._limiter.hit(self._item, caller)
 
     async def charge(self, caller: str, amount: int) -> None:
-        """`amount` may exceed what is left: it has been spent already."""
+        """`amount` may exceed what is left: it is already spent."""
         key = self._item.key_for(caller)
         _, current = self._storage.sliding_window_keys(key, MINUTE, time())
         await self._storage.incr(current, 2 * MINUTE, amount=amount)
@@ -71,12 +68,12 @@ class Meter:
         before, left_of_before, now, left_of_now = await self._storage.get_sliding_window(
             self._item.key_for(caller), MINUTE
         )
-        # The library's figure is until this minute's count expires, at the end of the next minute.
+        # The library reports when this minute's count expires: the end of the next minute.
         return Window(self._item.amount, before, left_of_before, now, left_of_now - MINUTE)
 
 
 class RateLimits:
-    """Per minute and caller; None is no limit."""
+    """Per minute and caller; None means unlimited."""
 
     def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
         storage = MemoryStorage()
@@ -84,7 +81,7 @@ class RateLimits:
         self._tokens = _meter("tokens", tokens_per_minute, storage)
 
     async def refusal(self, caller: str) -> TooManyRequests | None:
-        """Count a request of `caller`, or return why it must wait."""
+        """Count a request, or return why it must wait."""
         if self._tokens is not None:
             window = await self._tokens.window(caller)
             if not window.remaining:
@@ -94,12 +91,11 @@ class RateLimits:
         return None
 
     async def windows(self, caller: str) -> dict[str, Window]:
-        """By kind of limit."""
         meters = [meter for meter in (self._requests, self._tokens) if meter is not None]
         return {meter.kind: await meter.window(caller) for meter in meters}
 
     def charge_of(self, caller: str) -> Charge | None:
-        """None without a limit of tokens."""
+        """None without a token limit."""
         return partial(self._tokens.charge, caller) if self._tokens is not None else None
 
 

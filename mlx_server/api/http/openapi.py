@@ -1,4 +1,4 @@
-"""Parts of the API's description that FastAPI cannot see in our routes: errors and streams."""
+"""Parts of the API's description that FastAPI cannot infer: errors and streams."""
 
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -10,7 +10,6 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def documented(error_model: type[BaseModel], *statuses: int) -> Responses:
-    """The `responses` of a route with these error statuses."""
     return {
         status: {"model": error_model, "description": HTTPStatus(status).phrase}
         for status in statuses
@@ -18,15 +17,12 @@ def documented(error_model: type[BaseModel], *statuses: int) -> Responses:
 
 
 def any_error(error_model: type[BaseModel]) -> Responses:
-    """Also keeps out the 422 that FastAPI would document and this server never sends."""
+    """Suppresses the 422 that FastAPI documents and this server never sends."""
     return {"default": {"model": error_model, "description": "Error"}}
 
 
 def event_stream(events: Sequence[type[BaseModel]], marks: Sequence[str] = ()) -> Responses:
-    """The `responses` of a route with server-sent events.
-
-    An event's data is JSON of one of the models `events`, or one of `marks`.
-    """
+    """`responses` of a server-sent event stream: JSON of one of `events`, or one of `marks`."""
     content = {"anyOf": [_inlined(model) for model in events]}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
     event = {
@@ -34,12 +30,12 @@ def event_stream(events: Sequence[type[BaseModel]], marks: Sequence[str] = ()) -
         "required": ["data"],
         "properties": {"data": {"anyOf": [data, {"enum": list(marks)}] if marks else [data]}},
     }
-    # An item is an event here: OpenAPI 3.2, "Sequential Media Types".
+    # OpenAPI 3.2, "Sequential Media Types".
     return {200: {"content": {"text/event-stream": {"itemSchema": event}}}}
 
 
 def _inlined(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema without references: FastAPI collects definitions of response models only."""
+    """The JSON schema without references, which FastAPI resolves for response models only."""
     schema = model.model_json_schema(mode="serialization")
     definitions = schema.pop("$defs", {})
 

@@ -1,4 +1,4 @@
-"""Graceful shutdown: no new work, some patience with what runs, then an explicit end."""
+"""Graceful shutdown."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,8 +17,6 @@ class ServerStopping(Unavailable):
 
 
 class Stopping:
-    """What must have ended by when, once the server stops."""
-
     def __init__(self, grace: float) -> None:
         self._grace = grace
         self._since: float | None = None
@@ -36,9 +34,8 @@ class Stopping:
 
     @asynccontextmanager
     async def limited(self, grace: float | None = None) -> AsyncIterator[None]:
-        """A block that a stopping server waits for: `grace` seconds, or the default.
-
-        Then the block is cancelled and ServerStopping raised.
+        """Work that a stopping server waits for: `grace` seconds, or the default; then it is
+        cancelled and ServerStopping raised.
         """
         allowed = self._grace if grace is None else grace
         try:

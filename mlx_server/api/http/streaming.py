@@ -1,6 +1,5 @@
-"""Answers that take their time: a stream of events, or one body after a long wait.
-
-Both hold their generation inside their own call, so that every ending closes it.
+"""Long answers: an event stream, or one body after a wait. Each holds its generation within its own
+call, so that every exit closes it.
 """
 
 import asyncio
@@ -19,8 +18,6 @@ from mlx_server.config import Settings
 
 
 class WholeAnswer(Response):
-    """Awaits its JSON body for as long as the client waits too."""
-
     def __init__(self, body: Callable[[], Awaitable[bytes]]) -> None:
         super().__init__(media_type="application/json")
         self._body = body
@@ -34,10 +31,9 @@ class WholeAnswer(Response):
 
 
 class StreamedAnswer(Response):
-    """Streams the events that `opened` yields, in batches.
-
-    An error while opening is an ordinary answer with its status; a later one is the last event. A
-    stopping server ends the stream with an error after `grace` seconds, or its default.
+    """Streams the batches that `opened` yields. An error while opening gets an ordinary answer with
+    its status; a later one becomes the last event. A stopping server ends the stream with an error
+    after `grace` seconds, or the default.
     """
 
     def __init__(
@@ -67,8 +63,7 @@ class StreamedAnswer(Response):
 
 
 class _EventStream(EventSourceResponse):
-    """sse-starlette's response without a cancel scope around every event it sends, and without
-    its own watch for the server's end."""
+    """sse-starlette's response without its cancel scope per event and its own shutdown watch."""
 
     def __init__(self, content: AsyncIterator[bytes], scope: Scope) -> None:
         wire = wire_of(scope)
@@ -77,19 +72,17 @@ class _EventStream(EventSourceResponse):
             content,
             media_type=wire.media_type,
             ping=settings.ping_interval if wire.ping else 0,
-            ping_message_factory=lambda: cast(ServerSentEvent, wire.ping),  # bytes go as they are
+            ping_message_factory=lambda: cast(ServerSentEvent, wire.ping),  # bytes pass unchanged
         )
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        await send(message)  # api.http.connection knows when a client takes nothing
+        await send(message)  # api.http.connection handles clients that stop reading
 
     async def _listen_for_exit_signal_with_grace(self) -> None:
         await _never()  # api.http.stopping ends the stream
 
 
 class _Frames:
-    """Writes a stream's events as its protocol frames them, numbered from 0."""
-
     def __init__(self, scope: Scope) -> None:
         self.end = wire_of(scope).end
         self._scope = scope
@@ -100,7 +93,6 @@ class _Frames:
         return b"".join([self._framed(event) for event in events])
 
     def failure(self, error: Exception) -> bytes:
-        """The last event, which tells the client about `error`."""
         return self._framed(self._wire.error_event(failure_of(error, self._scope)))
 
     def _framed(self, event: StreamEvent) -> bytes:
@@ -116,7 +108,7 @@ async def _until_the_end(
 ) -> AsyncIterator[bytes]:
     try:
         async for together in events:
-            # Sending costs by the piece: what came together goes together.
+            # Each send has a cost: send together what arrived together.
             if data := frames.join(together):
                 yield data
         if frames.end:
@@ -124,7 +116,7 @@ async def _until_the_end(
     except Exception as error:  # noqa: BLE001
         # The client is told, and what nobody expected is logged.
         yield frames.failure(error)
-    # Next comes the end of the answer, which a server may report as a disconnect.
+    # After the end of the answer a server may report a disconnect.
     stop_watching()
 
 
@@ -134,10 +126,9 @@ def _stopping(scope: Scope) -> Stopping:
 
 @asynccontextmanager
 async def while_connected(receive: Receive) -> AsyncIterator[Callable[[], object]]:
-    """Cancels the block when the client goes away, and then leaves it quietly.
-
-    Yields a function that ends the watch. The body must have been received. A timeout interrupts
-    the block exactly once, so clean-up in it may wait.
+    """Cancels the block when the client leaves, and then exits quietly. Yields a function that ends
+    the watch. The body must have been received. A timeout interrupts the block exactly once, so
+    clean-up in it may wait.
     """
     try:
         async with asyncio.timeout(None) as limit:
@@ -160,6 +151,6 @@ async def _expire_on_disconnect(receive: Receive, limit: asyncio.Timeout) -> Non
 
 
 async def _never() -> NoReturn:
-    """A `receive` for those who need not watch the client: `while_connected` does."""
+    """A `receive` that never reports: `while_connected` watches the client."""
     await asyncio.get_running_loop().create_future()
     raise AssertionError

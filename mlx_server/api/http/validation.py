@@ -1,4 +1,4 @@
-"""One readable error out of all that Pydantic finds wrong with a body."""
+"""One readable error from all that Pydantic finds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def invalid_request(problems: Sequence[Mapping[str, Any]], body: Any) -> BadRequ
     ranked = [
         (_rank(problem, body), problem)
         for problem in problems
-        if problem["loc"][:2] == problems[0]["loc"][:2]  # the same field
+        if problem["loc"][:2] == problems[0]["loc"][:2]
     ]
     best = max(rank for rank, _ in ranked)
     meant = [problem for rank, problem in ranked if rank == best]
@@ -32,9 +32,8 @@ def brief(text: str, limit: int) -> str:
 
 
 def _rank(problem: Mapping[str, Any], body: Any) -> tuple[bool, int]:
-    """How likely the problem is in the branch of a union that was meant.
-
-    A union reports all its branches. One whose types fit was meant, else the one that got deepest.
+    """How likely the problem is in the intended branch of a union: one whose types fit, else the
+    deepest.
     """
     return not problem["type"].endswith("_type"), len(_field_path(problem, body))
 
@@ -45,7 +44,7 @@ def _reason(problem: Mapping[str, Any]) -> str:
 
 
 def _field_path(problem: Mapping[str, Any], body: Any) -> list[str | int]:
-    """The path in `body`: Pydantic's own also names branches of unions."""
+    """The path in `body`; Pydantic's also names union branches."""
     path: list[str | int] = []
     here = body
     loc = problem["loc"]

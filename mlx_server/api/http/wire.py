@@ -1,4 +1,4 @@
-"""A protocol as the rest of the server sees it: its routes, and the envelope of its answers."""
+"""A protocol's routes and envelope."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,22 +15,18 @@ HeaderPairs = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a client is told of an error."""
-
     status: int
     type: str
     code: str | None
     message: str
-    """At most `failures.MAX_MESSAGE` characters, without secrets."""
+    """At most `failures.MAX_MESSAGE` characters; no secrets."""
     param: str | None
-    """The request field at fault."""
     request_id: str
-    """Empty where no request has been read."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class StreamEvent(NamedTuple):
-    """`data` is JSON on a single line."""
+    """`data` is JSON on one line."""
 
     data: bytes
     name: str = ""
@@ -46,42 +42,32 @@ def _no_rate_headers(kind: str, window: Window) -> HeaderPairs:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """What a protocol says about its own envelope."""
-
     error_model: type[BaseModel]
-    """Describes `error_body` in the API's description."""
     error_body: Callable[[Failure], bytes]
-    """The JSON body of an answer that is not a success."""
     error_event: Callable[[Failure], StreamEvent]
-    """The last event of a stream that fails."""
     frame: Callable[[StreamEvent, int], bytes]
-    """An event as sent, given its number in the stream, from 0."""
+    """Encodes an event, given its number from 0."""
     ping: bytes
-    """Sent at intervals, so that proxies keep a silent stream open."""
+    """Sent at intervals to keep silent streams open."""
     end: bytes = b""
-    """Follows the last event of a stream that succeeds."""
+    """Follows the last event of a successful stream."""
     media_type: str = "text/event-stream; charset=utf-8"
-    """Of streams."""
     headers: Callable[[str], HeaderPairs] = _no_headers
-    """Headers of every answer, given the request's id."""
     rate_headers: Callable[[str, Window], HeaderPairs] = _no_rate_headers
-    """Headers that tell a caller about a rate limit; the kind is `requests` or `tokens`."""
+    """Rate limit headers; the kind is `requests` or `tokens`."""
     exposed_headers: tuple[str, ...] = ()
-    """Response headers that pages of other origins may read."""
+    """Readable by pages of other origins."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiProtocol:
-    """What `create_app` needs of a protocol."""
-
     wire: Wire
     routers: tuple[APIRouter, ...]
     prefixes: tuple[str, ...]
-    """Paths that speak this protocol, with everything below them."""
 
 
 class Wires:
-    """Finds the `Wire` of a path before any route is known. The longest prefix wins."""
+    """Finds the `Wire` of a path before routing; the longest prefix wins."""
 
     def __init__(self, default: Wire, protocols: Iterable[ApiProtocol]) -> None:
         self._default = default

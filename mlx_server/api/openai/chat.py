@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: to the internal request, and from events to OpenAI's shapes."""
+"""`POST /v1/chat/completions`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,7 +89,7 @@ def to_inference(body: ChatCompletionRequest, caller: Caller, max_choices: int) 
         stop=stop_strings(body),
         n=body.n,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        # It binds text, which an answer that must call has none of.
+        # A constraint binds text; an answer that must call has none.
         constraint=None if must_call else bound,
         ignore_eos=body.ignore_eos,
         priority=body.priority,
@@ -186,7 +186,7 @@ class ChatStream:
         self._with_logprobs = body.logprobs
         self._with_usage = body.stream_options.include_usage
         self._old_calls = bool(body.functions)
-        # An answer that is only calls has no content, not an empty one.
+        # OpenAI: null content, not "", for an answer of calls only.
         self._opening = ChatDelta(role="assistant", content=None if all_tools(body) else "")
         self._text: ChunkTemplate[int] = ChunkTemplate(
             lambda index, text: self._delta(index, ChatDelta(content=text))
@@ -248,7 +248,7 @@ class ChatStream:
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=scores, finish_reason=reason)
         chunk = self._chunk([choice])
         if self._with_usage:
-            chunk.usage = None  # not known before the end
+            chunk.usage = None  # unknown until the end
         return chunk.to_json()
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:

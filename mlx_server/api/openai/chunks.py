@@ -1,4 +1,4 @@
-"""What OpenAI's answers and chunks of answers have in common."""
+"""What OpenAI's answers and chunks share."""
 
 import time
 from collections.abc import Callable, Hashable
@@ -34,9 +34,8 @@ class Header:
 
 
 class ChunkTemplate(Generic[Key]):
-    """Writes chunks that differ only in a key, such as a choice's index, and a text.
-
-    One chunk is rendered in full per key.
+    """Writes chunks that differ only in a key (such as a choice's index) and a text; renders one
+    per key in full.
     """
 
     _HOLE = "\0"
@@ -52,7 +51,7 @@ class ChunkTemplate(Generic[Key]):
         return around[0] + msgspec.json.encode(text) + around[1]
 
     def _split(self, key: Key) -> tuple[bytes, bytes]:
-        # The last such string: no id or name comes after the text.
+        # The last one: no id or name comes after the text.
         rendered = self._render(key, self._HOLE)
         before, _, after = rendered.rpartition(msgspec.json.encode(self._HOLE))
         return before, after

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: to internal requests, and from events to OpenAI's shapes."""
+"""`POST /v1/completions`."""
 
 from collections.abc import Sequence
 
@@ -102,11 +102,11 @@ def to_inference(
 
 
 class Echo:
-    """The prompts' texts and scores; `decoded` is empty unless they are to be repeated."""
+    """Prompt texts and scores; `decoded` is empty without `echo`."""
 
     def __init__(self, body: CompletionRequest, decoded: Sequence[str]) -> None:
         prompts = as_list(body.prompt)
-        # A text is repeated as it was sent; tokenizing may have changed it.
+        # Echo the text as sent; tokenizing may have changed it.
         self.texts = [
             prompt if isinstance(prompt, str) else text
             for prompt, text in zip(prompts, decoded, strict=False)
@@ -221,7 +221,7 @@ class CompletionStream:
         choice = CompletionChoice(index=index, text=text, logprobs=scores, finish_reason=reason)
         chunk = self._chunk([choice])
         if self._with_usage:
-            chunk.usage = None  # not known before the end
+            chunk.usage = None  # unknown until the end
         return chunk.to_json()
 
     def _chunk(self, choices: list[CompletionChoice]) -> Completion:

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: to an internal request, and from vectors to OpenAI's shape."""
+"""`POST /v1/embeddings`."""
 
 import asyncio
 import struct
@@ -24,7 +24,7 @@ from mlx_server.telemetry import RequestTimer
 
 FLOAT32_BYTES = 4
 WRITTEN_AT_ONCE = 16
-"""Vectors, after which the event loop may do something else."""
+"""Vectors written before yielding to the event loop."""
 EMPTY_DATA = b'"data":[]'
 
 router = APIRouter(prefix="/v1", route_class=JsonRoute, strict_content_type=False)
@@ -72,7 +72,7 @@ def to_internal(body: EmbeddingRequest, caller: Caller) -> service.EmbeddingRequ
 
 
 def _embedding(index: int, numbers: bytes, form: str) -> bytes:
-    """`numbers` are little-endian float32. Pydantic takes ten times as long for this."""
+    """`numbers` are little-endian float32. Ten times faster than Pydantic."""
     vector: str | tuple[float, ...]
     if form == "base64":
         vector = b64encode(numbers).decode("ascii")

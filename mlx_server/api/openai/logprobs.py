@@ -1,4 +1,4 @@
-"""Log-probabilities in the forms of chat completions and of completions."""
+"""Log-probabilities for chat completions and completions."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from mlx_server.schemas.openai.chat import ChatLogprobs, ChatTokenLogprob, TopLo
 from mlx_server.schemas.openai.completions import TextLogprobs
 
 LOWEST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot say."""
+"""Replaces minus infinity, which JSON lacks."""
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
@@ -32,7 +32,6 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
 
 
 def text_logprobs(tokens: Sequence[TokenLogprob], start: int) -> TextLogprobs:
-    """For text that begins at character `start`."""
     return TextLogprobs(
         tokens=[entry.token for entry in tokens],
         token_logprobs=[
@@ -53,11 +52,10 @@ def joined(first: TextLogprobs, second: TextLogprobs) -> TextLogprobs:
 
 
 def _top_by_token(entry: TokenLogprob) -> dict[str, float] | None:
-    """The alternatives by text, and the token itself."""
     if entry.logprob is None:
         return None
     top: dict[str, float] = {}
-    # Different tokens can have one text, such as two halves of a character: the likelier stays.
+    # Tokens can share a text (such as halves of a character): keep the likelier.
     for other in entry.top:
         top.setdefault(other.token, _finite(other.logprob))
     top.setdefault(entry.token, _finite(entry.logprob))

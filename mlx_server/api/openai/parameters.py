@@ -1,4 +1,4 @@
-"""The parameters that chat completions and completions share, translated."""
+"""Parameters shared by chat completions and completions."""
 
 from mlx_server.engine.protocol import Sampling
 from mlx_server.errors import BadRequest
@@ -11,11 +11,11 @@ from mlx_server.schemas.openai.constraints import (
 )
 
 LEAST_TEMPERATURE = 2.0**-126
-"""The smallest normal float32; devices may take smaller ones for 0."""
+"""The smallest normal float32; devices may flush smaller ones to 0."""
 
 
 def sampling(body: GenerationRequest) -> Sampling:
-    """A `top_p` of 0, and a temperature that is 0 as a float32, leave the likeliest token only."""
+    """A `top_p` of 0, or a temperature that is 0 in float32, means greedy."""
     greedy = body.top_p == 0 or body.temperature < LEAST_TEMPERATURE
     return Sampling(
         temperature=0.0 if greedy else body.temperature,
@@ -36,7 +36,7 @@ def stop_strings(body: GenerationRequest) -> tuple[str, ...]:
 
 
 def check_choices(n: int, max_choices: int) -> None:
-    """Raise BadRequest for more choices than the server's owner allows."""
+    """Raises BadRequest."""
     if n > max_choices:
         raise BadRequest(f"`n` is at most {max_choices} on this server.", param="n")
 
@@ -50,7 +50,7 @@ def as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] 
 
 
 def constraint(body: ConstrainedRequest) -> Constraint | None:
-    """Raises BadRequest if several fields constrain the answer."""
+    """Raises BadRequest for several constraints."""
     asked = _constraints(body)
     if len(asked) > 1:
         raise BadRequest(

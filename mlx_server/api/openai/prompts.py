@@ -1,4 +1,4 @@
-"""Conversations and tools, translated to what chat templates read."""
+"""Conversations and tools for chat templates."""
 
 import json
 from collections.abc import Sequence
@@ -18,15 +18,14 @@ from mlx_server.schemas.openai.tools import (
 )
 
 OLD_CALL_ID = "call00000"
-"""Calls of the deprecated `functions` have no id; some templates demand nine letters or digits."""
+"""Legacy `functions` calls have no id; some templates demand nine letters or digits."""
 
 
 def chat_prompt(messages: Sequence[Message], options: PromptOptions) -> ChatPrompt:
-    """A last message of the assistant is the beginning of the answer. Raises BadRequest."""
+    """A final assistant message begins the answer. Raises BadRequest."""
     last = messages[-1]
     opens = last.role == "assistant" and not _calls(last)
     if opens and not _text(last) and len(messages) > 1:
-        # An empty beginning is none.
         messages, opens = messages[:-1], False
     return ChatPrompt(
         messages=[template_message(message) for message in messages],
@@ -65,7 +64,6 @@ def template_message(message: Message) -> dict[str, Any]:
 
 
 def _text(message: Message) -> str:
-    """Parts stand on lines of their own."""
     if message.content is None:
         return message.refusal or ""
     if isinstance(message.content, str):
@@ -121,13 +119,12 @@ def _template_function(function: FunctionDefinition) -> dict[str, Any]:
     written: dict[str, Any] = {"name": function.name}
     if function.description is not None:
         written["description"] = function.description
-    # Templates look into both; a function without parameters takes an empty object.
+    # Templates read both; no parameters means an empty object.
     bare = {"type": "object"} if function.parameters else {"type": "object", "properties": {}}
     return written | {"parameters": bare | function.parameters}
 
 
 def _tool_use(options: PromptOptions) -> ToolUse | None:
-    """None if no tool may be called."""
     tools = all_tools(options)
     if not options.functions and not isinstance(options.function_call, FunctionName):
         return _chosen(tools, options.tool_choice, options.parallel_tool_calls)

@@ -1,4 +1,4 @@
-"""OpenAI's protocol: its routes, and the paths that speak it."""
+"""OpenAI's protocol: its routes and paths."""
 
 from mlx_server.api.http.wire import ApiProtocol
 from mlx_server.api.openai import chat, completions, embeddings, models, tokens

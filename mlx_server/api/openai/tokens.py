@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`: between texts and tokens, without a completion."""
+"""`POST /tokenize` and `POST /detokenize`."""
 
 from fastapi import APIRouter
 from starlette.responses import Response

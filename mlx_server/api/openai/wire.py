@@ -25,7 +25,7 @@ def error_event(failure: Failure) -> StreamEvent:
 
 
 def rate_headers(kind: str, window: Window) -> HeaderPairs:
-    """See https://platform.openai.com/docs/guides/rate-limits"""
+    """https://platform.openai.com/docs/guides/rate-limits"""
     figures = {
         "limit": str(window.limit),
         "remaining": str(window.remaining),

@@ -1,4 +1,4 @@
-"""Loads and ends models: owns the line, and a task for each model in memory."""
+"""Loads and ends models: owns the queue, and a task per model in memory."""
 
 import asyncio
 import logging
@@ -46,7 +46,7 @@ class Arranger:
         self.arrange()
 
     def arrange(self) -> None:
-        """Do what can be done now. Call it whenever something has changed."""
+        """Do what can be done now. Call after every change."""
         if self._stopping:
             return
         for slot in self._slots.values():
@@ -78,7 +78,7 @@ class Arranger:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for slot in self._slots.values():
-            slot.vacate()  # a task that is cancelled before it began does not
+            slot.vacate()  # a task cancelled before its start does not
 
     def _serve(self, first: Slot) -> bool:
         slots, budget = self._slots.values(), self._planner.budget
@@ -117,7 +117,6 @@ class Arranger:
         )
 
     async def _run(self, slot: Slot, plan: LoadPlan) -> None:
-        """From load to end, which comes by cancellation or by itself."""
         try:
             model = await self._loader.load(plan)
         except Exception as error:  # noqa: BLE001
@@ -167,6 +166,5 @@ class Arranger:
         now = time.monotonic()
         when = next_change(self._slots.values(), bool(self.line), self._swap_interval, now)
         if when is not None:
-            # It may have come meanwhile.
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, when - now), self.arrange)

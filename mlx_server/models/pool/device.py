@@ -1,4 +1,4 @@
-"""Which device engines compute on, asked of a short-lived process."""
+"""The engines' device, asked of a short-lived process."""
 
 import asyncio
 import sys
@@ -12,7 +12,7 @@ PROBE_SECONDS = 60.0
 
 
 async def find_device() -> Device:
-    """Raises Unavailable when MLX cannot be imported or used."""
+    """Raises Unavailable if MLX cannot be imported or used."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

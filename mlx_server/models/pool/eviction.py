@@ -1,8 +1,8 @@
-"""Decides who is loaded next and who makes room; the pool carries it out.
+"""Decides who loads next and who makes room.
 
-First come, first served. Idle models go first, the least recently used before others. A model in
-use goes `swap_interval` seconds after its load at the earliest: it takes no new request and
-finishes what it has. Its later requests join the line, so that alternating traffic is grouped.
+First come, first served. Idle models go first, least recently used. A model in use drains at the
+earliest `swap_interval` seconds after its load; its later requests queue, so that alternating
+traffic is grouped.
 """
 
 from collections.abc import Collection, Iterable
@@ -13,9 +13,9 @@ from mlx_server.models.pool.slot import Slot
 
 class Step(Enum):
     LEAVE = auto()
-    """It is there, or nobody wants it."""
+    """Already there, or not wanted."""
     WAIT = auto()
-    """Until its engine has ended."""
+    """Its engine is ending."""
     KEEP = auto()
     """It was draining."""
     LOAD = auto()
@@ -42,7 +42,6 @@ def next_step(first: Slot, slots: Collection[Slot], budget: int) -> Step:
 def to_drain(
     first: Slot, slots: Collection[Slot], budget: int, swap_interval: float, now: float
 ) -> list[Slot]:
-    """Who makes room for `first`."""
     others = [slot for slot in slots if slot is not first]
     going = sum(slot.need for slot in others if slot.draining or slot.leaving)
     lacking = reserved(slots) - going + first.need - budget
@@ -71,7 +70,7 @@ def expired(slots: Iterable[Slot], now: float) -> list[Slot]:
 def next_change(
     slots: Collection[Slot], anybody_waits: bool, swap_interval: float, now: float
 ) -> float | None:
-    """When a model expires next or, if anybody waits, may be drained."""
+    """When a model expires or, if anybody waits, may be drained."""
     times = [slot.expires_at for slot in slots if slot.idle and slot.expires_at is not None]
     if anybody_waits:
         swaps = [slot.loaded_at + swap_interval for slot in slots if slot.interruptible]
@@ -85,6 +84,6 @@ def reserved(slots: Iterable[Slot]) -> int:
 
 
 def pinned_beside(first: Slot, slots: Iterable[Slot]) -> int:
-    """Bytes that are never freed for `first`."""
+    """Bytes never freed for `first`."""
     others = (slot for slot in slots if slot is not first)
     return sum(s.need for s in others if s.pinned and s.holds_memory and not s.leaving)

@@ -1,4 +1,4 @@
-"""Estimates what a model takes in memory from its files' headers."""
+"""Estimates models' memory from their files' headers."""
 
 import json
 import math
@@ -30,27 +30,27 @@ BITS = {
 }
 FLOAT32_BYTES = 4
 KV_BYTES = 2
-"""Bytes of a number in half precision."""
+"""Half precision."""
 KV_GROUP_SIZES = (64, 32)
-"""Numbers that share a scale and a bias in a quantized KV cache: the first that divides a head."""
+"""Numbers per scale and bias in quantized KV caches: the first that divides a head."""
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 SAMPLING_COPIES = 4
 SCORE_COPIES = 2
 UNFUSED_KEYS = 512
-"""Tokens up to which attention may have all its scores in memory."""
+"""Tokens up to which attention may materialize its scores."""
 FULL_ATTENTION = ("full_attention", "attention")
-"""Layer types whose KV cache grows with the tokens."""
+"""Layer types with a growing KV cache."""
 LARGEST_HEADER = 100_000_000
 HEADER = struct.Struct("<Q")
 KV_STEP = 256
 """Tokens by which caches grow."""
 LARGEST_CHUNK = 2048
-"""Tokens whose activations are in memory at once."""
+"""Tokens with activations in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes: the weights once loaded, dequantized if `float32`, and what comes per token."""
+    """Bytes: weights once loaded (dequantized if `float32`), and costs per token."""
 
     float32: bool
     weights: int
@@ -61,7 +61,6 @@ class Footprint:
     largest_chunk: int = LARGEST_CHUNK
 
     def kv(self, tokens: int) -> int:
-        """Of one sequence."""
         return (tokens + KV_STEP) * self.kv_per_token
 
     def working(self, max_batch: int) -> int:
@@ -73,10 +72,8 @@ class Footprint:
 def read_footprint(
     path: Path, float32: bool, adapter: Path | None = None, kv_bits: int | None = None
 ) -> Footprint:
-    """Estimate the model in `path` with the LoRA weights in `adapter`.
-
-    `float32` dequantizes the weights, `kv_bits` quantizes the KV caches. Raises ModelLoadFailed
-    for damaged files.
+    """`float32` dequantizes weights, `kv_bits` quantizes KV caches. Raises ModelLoadFailed for
+    damaged files.
     """
     config = read_config(path)
     tensors = [tensor for file in sorted(path.glob(WEIGHTS)) for tensor in _tensors(file)]
@@ -100,9 +97,8 @@ def read_footprint(
 
 
 def read_embedding_footprint(path: Path, float32: bool, longest: int | None) -> Footprint:
-    """Estimate a model without KV caches and logits that takes `longest` tokens of a text at once.
-
-    Raises ModelLoadFailed for damaged files.
+    """For a model without KV caches and logits; `longest` tokens at once. Raises ModelLoadFailed
+    for damaged files.
     """
     plain = read_footprint(path, float32)
     context = min(plain.context_length, longest or plain.context_length)
@@ -127,7 +123,6 @@ class _Tensor:
 
 
 def _tensors(file: Path) -> list[_Tensor]:
-    """Checks that all of the safetensors file is there."""
     try:
         with file.open("rb") as stream:
             (length,) = HEADER.unpack(stream.read(HEADER.size))
@@ -160,7 +155,7 @@ def _tensor(name: str, entry: dict[str, Any]) -> _Tensor:
 
 
 def _parameters(tensors: list[_Tensor], config: dict[str, Any]) -> int:
-    """Parameters after dequantization: packed weights unpack, their scales and biases go."""
+    """After dequantization: packed weights unpack, scales and biases go."""
     quantized = {t.name.removesuffix(".scales") for t in tensors if t.name.endswith(".scales")}
     settings = config.get("quantization")
     settings = settings if isinstance(settings, dict) else {}
@@ -177,19 +172,18 @@ def _parameters(tensors: list[_Tensor], config: dict[str, Any]) -> int:
 
 
 def _number(config: dict[str, Any], name: str, default: int) -> int:
-    """A size from the configuration, or from its text part in a multimodal model."""
+    """From the configuration, or its text part (multimodal models)."""
     value = config.get(name)
     if value is None and isinstance(text := config.get("text_config"), dict):
         value = text.get(name)
-    if isinstance(value, list):  # one for each layer
+    if isinstance(value, list):
         value = max((size for size in value if isinstance(size, int)), default=None)
     return value if isinstance(value, int) and value >= 0 else default
 
 
 def _kv_bytes_per_token(config: dict[str, Any], number: int, kv_bits: int | None) -> int:
-    """For all layers; cheaper caches of some families are overestimated.
-
-    `number` is the bytes of an unquantized number.
+    """For all layers; some families' cheaper caches are overestimated. `number`: bytes of an
+    unquantized number.
     """
     layers = _number(config, "num_hidden_layers", 0)
     heads = max(1, _number(config, "num_attention_heads", 1))
@@ -206,7 +200,6 @@ def _kv_bytes_per_token(config: dict[str, Any], number: int, kv_bits: int | None
 
 
 def _growing_layers(config: dict[str, Any], layers: int) -> int:
-    """Only these layers' caches are quantized."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         kinds = part.get("layer_types")

@@ -1,4 +1,4 @@
-"""Loads a model: its engine and its text side, started together."""
+"""Loads a model's engine and text side together."""
 
 import asyncio
 import logging
@@ -23,7 +23,6 @@ from mlx_server.telemetry import load_span
 StartEngine = Callable[
     [str, Path, LoadOptions, Path | None, Embedding | None], Awaitable[EngineClient]
 ]
-"""Starts a process as `EngineClient.start` does."""
 
 log = logging.getLogger("mlx_server.pool")
 
@@ -51,7 +50,7 @@ class ModelLoader:
     start_engine: StartEngine
 
     async def load(self, plan: LoadPlan) -> LoadedModel:
-        """Nothing is left behind on failure or cancellation."""
+        """Leaves nothing behind on failure or cancellation."""
         model_id = plan.entry.id
         with load_span(model_id) as span:
             lock = ModelLock(self.home, plan.path)
@@ -70,7 +69,6 @@ class ModelLoader:
         return LoadedModel(model_id, engine, supervisor, text, facts, lock)
 
     def failure(self, error: Exception, model_id: str) -> ServerError:
-        """What to tell those who wait for an engine that did not start."""
         match error:
             case ServerError():
                 return error

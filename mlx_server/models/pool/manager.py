@@ -36,8 +36,6 @@ log = logging.getLogger("mlx_server.pool")
 
 
 class ModelPoolManager:
-    """Loads models on demand, shares them, and limits who waits for them."""
-
     def __init__(
         self,
         settings: Settings,
@@ -64,7 +62,7 @@ class ModelPoolManager:
         self._stopping = False
 
     async def start(self, models: list[str]) -> None:
-        """Begin to load `models` in the background. Raises Unavailable when MLX cannot be used."""
+        """Begin to load `models` in the background. Raises Unavailable if MLX is unusable."""
         device = await self._find_device()
         self._planner.on_cpu = device.name == "cpu"
         self._planner.budget = parse_bytes(self.settings.memory_limit, device.memory)
@@ -85,7 +83,6 @@ class ModelPoolManager:
 
     @property
     def ready(self) -> bool:
-        """Whether all models named at the start can generate."""
         return self.not_ready_reason is None
 
     @property
@@ -95,19 +92,16 @@ class ModelPoolManager:
         return not_ready_reason(self._slots.values())
 
     def statuses(self) -> list[ModelStatus]:
-        """Of the models asked for since the start."""
         return [status_of(slot) for slot in self._slots.values()]
 
     @asynccontextmanager
     async def acquire(
         self, model_id: str, keep_alive: float | None = None, purpose: Purpose = "generate"
     ) -> AsyncIterator[LoadedModel]:
-        """The model of that id or alias, loaded and kept loaded as long as the block lasts.
-
-        `keep_alive` is how many seconds it stays afterwards, negative while there is room, None as
-        the settings say. Raises ModelNotFound, BadRequest for a model that does not serve
-        `purpose`, ModelLoading after `settings.load_wait` seconds, ModelLoadFailed, and
-        InsufficientMemory when it can never fit.
+        """The model by id or alias, kept loaded during the block and `keep_alive` seconds after
+        (negative: while there is room; None: per settings). Raises ModelNotFound, BadRequest for a
+        model that does not serve `purpose`, ModelLoading after `settings.load_wait` seconds,
+        ModelLoadFailed, and InsufficientMemory if it can never fit.
         """
         slot = await self._slot(model_id)
         _check_purpose(slot.entry, purpose)
@@ -122,16 +116,15 @@ class ModelPoolManager:
             self._arranger.arrange()
 
     async def load(self, model_id: str) -> ModelStatus:
-        """Load a model, waiting for as long as loads may take. Raises as `acquire` does."""
+        """Wait without a limit of our own. Raises as `acquire`."""
         slot = await self._slot(model_id)
         if slot.available is None:
             await self._wait_for(slot, self.settings.load_timeout)
         return status_of(slot)
 
     async def unload(self, model_id: str) -> ModelStatus:
-        """Let a model finish its requests, then end it. Raises BadRequest while it is loading.
-
-        Cancellation leaves it loaded while requests run.
+        """Finish the model's requests, then end it. Raises BadRequest while it loads. Cancelled
+        while requests run, it stays loaded.
         """
         slot = await self._slot(model_id)
         if slot.phase == "loading":
@@ -165,7 +158,7 @@ class ModelPoolManager:
         if slot is None:
             slot = Slot(entry, self.settings.keep_alive_of(entry.id))
             self._slots[entry.id] = slot
-        slot.entry = entry  # its folder may be another
+        slot.entry = entry  # its folder may have changed
         return slot
 
     async def _wait_for(self, slot: Slot, seconds: float) -> LoadedModel:

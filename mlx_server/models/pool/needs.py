@@ -1,4 +1,4 @@
-"""How much memory a model is promised."""
+"""Plans models' memory."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +13,14 @@ from mlx_server.models.store.embedding_files import read_embedding
 from mlx_server.units import parse_bytes
 
 DEFAULT_KV_SHARE = "25%"
-"""Of the budget, for one model's KV caches."""
+"""Of the budget, per model."""
 MIN_KV_TOKENS = 2048
-"""One sequence that a KV cache must hold for its model to be loaded."""
+"""A model loads only if its KV cache holds one such sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of weights, of KV caches, and of room to compute."""
+    """Bytes of weights, KV caches, and working memory."""
 
     weights: int
     kv: int
@@ -43,17 +43,14 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class MemoryPlanner:
-    """Plans loads within `budget` bytes for all models together."""
-
     kv_cache: str | None
-    """For one model: bytes, or a share of the budget."""
+    """Per model: bytes, or a share of the budget."""
     budget: int = 0
     on_cpu: bool = False
     _measured: dict[Footprint, int] = field(default_factory=dict)
-    """Bytes that weights took when loaded."""
 
     def plan(self, entry: ModelEntry, options: LoadOptions) -> LoadPlan:
-        """Read the files; blocks. Raises ModelLoadFailed, or InsufficientMemory beyond `budget`."""
+        """Blocks on files. Raises ModelLoadFailed, InsufficientMemory beyond `budget`."""
         if entry.path is None:
             raise ModelLoadFailed("it has not been pulled yet")
         mode = options.dequantize
@@ -67,7 +64,6 @@ class MemoryPlanner:
             return self._plan(entry, entry.path, options, False)
 
     def correct(self, plan: LoadPlan, facts: Ready) -> LoadPlan:
-        """Replace estimates by measurements, within what the engine was allowed."""
         self._measured[plan.footprint] = facts.weights_bytes
         left = plan.need.total - facts.weights_bytes - facts.kv_limit
         working = max(0, min(plan.need.working, left))

@@ -1,7 +1,7 @@
-"""Requests that have not ended: what was asked, what has come, what remains.
+"""Requests that have not ended: asked, received, remaining.
 
-With its tokens so far at the end of its prompt, a generation goes on in another engine as if
-nothing had happened: its randomness depends on the seed and the position alone.
+With its tokens so far appended to the prompt, a generation continues in another engine unchanged:
+its randomness depends on seed and position alone.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,6 @@ from mlx_server.errors import ServerError
 from mlx_server.models.pool.stream import RowStream
 
 RESUMED_PRIORITY = -(1 << 31)
-"""Before all others: what was running gets its place back before anything new begins."""
 
 
 class OpenRequest(ABC):
@@ -29,10 +28,10 @@ class OpenRequest(ABC):
     ) -> None:
         self.id = id_
         self.engine_id = id_
-        """New after each pause, as rows under the old one may still be on their way."""
+        """New after each pause, as old rows may still arrive."""
         self.request_id = request_id
         self.evidence = 0
-        """Ends of engines that worked on it since its latest row, weighed."""
+        """Weighted ends of engines since its latest row."""
         self.paused = False
         self.sent = False
         self.begun = False
@@ -42,16 +41,14 @@ class OpenRequest(ABC):
 
     @property
     @abstractmethod
-    def complete(self) -> bool:
-        """Whether all has come but the finish."""
+    def complete(self) -> bool: ...
 
     @abstractmethod
-    def remaining(self) -> Generate | Embed:
-        """A request for the rest."""
+    def remaining(self) -> Generate | Embed: ...
 
     @abstractmethod
     def _keep(self, row: Row) -> Row:
-        """Remember what `row` brings; returns what of it the reader does not know."""
+        """Record `row`; returns what is new to the reader."""
 
     def begin(self) -> None:
         self.begun = True
@@ -72,7 +69,6 @@ class OpenRequest(ABC):
         self.sent = self.begun = False
 
     def fail_stream(self, error: ServerError) -> None:
-        """Fail it together with its stream's other requests."""
         self._stream.fail(error)
 
     def _priority(self, asked: int) -> int:
@@ -112,7 +108,7 @@ class OpenGeneration(OpenRequest):
     def _keep(self, row: Row) -> Row:
         self._tokens += row.tokens
         if self._has_row and row.cached is not None:
-            # The first engine's figure holds; this one includes generated tokens.
+            # The first engine's count holds; this one includes generated tokens.
             row = msgspec.structs.replace(row, cached=None)
         self._has_row = True
         return row
@@ -130,7 +126,7 @@ class OpenEmbedding(OpenRequest):
         super().__init__(id_, request_id, stream, on_progress)
         self._request = request
         self._missing = list(request.texts)
-        """A text whose vector has come is empty here."""
+        """"" where the vector has come."""
 
     @property
     def complete(self) -> bool:

@@ -1,4 +1,4 @@
-"""An engine as its callers see it: requests outlive the processes that work on them."""
+"""An engine to its callers: requests outlive its processes."""
 
 import logging
 from collections.abc import Iterable
@@ -15,12 +15,11 @@ log = logging.getLogger("mlx_server.supervisor")
 
 
 class ResumableEngine:
-    """A model's open requests. They go to the process that is attached, and wait for one."""
+    """A model's open requests, sent to the attached process or waiting for one."""
 
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
         self.progressed = False
-        """Whether the process attached last has given anything."""
         self._process: EngineClient | None = None
         self._open: dict[int, OpenRequest] = {}
         self._next_id = 0
@@ -34,10 +33,7 @@ class ResumableEngine:
     # for callers
 
     def generate(self, requests: list[Generate], request_id: str) -> RowStream:
-        """Send `requests` under ids of our own; `request_id` is what their client knows.
-
-        Raises what the engine failed with for good.
-        """
+        """Uses ids of our own; `request_id` is the client's. Raises the engine's final failure."""
         stream = self._new_stream(len(requests))
         for id_, request in zip(stream.ids, requests, strict=True):
             opened = OpenGeneration(id_, request, request_id, stream, self._on_progress)
@@ -59,7 +55,7 @@ class ResumableEngine:
         self._recall(gone)
 
     def pause(self, ids: Iterable[int]) -> None:
-        """Take these back from the engine; they keep what they got."""
+        """Take back from the engine; results so far stay."""
         paused = [request for id_ in ids if (request := self._open.get(id_)) is not None]
         for request in paused:
             request.paused = True
@@ -81,7 +77,6 @@ class ResumableEngine:
         self._send_waiting()
 
     def detach(self, evidence: int) -> None:
-        """The process has ended, which is `evidence` against what it worked on."""
         self._process = None
         sent = [request for request in self._open.values() if request.sent]
         if (culprit := self._blame.engine_ended(sent, evidence)) is not None:
@@ -92,7 +87,7 @@ class ResumableEngine:
                 request.put(Row(request.id, [], "length"))
 
     def fail(self, error: ServerError) -> None:
-        """Fail all requests, and those to come. The first error stays."""
+        """Fail present and future requests; the first error stays."""
         self._failure = self._failure or error
         for request in list(self._open.values()):
             request.fail_stream(error)

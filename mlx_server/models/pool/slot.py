@@ -1,4 +1,4 @@
-"""A model's state and use-counts, which only the pool writes."""
+"""A model's state and use counts, written by the pool only."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger("mlx_server.pool")
 
 
 class Signal:
-    """Wakes all who wait, each time."""
+    """Wakes all current waiters."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -36,14 +36,14 @@ class Signal:
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """One model's place in the pool. `now` and all `..._at` are monotonic seconds."""
+    """A model's place in the pool. `now` and `..._at` are monotonic seconds."""
 
     entry: ModelEntry
     keep_alive: float | None = None
-    """Seconds that it usually stays unused; None for good."""
+    """Seconds it stays unused; None for ever."""
     pinned: bool = False
     preloaded: bool = False
-    """Named at the start: stays loaded unless room is needed."""
+    """Named at the start: stays while there is room."""
     phase: Phase = "absent"
     plan: LoadPlan | None = None
     model: LoadedModel | None = None
@@ -52,17 +52,15 @@ class Slot:
     draining: bool = False
     """Takes no new request, to make room."""
     lost: bool = False
-    """Its engine ended while nobody used it."""
+    """Its engine ended while unused."""
     proven: bool = False
-    """It loaded, and was not lost since."""
+    """Loaded, and not lost since."""
     in_use: int = 0
     waiters: int = 0
     unloaders: int = 0
-    """Operators who wait for its requests to finish."""
     loads: int = 0
     failures: int = 0
     restarts: int = 0
-    """Of engines before the present one."""
     last_lines: tuple[str, ...] = ()
     last_used: float | None = None
     """Since the epoch."""
@@ -79,17 +77,15 @@ class Slot:
 
     @property
     def need(self) -> int:
-        """Bytes that it takes or would take; 0 while unknown."""
+        """Bytes; 0 while unknown."""
         return self.plan.need.total if self.plan else 0
 
     @property
     def leaving(self) -> bool:
-        """Loaded, and certain to be gone soon."""
         return self.phase == "ending" or (self.phase == "loaded" and self.unloaders > 0)
 
     @property
     def available(self) -> LoadedModel | None:
-        """The model, if it takes requests."""
         return None if self.draining or self.leaving else self.model
 
     @property
@@ -97,7 +93,7 @@ class Slot:
         """Loaded, unused and free to be ended."""
         if self.phase != "loaded" or self.in_use or self.pinned:
             return False
-        # Waiters of a model that takes requests are about to get it.
+        # A model's waiters are about to get it.
         return self.draining or not self.waiters
 
     @property
@@ -110,7 +106,7 @@ class Slot:
         self.expires_at = None
 
     def release(self, keep_alive: float | None, now: float) -> None:
-        """The model stays for `keep_alive` seconds: None as usual, negative while there is room."""
+        """Stays for `keep_alive` seconds: None per settings, negative while there is room."""
         self.in_use -= 1
         self.last_used = time.time()
         if self.in_use == 0 and self.model is not None:
@@ -158,7 +154,7 @@ class Slot:
         )
 
     def vacate(self) -> None:
-        """Its engine has ended or never started, and its memory is free."""
+        """Its engine has ended or never started; its memory is free."""
         if self.model is not None:
             supervisor = self.model.supervisor
             self.restarts += supervisor.restarts

@@ -1,4 +1,4 @@
-"""What operators and metrics see of a model."""
+"""A model for operators and metrics."""
 
 import time
 from collections.abc import Iterable
@@ -13,36 +13,32 @@ ModelState = Literal[
 ]
 SHOWN_LINES = 20
 SHOWN_CHARACTERS = 500
-"""Of each line."""
+"""Per line."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """Times are in seconds, since the epoch for points in time; memory is in bytes."""
+    """Times are in seconds, points in time since the epoch; memory is in bytes."""
 
     id: str
     state: ModelState
     reason: str | None = None
-    """Why it could not be loaded."""
     pid: int | None = None
     device: str | None = None
     context_length: int | None = None
     memory: Memory | None = None
     need: int | None = None
-    """Reserved for it, or what it would take."""
+    """Reserved, or what it would take."""
     load_seconds: float | None = None
     loads: int = 0
     restarts: int = 0
-    """Engines replaced while requests went on."""
     last_lines: tuple[str, ...] = ()
-    """Of the last engine that crashed."""
     in_flight: int = 0
-    """Requests that hold the model."""
     running: int = 0
     waiting: int = 0
     preempted: int = 0
     step_seconds: float = 0.0
-    """Of a decode step, of late."""
+    """Of a recent decode step."""
     kv_bytes: int = 0
     """Of running requests."""
     prefix_cache: PrefixStats | None = None
@@ -50,7 +46,6 @@ class ModelStatus:
     pinned: bool = False
     last_used: float | None = None
     expires: float | None = None
-    """When it is unloaded if nobody uses it."""
 
 
 def state_of(slot: Slot) -> ModelState:
@@ -114,7 +109,7 @@ def not_ready_reason(slots: Iterable[Slot]) -> str | None:
 
 
 def retry_after(slot: Slot, now: float) -> float:
-    """Seconds, from how long the last load took."""
+    """Seconds, from the last load's duration."""
     elapsed = now - slot.began_at if slot.phase == "loading" else 0.0
     usual = slot.load_seconds if slot.load_seconds is not None else 2 * elapsed
     return max(MIN_RETRY_AFTER, usual - elapsed)

@@ -1,4 +1,4 @@
-"""Rows on their way from an engine to their reader, who pauses it by falling behind."""
+"""Rows from an engine to a reader, with backpressure."""
 
 import asyncio
 from collections import deque
@@ -10,14 +10,12 @@ from mlx_server.engine.protocol import Failed, Row
 from mlx_server.errors import EngineFailed, ServerError
 
 MAX_ROWS_TOGETHER = 64
-"""Rows handed over at once, which their reader works through without a pause."""
+"""Rows per hand-over, read without a pause."""
 MAX_UNREAD = 2048
-"""Unread tokens and alternatives per request before a stream is paused: half a megabyte."""
+"""Unread tokens and alternatives per request that pause a stream (0.5 MB)."""
 
 
 class Producer(Protocol):
-    """Works on a stream's requests."""
-
     def abort(self, ids: Iterable[int]) -> None: ...
 
     def pause(self, ids: Iterable[int]) -> None: ...
@@ -26,14 +24,12 @@ class Producer(Protocol):
 
 
 class RowStream:
-    """The rows of requests sent together, as they come, until each has finished.
-
-    A context manager: leaving the block early aborts what still runs.
+    """The rows of requests sent together, until each has finished. A context manager: leaving early
+    aborts the rest.
     """
 
     def __init__(self, producer: Producer, ids: range) -> None:
         self.begun = False
-        """Whether an engine has begun to work on one of the requests."""
         self.ids = ids
         self._producer = producer
         self._open = set(ids)
@@ -55,7 +51,7 @@ class RowStream:
                 self._producer.pause(self._open)
 
     def fail(self, error: ServerError) -> None:
-        """Abort what still runs; the reader gets `error` after the rows that are here."""
+        """Abort what runs; the reader gets `error` after pending rows."""
         self._producer.abort(self._open)
         self._items.append(error)
         self._arrived.set()
@@ -67,22 +63,18 @@ class RowStream:
         self._producer.abort(self._open)
 
     def abort(self, index: int) -> None:
-        """Give up the request at `index` of those sent."""
         id_ = self.ids[index]
         self._open.discard(id_)
         self._producer.abort([id_])
 
     async def rows(self) -> AsyncIterator[tuple[int, Row]]:
-        """Pairs of a request's index and its next row.
-
-        Raises EngineFailed when a request fails, and what the stream failed with.
-        """
+        """(index, row) pairs. Raises EngineFailed for a failed request, or the stream's error."""
         async for together in self.arrivals():
             for pair in together:
                 yield pair
 
     async def arrivals(self) -> AsyncIterator[Iterator[tuple[int, Row]]]:
-        """The pairs of `rows`, those together that are here, so that a slow reader catches up."""
+        """As `rows`, but batches what is pending, so that slow readers catch up."""
         while self._open:
             if not self._items:
                 self._caught_up()

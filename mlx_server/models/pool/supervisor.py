@@ -1,4 +1,4 @@
-"""Watches a model's engine and replaces it when it ends or hangs."""
+"""Replaces a model's engine when it ends or hangs."""
 
 import asyncio
 import logging
@@ -15,22 +15,22 @@ from mlx_server.models.pool.resumable import ResumableEngine
 
 MAX_LOAD_ATTEMPTS = 3
 MIN_DELAY, MAX_DELAY = 0.25, 30.0
-"""Seconds before the next load after engines that gave nothing, doubled each time."""
+"""Seconds between loads after engines that gave nothing; doubles."""
 HANG_TURNS = 20
-"""An engine may be silent for this many times its longest turn."""
+"""In longest turns without progress."""
 HANG_CHECKS = 10
-"""Looks in a row that must find it silent. Seconds would count a suspended front against it."""
+"""Consecutive silent checks that mean a hang. Seconds would count a suspended front's time."""
 KV_SHARE_AFTER_KILL = 0.5
-"""Of its KV memory for an engine to start with, as systems kill for lack of memory. It grows."""
+"""After SIGKILL, the system's answer to lack of memory. The share grows again."""
 
 StartProcess = Callable[[float], Awaitable[EngineClient]]
-"""Starts an engine with this share of its KV memory."""
+"""Given a share of its KV memory."""
 
 log = logging.getLogger("mlx_server.supervisor")
 
 
 class EngineSupervisor:
-    """Keeps a process behind `engine`. Run `run` in a task; cancel that before `stop`."""
+    """Keeps a process behind `engine`. Run `run` in a task; cancel it before `stop`."""
 
     def __init__(
         self,
@@ -41,7 +41,6 @@ class EngineSupervisor:
     ) -> None:
         self.restarts = 0
         self.last_lines: tuple[str, ...] = ()
-        """Of the process that ended last."""
         self._process = process
         self._engine = engine
         self._start = start
@@ -63,7 +62,7 @@ class EngineSupervisor:
         return self._process.stats if self._running else None
 
     async def run(self, wanted: Callable[[], bool]) -> None:
-        """Replace each process that ends, until none is `wanted`. Raises as loads do."""
+        """Replace each process that ends while `wanted`. Raises as loads do."""
         while True:
             hung = await self._closed_or_hung()
             ended_at = time.monotonic()
@@ -104,13 +103,13 @@ class EngineSupervisor:
         return True
 
     def _patience(self) -> float:
-        """Seconds for which an engine that has work may be silent."""
+        """Seconds a busy engine may be silent."""
         stats = self._process.stats
         longest = stats.longest_turn if stats is not None else 0.0
         return max(self._hang_timeout, HANG_TURNS * longest)
 
     async def _bury(self, hung: bool) -> float:
-        """Take the requests back; returns the next process's KV share."""
+        """Take the requests back; returns the next KV share."""
         process, engine = self._process, self._engine
         self._running = False
         await process.kill()

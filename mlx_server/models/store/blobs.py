@@ -1,6 +1,5 @@
-"""Downloads of large files: resumed, also by a later run, and verified by checksum.
-
-huggingface_hub starts a file anew in every run.
+"""Downloads of large files, verified by checksum and resumable across runs, which huggingface_hub's
+are not.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ PARALLEL = 4
 CHUNK = 1 << 16
 HASHED_CHUNK = 1 << 20
 READ_TIMEOUT = 20.0
-"""Seconds without data after which a connection is replaced by another."""
+"""Seconds without data before reconnecting."""
 REPORT_INTERVAL = 0.1
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
@@ -30,8 +29,7 @@ class Blob:
     sha256: str
 
 
-class Cancelled(Exception):
-    """Another download failed, or the caller gave up."""
+class Cancelled(Exception): ...
 
 
 class ProgressMeter:
@@ -65,10 +63,8 @@ class ProgressMeter:
 
 
 def fetch_blobs(blobs: list[Blob], folder: Path, meter: ProgressMeter) -> None:
-    """Download the blobs into `folder`, named by checksum; the first failure ends them all.
-
-    Raises ServerError for damaged data, Unavailable for none, and errors of httpx2 and
-    huggingface_hub.
+    """Download into `folder`, named by checksum; the first failure ends all. Raises ServerError for
+    damaged data, Unavailable for none, and errors of httpx2 and huggingface_hub.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="download") as pool:
@@ -83,7 +79,6 @@ def fetch_blobs(blobs: list[Blob], folder: Path, meter: ProgressMeter) -> None:
 
 
 def bytes_present(blob: Path) -> int:
-    """Bytes on the disk of a finished or unfinished download."""
     return max(_size(blob), _size(_part(blob)))
 
 
@@ -115,7 +110,7 @@ def _fetch(blob: Blob, target: Path, meter: ProgressMeter) -> None:
 
 
 def _sha256(file: Path, meter: ProgressMeter) -> str:
-    """Raises Cancelled, for it takes a while."""
+    """Raises Cancelled."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(HASHED_CHUNK):
@@ -152,7 +147,6 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _receive(blob: Blob, part: Path, have: int, meter: ProgressMeter) -> None:
-    """Append what one connection delivers to `part`, which holds `have` bytes."""
     from huggingface_hub import get_session
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,
@@ -166,7 +160,7 @@ def _receive(blob: Blob, part: Path, have: int, meter: ProgressMeter) -> None:
         "GET", blob.url, headers=headers, follow_redirects=True, timeout=READ_TIMEOUT
     ) as response:
         hf_raise_for_status(response)
-        # A server that ignores the range sends everything again.
+        # A server that ignores the range sends everything.
         mode = "ab" if response.status_code == 206 else "wb"
         if mode == "wb":
             meter.add(-have)

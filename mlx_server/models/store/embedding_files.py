@@ -1,6 +1,5 @@
-"""How a model makes embeddings, as the files of sentence-transformers say.
-
-`modules.json` lists the modules that a text passes; each has a folder with a `config.json`.
+"""Reads sentence-transformers' files: `modules.json` lists a text's modules, each a folder with
+`config.json`.
 """
 
 import os
@@ -16,7 +15,7 @@ from mlx_server.models.store.folder import read_json
 MODULES = "modules.json"
 LENGTHS = "sentence_*_config.json"
 HARMLESS = frozenset({"Transformer", "Dropout"})
-"""Modules that change nothing here."""
+"""Without effect here."""
 MODES: dict[str, PoolingMode] = {
     "cls": "cls",
     "cls_token": "cls",
@@ -29,12 +28,12 @@ MODES: dict[str, PoolingMode] = {
     "weightedmean_tokens": "weighted_mean",
     "lasttoken": "last",
 }
-"""Pooling modes by their names in a configuration, in the order of their vectors."""
+"""In the order of their vectors."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingFiles:
-    """`longest`: tokens that a text may have, if limited."""
+    """`longest` is in tokens."""
 
     embedding: Embedding
     longest: int | None
@@ -45,9 +44,8 @@ def is_embedding_model(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def read_embedding(folder: Path) -> EmbeddingFiles:
-    """Raises ModelLoadFailed for what is not supported.
-
-    Without `modules.json` an encoder takes the mean over its tokens, scaled to length 1.
+    """Raises ModelLoadFailed for unsupported models. Without `modules.json`: the mean over tokens,
+    normalized.
     """
     if not (folder / MODULES).is_file():
         return EmbeddingFiles(Embedding(["mean"], normalize=True), max_seq_length(folder))
@@ -66,7 +64,7 @@ def read_embedding(folder: Path) -> EmbeddingFiles:
 
 
 def max_seq_length(folder: Path) -> int | None:
-    """Tokens that a text may have, if limited. Raises ModelLoadFailed."""
+    """In tokens. Raises ModelLoadFailed."""
     for file in sorted(folder.glob(LENGTHS)):
         config = read_json(file)
         longest = config.get("max_seq_length") if isinstance(config, dict) else None

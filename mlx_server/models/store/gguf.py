@@ -1,6 +1,5 @@
-"""Converts GGUF files to MLX model folders: Llamas with a byte-level BPE tokenizer.
-
-Runs in a process of its own, `python -m mlx_server.models.store.gguf SOURCE FOLDER`.
+"""Converts GGUF files of Llamas with byte-level BPE to MLX folders. Runs as `python -m
+mlx_server.models.store.gguf SOURCE FOLDER`.
 """
 
 import json
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
     Arrays = dict[str, mx.array]
 
 REFUSED = 3
-"""Exit status of the converting process when the file is not one that it supports."""
+"""Exit status for an unsupported file."""
 GROUP_SIZE = 32
-"""Weights per scale in the GGUF types Q4_0, Q4_1 and Q8_0."""
+"""Weights per scale in Q4_0, Q4_1 and Q8_0."""
 
-# Values of `tokenizer.ggml.token_type`.
+# `tokenizer.ggml.token_type`
 CONTROL_TOKEN = 3
 USER_TOKEN = 4
 
@@ -51,11 +50,10 @@ SPLITS: dict[str, list[str]] = {
     "llama-bpe": [TIKTOKEN.format(numbers=r"\p{N}{1,3}")],
     "qwen2": [TIKTOKEN.format(numbers=r"\p{N}")],
 }
-"""How each pre-tokenizer splits a text: by one expression after the other."""
+"""Expressions that split a text one after the other."""
 
 
 def main(arguments: list[str]) -> int:
-    """`arguments`: the GGUF file and an existing folder."""
     source, folder = map(Path, arguments)
     try:
         convert(source, folder)
@@ -98,7 +96,7 @@ def _read(source: Path) -> tuple["Arrays", dict[str, Any]]:
     try:
         loaded: Any = mx.load(str(source), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError) as error:
-        # MLX reads the legacy and K types only.
+        # MLX reads legacy and K types only.
         raise BadRequest(f"MLX cannot read it ({error})") from error
     tensors, metadata = loaded
     plain = {
@@ -128,14 +126,13 @@ def _check_supported(metadata: dict[str, Any]) -> None:
 
 
 def _rename(tensors: "Arrays") -> "Arrays":
-    """To mlx-lm's names."""
     renamed = {}
     for name, array in tensors.items():
         if name == "rope_freqs.weight":
             continue
         stem, _, kind = name.rpartition(".")
         target = _module_name(stem)
-        # A quantized layer's offsets are called `biases`; `bias` would be a layer's own.
+        # `biases` are a quantized layer's offsets; `bias` is its own.
         if target is None or kind not in ("weight", "scales", "biases"):
             raise BadRequest(f"it has a tensor that a Llama model has not: {name}")
         renamed[f"{target}.{kind}"] = array
@@ -152,7 +149,7 @@ def _module_name(stem: str) -> str | None:
 
 
 def _match_norms(weights: "Arrays") -> None:
-    """GGUF keeps norms in float32, which would make every activation float32."""
+    """GGUF's float32 norms would make all activations float32."""
     embedding = "model.embed_tokens"
     like = weights.get(f"{embedding}.scales", weights.get(f"{embedding}.weight"))
     if like is None:
@@ -163,7 +160,6 @@ def _match_norms(weights: "Arrays") -> None:
 
 
 def _quantization(weights: "Arrays") -> dict[str, Any]:
-    """The commonest width, and the layers that have another."""
     bits = {
         name.removesuffix(".scales"): 32
         * weights[name.replace(".scales", ".weight")].shape[-1]
@@ -202,19 +198,19 @@ def _model_config(metadata: dict[str, Any], weights: "Arrays") -> dict[str, Any]
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
         "head_dim": metadata.get("llama.attention.key_length", value("embedding_length") // heads),
-        # As decimal text and back: 1e-5, not the float32 next to it.
+        # Via decimal text: 1e-5, not the nearest float32.
         "rms_norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
         "vocab_size": weights["model.embed_tokens.weight"].shape[0],
         "max_position_embeddings": value("context_length"),
         "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
-        # GGUF stores the rows of Llama's q and k projections in the interleaved order.
+        # GGUF interleaves the rows of Llama's q and k projections.
         "rope_traditional": True,
         "tie_word_embeddings": "lm_head.weight" not in weights,
     } | _token_ids(metadata)
 
 
 def _rope_scaling(metadata: dict[str, Any], tensors: "Arrays") -> dict[str, Any]:
-    """Llama 3.1 ships the divisor of each frequency; mlx-lm wants the formula's parameters."""
+    """Llama 3.1 ships each frequency's divisor; mlx-lm wants the formula's parameters."""
     kind = metadata.get("llama.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:
         divisors: Any = tensors["rope_freqs.weight"].tolist()
@@ -228,7 +224,6 @@ def _rope_scaling(metadata: dict[str, Any], tensors: "Arrays") -> dict[str, Any]
 
 
 def _llama3_scaling(divisors: list[float], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Llama 3's published values, with the factor of these divisors."""
     factor = round(max(divisors), 3)
     scaling = {
         "rope_type": "llama3",
@@ -271,7 +266,7 @@ def _pre_tokenizer(metadata: dict[str, Any]) -> str:
 
 
 def _adds_bos(metadata: dict[str, Any]) -> bool:
-    # Llama 3 files that leave it out mean yes.
+    # Llama 3 files that omit it mean yes.
     return bool(
         metadata.get("tokenizer.ggml.add_bos_token", _pre_tokenizer(metadata) == "llama-bpe")
     )

@@ -1,4 +1,4 @@
-"""Turning a GGUF file into an MLX model folder, without arrays in this process."""
+"""Converts GGUF files in a process of its own, which holds the arrays."""
 
 import json
 import shutil
@@ -14,13 +14,12 @@ from mlx_server.models.store.locks import write_lock
 from mlx_server.models.store.transfer import check_space
 
 ORIGIN = "origin.json"
-"""The file in an imported folder that says what it was made from."""
+"""What an imported folder was made from."""
 
 
 def import_into(source: Path, models_folder: Path) -> Path:
-    """The converted folder below `models_folder`, made unless it is current.
-
-    Raises BadRequest when another model has that name, and what `import_gguf` raises.
+    """The converted folder, made unless current. Raises BadRequest if another model has its name,
+    and as `import_gguf`.
     """
     name = source.stem
     if name.startswith(".") or name.endswith(PARTIAL):
@@ -34,9 +33,8 @@ def import_into(source: Path, models_folder: Path) -> Path:
 
 
 def import_gguf(source: Path, folder: Path) -> None:
-    """Make or replace `folder`, completely or not at all. Needs its `write_lock`.
-
-    Raises BadRequest for an unsupported file and ServerError when the conversion breaks off.
+    """Make or replace `folder` atomically. Needs its `write_lock`. Raises BadRequest for an
+    unsupported file, ServerError if the conversion breaks off.
     """
     if not source.is_file():
         raise BadRequest(f"there is no GGUF file at {source}")
@@ -55,7 +53,6 @@ def import_gguf(source: Path, folder: Path) -> None:
 
 
 def _temporary(folder: Path) -> tuple[Path, Path]:
-    """For the new model, and for the old one while it is replaced."""
     new, old = (folder.with_name(f"{folder.name}.{step}{PARTIAL}") for step in ("new", "old"))
     return new, old
 

@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, fetched into its cache."""
+"""Fetches models from the Hugging Face hub into its cache."""
 
 import json
 import os
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 PATTERNS = ("*.json", WEIGHTS, "tokenizer.model", "*.tiktoken", "*.jinja", "*.txt")
-"""Files of a text model, at the top of its repo. Never code and never pickles."""
+"""Never code, never pickles."""
 POOLING = "*_Pooling/config.json"
-"""What an embedding model has below that."""
+"""Of embedding models."""
 MAX_HTTP_BYTES = 50_000_000_000
-"""The hub serves larger files through its own transfer protocol alone."""
+"""Larger files need the hub's own transfer protocol."""
 
 
 def fetch_repo(name: str, on_progress: OnProgress) -> Path:
-    """`name` is `org/name` or `org/name@revision`. Raises ServerError's family."""
+    """`name` is `org/name[@revision]`. Raises ServerError's family."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -58,7 +58,7 @@ def fetch_repo(name: str, on_progress: OnProgress) -> Path:
 
 
 def _endpoint() -> str:
-    """Passed explicitly, for huggingface_hub reads it once at import."""
+    """Explicit, since huggingface_hub reads it once at import."""
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
@@ -79,7 +79,7 @@ def _is_wanted(file: str) -> bool:
 
 
 def _blobs(repo: str, commit: str, files: list["RepoSibling"]) -> list[Blob]:
-    """The large files, which are those with a checksum."""
+    """Only large files have checksums."""
     from huggingface_hub import hf_hub_url
 
     return [

@@ -12,7 +12,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def is_repo_id(name: str) -> bool:
-    """`org/name` or `org/name@revision`."""
+    """`org/name[@revision]`."""
     return REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
@@ -27,7 +27,7 @@ def repo_folder(repo: str) -> Path:
 
 
 def cached_models() -> Iterator[tuple[str, Path]]:
-    """Complete snapshots: `org/name` for the main one, `org/name@ref` for others."""
+    """Complete snapshots as `org/name` (main) or `org/name@ref`."""
     for repo in subfolders(cache_folder()):
         kind, *parts = repo.name.split("--")
         if kind != "models" or not 1 <= len(parts) <= 2:
@@ -42,7 +42,6 @@ def cached_models() -> Iterator[tuple[str, Path]]:
 
 
 def cached_commit(name: str) -> Path | None:
-    """The complete snapshot `org/name@commit`."""
     if not is_repo_id(name):
         return None
     repo, _, commit = name.partition("@")
@@ -72,5 +71,5 @@ def _newest_complete(repo: Path) -> Path | None:
     try:
         return max(complete, key=os.path.getmtime, default=None)
     except OSError:
-        # Another process is clearing the cache.
+        # Cleared meanwhile.
         return None

@@ -1,4 +1,4 @@
-"""File locks on model folders between processes; the system drops one with its process."""
+"""Inter-process locks on model folders; the system drops a dead process's."""
 
 import fcntl
 import hashlib
@@ -11,7 +11,6 @@ from mlx_server.errors import BadRequest, ModelLoadFailed
 
 @contextmanager
 def write_lock(folder: Path) -> Iterator[None]:
-    """Held while `folder` is downloaded or converted. Waits for other writers."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _write_lock_file(folder).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -20,7 +19,7 @@ def write_lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def try_write_lock(folder: Path) -> Iterator[None]:
-    """Does not wait. Raises BadRequest while `folder` is being written."""
+    """Raises BadRequest while `folder` is being written."""
     with _write_lock_file(folder).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,10 +33,7 @@ def _write_lock_file(folder: Path) -> Path:
 
 
 class ModelLock:
-    """Held, by any number of servers, while a model is loaded.
-
-    Raises ModelLoadFailed while the folder is being removed.
-    """
+    """Shared by servers that have the model loaded. Raises ModelLoadFailed during removal."""
 
     def __init__(self, home: Path, folder: Path) -> None:
         self._file = _use_lock_file(home, folder).open("w")
@@ -48,7 +44,6 @@ class ModelLock:
             raise ModelLoadFailed("it is being removed") from error
 
     def release(self) -> None:
-        """May be called twice."""
         self._file.close()
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, in folders as mlx-lm writes them."""
+"""LoRA adapter folders, as mlx-lm writes them."""
 
 import os
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from mlx_server.models.store.sources import ModelSources
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
 DEPTHS = (2, 3)
-"""Levels below the adapters' folder: BASE/NAME, or ORG/BASE/NAME."""
+"""BASE/NAME, or ORG/BASE/NAME."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """`base` is the id or an alias of the model that it adapts."""
+    """`base` is the adapted model's id or alias."""
 
     base: str
     name: str
@@ -25,7 +25,6 @@ class LoraAdapter:
 
     @property
     def fault(self) -> str | None:
-        """Why it cannot be used, or None."""
         for name in (CONFIG, WEIGHTS):
             if not os.path.isfile(self.folder / name):
                 return f"it has no {name}"
@@ -37,7 +36,6 @@ class LoraAdapter:
 
     @property
     def size(self) -> int:
-        """Bytes."""
         return (self.folder / WEIGHTS).stat().st_size
 
     @property
@@ -47,7 +45,6 @@ class LoraAdapter:
 
 
 def find_adapters(sources: ModelSources) -> Iterator[LoraAdapter]:
-    """Those that the settings name, then those below `adapters_folder`."""
     for variant, folder in sources.adapters.items():
         base, _, name = variant.rpartition("@")
         yield LoraAdapter(base, name, folder)
@@ -57,6 +54,6 @@ def find_adapters(sources: ModelSources) -> Iterator[LoraAdapter]:
         is_adapter = len(parts) in DEPTHS and bool(files)
         if is_adapter:
             yield LoraAdapter("/".join(parts[:-1]), parts[-1], Path(place))
-        # A link may lead back up, so the depth is bounded.
+        # A link may lead back up.
         deeper = len(parts) < max(DEPTHS) and not is_adapter
         folders[:] = sorted(name for name in folders if deeper and not name.startswith("."))

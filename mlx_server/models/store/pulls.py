@@ -1,4 +1,4 @@
-"""Downloads under way in this server: one per model, shared by all who ask for it."""
+"""Downloads in this server: one per model, shared by its followers."""
 
 import asyncio
 import logging
@@ -16,7 +16,6 @@ from mlx_server.models.store.sources import ModelSources
 from mlx_server.models.store.transfer import Progress
 
 MAX_CONCURRENT = 4
-"""Further downloads wait for their turn."""
 KEPT_FAILURES = 32
 STOP_SECONDS = 5.0
 
@@ -25,35 +24,32 @@ log = logging.getLogger("mlx_server.pulls")
 
 @dataclass(frozen=True, slots=True)
 class PullStatus:
-    """`error` is None while it runs."""
-
     model: str
     progress: Progress
     error: str | None = None
 
 
 class PullManager:
-    """A pull goes on in a thread for as long as anybody follows it."""
+    """Runs each pull in a thread while anybody follows it."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._pulls: dict[str, _Pull] = {}
         self._failures: dict[str, PullStatus] = {}
         self._stopping = False
-        # The event loop's own threads are for short work, such as tokenizing.
+        # The event loop's threads are for short work, such as tokenizing.
         self._threads = ThreadPoolExecutor(MAX_CONCURRENT, thread_name_prefix="pull")
 
     def statuses(self) -> list[PullStatus]:
-        """The downloads under way, and the last failed ones, one per model."""
+        """Running downloads and latest failures, one per model."""
         running = {name: PullStatus(name, pull.progress) for name, pull in self._pulls.items()}
         return list((self._failures | running).values())
 
     @asynccontextmanager
     async def follow(self, model_id: str) -> AsyncIterator[AsyncIterator[Progress]]:
-        """Start a pull of the model, or join it; yields an iterator over its progress.
-
-        The iterator skips what a slow reader missed, ends when the model is there and raises what
-        went wrong. The pull is cancelled when its last follower leaves the block early.
+        """Start or join the model's pull; yields its progress, skipping what a slow reader missed.
+        Raises what the download failed with. The pull is cancelled when its last follower leaves
+        early.
         """
         pull = await self._join(fetch_target(model_id, self._catalog.sources.aliases))
         pull.followers += 1
@@ -65,13 +61,13 @@ class PullManager:
                 pull.cancel()
 
     async def stop(self) -> None:
-        """Cancel every download; what has arrived stays for the next one."""
+        """Cancel all; partial files remain."""
         self._stopping = True
         tasks = [pull.task for pull in self._pulls.values()]
         for pull in self._pulls.values():
             pull.cancel()
         if tasks:
-            # A thread ends when it next reports; a silent one is not waited for longer.
+            # Threads end at their next report; do not wait for silent ones.
             await asyncio.wait(tasks, timeout=STOP_SECONDS)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -112,14 +108,13 @@ class _Pull:
 
     @property
     def cancelled(self) -> bool:
-        """Its thread may take a moment to notice."""
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
         self._cancelled.set()
 
     async def updates(self) -> AsyncIterator[Progress]:
-        """The latest progress after each change. Raises what the download failed with."""
+        """The latest progress after each change. Raises the download's error."""
         while not self.task.done():
             changed = self._changed
             yield self.progress
@@ -144,10 +139,11 @@ class _Pull:
         else:
             log.info(event("pull_finished", model=self._target))
         finally:
-            # Followers look whether the task is done, which it is in the loop's next turn.
+            # The task is done only in the loop's next turn.
             self._loop.call_soon(self._notify)
 
     def _report(self, progress: Progress) -> None:
+        """Runs in the download's threads."""
         if self._cancelled.is_set():
             raise _Cancelled
         self._loop.call_soon_threadsafe(self._update, progress)
@@ -161,5 +157,4 @@ class _Pull:
         self._changed = asyncio.Event()
 
 
-class _Cancelled(Exception):
-    """Nobody follows the download any more."""
+class _Cancelled(Exception): ...

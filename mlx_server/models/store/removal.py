@@ -1,4 +1,4 @@
-"""Removing models from our models folder and the hub cache, and from nowhere else. Blocks."""
+"""Removes models from our models folder and the hub cache only. Blocks."""
 
 import re
 import shutil
@@ -15,16 +15,15 @@ from mlx_server.models.store.locks import RemovalLock, try_write_lock
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A folder of ours, or `revisions` of a cached repo."""
+    """Our folder, or `revisions` of a cached repo."""
 
     place: Path
     revisions: tuple[str, ...] = ()
 
 
 def plan_removal(entry: ModelEntry, models_folder: Path) -> Removal:
-    """A revision `org/name@ref` is removed alone, `org/name` with all revisions.
-
-    Raises BadRequest for a model that is not ours to remove.
+    """`org/name@ref` is one revision, `org/name` all of them. Raises BadRequest for a model that is
+    not ours.
     """
     if entry.adapter_path is not None:
         raise BadRequest(
@@ -46,7 +45,7 @@ def plan_removal(entry: ModelEntry, models_folder: Path) -> Removal:
 
 
 def remove(removal: Removal, home: Path) -> None:
-    """Raises BadRequest while any server with this `home` has the model loaded, or it is pulled."""
+    """Raises BadRequest while a server with this `home` has it loaded, or it is pulled."""
     folders = [removal.place / "snapshots" / commit for commit in removal.revisions]
     with ExitStack() as locks:
         locks.enter_context(try_write_lock(removal.place))
@@ -62,7 +61,7 @@ def remove(removal: Removal, home: Path) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    # Renamed first: a folder that is half removed is no model.
+    # Renamed first: a half-removed folder is no model.
     doomed = folder.with_name(f"{folder.name}.removed{PARTIAL}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -74,11 +73,11 @@ def _remove_revisions(removal: Removal) -> None:
 
     everything = removal.revisions == _commits(removal.place)
     cache = scan_cache_dir(removal.place.parent)
-    # Of this repo alone: a fork has the same commits.
+    # A fork has the same commits.
     cache = replace(cache, repos=frozenset(r for r in cache.repos if r.repo_path == removal.place))
     cache.delete_revisions(*removal.revisions).execute()
     if everything and removal.place.exists():
-        # The library passes over a repo with a damaged revision, such as an unfinished update.
+        # The library skips repos with a damaged revision, such as an unfinished update.
         shutil.rmtree(removal.place)
 
 

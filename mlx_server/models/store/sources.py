@@ -9,7 +9,7 @@ from mlx_server.config import Settings
 
 @dataclass(frozen=True, slots=True)
 class ModelSources:
-    """`models_folder` is ours, `model_dirs` the user's. Keys of `adapters` are `base@name`."""
+    """`models_folder` is ours, `model_dirs` the user's; `adapters` are by `base@name`."""
 
     models_folder: Path
     adapters_folder: Path

@@ -1,4 +1,4 @@
-"""What every download needs: progress reports and the check for disk space."""
+"""Downloads' progress, and the disk space check."""
 
 import shutil
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from mlx_server.errors import Unavailable
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """In bytes. `total` is 0 while unknown."""
+    """Bytes; `total` is 0 while unknown."""
 
     stage: str
     done: int = 0
@@ -18,11 +18,11 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-"""Called from several threads, one at a time; what it raises ends the download."""
+"""Called from several threads, one at a time; raising ends the download."""
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises Unavailable when the disk has fewer than `needed` bytes free."""
+    """Raises Unavailable for fewer than `needed` free bytes."""
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

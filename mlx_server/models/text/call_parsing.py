@@ -1,4 +1,4 @@
-"""Reads tool calls from the text between their markers."""
+"""Parses tool calls."""
 
 import json
 import logging
@@ -18,10 +18,8 @@ log = logging.getLogger("mlx_server.text")
 def parse_calls(
     text: str, tools: list[dict[str, Any]], parser: Parser | None
 ) -> list[tuple[str, str]]:
-    """Names and arguments (JSON objects) of all calls in `text`; none if any is garbled.
-
-    JSON is read in any family, since grammars write it where a notation falls short; the rest is
-    for mlx-lm's `parser`.
+    """(name, JSON arguments) of all calls in `text`; none if any is garbled. Any family's calls may
+    be JSON, since grammars fall back to it; the rest goes to mlx-lm's `parser`.
     """
     calls = _json_calls(text)
     if calls is None and parser is not None:
@@ -36,7 +34,6 @@ def parse_calls(
 
 
 def _json_calls(text: str) -> list[Any] | None:
-    """In a list or one after the other; None for other text."""
     decoder = json.JSONDecoder()
     found: list[Any] = []
     rest = text.strip(SEPARATORS)

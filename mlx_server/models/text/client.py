@@ -41,20 +41,19 @@ A = TypeVar("A", Opened, Prepared, Tokenized, Parsed, Decoded)
 log = logging.getLogger("mlx_server.text")
 
 
-class TextProcessEnded(Unavailable): ...
+class TextProcessEnded(Unavailable):
+    """Before it answered."""
 
 
 class TextProcess:
-    """One process that renders and tokenizes for all models, started when first needed.
-
-    When it ends, pending requests fail and the next one starts another.
+    """One process that renders and tokenizes for all models, started on first use. When it ends,
+    pending requests fail and the next one restarts it.
     """
 
     def __init__(self, request_seconds: float) -> None:
         self.request_seconds = request_seconds
-        """How long a template or a tokenizer may run."""
+        """Per template or tokenizer run."""
         self.child: Child | None = None
-        """The running process."""
         self._starting = asyncio.Lock()
         self._ids = itertools.count()
         self._pending: dict[int, asyncio.Future[Answer | Refused]] = {}
@@ -91,7 +90,6 @@ class TextProcess:
             _send(self.child, Request(self.next_id(), model, Close()))
 
     async def kill(self) -> None:
-        """End the process; the next request starts another."""
         if self.child is not None:
             await self.child.kill()
         await asyncio.gather(*self._tasks)
@@ -125,21 +123,19 @@ class TextProcess:
 
 
 class ModelText:
-    """The text side of one model: its vocabulary is here, the rest in the text process."""
+    """One model's text side: the vocabulary is here, the rest in the text process."""
 
     stop_tokens: frozenset[int]
 
     def __init__(self, process: TextProcess, source: Open) -> None:
-        """`reopen` completes it."""
         self._process = process
         self._source = source
         self._child: Child | None = None
-        """The process in which the text side is open."""
         self._model = -1
         self._opening = asyncio.Lock()
 
     async def reopen(self) -> None:
-        """Load the text side unless the running process has it. Raises ModelLoadFailed."""
+        """Load the text side if the running process lacks it. Raises ModelLoadFailed."""
         async with self._opening:
             if self._is_open():
                 return
@@ -157,38 +153,34 @@ class ModelText:
         self._child = None
 
     async def prepare(self, prompt: Prompt, constraint: Constraint | None, limit: int) -> Prepared:
-        """Tokenize a prompt and make the grammar of its completion.
-
-        Raises BadRequest as `Adapter.prepare`; ContextLengthExceeded for far more than `limit`
-        tokens.
+        """Tokenize a prompt and make its grammar. Raises BadRequest as `Adapter.prepare`,
+        ContextLengthExceeded for far more than `limit` tokens.
         """
         if isinstance(prompt, TokenPrompt) and constraint is None:
             return Prepared(prompt.ids)
         return await self._ask(Prepare(prompt, constraint, limit), Prepared)
 
     async def tokenize_all(self, texts: list[str], limit: int) -> list[list[int]]:
-        """Whole texts, with all that the tokenizer adds. Raises ContextLengthExceeded likewise."""
+        """With special tokens added. Raises ContextLengthExceeded likewise."""
         return (await self._ask(Tokenize(texts, limit), Tokenized)).tokens
 
     async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Names and arguments (JSON objects) of the calls in `text`, none if it is garbled."""
+        """(name, JSON arguments) of the calls in `text`; none if garbled."""
         return (await self._ask(ParseCalls(text, tools), Parsed)).calls
 
     async def decode(self, tokens: Sequence[int]) -> str:
-        """Without special tokens."""
         return (await self._ask(Decode(list(tokens)), Decoded)).text
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 in running text; empty for special and unknown tokens."""
+        """UTF-8; empty for special and unknown tokens."""
         return self._tokens.token_bytes(token)
 
     def visible_bytes(self, token: int) -> bytes:
-        """`token_bytes`, or the bytes of a special token that marks thinking or a tool call."""
+        """`token_bytes`, or the bytes of a special token that marks thinking or a call."""
         marker = self.syntax.visible.get(token)
         return self.token_bytes(token) if marker is None else marker.encode()
 
     def token_name(self, token: int) -> str:
-        """The name of a token that has no bytes."""
         return self._tokens.names.get(token) or f"<{token}>"
 
     def _is_open(self) -> bool:
@@ -198,7 +190,7 @@ class ModelText:
         try:
             return await self._ask_once(question, answer)
         except TextProcessEnded:
-            # Nothing is lost by asking again, unless this very prompt ends the process.
+            # Safe to repeat, unless this very prompt kills the process.
             return await self._ask_once(question, answer)
 
     async def _ask_once(self, question: Question, answer: type[A]) -> A:
@@ -219,7 +211,7 @@ def _send(child: Child, request: Request) -> None:
     try:
         child.writer.write(frame(request))
     except (OverflowError, ValueError, TypeError) as error:
-        # Numbers beyond 64 bits, which JSON permits.
+        # Integers beyond 64 bits, which JSON permits.
         raise BadRequest(f"The request holds a value out of range: {error}.") from error
     except RecursionError as error:
         raise BadRequest("The request is nested too deeply.") from error

@@ -1,4 +1,4 @@
-"""Messages between the front and the text process, in the engine protocol's frames."""
+"""Messages between the front and the text process, framed as the engine's."""
 
 import struct
 from typing import Any
@@ -12,34 +12,31 @@ SPAN = struct.Struct("=II")
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """`path` is a model folder, `name` what users call it."""
+    """`name` is what users call the model in folder `path`."""
 
     path: str
     name: str
     trust_remote_code: bool
 
 
-class Close(msgspec.Struct, frozen=True, tag="close"):
-    """Has no answer."""
+class Close(msgspec.Struct, frozen=True, tag="close"): ...
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     prompt: Prompt
     constraint: Constraint | None
     limit: int
-    """Tokens beyond which the answer may be a refusal."""
+    """In tokens; more may be refused."""
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag="tokenize"):
-    """Whole texts, with all that the tokenizer adds."""
+    """With special tokens added."""
 
     texts: list[str]
     limit: int
 
 
 class ParseCalls(msgspec.Struct, frozen=True, tag="parse_calls"):
-    """`text` was between the markers of calls."""
-
     text: str
     tools: list[dict[str, Any]]
 
@@ -49,15 +46,14 @@ class Decode(msgspec.Struct, frozen=True, tag="decode"):
 
 
 class TokenTable(msgspec.Struct, frozen=True):
-    """The bytes of all tokens in running text, and the names of those without."""
+    """The bytes of all tokens, and names of tokens without bytes."""
 
     data: bytes
     offsets: bytes
-    """Native 32-bit integers: token i has `data[offsets[i]:offsets[i + 1]]`."""
+    """Native 32-bit: token i is `data[offsets[i]:offsets[i + 1]]`."""
     names: dict[int, str]
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 in running text; empty for special and unknown tokens."""
         position = 4 * token
         if not 0 <= position <= len(self.offsets) - SPAN.size:
             return b""
@@ -74,9 +70,8 @@ class Opened(msgspec.Struct, frozen=True, tag="opened"):
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     tokens: list[int]
     grammar: str | None = None
-    """Covers the whole completion, thinking included."""
+    """Of the whole completion, thinking included."""
     thinking: bool = False
-    """Whether the prompt leaves a block of thinking open."""
 
 
 class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
@@ -84,7 +79,7 @@ class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
 
 
 class Parsed(msgspec.Struct, frozen=True, tag="parsed"):
-    """Names and arguments (JSON objects), none if the text is garbled."""
+    """(name, JSON arguments); none if garbled."""
 
     calls: list[tuple[str, str]]
 
@@ -94,7 +89,7 @@ class Decoded(msgspec.Struct, frozen=True, tag="decoded"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """`kind` is an exception of `errors.py`."""
+    """`kind` names an exception of `errors.py`."""
 
     kind: str
     message: str

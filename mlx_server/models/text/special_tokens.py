@@ -13,12 +13,10 @@ class SpecialTokens:
         self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
     def find(self, *texts: str) -> dict[int, str]:
-        """Texts by id."""
         found = (token for text in texts for token in self._pattern.findall(text))
         return {self._ids[token]: token for token in found}
 
     def split(self, text: str) -> Iterator[str | int]:
-        """Plain texts and ids, in order."""
         position = 0
         for match in self._pattern.finditer(text):
             if plain := text[position : match.start()]:

@@ -1,4 +1,4 @@
-"""How models write thinking and tool calls, as data; `grammars/` makes grammars of it."""
+"""How models write thinking and tool calls; `grammars/` is built from this."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -8,25 +8,20 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Markers around thinking."""
-
     start: str
     end: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallSyntax:
-    """Markers around a tool call, or a list of them; an `end` of "" is the end of the answer.
-
-    `json`: between them are objects whose keys `name` and `arguments` come in this order, readable
-    as they stream. Anything else is parsed when it is whole.
+    """Markers around one or several calls; an `end` of "" is the answer's end. `json`: objects with
+    `name` before `arguments`, which stream. Others are parsed once complete.
     """
 
     start: str
     end: str
     json: bool
     arguments: str = "arguments"
-    """The key of the arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +29,7 @@ class Syntax:
     reasoning: Reasoning | None = None
     calls: CallSyntax | None = None
     visible: dict[int, str] = field(default_factory=dict)
-    """Special tokens of the markers, and their texts: readers need them, though they have no bytes
-    in running text."""
+    """Special tokens that readers need, though they have no bytes."""
 
 
 ArgumentNotation = Literal["json", "qwen-xml", "gemma", "function-gemma"]
@@ -43,10 +37,8 @@ ArgumentNotation = Literal["json", "qwen-xml", "gemma", "function-gemma"]
 
 @dataclass(frozen=True, slots=True)
 class CallStyle:
-    """How calls are written.
-
-    After `syntax.start` come `opening`, calls joined by `between`, `closing`, `syntax.end`.
-    A call is `before_name`, name, `before_arguments`, arguments, `after_arguments`.
+    """`syntax.start`, `opening`, calls joined by `between`, `closing`, `syntax.end`. A call is
+    `before_name`, name, `before_arguments`, arguments, `after_arguments`.
     """
 
     name: str
@@ -56,15 +48,14 @@ class CallStyle:
     after_arguments: str
     opening: str = ""
     between: str | None = None
-    """None where an answer holds one call only."""
+    """None: one call per answer."""
     closing: str = ""
     marks: tuple[str, ...] = ()
-    """Special tokens within a call."""
     notation: ArgumentNotation = "json"
 
 
 def json_style(name: str, syntax: CallSyntax, opening: str = "", closing: str = "") -> CallStyle:
-    """Objects of name and arguments, each between its own markers."""
+    """Each call between its own markers."""
     return CallStyle(
         name=name,
         syntax=syntax,
@@ -86,7 +77,7 @@ HERMES = replace(
     between="\n</tool_call>\n<tool_call>\n",
 )
 GENERIC = replace(HERMES, name="generic")
-"""For templates that know no tools: the prompt describes them, and this style, in words."""
+"""For templates without tools: the prompt describes this style."""
 LLAMA = json_style("llama", CallSyntax("<|python_tag|>", "", json=True, arguments="parameters"))
 PHI = _json_list_style("phi", CallSyntax("<|tool_call|>", "<|/tool_call|>", json=True))
 MISTRAL = _json_list_style("mistral", CallSyntax("[TOOL_CALLS]", "", json=True))
@@ -147,17 +138,14 @@ STYLES = {
     "function_gemma": FUNCTION_GEMMA,
     "kimi_k2": KIMI,
 }
-"""By the name of mlx-lm's parser."""
+"""By mlx-lm parser name."""
 TOOLS = re.compile(r"\btools\b")
-"""In templates that render tools."""
 KNOWN_REASONING = (Reasoning("<think>", "</think>"), Reasoning("[THINK]", "[/THINK]"))
-"""Beyond what mlx-lm infers."""
 
 
 def find_call_style(wrapper: Any, template: str, fallback: CallStyle | None) -> CallStyle | None:
-    """None without a chat template, whose text is `template`.
-
-    `wrapper` is mlx-lm's; `fallback` is for templates that render tools and show no calls.
+    """None without a chat template. `wrapper` is mlx-lm's; `fallback` is for templates that render
+    tools but no calls.
     """
     if not wrapper.has_chat_template:
         return None
@@ -174,7 +162,7 @@ def _mlx_lm_style(wrapper: Any, template: str) -> CallStyle | None:
         return MISTRAL_HEADERS
     if parser in STYLES:
         return STYLES[parser]
-    # mlx-lm reads the notation; grammars write JSON between its markers.
+    # mlx-lm parses the notation; grammars write JSON.
     start, end = wrapper.tool_call_start or "", wrapper.tool_call_end or ""
     return json_style(parser, CallSyntax(start, end, json=False))
 
@@ -190,7 +178,6 @@ def _template_style(template: str) -> CallStyle | None:
 
 
 def find_reasoning(wrapper: Any, template: str) -> Reasoning | None:
-    """The parameters are those of `find_call_style`."""
     if wrapper.has_thinking:
         return Reasoning(wrapper.think_start, wrapper.think_end)
     vocab = wrapper.get_vocab()
@@ -201,15 +188,12 @@ def find_reasoning(wrapper: Any, template: str) -> Reasoning | None:
 
 
 class Thinking(Enum):
-    """What of a block of thinking may follow a prompt."""
-
     OPEN = "the block has begun"
     POSSIBLE = "the model may begin one"
     DONE = "no block comes any more"
 
 
 def thinking_after(opening: str, reasoning: Reasoning | None) -> Thinking:
-    """`opening` is the part of a prompt that belongs to the answer."""
     if reasoning is None:
         return Thinking.DONE
     start, end = opening.rfind(reasoning.start), opening.rfind(reasoning.end)

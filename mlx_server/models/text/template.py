@@ -1,4 +1,4 @@
-"""Rendering conversations with a model's chat template."""
+"""Renders chat templates."""
 
 from functools import cached_property
 from typing import Any
@@ -7,8 +7,8 @@ from mlx_server.errors import BadRequest
 from mlx_server.models.store.folder import one_line
 from mlx_server.schemas.internal import ChatPrompt
 
-# Arguments of the renderer itself: `chat_template` would let a client supply the program, the
-# others change what comes back.
+# The renderer's own arguments: `chat_template` would let clients supply the program, others change
+# the result.
 RESERVED_KWARGS = frozenset(
     {
         "add_generation_prompt",
@@ -33,17 +33,16 @@ PROBE = "a probe of the system role"
 
 
 class ChatTemplate:
-    """Safe to use from any thread."""
+    """Thread-safe."""
 
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
         template = wrapper.chat_template
         texts = template.values() if isinstance(template, dict) else [template or ""]
         self.source = "\n".join(map(str, texts))
-        """All of them, where a model has several; "" where there is none in its files."""
 
     def check(self, prompt: ChatPrompt) -> None:
-        """Raises BadRequest for what no template is asked to render."""
+        """Raises BadRequest for unsupported arguments."""
         if not self._wrapper.has_chat_template:
             raise BadRequest(
                 "This model has no chat template, so it cannot take messages; "
@@ -73,8 +72,8 @@ class ChatTemplate:
                 **prompt.template_kwargs,
             )
         except Exception as error:
-            # A template is a program that runs on the client's data: whatever it raises, from
-            # raise_exception to a TypeError, is that data's fault.
+            # A template is a program run on the client's data: whatever it raises is that data's
+            # fault.
             raise BadRequest(
                 f"The model's chat template refuses these messages: {one_line(error)}",
                 param="messages",
@@ -82,7 +81,6 @@ class ChatTemplate:
         return rendered
 
     def generation_prompt(self, prompt: ChatPrompt, rendered: str) -> str:
-        """What the template adds for the answer, at the end of the `rendered` prompt."""
         return _text_after(self.render(prompt, add_generation_prompt=False), rendered)
 
     @cached_property

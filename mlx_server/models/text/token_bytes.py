@@ -1,4 +1,4 @@
-"""The bytes of tokens in running text, for any kind of tokenizer."""
+"""Bytes of tokens in running text."""
 
 import json
 import re
@@ -11,11 +11,9 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes:
-    """Maps token ids to bytes that join to the text; special and unknown ids to none.
-
-    Decoders that treat tokens one by one (byte level, SentencePiece) are followed step by step,
-    since a token may end within a character. With others, a token's bytes are what it adds to a
-    text.
+    """Token ids to bytes that join to the text; none for special and unknown ids. Decoders that
+    work token by token (byte level, SentencePiece) are followed step by step, since a token may end
+    within a character; otherwise a token's bytes are what it adds to a text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -80,7 +78,7 @@ def _replacement(step: dict[str, Any]) -> tuple[str, str]:
 
 
 def _treats_each_token_alone(steps: list[dict[str, Any]]) -> bool:
-    """Apart from a strip at the ends of the whole text."""
+    """Apart from stripping the whole text's ends."""
     fused = False
     for step in steps:
         fused = fused or step["type"] == "Fuse"
@@ -102,7 +100,7 @@ BYTE_ALPHABET = _byte_alphabet()
 
 
 def _byte_level(piece: str) -> bytes:
-    # An added token is plain text, recognised by a character outside the alphabet.
+    # Added tokens are plain text: they have characters outside the alphabet.
     if all(character in BYTE_ALPHABET for character in piece):
         return bytes(BYTE_ALPHABET[character] for character in piece)
     return piece.encode()

@@ -1,4 +1,4 @@
-"""Loading tokenizers; text to tokens and back."""
+"""Loads tokenizers; encodes and decodes."""
 
 import importlib
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ from mlx_server.models.store.folder import one_line
 from mlx_server.models.text.token_bytes import TokenBytes
 
 MLX_LM_SETTINGS = {"chat_template_type", "tool_parser_type"}
-"""Entries of tokenizer_config.json that only mlx-lm's own loader understands."""
+"""Only mlx-lm's own loader understands these."""
 LONG_TOKEN = 8
-"""Characters per token above which a text's length is checked before it is tokenized."""
+"""Characters per token of `limit` above which length is checked first."""
 PART = 1 << 16
-"""Characters of a long text to tokenize at a time."""
+"""Characters."""
 PART_SLACK = 256
-"""Tokens that cutting a text may add to a part."""
+"""Tokens that a cut may add."""
 BATCH = 64
-"""Texts to tokenize at a time, so that other requests get their turn."""
+"""Texts, between which other requests run."""
 
 
 class TextTokenizer:
-    """Methods block and are safe to call from any thread."""
+    """Methods block and are thread-safe."""
 
     def __init__(self, backend: Tokenizer) -> None:
-        # A truncation or padding in tokenizer.json would change prompts.
+        # Truncation or padding set in tokenizer.json would change prompts.
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -36,19 +36,18 @@ class TextTokenizer:
         self._beginning = self._find_beginning()
 
     def encode(self, text: str) -> list[int]:
-        """A text to continue, with the tokenizer's beginning-of-text token."""
+        """With the beginning-of-text token only."""
         ids = self.encode_bare(text)
         if ids[: len(self._beginning)] == self._beginning:
             return ids
         return self._beginning + ids
 
     def encode_bare(self, text: str) -> list[int]:
-        """Nothing is added."""
-        # Only the methods for batches release Python's lock.
+        # Only batch methods release the GIL.
         return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_complete(self, texts: Sequence[str], limit: int) -> list[list[int]]:
-        """Whole texts, with all that the tokenizer adds. Raises as `check_length` does."""
+        """With special tokens added. Raises as `check_length`."""
         for index, text in enumerate(texts):
             try:
                 self.check_length(text, limit, f"input.{index}")
@@ -63,9 +62,8 @@ class TextTokenizer:
         return tokens
 
     def check_length(self, text: str, limit: int, param: str) -> None:
-        """Refuse a text of far more than `limit` tokens without tokenizing all of it.
-
-        Raises ContextLengthExceeded for `param`. A text that passes may still be too long.
+        """Raises ContextLengthExceeded for far more than `limit` tokens, without tokenizing all of
+        `text`. A text that passes may still be too long.
         """
         if len(text) > limit * LONG_TOKEN and self._certainly_exceeds(text, limit):
             raise ContextLengthExceeded(
@@ -75,27 +73,23 @@ class TextTokenizer:
             )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Without special tokens."""
         return self.backend.decode(list(tokens), skip_special_tokens=True)
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 in running text; empty for special and unknown tokens."""
         return self._token_bytes(token)
 
     def token_name(self, token: int) -> str:
-        """As the vocabulary writes it."""
         return self.backend.id_to_token(token) or f"<{token}>"
 
     def token_id(self, name: str) -> int | None:
         return self.backend.token_to_id(name)
 
     def special_tokens(self) -> dict[str, int]:
-        """Ids by text."""
         added = self.backend.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
 
     def _find_beginning(self) -> list[int]:
-        # What the tokenizer adds behind a text would end it, and is left out.
+        # What the tokenizer appends would end a text to continue.
         bare = self.backend.encode("a", add_special_tokens=False).ids
         whole: list[int] = self.backend.encode("a", add_special_tokens=True).ids
         return whole[: whole.index(bare[0])] if bare else []
@@ -110,12 +104,11 @@ class TextTokenizer:
 
 
 def import_tokenizers() -> Any:
-    """mlx-lm's `tokenizer_utils`, to be imported by the main thread before any other.
-
-    Importing takes seconds. It leaves MLX's state in its thread, and a thread that ends while the
-    interpreter does aborts there.
+    """mlx-lm's `tokenizer_utils`. Import in the main thread first: importing takes seconds and
+    leaves MLX's state in its thread, and a thread that ends during interpreter shutdown aborts
+    there.
     """
-    # mlx_lm comes first: it silences advice that transformers gives when it is imported.
+    # mlx_lm first: it silences transformers' advice.
     from mlx_lm import tokenizer_utils
     from transformers.utils import logging
 
@@ -124,13 +117,12 @@ def import_tokenizers() -> Any:
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
-    """mlx-lm's wrapper around the tokenizer in `path`. Raises ModelLoadFailed."""
+    """mlx-lm's wrapper. Raises ModelLoadFailed."""
     tokenizer_utils = import_tokenizers()
     try:
         wrapper = _load_wrapper(tokenizer_utils, path, trust_remote_code)
     except Exception as error:
-        # Broken files surface as whatever the parser in question raises; the Rust ones raise
-        # bare Exceptions.
+        # Parsers raise anything on broken files; Rust ones a bare Exception.
         raise ModelLoadFailed(
             f"The tokenizer in {path.name} could not be loaded: {one_line(error)}"
         ) from error
@@ -140,9 +132,8 @@ def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
 
 
 def _load_wrapper(tokenizer_utils: Any, path: Path, trust_remote_code: bool) -> Any:
-    """As `tokenizer_utils.load`, reading tokenizer.json once instead of twice.
-
-    A reading takes 0.1 s for a vocabulary of 50,000, and holds Python's lock.
+    """`tokenizer_utils.load`, but reads tokenizer.json once, not twice: 0.1 s under the GIL for a
+    vocabulary of 50,000.
     """
     from transformers import AutoTokenizer
 

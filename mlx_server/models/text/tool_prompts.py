@@ -1,4 +1,4 @@
-"""Tools for chat templates that know none, in words."""
+"""Describes tools to chat templates that lack them."""
 
 import json
 from typing import Any
@@ -17,9 +17,8 @@ For several calls, write several such blocks. What a function returns comes back
 
 
 def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calls and results as text that any template takes.
-
-    Results become the user's, joined with what the user says next, so that roles alternate.
+    """Calls and results as plain text. Results become the user's, joined with the next user
+    message, so that roles alternate.
     """
     plain: list[dict[str, Any]] = []
     roles = [None, *(message.get("role") for message in messages)]
@@ -35,7 +34,7 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def describe_tools(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]], system_role: bool
 ) -> list[dict[str, Any]]:
-    """In the system message; without a `system_role`, in the first message."""
+    """In the system message, or else in the first."""
     lines = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     text = INSTRUCTIONS.format(tools=lines)
     role = "system" if system_role else "user"
@@ -47,7 +46,7 @@ def describe_tools(
 
 
 def arguments_text(function: dict[str, Any]) -> str:
-    """In JSON; clients send a string or an object."""
+    """As JSON; clients send a string or an object."""
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         return arguments.strip() or "{}"

@@ -1,8 +1,7 @@
 """The text process: `python -m mlx_server.models.text.worker FD`.
 
-Reading a tokenizer and rendering a template hold Python's lock for up to tenths of a second, which
-delays no event loop here. Tokenizing releases it, hence a few threads. The process ends when the
-front's end of the socket closes.
+Reading tokenizers and rendering templates hold the GIL for tenths of a second, which here delays no
+event loop. Tokenizing releases it, hence some threads.
 """
 
 import logging
@@ -53,7 +52,6 @@ class TextWorker:
         self._adapters: dict[int, Adapter] = {}
 
     def run(self) -> None:
-        """Serve until the front is gone."""
         frames = FrameReader()
         with ThreadPoolExecutor(THREADS, thread_name_prefix="text") as threads:
             while data := self._connection.recv(RECEIVE_BYTES):
@@ -63,7 +61,7 @@ class TextWorker:
                         self._adapters.pop(request.model, None)
                     else:
                         threads.submit(self._serve, request)
-            # Nobody is left to answer; a template that loops must not keep the process.
+            # A looping template must not keep the process alive.
             os._exit(0)
 
     def _serve(self, request: Request) -> None:
@@ -73,7 +71,7 @@ class TextWorker:
         except ServerError as error:
             body = Refused(type(error).__name__, error.message, error.param, error.code)
         except Exception as error:
-            # The front waits for an answer whatever happens; it is a bug, and logged as one.
+            # The front awaits an answer to everything.
             log.exception("event=text_request_failed kind=%s", type(request.body).__name__)
             message = f"Preparing the text failed: {type(error).__name__}"
             body = Refused(ServerError.__name__, message)
@@ -132,7 +130,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     step_back()
     connection = socket.socket(fileno=int(sys.argv[1]))
-    # By the main thread: MLX keeps state in the thread that imports it.
+    # In the main thread: MLX keeps state in the importing thread.
     import_tokenizers()
     TextWorker(connection).run()
 

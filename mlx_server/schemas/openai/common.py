@@ -1,4 +1,4 @@
-"""What OpenAI's requests and responses have in common."""
+"""Shared by OpenAI's requests and responses."""
 
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from mlx_server.schemas.objects import (
 MAX_STOPS = 16
 MAX_BIASES = 2048
 LEAST_REPETITION_PENALTY = 0.01
-"""A logit is divided by it, and must stay finite."""
+"""Divides a logit, which must stay finite."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Stops = NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOPS, fail_fast=True)]
@@ -25,7 +25,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 def _bias_ids(value: Any) -> Any:
-    """Token ids from the keys, which JSON can only write as strings."""
+    """Ids are strings, as JSON's keys."""
     if not isinstance(value, dict):
         return value
     if len(value) > MAX_BIASES:

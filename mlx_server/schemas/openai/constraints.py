@@ -1,4 +1,4 @@
-"""What constrains an answer's form: `response_format`, and other servers' fields for the same."""
+"""An answer's form: `response_format`, and other servers' equivalents."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -12,14 +12,14 @@ from mlx_server.schemas.openai.common import GenerationRequest, Name
 MAX_VALUES = 50_000
 MAX_DEPTH = 100
 MAX_CHARACTERS = 262_144
-"""Bounds of a grammar's source: JSON values, levels of nesting, characters in all."""
+"""Of a grammar's source: JSON values, nesting, characters."""
 MAX_KEYS = 1000
-"""Of one object: a grammar's cost grows with the square of an object's properties."""
+"""Per object: grammars cost the square of the properties."""
 MAX_CHOICES = 10_000
 
 
 def check_size(value: Any) -> Any:
-    """Raises ValueError if `value` is too large a source for a grammar."""
+    """Raises ValueError if `value` is too large for a grammar."""
     level, values, characters, depth = [value], 0, 0, 0
     while level:
         depth += 1
@@ -46,7 +46,7 @@ def check_size(value: Any) -> Any:
 
 
 def _parsed(value: Any) -> Any:
-    """Some clients send a JSON schema as text."""
+    """Some clients send schemas as text."""
     if not isinstance(value, str) or len(value) > MAX_CHARACTERS:
         return value
     try:

@@ -1,4 +1,4 @@
-"""OpenAI's wire format of a conversation: messages, their parts, and calls made earlier."""
+"""OpenAI's wire format of conversations."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -9,11 +9,11 @@ from pydantic.config import JsonDict, JsonValue
 from mlx_server.schemas.objects import RequestObject
 
 MAX_PIECES = 10_000
-"""Messages, parts and tool calls. Checking so many blocks the event loop for 50 ms."""
+"""Messages, parts and tool calls; checking these takes 50 ms."""
 
 
 def having(required: Sequence[str], **properties: JsonValue) -> JsonDict:
-    """The JSON schema of objects with these properties; the required ones are not null."""
+    """Schema of objects with these properties; required ones are not null."""
     given: dict[str, JsonValue] = {name: {"not": {"type": "null"}} for name in required}
     return {"required": list(required), "properties": given | properties}
 
@@ -119,7 +119,7 @@ class Message(RequestObject):
 
 
 def _few_pieces(messages: Any) -> Any:
-    """Raise ValueError for too many messages, parts and tool calls to check one by one."""
+    """Raises ValueError for too many pieces to check one by one."""
     if not isinstance(messages, list):
         return messages
     pieces = len(messages)

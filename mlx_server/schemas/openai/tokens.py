@@ -1,4 +1,4 @@
-"""The wire format of `/tokenize` and `/detokenize`, as llama.cpp and vLLM speak it."""
+"""`/tokenize` and `/detokenize`, as in llama.cpp and vLLM."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Self

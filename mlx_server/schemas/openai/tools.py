@@ -1,4 +1,4 @@
-"""OpenAI's wire format of tools: their definitions, and which of them may or must be called."""
+"""OpenAI's wire format of tools."""
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 

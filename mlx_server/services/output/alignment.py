@@ -1,4 +1,4 @@
-"""Which tokens the pieces of a completion came from."""
+"""Which tokens a completion's pieces came from."""
 
 from collections import deque
 from dataclasses import dataclass, replace
@@ -17,9 +17,8 @@ class _Token:
 
 
 class TokenAligner:
-    """Finds the tokens of each piece by their positions in the completion, in characters.
-
-    Passes the entries of the answer's tokens to `text`, and counts the tokens of reasoning.
+    """Matches tokens to pieces by character position. Passes the answer's entries to `text`, and
+    counts reasoning tokens.
     """
 
     def __init__(self, text: TruncatedText) -> None:
@@ -31,11 +30,11 @@ class TokenAligner:
         self._last_kind = Kind.TEXT
 
     def add_token(self, start: int, end: int, entry: TokenLogprob | None) -> None:
-        """Take the next token; one without characters belongs to what follows it."""
+        """A token without characters belongs to what follows it."""
         self._tokens.append(_Token(start, end, entry))
 
     def add_piece(self, kind: Kind, width: int) -> None:
-        """Take the next piece. Call before its text is added to `text`."""
+        """Call before adding the piece to `text`."""
         if not width:
             return
         begin, end = self._position, self._position + width
@@ -57,5 +56,4 @@ class TokenAligner:
             self._text_length += width
 
     def finish(self) -> None:
-        """Give the tokens that are left to the last piece."""
         self.add_piece(self._last_kind, 1)

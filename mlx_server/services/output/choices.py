@@ -1,4 +1,4 @@
-"""One choice of a request: an engine's rows in, events out."""
+"""One choice: engine rows in, events out."""
 
 import logging
 import secrets
@@ -38,8 +38,6 @@ log = logging.getLogger("mlx_server.services")
 
 
 class PlainChoice:
-    """A choice that is nothing but text."""
-
     def __init__(
         self, index: int, vocabulary: Vocabulary, stops: tuple[str, ...], prompt_tokens: int
     ) -> None:
@@ -52,7 +50,7 @@ class PlainChoice:
     def take(self, row: Row) -> list[Event]:
         events: list[Event] = []
         self.cached_tokens = row.cached or self.cached_tokens
-        # A stop token ends the text and is no part of it.
+        # A stop token is no part of the text.
         text_tokens = len(row.tokens) - (row.finish == "stop")
         for position, token in enumerate(row.tokens):
             self.completion_tokens += 1
@@ -77,17 +75,16 @@ class PlainChoice:
 
 
 class TextSide(Vocabulary, Protocol):
-    def visible_bytes(self, token: int) -> bytes:
-        """`token_bytes`, or the bytes of a special token that is a marker."""
+    def visible_bytes(self, token: int) -> bytes: ...
 
-    async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Names and arguments in `text`, none if it is garbled."""
+    async def parse_calls(
+        self, text: str, tools: list[dict[str, Any]]
+    ) -> list[tuple[str, str]]: ...
 
 
 class ParsedChoice:
-    """A choice that may hold reasoning and tool calls.
-
-    Stop strings and log-probabilities concern the answer's text only.
+    """May hold reasoning and tool calls. Stop strings and log-probabilities apply to the answer's
+    text only.
     """
 
     def __init__(
@@ -116,7 +113,7 @@ class ParsedChoice:
 
     async def take(self, row: Row) -> list[Event]:
         self.cached_tokens = row.cached or self.cached_tokens
-        # A stop token ends the completion and is no part of it.
+        # A stop token is no part of the completion.
         text_tokens = len(row.tokens) - (row.finish == "stop")
         for position, token in enumerate(row.tokens):
             self.completion_tokens += 1
@@ -150,7 +147,7 @@ class ParsedChoice:
         try:
             return await self._text_side.parse_calls(block, self._tools)
         except ServerError as error:
-            # The block is shown as text instead.
+            # Show the block as text instead.
             log.warning(event("tool_calls_unparsed", error=error.code or type(error).__name__))
             return []
 

@@ -1,4 +1,4 @@
-"""Tells reasoning, text and tool calls apart in a completion while it is generated."""
+"""Splits a completion into reasoning, text and tool calls as it streams."""
 
 from collections.abc import Sequence
 
@@ -10,20 +10,18 @@ from mlx_server.services.output.reasoning import ReasoningReader
 from mlx_server.services.output.tool_calls import CallReader
 
 MAX_SPACE = 200
-"""Characters of white space held back in case a marker follows."""
+"""Characters held back before a possible marker."""
 
 
 class OutputReader:
-    """Reads one completion that comes cut anywhere.
-
-    Reasoning is a block before the answer or right after a tool call; its markers within text are
-    text. Calls are looked for if `use` allows any. White space around blocks is dropped. With
-    `thinking`, the completion begins inside a block of reasoning.
+    """Reads a completion in pieces cut anywhere. Reasoning is a block before the answer or right
+    after a tool call; elsewhere its markers are text. Calls are read if `use` allows them. White
+    space around blocks is dropped. `thinking`: begins inside a reasoning block.
     """
 
     def __init__(self, syntax: Syntax, use: ToolUse | None, *, thinking: bool) -> None:
         self.done = False
-        """Whether as many calls have come as are allowed; nothing follows then."""
+        """All allowed calls have come."""
         self._reasoning = syntax.reasoning
         self._call_syntax = None if use is None else syntax.calls
         self._use = use
@@ -37,22 +35,21 @@ class OutputReader:
 
     @property
     def unparsed(self) -> str | None:
-        """Tool calls to parse: `parsed` must be called next."""
+        """Tool calls to parse: call `parsed` next."""
         return self._block.unparsed if isinstance(self._block, CallReader) else None
 
     def push(self, text: str) -> list[Piece]:
-        """Take more text. Returns what it makes certain."""
         self._buffer.text += text
         return self._read()
 
     def parsed(self, calls: Sequence[tuple[str, str]]) -> list[Piece]:
-        """Take the names and arguments in `unparsed`, none if it is garbled."""
+        """Take the (name, arguments) in `unparsed`; none if garbled."""
         assert isinstance(self._block, CallReader)
         self._block.parsed(calls)
         return self._read()
 
     def finish(self, reason: FinishReason) -> list[Piece]:
-        """Take the completion's end. Something may be `unparsed` then."""
+        """Afterwards something may be `unparsed`."""
         match self._block:
             case CallReader() as calls:
                 calls.finish(reason)
@@ -106,7 +103,7 @@ class OutputReader:
         return True
 
     def _is_bare_call(self, text: str) -> bool:
-        """Models leave the start marker out where JSON calls last to the end of the answer."""
+        """JSON calls that last to the end often lack the start marker."""
         syntax = self._call_syntax
         if syntax is None or syntax.end or not syntax.json:
             return False

@@ -1,4 +1,4 @@
-"""Scans JSON that comes in pieces: where a call's arguments begin, and where an object ends."""
+"""Scans streamed JSON: a call's header, and an object's end."""
 
 import json
 import re
@@ -9,9 +9,8 @@ SPACE = re.compile(r"\s*")
 
 
 class ObjectScan:
-    """Finds the end of a JSON object by brackets and strings alone, `depth` of which are open.
-
-    `marker` outside of strings ends it too, as it cannot stand there.
+    """Finds an object's end by brackets and strings; `depth` brackets are open. `marker` outside
+    strings ends it too.
     """
 
     def __init__(self, marker: str, depth: int = 0) -> None:
@@ -21,9 +20,8 @@ class ObjectScan:
         self._special = re.compile(r'["{}\[\]' + re.escape(marker[:1]) + "]")
 
     def push(self, text: str) -> tuple[int, bool]:
-        """Characters of `text` that are certain, and whether the object ends behind them.
-
-        The others must come again at the front of the next text.
+        """(characters of `text` that are certain, whether the object ends after them). Push the
+        others again before new text.
         """
         position = 0
         while True:
@@ -57,9 +55,8 @@ class ObjectScan:
 
 
 def find_header(text: str, arguments_key: str) -> tuple[str, int] | None:
-    """The name of the call at the front of `text`, and where its arguments begin.
-
-    None while `text` is too short to tell. Raises ValueError if it is no such call.
+    """The call's name, and where its arguments begin. None if `text` is too short. Raises
+    ValueError for anything else.
     """
     name = ""
     position = match_length(SPACE, text)

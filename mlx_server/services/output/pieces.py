@@ -8,14 +8,13 @@ class Kind(Enum):
     TEXT = auto()
     REASONING = auto()
     CALL = auto()
-    """The name of a called tool; its `ARGUMENTS` follow."""
+    """`ARGUMENTS` follow."""
     ARGUMENTS = auto()
     HIDDEN = auto()
-    """A marker, or white space beside one: shown to nobody."""
 
 
 class Piece(NamedTuple):
-    """`width` counts the completion's characters that the piece was read from."""
+    """`width` counts the completion's characters it was read from."""
 
     kind: Kind
     text: str
@@ -23,7 +22,7 @@ class Piece(NamedTuple):
 
 
 class PieceBuffer:
-    """Text not understood yet, and the pieces cut off its front. All readers share it."""
+    """Text not understood yet, and pieces cut off its front; shared by readers."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -49,7 +48,7 @@ class PieceBuffer:
 
 
 def overlap(text: str, marker: str) -> int:
-    """How many characters at the end of `text` could begin `marker`, without being all of it."""
+    """How many characters at the end of `text` could begin, not complete, `marker`."""
     start = text.find(marker[0], max(0, len(text) - len(marker) + 1))
     while start >= 0 and not marker.startswith(text[start:]):
         start = text.find(marker[0], start + 1)

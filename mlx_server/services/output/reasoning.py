@@ -1,12 +1,11 @@
-"""Reads a block of reasoning as it is generated."""
+"""Reads a streamed block of reasoning."""
 
 from mlx_server.services.output.pieces import Kind, PieceBuffer, overlap
 
 
 class ReasoningReader:
-    """Reads one block, from behind its start marker through its end marker, if that comes.
-
-    White space behind the start marker is dropped.
+    """Reads from after the start marker through the end marker, if it comes; drops leading white
+    space.
     """
 
     def __init__(self, buffer: PieceBuffer, end_marker: str) -> None:

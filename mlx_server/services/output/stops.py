@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Passes text on until the first stop string; of several that end together, the longest counts.
+    """Passes text on until the first stop string; of several ending together, the longest counts.
 
-    An Aho–Corasick automaton ("Efficient string matching", CACM 18(6), 1975): its states are the
-    beginnings of the stop strings, the current one the longest that the text ends in. That much is
-    held back.
+    An Aho–Corasick automaton ("Efficient string matching", CACM 18(6), 1975): states are prefixes
+    of the stop strings, the current one the longest suffix of the text. That much is held back.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -18,7 +17,7 @@ class StopMatcher:
         self._fallback = [0]
         self._depth = [0]
         self._match = [0]
-        """By state: characters of the longest stop string that ends there."""
+        """By state: length of the longest stop string ending there."""
         for stop in filter(None, stops):
             self._add(stop)
         self._link()
@@ -27,7 +26,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that can be shown now, and whether a stop string has ended it."""
+        """The text to show now, and whether a stop string ended it."""
         if self._first is None:
             return text, False
         state, position = self._state, 0
@@ -48,7 +47,7 @@ class StopMatcher:
         return whole[:certain], False
 
     def flush(self) -> str:
-        """The text held back. What follows is matched anew."""
+        """The text held back; matching restarts."""
         held = self._held
         self._state, self._held = 0, ""
         return held
@@ -71,12 +70,13 @@ class StopMatcher:
         self._match[state] = len(stop)
 
     def _link(self) -> None:
+        """Link each state to its longest proper suffix state, breadth first."""
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()
             for character, child in self._next[state].items():
                 fallback = self._step(self._fallback[state], character)
                 self._fallback[child] = fallback
-                # The longest of the stop strings that end here is the one that starts first.
+                # The longest one that ends here started first.
                 self._match[child] = self._match[child] or self._match[fallback]
                 queue.append(child)

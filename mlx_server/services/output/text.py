@@ -1,4 +1,4 @@
-"""Streaming tokens to text, with log-probabilities in step. `push` runs once per token."""
+"""Streams tokens to text, with log-probabilities in step. `push` runs once per token."""
 
 import codecs
 from collections import deque
@@ -12,18 +12,15 @@ from mlx_server.services.output.stops import StopMatcher
 
 
 class Vocabulary(Protocol):
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 in running text; empty for special tokens."""
+    def token_bytes(self, token: int) -> bytes: ...
 
-    def token_name(self, token: int) -> str:
-        """The name of a token that has no bytes."""
+    def token_name(self, token: int) -> str: ...
 
 
 class TruncatedText:
-    """A text that ends before the first stop string, and the log-probabilities of its tokens.
-
-    An entry is released with the last character that its token contributes to: the `bytes` of
-    released entries join to the text so far. The entry of a token that the end divides stays.
+    """Text up to the first stop string, and its tokens' log-probabilities. An entry is released
+    with the last character of its token, so released `bytes` join to the text; a token that the end
+    divides is not released.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -33,17 +30,15 @@ class TruncatedText:
         self._pending: deque[tuple[int, TokenLogprob]] = deque()
 
     def add_entry(self, end: int, entry: TokenLogprob) -> None:
-        """Take the entry of a token that ends at character `end`."""
         self._pending.append((end, entry))
 
     def add(self, text: str) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """Take more text. Returns what it makes certain."""
         text, self.stopped = self._matcher.push(text)
         self._emitted += len(text)
         return text, self._release() if self._pending else ()
 
     def flush(self) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """What was held back. No stop string reaches across a flush."""
+        """What was held back; stop strings do not span a flush."""
         text = self._matcher.flush()
         self._emitted += len(text)
         if not self._pending:
@@ -64,9 +59,8 @@ class TruncatedText:
 
 
 class AlignedText(TruncatedText):
-    """The truncated text of tokens.
-
-    An incomplete last character is dropped; the entries of its tokens are not.
+    """The truncated text of tokens. Drops an incomplete last character, but not its tokens'
+    entries.
     """
 
     def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = ()) -> None:
@@ -78,7 +72,6 @@ class AlignedText(TruncatedText):
     def push(
         self, token: int, logprobs: Logprobs | None = None
     ) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """Take a token. Returns what it makes certain."""
         if self.stopped:
             return "", ()
         offset = self._decoded
@@ -87,17 +80,14 @@ class AlignedText(TruncatedText):
         if logprobs is not None:
             end = self._decoded + self._decoder.inside_character
             self.add_entry(end, token_logprob(self._vocabulary, logprobs, offset))
-        # `add`, inlined: this runs once per token.
+        # `add`, inlined: runs once per token.
         text, self.stopped = self._matcher.push(text)
         self._emitted += len(text)
         return text, self._release() if self._pending else ()
 
 
 class TokenDecoder:
-    """Returns characters as soon as they are whole, U+FFFD for what cannot become one.
-
-    Holds back at most three bytes.
-    """
+    """Returns complete characters, U+FFFD for invalid bytes; holds back at most three bytes."""
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
@@ -115,7 +105,6 @@ class TokenDecoder:
 
 
 def token_logprob(vocabulary: Vocabulary, logprobs: Logprobs, offset: int) -> TokenLogprob:
-    """`logprobs` with texts and bytes for token ids."""
     return TokenLogprob(
         token=token_text(vocabulary, logprobs.token),
         bytes=vocabulary.token_bytes(logprobs.token),
@@ -134,7 +123,6 @@ def prompt_logprobs(
     logprobs: Sequence[Logprobs | None],
     decoded: str,
 ) -> tuple[TokenLogprob, ...]:
-    """Entries with offsets into `decoded`, the prompt's text."""
     decoder = TokenDecoder(vocabulary.token_bytes)
     entries, text = [], ""
     for token, known in zip(tokens, logprobs, strict=True):
@@ -156,7 +144,7 @@ def _without_leading_space(entries: Sequence[TokenLogprob]) -> tuple[TokenLogpro
 
 
 def token_text(vocabulary: Vocabulary, token: int) -> str:
-    """A token to read: its text, a special one's name, or `bytes:` and codes."""
+    """Readable: text, a special token's name, or `bytes:` and codes."""
     data = vocabulary.token_bytes(token)
     if not data:
         return vocabulary.token_name(token)

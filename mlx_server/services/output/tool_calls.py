@@ -1,4 +1,4 @@
-"""Reads a block of tool calls as it is generated."""
+"""Reads a streamed block of tool calls."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from mlx_server.services.output.json_scan import ObjectScan, find_header, match_
 from mlx_server.services.output.pieces import Kind, Piece, PieceBuffer
 
 MAX_HEADER = 1000
-"""Characters before a call's arguments, and between two calls."""
+"""Characters before arguments, and between calls."""
 
 SEPARATORS = re.compile(r"[\s,;\]]*")
 LIST_END = re.compile(r"\s*\]?\s*")
@@ -19,17 +19,15 @@ EXTRA_KEY_BEGUN = re.compile(r",\s{0,99}")
 
 
 class CallReader:
-    """Reads one block, from behind its start marker through its end marker.
-
-    JSON calls stream. Anything else is collected until it is whole, and `unparsed` until `parsed`
-    is called. What is garbled becomes text, to the letter; a call whose arguments have begun stays
-    a call. `opening` is the start marker, if there is one, with the white space before it.
+    """Reads from after the start marker through the end marker. JSON calls stream; others are
+    collected and stay `unparsed` until `parsed` is called. Garbled text is returned verbatim, but a
+    call whose arguments have begun stays a call. `opening` is the start marker, if any, with
+    preceding white space.
     """
 
     def __init__(self, buffer: PieceBuffer, syntax: CallSyntax, use: ToolUse, opening: str) -> None:
         self.ended = False
         self.calls = 0
-        """Complete ones."""
         self.unparsed: str | None = None
         self._buffer = buffer
         self._syntax = syntax
@@ -42,19 +40,17 @@ class CallReader:
         self._state = self._read_header if syntax.json else self._collect
 
     def read(self) -> None:
-        """Cut what is certain off the buffer."""
         while not self.ended and self.unparsed is None and self._state():
             pass
 
     def finish(self, reason: FinishReason) -> None:
-        """Take the completion's end."""
         buffer = self._buffer
         if self._state in (self._read_header, self._collect):
             self._collected.append(buffer.text)
             buffer.text = ""
             if reason == "stop":
                 self.unparsed = "".join(self._collected)
-            else:  # half a call may look like a whole one
+            else:  # half a call may look whole
                 self._give_back()
         elif self._state == self._read_arguments:
             buffer.cut(Kind.ARGUMENTS, len(buffer.text))
@@ -67,7 +63,6 @@ class CallReader:
             buffer.cut(Kind.TEXT, len(buffer.text))
 
     def parsed(self, calls: Sequence[tuple[str, str]]) -> None:
-        """Take the names and arguments found in `unparsed`; none if it was garbled."""
         self.unparsed = None
         if not calls or any(name not in self._names for name, _ in calls):
             self._give_back()
@@ -79,7 +74,7 @@ class CallReader:
             self.calls += 1
         self.ended = True
 
-    # The states. Each returns whether the next one can read on at once.
+    # States; each returns whether the next can read at once.
 
     def _read_header(self) -> bool:
         buffer = self._buffer
@@ -101,12 +96,12 @@ class CallReader:
         return True
 
     def _read_unexpected(self) -> bool:
-        """Other JSON may still be a call. The rest is text."""
+        """Other JSON may be a call; the rest is text."""
         buffer = self._buffer
         if self._opening.strip() and buffer.text.lstrip().startswith(("{", "[")):
             self._state = self._collect
             return True
-        # Another block may begin behind the marker, or behind a bare call's first character.
+        # Another block may begin after the marker or a bare call's first character.
         buffer.text = self._opening + buffer.text
         buffer.cut(Kind.TEXT, len(self._opening) or 1)
         self.ended = True
@@ -136,7 +131,6 @@ class CallReader:
         return True
 
     def _read_extra_keys(self) -> bool:
-        """Such as an id that the model gave the call."""
         length, complete = self._scan.push(self._buffer.text)
         self._buffer.hide(length)
         if complete:

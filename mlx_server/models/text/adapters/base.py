@@ -1,4 +1,4 @@
-"""A model's text side, put together from the files of its folder."""
+"""A model's text side, from the files of its folder."""
 
 import re
 from pathlib import Path
@@ -29,20 +29,18 @@ from mlx_server.schemas.internal import ChatPrompt, Constraint, Prompt, TextProm
 
 
 class Adapter:
-    """The text side of one model; a subclass holds what differs by family.
-
-    Methods block and are safe to call from any thread.
+    """One model's text side; subclasses hold what differs by family. Methods block and are
+    thread-safe.
     """
 
     family: ClassVar[str]
     model_types: ClassVar[re.Pattern[str]]
-    """Matches the `model_type` of the family's configs."""
     names: ClassVar[re.Pattern[str]]
-    """Matches the models' names in lower case, for configs that tell no family."""
+    """For configs without a family; names are in lower case."""
     end_of_turn: ClassVar[tuple[str, ...]] = ()
-    """Stop tokens, of which a vocabulary may lack some."""
+    """Stop tokens, if in the vocabulary."""
     call_style: ClassVar[CallStyle | None] = None
-    """Used where the template does not show it and the vocabulary has its start marker."""
+    """Fallback if the vocabulary has its start marker."""
 
     def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
         """Raises ModelLoadFailed."""
@@ -58,8 +56,8 @@ class Adapter:
         self._grammars = GrammarBuilder(checker, reasoning, self.style)
 
     def prepare(self, prompt: Prompt, constraint: Constraint | None) -> Prepared:
-        """Raises BadRequest without a chat template, when it refuses the messages, and when a
-        constraint, a tool or a thinking budget cannot be kept.
+        """Raises BadRequest without a chat template, when the template refuses the messages, or for
+        a constraint, tool or thinking budget that cannot be enforced.
         """
         match prompt:
             case ChatPrompt():
@@ -71,10 +69,7 @@ class Adapter:
         return Prepared(tokens, self._grammars.completion(constraint) if constraint else None)
 
     def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Names and arguments (JSON objects) in `text`, which was between the markers of calls.
-
-        None of them if it is garbled.
-        """
+        """(name, JSON arguments) of the calls between the markers; none if garbled."""
         return parse_calls(text, tools, self._call_parser)
 
     def _prepare_chat(self, prompt: ChatPrompt, constraint: Constraint | None) -> Prepared:
@@ -104,11 +99,11 @@ class Adapter:
             answer = str(prompt.messages[-1]["content"])
             thinking = thinking_after(answer, reasoning)
             return Thinking.DONE if thinking is Thinking.POSSIBLE and answer.strip() else thinking
-        # Messages may hold the markers, so only what the template adds for the answer counts.
+        # Messages may hold the markers: look only at what the template adds.
         return thinking_after(self.template.generation_prompt(prompt, rendered), reasoning)
 
     def _stop_tokens(self, eos_token: str | None) -> frozenset[int]:
-        # By name: transformers answers for a missing token with the id of the unknown token.
+        # By name: transformers answers for a missing token with the unknown token's id.
         names = {eos_token, *self.end_of_turn} - {None}
         ids = (self.tokenizer.token_id(str(name)) for name in names)
         return frozenset(i for i in ids if i is not None)

@@ -6,8 +6,6 @@ from mlx_server.models.text.adapters.base import Adapter
 
 
 class GemmaAdapter(Adapter):
-    """Gemma 4 spells `<end_of_turn>` `<turn|>`."""
-
     family = "gemma"
     model_types = re.compile(r"gemma")
     names = re.compile(r"gemma")

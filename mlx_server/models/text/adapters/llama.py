@@ -1,4 +1,4 @@
-"""Meta's Llama 3.x and 4, and models built on that architecture."""
+"""Meta's Llama 3.x and 4, and their derivatives."""
 
 import re
 
@@ -7,7 +7,7 @@ from mlx_server.models.text.syntax import LLAMA
 
 
 class LlamaAdapter(Adapter):
-    """Llama 4 spells `<|eot_id|>` and `<|eom_id|>`, after calls, `<|eot|>` and `<|eom|>`."""
+    """Llama 4 spells `<|eot_id|>` and `<|eom_id|>` `<|eot|>` and `<|eom|>`."""
 
     family = "llama"
     model_types = re.compile(r"llama")

@@ -1,4 +1,4 @@
-"""Mistral AI's models, Mixtral, Ministral and Codestral among them."""
+"""Mistral AI's models."""
 
 import re
 

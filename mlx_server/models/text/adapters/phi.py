@@ -13,7 +13,7 @@ from mlx_server.schemas.internal import ChatPrompt
 
 
 class PhiAdapter(Adapter):
-    """Templates that know tools take them from the system message, and show no calls."""
+    """Templates take tools from the system message, and show no calls."""
 
     family = "phi"
     model_types = re.compile(r"^phi")

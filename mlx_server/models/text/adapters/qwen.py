@@ -6,7 +6,7 @@ from mlx_server.models.text.adapters.base import Adapter
 
 
 class QwenAdapter(Adapter):
-    """Base models end a text with `<|endoftext|>`."""
+    """Base models stop at `<|endoftext|>`."""
 
     family = "qwen"
     model_types = re.compile(r"qwen")

@@ -1,4 +1,4 @@
-"""The adapter for a model: by its config's `model_type`, else by its name, else the generic one."""
+"""A model's adapter: by `model_type`, else by name, else the generic one."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ FAMILIES: tuple[type[Adapter], ...] = (
 
 
 def load_adapter(path: Path, name: str, trust_remote_code: bool = False) -> Adapter:
-    """Blocks while the tokenizer is read. Raises ModelLoadFailed."""
+    """Blocks. Raises ModelLoadFailed."""
     return find_family(read_config(path), name)(path, trust_remote_code)
 
 

@@ -1,4 +1,4 @@
-"""Grammars of a tool call's arguments, in JSON and in the notations of families."""
+"""Grammars of a call's arguments, in JSON or a family's notation."""
 
 import re
 from typing import Any
@@ -9,14 +9,14 @@ from mlx_server.models.text.syntax import ArgumentNotation
 OBJECT_KEYS = frozenset({"$schema", "type", "properties", "required", "additionalProperties"})
 PLAIN_TYPES = frozenset({"integer", "number", "boolean", "null"})
 LARGEST = 10**15
-"""Parsers that read integers as floats keep the digits up to here."""
+"""Parsers that read integers as floats keep digits up to here."""
 WORD = re.compile(r"\w+", re.ASCII)
 NULL = re.compile(r"\s*null\s*", re.IGNORECASE)
 PARAMETER_END = "\n</parameter>\n"
 
 
 class Unwritable(Exception):
-    """A notation cannot write a schema, or mlx-lm cannot read it back; JSON has to do."""
+    """The notation cannot express a schema, or mlx-lm cannot read it back: use JSON."""
 
 
 def arguments(lark: Lark, notation: ArgumentNotation, schema: Any) -> str:
@@ -47,7 +47,7 @@ def _xml_arguments(lark: Lark, schema: Any) -> str:
 
 
 class _Escaped:
-    """Gemma's `{name:value,...}`, with texts between two `escape`; `flat` forbids nesting."""
+    """Gemma's `{name:value,...}` with texts between two `escape`; `flat` forbids nesting."""
 
     def __init__(self, lark: Lark, escape: str, flat: bool) -> None:
         self._lark = lark
@@ -94,7 +94,6 @@ class _Escaped:
 
 
 def _properties(schema: Any) -> list[tuple[str, Any, bool]]:
-    """Name, schema and whether it is required, for each property of a closed object."""
     closed = isinstance(schema, dict) and schema.get("additionalProperties") is False
     if not closed or schema.get("type") != "object" or not schema.keys() <= OBJECT_KEYS:
         raise Unwritable
@@ -106,12 +105,12 @@ def _properties(schema: Any) -> list[tuple[str, Any, bool]]:
 
 
 def _xml_value(lark: Lark, schema: Any) -> str:
-    """Through its end tag: a text as it is, anything else as JSON."""
+    """Includes the end tag; text is raw, anything else JSON."""
     if not isinstance(schema, dict):
         raise Unwritable
     kind = schema.get("type")
     if kind == "string" and schema.keys() <= {"type"}:
-        # mlx-lm's parser reads "null" in any case as no value.
+        # mlx-lm reads "null" in any case as None.
         text = f"{text_without('</')} & ~/\\s*(?i:null)\\s*/"
         return lark.rule("value", f"{lark.rule('TEXT', text)} {quoted(PARAMETER_END)}", "[lazy]")
     if "enum" in schema and all(isinstance(one, str) for one in schema["enum"]):

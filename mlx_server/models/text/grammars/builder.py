@@ -1,4 +1,4 @@
-"""The grammar of a completion: thinking, tool calls and answer in one."""
+"""A completion's grammar: thinking, tool calls and answer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +22,6 @@ WriteCalls = Callable[[Lark, CallStyle, ToolUse], str]
 
 
 class GrammarBuilder:
-    """Makes and checks the grammars of one model."""
-
     def __init__(
         self, checker: GrammarChecker, reasoning: Reasoning | None, style: CallStyle | None
     ) -> None:
@@ -39,7 +37,7 @@ class GrammarBuilder:
     def chat(
         self, prompt: ChatPrompt, constraint: Constraint | None, thinking: Thinking
     ) -> str | None:
-        """None if anything may be said. Raises BadRequest."""
+        """None if unconstrained. Raises BadRequest."""
         use = prompt.use
         budget = None if thinking is Thinking.DONE else prompt.thinking_budget
         calls_bound = use is not None and (use.choice != "auto" or _has_strict_tools(use))
@@ -51,7 +49,6 @@ class GrammarBuilder:
         return self._checked(lark.source(start), constraint, use)
 
     def _answer(self, lark: Lark, use: ToolUse | None, constraint: Constraint | None) -> str | None:
-        """What follows any thinking; None for anything."""
         if use is not None and use.choice != "auto":
             return self._calls(lark, forced_calls, use)
         if constraint is not None:
@@ -77,7 +74,7 @@ class GrammarBuilder:
             return free_answer(lark, self._reasoning, thinking, budget)
 
     def _calls(self, lark: Lark, write: WriteCalls, use: ToolUse) -> str:
-        assert self._style is not None  # a model without one has no chat template
+        assert self._style is not None  # without one there is no chat template
         with _refusing("tools"):
             return write(lark, self._style, use)
 
@@ -86,7 +83,6 @@ class GrammarBuilder:
             return Lark(self._checker.special_tokens())
 
     def _checked(self, grammar: str, constraint: Constraint | None, use: ToolUse | None) -> str:
-        """`grammar`, if it compiles; else the part at fault is refused."""
         with _refusing(constraint.param if constraint else "tools"):
             if constraint is not None:
                 self._checker.check_patterns(constraint_grammar(constraint))

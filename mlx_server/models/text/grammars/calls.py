@@ -1,4 +1,4 @@
-"""Grammars of tool calls in a model's style."""
+"""Grammars of tool calls."""
 
 from typing import Any
 
@@ -9,9 +9,8 @@ from mlx_server.models.text.syntax import CallStyle, json_style
 from mlx_server.schemas.internal import ToolUse
 
 MAX_CALLS = 16
-"""Calls that a grammar allows in one answer."""
 OPEN_KEYWORDS = frozenset({"$ref", "allOf", "anyOf", "oneOf", "patternProperties"})
-"""Through these an object may have properties beyond its own `properties`."""
+"""These allow properties beyond `properties`."""
 
 
 def forced_calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
@@ -20,11 +19,11 @@ def forced_calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
 
 
 def optional_calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
-    """Any text; what begins like a call in it is one. Raises Unkept."""
+    """Any text; whatever begins like a call must be one. Raises Unkept."""
     start = style.syntax.start
     calls = _calls(lark, style, use)
     if style.syntax.json and not style.syntax.end:
-        # Such calls end the answer, and are read as calls without their marker, too.
+        # Calls without a start marker are recognised too; they end the answer.
         text = lark.rule("TALK", f"{text_without(start)} & ~/\\s*[\\[{{](?s:.*)/")
         return lark.rule("talk", f"{calls} | {text} ({lark.exactly(start)} {calls})?")
     call = lark.rule("said", f"{lark.text_until(start)} {calls}")
@@ -37,8 +36,8 @@ def parameters_place(index: int) -> str:
 
 
 def arguments_schema(use: ToolUse, index: int) -> Any:
-    """An object, closed unless it says otherwise; any object for a tool that is not strict and may
-    be left uncalled. Raises Unkept.
+    """An object, closed unless it says otherwise; any object for an optional tool that is not
+    strict. Raises Unkept.
     """
     function = use.tools[index]["function"]
     if use.choice == "auto" and not function.get("strict"):
@@ -70,7 +69,7 @@ def _call(lark: Lark, style: CallStyle, use: ToolUse, index: int) -> str:
     try:
         symbol = arguments(lark, style.notation, schema)
     except Unwritable:
-        # JSON between the markers is read in any style.
+        # Any style's calls may be JSON.
         style = json_style(style.name, style.syntax)
         symbol = json_arguments(lark, schema)
     name = use.tools[index]["function"]["name"]

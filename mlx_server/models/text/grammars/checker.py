@@ -1,4 +1,4 @@
-"""Compiling grammars before anything is generated, and finding what is wrong with them."""
+"""Compiles grammars before generation, and locates errors in them."""
 
 import hashlib
 import json
@@ -28,15 +28,14 @@ LIMITS = LLParserLimits(
 MAX_REASON = 300
 CACHED = 512
 MAX_SEARCH = 64
-"""Schemas to compile one by one, to find the one at fault."""
+"""Schemas compiled to find a faulty one."""
 SHOWN_LINES = re.compile(r"^ *([0-9]+ \|.*|\^)$", re.MULTILINE)
-"""Lines of an error in which llguidance shows the grammar."""
+"""Lines in which llguidance quotes the grammar."""
 PLAIN_PATTERN = re.compile(r"\^?[^\\^$?\x00-\x1f\x7f]*\$?")
-"""Patterns that something surely matches."""
 
 
 class GrammarChecker:
-    """Has one model's tokenizer. Safe to use from several threads."""
+    """For one model's tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, stop_tokens: Iterable[int]) -> None:
         self._tokenizer = tokenizer
@@ -46,17 +45,14 @@ class GrammarChecker:
         self._errors: OrderedDict[bytes, str] = OrderedDict()
 
     def special_tokens(self) -> SpecialTokens:
-        """Those that llguidance does not take for text: all added tokens that look like `<this>`.
-
-        Raises Unkept.
-        """
+        """Those of llguidance: added tokens of the form `<this>`. Raises Unkept."""
         tokenizer = self._llguidance()
         added = self._tokenizer.get_added_tokens_decoder()
         ids = {token.content: i for i, token in added.items() if tokenizer.is_special_token(i)}
         return SpecialTokens(ids)
 
     def error_in(self, grammar: str) -> str:
-        """Empty if it compiles. Raises Unkept when the tokenizer cannot be used."""
+        """Empty if it compiles. Raises Unkept for an unusable tokenizer."""
         key = hashlib.sha256(grammar.encode()).digest()
         tokenizer = self._llguidance()
         with self._lock:
@@ -71,7 +67,7 @@ class GrammarChecker:
         return error
 
     def check(self, grammar: Grammar) -> None:
-        """Raises Unkept, with the place if it is in a schema."""
+        """Raises Unkept with the place of the faulty schema."""
         error = self._error_alone(grammar)
         if not error:
             return
@@ -79,9 +75,8 @@ class GrammarChecker:
         raise Unkept("", error) if schema is None else self._locate(schema, error)
 
     def check_patterns(self, grammar: Grammar) -> None:
-        """Raises Unkept when a pattern begins a text that nothing can complete.
-
-        Within a document, llguidance would find that only when the model gets there.
+        """Raises Unkept for a pattern that begins a text nothing can complete. llguidance would
+        find it only when generation gets there.
         """
         for place, pattern in patterns(grammar.get("json_schema")):
             if isinstance(pattern, str) and PLAIN_PATTERN.fullmatch(pattern):
@@ -93,7 +88,6 @@ class GrammarChecker:
         return self.error_in(json.dumps({"grammars": [grammar]}, ensure_ascii=False))
 
     def _locate(self, schema: Any, reason: str) -> Unkept:
-        """The innermost schema that fails by itself."""
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         place, tries = "", MAX_SEARCH
         found: str | None = place
@@ -117,7 +111,7 @@ class GrammarChecker:
                         self._tokenizer.to_str(), eos_token=self._stop_tokens or None
                     )
                 except Exception as error:
-                    # Anything, for a tokenizer that llguidance does not know.
+                    # llguidance raises anything for unknown tokenizers.
                     raise Unkept(
                         "", f"this model's tokenizer cannot be used for it: {one_line(error)}"
                     ) from error
@@ -128,7 +122,7 @@ def _compile_error(grammar: str, tokenizer: LLTokenizer) -> str:
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
     if matcher.is_error():
         return _reason(matcher.get_error())
-    # The lexer, which starts with the first mask, has errors of its own.
+    # The lexer starts with the first mask, and has errors of its own.
     matcher.compute_bitmask()
     if matcher.is_error():
         return _reason(matcher.get_error())
@@ -138,7 +132,7 @@ def _compile_error(grammar: str, tokenizer: LLTokenizer) -> str:
 
 
 def _reason(error: str) -> str:
-    """llguidance's words, without the lines that show a grammar that no client wrote."""
+    """Without the lines that quote a grammar the client did not write."""
     if error.startswith("oneOf"):
         return "`oneOf` can be kept only where its schemas exclude each other"
     words = " ".join(SHOWN_LINES.sub("", error).split())

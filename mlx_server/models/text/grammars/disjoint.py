@@ -1,4 +1,4 @@
-"""Whether schemas exclude each other, so that `oneOf` means the same as `anyOf`."""
+"""Whether schemas exclude each other: then `oneOf` means `anyOf`."""
 
 import json
 from collections.abc import Sequence
@@ -9,10 +9,8 @@ MAX_REFERENCES = 16
 
 
 def mutually_exclusive(options: Sequence[Any], root: Any) -> bool:
-    """Whether it is plain that no value matches two of `options`.
-
-    Their types differ, or a required property does, as in discriminated unions. `root` holds what
-    references name.
+    """Whether it is plain that no value matches two of `options`: their types, or a required
+    property's values, differ. `root` resolves references.
     """
     schemas = [_resolved(option, root) for option in options]
     if not all(isinstance(schema, dict) for schema in schemas):
@@ -54,6 +52,7 @@ def _all_disjoint(sets: Sequence[set[str]]) -> bool:
 
 
 def _types(schema: dict[str, Any]) -> set[str]:
+    """Empty if unknown; integers count as numbers."""
     types = schema.get("type") or []
     named = set(types if isinstance(types, list) else [types])
     return named - {"integer"} | {"number"} if "integer" in named else named
@@ -68,7 +67,7 @@ def _values(schema: Any) -> set[str]:
     if not isinstance(schema, dict):
         return set()
     values = [schema["const"]] if "const" in schema else schema.get("enum")
-    # Fractions and objects can be written in several ways.
+    # Fractions and objects have several spellings.
     if not isinstance(values, list) or not all(type(v) in (str, int, bool) for v in values):
         return set()
     return set(map(json.dumps, values))

@@ -1,6 +1,5 @@
-"""JSON schemas that can be promised: whatever limits a document is either kept or refused.
-
-llguidance, which compiles them, ignores what it does not know, or what a schema's draft does not.
+"""Schemas that are enforced in full: each limit is kept or refused. llguidance, which compiles
+them, ignores keywords it does not know or the draft lacks.
 """
 
 import re
@@ -32,7 +31,7 @@ KEPT = frozenset(
         "required",
     }
 )
-"""Keywords that llguidance keeps, without schemas in them."""
+"""Kept by llguidance, without schemas inside."""
 ONE_SCHEMA = frozenset({"additionalProperties", "additionalItems", "items"})
 SCHEMA_LIST = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
 SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
@@ -61,7 +60,7 @@ REFUSED = frozenset(
         "unevaluatedProperties",
     }
 )
-"""Keywords that limit a document in some draft, and cannot be kept."""
+"""Limits that cannot be enforced."""
 UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 MAX_DEPTH = 64
 LEAP_YEAR = "[0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00"
@@ -79,12 +78,12 @@ EXACT_FORMATS = {
     "time": f"^{TIME}$",
     "date-time": f"^({DATE})T{TIME}$",
 }
-"""Formats that llguidance's own expressions check too loosely."""
+"""Stricter than llguidance's."""
 FORMATS = frozenset({"duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
 
 
 class Unkept(Exception):
-    """`place` is the part of a constraint that cannot be kept, "" for all of it."""
+    """`place` is the part that cannot be enforced, "" for all."""
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(f"{place}: {reason}" if place else reason)
@@ -93,7 +92,7 @@ class Unkept(Exception):
 
 
 def strict_schema(schema: Any) -> Any:
-    """`schema` for llguidance, without descriptions. Raises Unkept."""
+    """For llguidance, without descriptions. Raises Unkept."""
     return _SchemaReader(schema).strict()
 
 
@@ -104,7 +103,7 @@ def child_place(place: str, key: str | int) -> str:
 
 
 def inner_schemas(schema: Any) -> Iterator[tuple[str, Any]]:
-    """With their places in `schema`."""
+    """With their places."""
     for key, value in schema.items() if isinstance(schema, dict) else ():
         if key in SCHEMA_LIST and isinstance(value, list):
             for i, item in enumerate(value):
@@ -126,7 +125,7 @@ def patterns(schema: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A schema within a schema: `place` is for people, `pointer` for references."""
+    """A subschema: `place` is for people, `pointer` for references."""
 
     schema: Any
     place: str = ""
@@ -172,7 +171,7 @@ class _SchemaReader:
         if key in REFUSED or (key == "uniqueItems" and value is not False):
             raise Unkept(here, f"`{key}` cannot be kept")
         if key in SCHEMA_LIST and isinstance(value, list):
-            # A format may have put something under `allOf`.
+            # `format` may have added to `allOf`.
             inner = [self._read(node.under(key, i)) for i in range(len(value))]
             if key == "oneOf" and mutually_exclusive(value, self._root):
                 result.setdefault("allOf", []).append({"anyOf": inner})
@@ -199,7 +198,6 @@ class _SchemaReader:
 
 
 def _add_format(result: dict[str, Any], schema: dict[str, Any], value: Any, place: str) -> None:
-    """`format` limits strings only."""
     types = schema.get("type", "string")
     if "string" not in (types if isinstance(types, list) else [types]):
         return
@@ -214,7 +212,7 @@ def _add_format(result: dict[str, Any], schema: dict[str, Any], value: Any, plac
 def _check_value(schema: dict[str, Any], key: str, value: Any, place: str) -> None:
     if key in ("const", "enum", "required"):
         _check_texts(value, place)
-    # Keys that the schema does not name may come twice, so they cannot be counted.
+    # Keys that `properties` lacks may repeat, so they cannot be counted.
     if key == "minProperties" and isinstance(value, int):
         required = schema.get("required")
         if value - (len(required) if isinstance(required, list) else 0) > 1:
@@ -222,7 +220,7 @@ def _check_value(schema: dict[str, Any], key: str, value: Any, place: str) -> No
 
 
 def _check_texts(value: Any, place: str) -> None:
-    """Raise Unkept for control characters without a short escape in JSON."""
+    """Raises Unkept for control characters without a short JSON escape."""
     if isinstance(value, str) and UNWRITABLE.search(value):
         raise Unkept(place, "control characters cannot be written")
     for inner in value if isinstance(value, list) else ():

@@ -1,4 +1,4 @@
-"""Writing grammars in Lark."""
+"""Writes Lark grammars."""
 
 import json
 from typing import Any
@@ -10,26 +10,23 @@ ANY_TEXT = "/(?s:.*)/"
 
 
 class Lark:
-    """A grammar in the making. Methods return symbols for its rules."""
+    """A grammar in the making; methods return rule symbols."""
 
     def __init__(self, special: SpecialTokens) -> None:
-        """`special`: see `GrammarChecker.special_tokens`."""
         self._special = special
         self._rules: dict[str, str] = {}
         self._parts: dict[str, str] = {}
 
     def rule(self, name: str, body: str, options: str = "") -> str:
-        """Add a rule, unless there is the same; a name in capitals makes a terminal."""
+        """Add a rule unless it exists; upper-case names are terminals."""
         definition = f"{options}: {body}"
         return self._rules.setdefault(definition, f"{name}_{len(self._rules)}")
 
     def part(self, grammar: Grammar) -> str:
-        """A grammar that stands by itself."""
         text = json.dumps(grammar, ensure_ascii=False)
         return "@" + self._parts.setdefault(text, f"part_{len(self._parts)}")
 
     def schema(self, strict: Any) -> str:
-        """`strict` comes from `strict_schema`."""
         return self.part(json_grammar(strict))
 
     def exactly(self, text: str) -> str:
@@ -40,11 +37,10 @@ class Lark:
         return next(iter(self._special.find(marker)), None)
 
     def text_without(self, marker: str) -> str:
-        """Without it even if it is spelled in other tokens."""
+        """Also excludes other tokenizations of `marker`."""
         return self.rule("TEXT", text_without(marker))
 
     def text_until(self, marker: str) -> str:
-        """Up to and with the first `marker`."""
         if self.special_token(marker) is None:
             return self.rule("until", f"{ANY_TEXT} {quoted(marker)}", "[lazy]")
         return self.rule("until", f"{self.text_without(marker)} {self.exactly(marker)}")
@@ -57,7 +53,6 @@ class Lark:
         return self.rule("until", f"{limited} {self.exactly(marker)}")
 
     def source(self, start: str) -> str:
-        """The whole grammar in llguidance's format."""
         rules = [f"{name}{definition}" for definition, name in self._rules.items()]
         main = lark_grammar("\n".join([f"start: {start}", *rules]))
         parts = [{"name": name, **json.loads(text)} for text, name in self._parts.items()]
@@ -69,5 +64,5 @@ def quoted(text: str) -> str:
 
 
 def text_without(*texts: str) -> str:
-    """A terminal for any text that contains none of `texts`."""
+    """A terminal for text that contains none of `texts`."""
     return " & ".join([ANY_TEXT, *(f"~({ANY_TEXT} {quoted(text)} {ANY_TEXT})" for text in texts)])

@@ -1,4 +1,4 @@
-"""Grammars that stand by themselves, in llguidance's format."""
+"""Self-contained grammars in llguidance's format."""
 
 import json
 from typing import Any
@@ -16,17 +16,17 @@ JSON_OPTIONS = {
     "whitespace_flexible": False,
     "json_allowed_escapes": 'nrbtf\\"',
 }
-"""As `json.dumps` spaces it: a small model that may write white space writes little else. Without
-`\\u` no key can be spelled in a second way, which would escape the schema's `properties`."""
+r"""`json.dumps` spacing: small models allowed white space write little else. `\u` is excluded,
+since a key spelled another way escapes `properties`.
+"""
 MAX_TEXT = 256 * 1024
-"""Characters of a schema or a grammar."""
+"""Characters."""
 GRAMMAR_HEAD = "%llguidance {}"
 
 Grammar = dict[str, Any]
 
 
 def json_grammar(strict: Any) -> Grammar:
-    """`strict` comes from `strict_schema`."""
     schema = strict if isinstance(strict, dict) else ({} if strict else {"enum": []})
     return {"json_schema": {**schema, "x-guidance": JSON_OPTIONS}}
 
@@ -50,7 +50,7 @@ def constraint_grammar(constraint: Constraint) -> Grammar:
         case "choice":
             _check_length("".join(value))
             choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
-            # A terminal, since the parser limits the rules at one place.
+            # A terminal, since the parser limits alternatives of rules.
             return lark_grammar(f"start: CHOICE\nCHOICE: {choices}")
         case "grammar":
             _check_length(value)
@@ -63,7 +63,7 @@ def _check_length(text: str) -> None:
 
 
 def _whole(regex: str) -> str:
-    """For Lark, which matches the whole text without anchors."""
+    """For Lark, which matches whole texts without anchors."""
     bare = regex.removeprefix("^")
     if bare.endswith("$") and (len(bare) - len(bare[:-1].rstrip("\\"))) % 2 == 1:
         bare = bare[:-1]
@@ -74,5 +74,5 @@ def _as_lark(grammar: str) -> str:
     try:
         return any_to_lark(grammar)
     except Exception as error:
-        # The converter from GBNF fails in as many ways as a grammar can be wrong.
+        # The GBNF converter raises anything on a bad grammar.
         raise Unkept("", f"it is neither Lark nor GBNF: {one_line(error)}") from error

@@ -1,6 +1,5 @@
-"""Regular expressions of schemas, narrowed to what all validators match.
-
-`\\d` and `\\w` are ASCII in ECMA-262, which JSON schema follows, and Unicode in Python and others.
+r"""Narrows schemas' regular expressions to what all validators match: `\d` and `\w` are ASCII in
+ECMA-262, which JSON schema follows, and Unicode elsewhere.
 """
 
 import re
@@ -8,9 +7,9 @@ import re
 DIGITS = r"\p{Nd}"
 WORDS = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}"
 NARROW = {"D": f"[^{DIGITS}]", "W": f"[^{WORDS}]"}
-"""What nobody counts as digits or word characters."""
+"""Neither reading's digits or word characters."""
 NARROW_WITHIN_NEGATION = {"d": DIGITS, "w": WORDS, "D": "[^0-9]", "W": "[^0-9A-Za-z_]"}
-"""The widest readings, which a negated class makes the narrowest."""
+"""The widest readings, narrowest when negated."""
 PART = re.compile(r"\\(.)|\[\^?|\]|.", re.DOTALL)
 
 

@@ -1,11 +1,10 @@
-"""Grammars of thinking, OPEN or POSSIBLE, before an answer."""
+"""Grammars of thinking before an answer."""
 
 from mlx_server.models.text.grammars.json_schema import Unkept
 from mlx_server.models.text.grammars.lark import Lark
 from mlx_server.models.text.syntax import Reasoning, Thinking
 
 GAP = r"/[ \t\r\n]{0,8}/"
-"""Between the end of the thinking and an answer that is bound."""
 ANY_TOKENS = "<[*]>*"
 NO_TOKENS = "this model has no tokens that begin and end its thinking"
 
@@ -13,9 +12,8 @@ NO_TOKENS = "this model has no tokens that begin and end its thinking"
 def bound_answer(
     lark: Lark, reasoning: Reasoning, thinking: Thinking, answer: str, budget: int | None
 ) -> str:
-    """Thinking of at most `budget` tokens, then the symbol `answer`.
-
-    Raises Unkept for a budget when the end of thinking is no token.
+    """At most `budget` tokens of thinking, then `answer`. Raises Unkept for a budget if the end
+    marker is no token.
     """
     ended = lark.rule("thought", f"{_thought(lark, reasoning, budget)} {GAP} {answer}")
     if thinking is Thinking.OPEN:
@@ -24,9 +22,8 @@ def bound_answer(
 
 
 def free_answer(lark: Lark, reasoning: Reasoning, thinking: Thinking, budget: int) -> str:
-    """Thinking of at most `budget` tokens, then anything.
-
-    Raises Unkept when the markers of thinking are no tokens.
+    """At most `budget` tokens of thinking, then anything. Raises Unkept if the markers are no
+    tokens.
     """
     ended = lark.rule("thought", f"{_thought(lark, reasoning, budget)} {ANY_TOKENS}")
     if thinking is Thinking.OPEN:
