@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 MODEL := smollm2-135m
 INSTALL := PYTHON="$(PYTHON)" EXTRA="$(EXTRA)" scripts/install.sh
 SOURCES := pyproject.toml constraints.txt scripts/install.sh
-# Three at a time on two cores, since tests of servers wait for timers now and then.
-PARALLEL := -n 3 --dist loadgroup
+# Two at a time: each test of a server has an engine at work beside it.
+PARALLEL := -n 2 --dist loadfile
 
 # HOST counts on make's command line only: some shells export the machine's name under it.
 SERVE_FLAGS := --model $(MODEL)

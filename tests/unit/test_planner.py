@@ -69,7 +69,7 @@ class Side:
     def __init__(self, mixes: bool = True) -> None:
         self.model = SimpleNamespace(mixes=mixes)
         self.prefix = Prefixes()
-        self.constraints = Grammars()
+        self.grammars = Grammars()
         self.context_length = CONTEXT
         self.prefills: dict[int, Any] = {}
         self.waiting = SimpleNamespace(reads={})
@@ -217,7 +217,7 @@ def test_a_grammar_being_compiled_holds_nobody_else_up() -> None:
     assert begun(plan) == [2]
     deciding.side.begin(plan)
     deciding.side.join(2)
-    deciding.side.constraints.futures["slow"].set_result(SimpleNamespace(ends=lambda stops: stops))
+    deciding.side.grammars.futures["slow"].set_result(SimpleNamespace(ends=lambda stops: stops))
     assert begun(deciding.decide()) == [1]
 
 
@@ -226,7 +226,7 @@ def test_a_grammar_that_cannot_be_compiled_fails_its_request_alone() -> None:
     deciding.ask(1, prompt_of(20), grammar="bad")
     deciding.ask(2, prompt_of(20, first=9))
     assert deciding.admission.compile_grammars() == []
-    deciding.side.constraints.futures["bad"].set_exception(ValueError("no such rule"))
+    deciding.side.grammars.futures["bad"].set_exception(ValueError("no such rule"))
     [failed] = deciding.admission.compile_grammars()
     assert (failed.id, failed.message) == (1, "no such rule")
 
