@@ -50,9 +50,9 @@ serve: install
 define LINT
 $(BIN)/ruff check .
 $(BIN)/ruff format --check .
-$(BIN)/mypy -p mlx_server -p benchmarks --platform linux
-$(BIN)/mypy -p mlx_server -p benchmarks --platform darwin
 $(BIN)/lint-imports --no-logo
+printf 'linux\ndarwin\n' | xargs -I{} -P 2 $(BIN)/mypy -p mlx_server -p benchmarks \
+	--platform {} --cache-dir .mypy_cache/{}
 endef
 
 check: $(VENV)/.installed-dev

@@ -109,14 +109,6 @@ async def test_at_temperature_zero_the_streamed_text_is_the_whole_text_and_says_
     assert whole.choices[0].finish_reason == "stop"
 
 
-async def test_temperature_zero_repeats_itself_whatever_the_seed(async_client: AsyncOpenAI) -> None:
-    answers = [await chat(async_client, COUNT, **GREEDY | {"max_tokens": 8}, seed=1)]
-    answers += await asyncio.gather(
-        *(chat(async_client, COUNT, **GREEDY | {"max_tokens": 8}, seed=seed) for seed in (2, 3))
-    )
-    assert len({said(answer) for answer in answers}) == 1
-
-
 @pytest.mark.parametrize(
     ("prompt", "stop"),
     [
@@ -158,31 +150,6 @@ async def test_a_stop_string_that_only_begins_holds_nothing_back_in_the_end(
     )
     assert said(whole) == said(free)
     assert texts_of(chunks) == {0: said(free)}
-
-
-async def test_max_tokens_seven_is_exactly_seven_tokens_and_length(
-    async_client: AsyncOpenAI,
-) -> None:
-    old, new, chunks, bare = await asyncio.gather(
-        chat(async_client, COUNT, temperature=0, max_tokens=7),
-        chat(async_client, COUNT, temperature=0, max_completion_tokens=7),
-        stream_chat(
-            async_client,
-            COUNT,
-            temperature=0,
-            max_tokens=7,
-            stream_options={"include_usage": True},
-        ),
-        complete(async_client, "One, two,", temperature=0, max_tokens=7),
-    )
-    for answer in (old, new, bare):
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens == 7
-        assert answer.choices[0].finish_reason == "length"
-    assert chunks[-1].usage is not None
-    assert chunks[-1].usage.completion_tokens == 7
-    assert reasons_of(chunks) == {0: "length"}
-    assert texts_of(chunks) == {0: said(old)}
 
 
 async def test_an_emoji_answer_streams_whole_characters(async_client: AsyncOpenAI) -> None:
@@ -232,34 +199,6 @@ async def test_a_seed_gives_the_same_text_alone_and_among_seven_other_requests(
     assert counts(alone.usage) == counts(among.usage)
 
 
-async def test_requests_without_a_seed_differ(async_client: AsyncOpenAI) -> None:
-    unseeded = SEEDED | {"seed": None}
-    answers = await asyncio.gather(*(chat(async_client, SONG, **unseeded) for _ in range(3)))
-    assert len({said(answer) for answer in answers}) == 3
-
-
-async def test_three_choices_are_three_texts_that_stream_and_add_up(
-    async_client: AsyncOpenAI,
-) -> None:
-    options = SEEDED | {"n": 3, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
-    whole, chunks = await asyncio.gather(
-        chat(async_client, SONG, **options),
-        stream_chat(async_client, SONG, **options, stream_options={"include_usage": True}),
-    )
-    assert [choice.index for choice in whole.choices] == [0, 1, 2]
-    texts = {choice.index: choice.message.content for choice in whole.choices}
-    assert len(set(texts.values())) == 3
-    assert texts_of(chunks) == texts
-    assert reasons_of(chunks) == dict.fromkeys(range(3), "length")
-    assert whole.usage is not None
-    assert whole.usage.completion_tokens == 36
-    assert whole.usage.total_tokens == whole.usage.prompt_tokens + 36
-    assert counts(chunks[-1].usage) == counts(whole.usage)
-    one = await chat(async_client, SONG, **options | {"n": 1, "max_tokens": 1})
-    assert one.usage is not None
-    assert whole.usage.prompt_tokens == one.usage.prompt_tokens
-
-
 async def test_logit_bias_forces_and_forbids_a_token(
     async_client: AsyncOpenAI, tokenizer: Tokenizer
 ) -> None:
@@ -296,23 +235,6 @@ async def test_chat_logprobs_join_back_to_the_text(async_client: AsyncOpenAI) ->
             streamed += joined(choice.logprobs.content or [])
         assert streamed.decode() == text, "scores and text are not in step"
     assert text == said(emoji)
-
-
-async def test_top_logprobs_come_in_order_and_number_and_lead_with_the_greedy_token(
-    async_client: AsyncOpenAI,
-) -> None:
-    none, four = await asyncio.gather(
-        chat(async_client, CAPITAL, temperature=0, max_tokens=6, logprobs=True),
-        chat(async_client, CAPITAL, temperature=0, max_tokens=6, logprobs=True, top_logprobs=4),
-    )
-    assert all(entry.top_logprobs == [] for entry in entries_of(none))
-    for entry in entries_of(four):
-        values = [other.logprob for other in entry.top_logprobs]
-        assert len(values) == 4
-        assert values == sorted(values, reverse=True)
-        assert math.fsum(map(math.exp, values)) <= 1 + 1e-5
-        assert entry.top_logprobs[0].token == entry.token
-        assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob, abs=1e-5)
 
 
 async def test_a_stop_string_cuts_the_scores_with_the_text(async_client: AsyncOpenAI) -> None:

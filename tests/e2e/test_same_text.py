@@ -93,11 +93,11 @@ class Said:
         return False
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(16, marks=pytest.mark.soak)])
+@pytest.mark.soak
 async def test_text_does_not_depend_on_the_cache_or_the_batch(
-    demo_model: Path, tmp_path: Path, count: int
+    demo_model: Path, tmp_path: Path
 ) -> None:
-    bodies = requests(count)
+    bodies = requests(16)
     plain, caching = (home_with(demo_model.parent, tmp_path / name) for name in ("a", "b"))
     async with demo(plain, prefix_cache="0") as client:
         alone = [await ask(client, body) for body in bodies]
