@@ -20,8 +20,8 @@ async def test_streams_outlive_an_engine_that_gets_no_more_memory(
 ) -> None:
     with serving(tmp_path, "--model", str(tiny), prefix_cache="0") as server:
         bodies = [
-            chat(TINY, max_tokens=250, ignore_eos=True, seed=i, temperature=i % 2, stream=True)
-            for i in range(6)
+            chat(TINY, max_tokens=400, ignore_eos=True, seed=i, temperature=i % 2, stream=True)
+            for i in range(8)
         ]
         async with server.client() as client:
             expected = [(await ask(client, CHAT, body)).text for body in bodies]

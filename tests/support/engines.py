@@ -34,6 +34,7 @@ from mlx_server.engine.protocol import (
     frame,
 )
 from mlx_server.engine.spawn import Child
+from mlx_server.errors import EngineFailed
 from mlx_server.models.pool.stream import RowStream
 
 
@@ -49,6 +50,13 @@ class DirectEngine(EngineClient):
         for id_, request in zip(stream.ids, requests, strict=True):
             self.submit(msgspec.structs.replace(request, id=id_), stream)
         return stream
+
+    async def _end(self) -> None:
+        await super()._end()
+        told = f"the engine ended ({self.how_it_ended}): " + "; ".join(self.last_lines)
+        for recipient in set(self._recipients.values()):
+            if isinstance(recipient, RowStream):
+                recipient.fail(EngineFailed(told))
 
     def pause(self, ids: Iterable[int]) -> None:
         pass
