@@ -279,6 +279,16 @@ def test_the_newest_give_their_places_up_before_the_limit_is_exceeded() -> None:
     assert deciding.decide().preempt == []
 
 
+def test_a_request_that_has_ended_is_not_taken_up_again_for_want_of_room() -> None:
+    deciding = Deciding(limit=2500)
+    for id_ in (1, 2, 3):
+        deciding.running(id_, prompt_of(300, first=id_ + 1000))
+    for row in deciding.side.rows:
+        row.launched += 1000
+    deciding.side.rows[2].done = True
+    assert deciding.decide().preempt == [2]
+
+
 def test_a_single_request_is_never_preempted() -> None:
     deciding = Deciding(limit=100)
     deciding.running(1, prompt_of(300))

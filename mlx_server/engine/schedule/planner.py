@@ -63,7 +63,8 @@ class Planner:
 
     def _without(self, ids: Iterable[int]) -> list[Sequence]:
         gone = frozenset(ids)
-        return [sequence for sequence in self._runner.sequences if sequence.id not in gone]
+        running = (one for one in self._runner.sequences if not one.done)
+        return [sequence for sequence in running if sequence.id not in gone]
 
     def _prefilling(self) -> list[int]:
         return [id_ for id_ in self._rotation if id_ in self._runner.prefills]
