@@ -83,7 +83,8 @@ def assert_right(model: Any, prompt: list[int], answer: list[int]) -> None:
     """Each token is mlx-lm's for the prompt and the tokens before it, alone in its cache."""
     assert len(answer) == TOKENS
     cache = make_prompt_cache(model)
-    inputs = mx.array([prompt])
+    model(mx.array([prompt[:-1]]), cache=cache)  # as mlx-lm's generator does
+    inputs = mx.array([prompt[-1:]])
     for token in answer:
         logits = model(inputs, cache=cache)[0, -1].astype(mx.float32)
         assert logits.max().item() - logits[token].item() <= NEAR
