@@ -2,22 +2,26 @@
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
-import openai
 import pytest
 from tokenizers import Tokenizer
 
 from mlx_server.config import Settings
-from tests.support.server import Server, serving, until
+from tests.support.sdk import (
+    API_KEY,
+    async_client,
+    client,
+    engine_is_free,
+    engine_work,
+    http,
+)
+from tests.support.server import Server, serving
+
+__all__ = ["async_client", "client", "engine_is_free", "engine_work", "http"]
 
 MODEL = "smollm2-135m"
-API_KEY = "a-key-for-the-tests"
-FREE_SECONDS = 1.0
-"""How soon the engine must have let go of a request whose client left."""
 
 
 def pulled(model: str) -> Path:
@@ -51,63 +55,10 @@ def tokenizer(demo_model: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-async def http(demo_server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    """A client without an SDK, which shows bodies as they are on the wire."""
-    async with demo_server.client(headers={"Authorization": f"Bearer {API_KEY}"}) as plain:
-        yield plain
+def sdk_model() -> str:
+    return MODEL
 
 
 @pytest.fixture(scope="session")
-def client(demo_server: Server) -> Iterator[openai.OpenAI]:
-    """The official SDK, as a user sets it up."""
-    with openai.OpenAI(
-        base_url=f"{demo_server.url}/v1",
-        api_key=API_KEY,
-        max_retries=0,
-        timeout=60,
-        http_client=openai.DefaultHttpxClient(trust_env=False),
-    ) as sdk:
-        yield sdk
-
-
-@pytest.fixture(scope="session")
-async def async_client(demo_server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
-    """The official SDK's asynchronous form."""
-    async with openai.AsyncOpenAI(
-        base_url=f"{demo_server.url}/v1",
-        api_key=API_KEY,
-        max_retries=0,
-        timeout=60,
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
-    ) as sdk:
-        yield sdk
-
-
-@pytest.fixture
-def engine_work(http: httpx.AsyncClient) -> Callable[[], Awaitable[dict[str, int]]]:
-    """Asks the server what the demo model's engine works on."""
-
-    async def work() -> dict[str, int]:
-        models: list[dict[str, Any]] = (await http.get("/admin/models")).json()["models"]
-        status = next(model for model in models if model["id"] == MODEL)
-        return {name: status[name] for name in ("in_flight", "running", "waiting")}
-
-    return work
-
-
-@pytest.fixture
-def engine_is_free(
-    engine_work: Callable[[], Awaitable[dict[str, int]]],
-) -> Callable[[], Awaitable[None]]:
-    """Waits until the engine works on nothing, and fails if that takes long."""
-    work: dict[str, int] = {}
-
-    async def free() -> bool:
-        nonlocal work
-        work = await engine_work()
-        return not any(work.values())
-
-    async def wait() -> None:
-        await until(free, FREE_SECONDS, lambda: f"still at work: {work}")
-
-    return wait
+def sdk_server(demo_server: Server) -> Server:
+    return demo_server

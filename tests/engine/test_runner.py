@@ -170,6 +170,25 @@ def test_a_failed_turn_gives_back_all_that_ran(runner: Runner, tiny_model: Path)
     assert tokens_of(rows, 1) == alone(tiny_model, PROMPT)
 
 
+def test_a_failed_turn_gives_back_a_request_whose_last_token_is_not_read(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> mx.array:
+        raise RuntimeError("no memory")
+
+    rows, _ = run(runner, begin(start(1, PROMPT)), begin(start(2, PROMPT, max_tokens=1)), plan())
+    with monkeypatch.context() as broken:
+        broken.setattr(runner.model, "step", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            run(runner, plan())
+    again = runner.reset(Outcome())
+    assert [one.request.id for one in again] == [1, 2]
+    for one in again:
+        rows += run(runner, begin(one))[0] + rest(runner)
+    assert len(tokens_of(rows, 1)) == COUNT
+    assert len(tokens_of(rows, 2)) == 1
+
+
 def test_the_prefix_cache_keeps_to_the_limit_of_the_plan(runner: Runner) -> None:
     run(runner, begin(start(1, PROMPT)))
     rest(runner)

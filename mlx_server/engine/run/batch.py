@@ -133,25 +133,25 @@ class Batch:
 
     def step(self) -> list[Row]:
         """Start the next step and read the one before it."""
-        previous, self.pending = self.pending, None
+        previous = self.pending  # until it is read, so that a failure loses none of its rows
         self._drop_ended()
-        if self.rows:
-            self.pending = self._build()
+        following = self._build() if self.rows else None
         if previous:
             self.failed += previous.finish()
-        if self.pending:
-            self.pending.draw.start()
+        if following:
+            following.draw.start()
         rows = previous.read() if previous else []
-        if self.pending:
-            self.pending.begin_masks()
+        self.pending = following
+        if following:
+            following.begin_masks()
         return rows
 
     def settle(self) -> list[Row]:
         """Read the step under way, drop ended rows, start no other step."""
-        previous, self.pending = self.pending, None
-        if previous:
-            self.failed += previous.finish()
-        rows = previous.read() if previous else []
+        if self.pending:
+            self.failed += self.pending.finish()
+        rows = self.pending.read() if self.pending else []
+        self.pending = None
         for row in self.rows:
             row.in_flight = False
         self._drop_ended()

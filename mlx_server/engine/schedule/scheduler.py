@@ -103,16 +103,17 @@ class Scheduler:
     def turn(self) -> Iterator[Tokens | Begun | Failed]:
         """One decode step and at most one chunk of prefill; yields what comes out of each."""
         started = time.perf_counter()
+        self._plan, self._outcome = None, Outcome()
         yield from self._fail_unusable_grammars()
-        drop, self._drop = self._drop, []
-        plan, outcome = self.planner.decide(drop), Outcome()
-        self._plan, self._outcome = plan, outcome
+        plan, outcome = self.planner.decide(list(self._drop)), self._outcome
+        self._plan = plan
         if plan.begin is not None:
             yield Begun([start.request.id for start in plan.begin.starts])
         for tokens in self.runner.run(plan, outcome):
             self.suspects.difference_update(row.id for row in tokens.rows)
             yield tokens
         yield from outcome.failed
+        self._drop.clear()
         self.planner.learn(plan, outcome)
         self._account(plan, outcome)
         if not self.runner.busy:
@@ -227,4 +228,4 @@ class Scheduler:
             first = list(itertools.islice(self.waiting, 1))
             self.waiting.remove(frozenset(request.id for request in first))
             begun = [request.start for request in first]
-        return begun
+        return [start for start in begun if start.request.id not in self._drop]
