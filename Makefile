@@ -7,7 +7,7 @@ MODEL := smollm2-135m
 INSTALL := PYTHON="$(PYTHON)" EXTRA="$(EXTRA)" scripts/install.sh
 SOURCES := pyproject.toml constraints.txt scripts/install.sh
 # Two at a time: each test of a server has an engine at work beside it.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # HOST counts on make's command line only: some shells export the machine's name under it.
 SERVE_FLAGS := --model $(MODEL)
@@ -59,11 +59,11 @@ check: $(VENV)/.installed-dev
 	$(LINT)
 	$(BIN)/python -m pytest $(PARALLEL) -q tests/unit $(ARGS)
 
-# What watches the clock, memory or the machine's load runs by itself, behind everything else.
+# tests/alone watches the clock, memory or the machine's load, so it runs behind everything else.
 test: $(VENV)/.installed-dev
 	$(LINT)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not soak and not alone" $(ARGS)
-	$(BIN)/python -m pytest -m "not soak and alone" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/alone $(ARGS)
+	$(BIN)/python -m pytest tests/alone $(ARGS)
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak --timeout=7200 $(ARGS)

@@ -1,14 +1,12 @@
 """The demo model, fetched the product's own way, behind one real server for all tests here."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
-from mlx_server.config import Settings
+from tests.support.demo import MODEL, demo_model
 from tests.support.sdk import (
     API_KEY,
     async_client,
@@ -19,23 +17,7 @@ from tests.support.sdk import (
 )
 from tests.support.server import Server, serving
 
-__all__ = ["async_client", "client", "engine_is_free", "engine_work", "http"]
-
-MODEL = "smollm2-135m"
-
-
-def pulled(model: str) -> Path:
-    """The folder of a model, which is pulled if it is not there."""
-    pull = [sys.executable, "-m", "mlx_server", "pull", model]
-    done = subprocess.run(pull, capture_output=True, text=True)
-    assert done.returncode == 0, f"{model} could not be pulled:\n{done.stderr[-4000:]}"
-    return Settings.load().models_folder / model
-
-
-@pytest.fixture(scope="session")
-def demo_model() -> Path:
-    """The folder of the demo model."""
-    return pulled(MODEL)
+__all__ = ["async_client", "client", "demo_model", "engine_is_free", "engine_work", "http"]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from openai.types import Completion, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionTokenLogprob
 from tokenizers import Tokenizer
 
-from tests.e2e.conftest import MODEL
+from tests.support.demo import MODEL
 
 CAPITAL = "What is the capital of France?"
 COUNT = "Count from 1 to 10, comma separated."

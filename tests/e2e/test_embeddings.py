@@ -10,8 +10,8 @@ import psutil
 import pytest
 from tokenizers import Tokenizer
 
-from tests.e2e.conftest import pulled
 from tests.support.bert import ReferenceEncoder
+from tests.support.demo import pulled
 from tests.support.server import Server, serving
 
 MODEL = "all-minilm-l6-v2"

@@ -8,7 +8,7 @@ import openai
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.e2e.conftest import MODEL
+from tests.support.demo import MODEL
 
 WEATHER = {
     "type": "object",

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.e2e.conftest import MODEL
+from tests.support.demo import MODEL
 from tests.support.json_schemas import KEPT, UNKEEPABLE
 from tests.support.server import CHAT
 

@@ -9,7 +9,7 @@ import openai
 from openai import AsyncOpenAI, OpenAI
 from tokenizers import Tokenizer
 
-from tests.e2e.conftest import MODEL
+from tests.support.demo import MODEL
 
 PARIS: Any = [{"role": "user", "content": "What is the capital of France?"}]
 ENDLESS: dict[str, Any] = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}

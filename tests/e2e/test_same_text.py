@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import MODEL
+from tests.support.demo import MODEL
 from tests.support.server import CHAT, serving
 
 SYSTEM = (

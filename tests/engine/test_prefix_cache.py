@@ -1,7 +1,7 @@
 """What is computed once is not computed again, and nobody can tell from the text."""
 
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,8 +9,8 @@ import pytest
 
 from mlx_server.engine.cache.blocks import LEAST_TAIL, Block, BlockIndex
 from mlx_server.engine.cache.prefix import BLOCK, extend_keys
-from mlx_server.engine.protocol import Generate, Row, Sampling, Stats
-from tests.engine.conftest import request, rows_of, started, tokens_of, until
+from mlx_server.engine.protocol import Generate, PrefixStats, Row, Sampling, Stats
+from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
 from tests.support.engines import DirectEngine
 from tests.support.tiny import build_recurrent_model, build_tiny_model
 
@@ -23,6 +23,7 @@ MODELS: dict[str, tuple[Build, dict[str, object]]] = {
     "quantized": (lambda folder: build_tiny_model(folder, hidden=128), {"kv_bits": 8}),
 }
 
+NOTHING = PrefixStats(0, 0, 0, 0)
 SLICEABLE = ("attention", "quantized")
 """Those of whose caches every layer can be cut into blocks."""
 
@@ -33,6 +34,22 @@ def model(
 ) -> tuple[Path, dict[str, object]]:
     build, options = MODELS[request.param]
     return build(tmp_path_factory.mktemp("models") / request.param), options
+
+
+@pytest.fixture(scope="module")
+async def plain(model: tuple[Path, dict[str, object]]) -> AsyncIterator[DirectEngine]:
+    """An engine that keeps nothing."""
+    path, options = model
+    async with started(path, prefix_cache="0", **options) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+async def engine(model: tuple[Path, dict[str, object]]) -> AsyncIterator[DirectEngine]:
+    """An engine with a prefix cache, which knows nothing of prompts that no test before had."""
+    path, options = model
+    async with started(path, **options) as engine:
+        yield engine
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
@@ -53,18 +70,14 @@ def tokens(rows: list[Row]) -> list[int]:
     return [token for row in rows for token in row.tokens]
 
 
-async def without_cache(
-    model: tuple[Path, dict[str, object]], *requests: Generate
-) -> list[list[int]]:
-    """What each of these gives alone, on an engine that keeps nothing."""
-    path, options = model
-    async with started(path, prefix_cache="0", **options) as engine:
-        return [(await tokens_of(engine, one))[0] for one in requests]
+async def alone(engine: DirectEngine, *requests: Generate) -> list[list[int]]:
+    """What each of these gives when it has the engine to itself."""
+    return [(await tokens_of(engine, one))[0] for one in requests]
 
 
-async def after(engine: DirectEngine, *asked: Generate) -> Stats:
-    """What the engine reports when it has ended exactly these requests and is idle."""
-    length = sum(len(one.prompt) for one in asked)
+async def after(engine: DirectEngine, *asked: Generate, before: PrefixStats = NOTHING) -> Stats:
+    """What the engine reports when it has ended exactly these requests since, and is idle."""
+    length = before.prompt_tokens + sum(len(one.prompt) for one in asked)
 
     def told() -> bool:
         s = engine.stats
@@ -73,6 +86,12 @@ async def after(engine: DirectEngine, *asked: Generate) -> Stats:
     await until(told)
     assert engine.stats is not None
     return engine.stats
+
+
+async def so_far(engine: DirectEngine) -> PrefixStats:
+    await idle(engine)
+    assert engine.stats is not None
+    return engine.stats.prefix
 
 
 def prompt_blocks(prompt: list[int]) -> list[Block]:
@@ -147,51 +166,47 @@ class TestBlockIndex:
 
 
 async def test_a_prompt_seen_before_is_computed_from_its_last_whole_block_on(
-    model: tuple[Path, dict[str, object]],
+    engine: DirectEngine, plain: DirectEngine
 ) -> None:
-    path, options = model
     asked = [request(prompt_of(length, length), 12, settings(length)) for length in (97, 200, 330)]
-    expected = await without_cache(model, *asked)
-    async with started(path, **options) as engine:
-        for number, one in enumerate(asked):
-            [cold] = await rows_of(engine, one)
-            [warm] = await rows_of(engine, one)
-            assert tokens(cold) == tokens(warm) == expected[number]
-            assert cached(cold) == 0
-            length = len(one.prompt) - 1
-            assert length - BLOCK < cached(warm) <= length
+    expected = await alone(plain, *asked)
+    for number, one in enumerate(asked):
+        [cold] = await rows_of(engine, one)
+        [warm] = await rows_of(engine, one)
+        assert tokens(cold) == tokens(warm) == expected[number]
+        assert cached(cold) == 0
+        length = len(one.prompt) - 1
+        assert length - BLOCK < cached(warm) <= length
 
 
 async def test_the_next_turn_of_a_chat_computes_little_more_than_its_new_message(
-    model: tuple[Path, dict[str, object]],
+    model: tuple[Path, dict[str, object]], engine: DirectEngine, plain: DirectEngine
 ) -> None:
-    path, options = model
     first = request(prompt_of(150, 1), 70, settings(1))
-    async with started(path, **options) as engine:
-        [answer] = await tokens_of(engine, first)
-        turn = first.prompt + answer
-        second = request(turn + prompt_of(20, 2), 12, settings(2))
-        [rows] = await rows_of(engine, second)
-    assert [tokens(rows)] == await without_cache(model, second)
+    [answer] = await tokens_of(engine, first)
+    turn = first.prompt + answer
+    second = request(turn + prompt_of(20, 2), 12, settings(2))
+    [rows] = await rows_of(engine, second)
+    assert [tokens(rows)] == await alone(plain, second)
     # Layers that cannot be cut are kept as they were after the prompt, not after the answer.
-    known = len(turn) if path.name in SLICEABLE else len(first.prompt)
+    known = len(turn) if model[0].name in SLICEABLE else len(first.prompt)
     assert cached(rows) > known - 1 - BLOCK
 
 
 async def test_prompts_that_begin_alike_and_come_together_share_the_work(
-    model: tuple[Path, dict[str, object]],
+    engine: DirectEngine, plain: DirectEngine
 ) -> None:
-    path, options = model
     system = prompt_of(300, 3)
     asked = [request(system + prompt_of(20 + i, 10 + i), 12, settings(i)) for i in range(8)]
-    expected = await without_cache(model, *asked)
-    async with started(path, **options) as engine:
-        assert await tokens_of(engine, *asked) == expected
-        everything = sum(len(one.prompt) for one in asked)
-        least = len(system) + sum(len(one.prompt) - len(system) for one in asked)
-        assert everything > 2500
-        stats = (await after(engine, *asked)).prefix
-        assert stats.prompt_tokens - stats.cached_tokens <= least + len(asked) * BLOCK
+    expected = await alone(plain, *asked)
+    before = await so_far(engine)
+    assert await tokens_of(engine, *asked) == expected
+    everything = sum(len(one.prompt) for one in asked)
+    least = len(system) + sum(len(one.prompt) - len(system) for one in asked)
+    assert everything > 2500
+    stats = (await after(engine, *asked, before=before)).prefix
+    computed = everything - (stats.cached_tokens - before.cached_tokens)
+    assert computed <= least + len(asked) * BLOCK
 
 
 async def test_the_cache_keeps_within_its_bytes_and_forgets_the_longest_unused(
@@ -239,18 +254,17 @@ async def test_running_requests_take_the_room_of_the_cache_when_they_need_it(
 
 
 async def test_an_aborted_request_leaves_what_it_computed_and_nothing_else(
-    model: tuple[Path, dict[str, object]],
+    engine: DirectEngine, plain: DirectEngine
 ) -> None:
-    path, options = model
     one = request(prompt_of(200, 5), 500, settings(5))
-    async with started(path, **options) as engine:
-        with engine.generate([one]) as stream:
-            async for _ in stream.rows():
-                break
-        [rows] = await rows_of(engine, request(one.prompt, 12, settings(5)))
-        assert cached(rows) > len(one.prompt) - 1 - BLOCK
-        assert (await after(engine, one, one)).kv_bytes == 0
-    assert [tokens(rows)] == await without_cache(model, request(one.prompt, 12, settings(5)))
+    before = await so_far(engine)
+    with engine.generate([one]) as stream:
+        async for _ in stream.rows():
+            break
+    [rows] = await rows_of(engine, request(one.prompt, 12, settings(5)))
+    assert cached(rows) > len(one.prompt) - 1 - BLOCK
+    assert (await after(engine, one, one, before=before)).kv_bytes == 0
+    assert [tokens(rows)] == await alone(plain, request(one.prompt, 12, settings(5)))
 
 
 async def test_scored_prompts_are_computed_whole(tmp_path: Path) -> None:
@@ -264,7 +278,7 @@ async def test_scored_prompts_are_computed_whole(tmp_path: Path) -> None:
 
 
 async def test_a_restarted_engine_takes_up_what_the_one_before_had_computed(
-    model: tuple[Path, dict[str, object]], tmp_path: Path
+    model: tuple[Path, dict[str, object]], plain: DirectEngine, tmp_path: Path
 ) -> None:
     path, options = model
     disk = {"disk_cache_folder": str(tmp_path / "disk"), "disk_cache_limit": 1 << 30}
@@ -275,7 +289,7 @@ async def test_a_restarted_engine_takes_up_what_the_one_before_had_computed(
         [after] = await rows_of(engine, first)
         assert cached(after) > len(first.prompt) - 1 - BLOCK
         assert tokens(after) == tokens(before)
-    assert [tokens(before)] == await without_cache(model, first)
+    assert [tokens(before)] == await alone(plain, first)
 
 
 async def test_damage_to_any_file_of_the_disk_cache_never_changes_an_answer(
@@ -305,7 +319,8 @@ async def test_the_files_of_one_model_are_never_taken_for_another_s(tmp_path: Pa
     async with started(other, **disk) as engine:
         [rows] = await rows_of(engine, asked)
     assert cached(rows) == 0
-    assert [tokens(rows)] == await without_cache((other, {}), asked)
+    async with started(other, prefix_cache="0") as engine:
+        assert [tokens(rows)] == await alone(engine, asked)
 
 
 def damage(file: Path, other: Path, generator: random.Random) -> None:

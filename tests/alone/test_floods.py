@@ -13,8 +13,6 @@ import pytest
 from tests.support.server import CHAT, Server, chat, serving
 from tests.support.tiny import build_tiny_model
 
-pytestmark = pytest.mark.alone
-
 REQUESTS = 300
 BATCH, QUEUE = 8, 64
 REFUSAL_SECONDS = 1.0

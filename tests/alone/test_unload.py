@@ -4,13 +4,10 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
+from tests.support.demo import MODEL
 from tests.support.server import CHAT, Server, ask, chat, serving
 
-pytestmark = pytest.mark.alone
-
-MODEL = "smollm2-135m"
 SECONDS = 2.0
 LEFT_OVER = 50 * 1024 * 1024
 """What front and text process may have grown by in bytes."""

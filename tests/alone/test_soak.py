@@ -19,8 +19,6 @@ from tests.server.test_lifecycle import Load
 from tests.support.pool import NAMES, need_of, pool, three_models
 from tests.support.server import CHAT, TEXT, Server, ask, until
 
-pytestmark = pytest.mark.alone
-
 SETTLED = 60.0
 GROWTH = 1.03
 KILL_EVERY = 100
