@@ -18,6 +18,10 @@ ifneq ($(PORT),)
 SERVE_FLAGS += --port $(PORT)
 endif
 
+# Tests start hundreds of Python processes: each would compile everything anew where bytecode is
+# not kept.
+check test soak: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help install install-dev serve check test soak bench clean
 .NOTPARALLEL:
 

@@ -92,9 +92,9 @@ async def whole(client: openai.AsyncOpenAI, body: dict[str, Any]) -> tuple[str, 
     return call.function.name, call.function.arguments, choice.finish_reason
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("calls", [range(1, 2), pytest.param(range(50), marks=pytest.mark.soak)])
 async def test_each_forced_call_parses_and_validates_and_streams_as_it_is(
-    client: openai.OpenAI, count: int
+    client: openai.OpenAI, calls: range
 ) -> None:
     limit = asyncio.Semaphore(TOGETHER)
     async with openai.AsyncOpenAI(base_url=str(client.base_url), api_key=client.api_key) as asker:
@@ -109,4 +109,4 @@ async def test_each_forced_call_parses_and_validates_and_streams_as_it_is(
             Draft202012Validator(SCHEMAS[name]).validate(json.loads(arguments))
             assert reason == "tool_calls"
 
-        await asyncio.gather(*(check(number) for number in range(count)))
+        await asyncio.gather(*(check(number) for number in calls))

@@ -24,7 +24,8 @@ async def test_streams_outlive_an_engine_that_gets_no_more_memory(
             for i in range(8)
         ]
         async with server.client() as client:
-            expected = [(await ask(client, CHAT, body)).text for body in bodies]
+            undisturbed = await asyncio.gather(*(ask(client, CHAT, body) for body in bodies))
+            expected = [answer.text for answer in undisturbed]
             streams = [asyncio.create_task(ask(client, CHAT, body)) for body in bodies]
             await until(lambda: _running(server, len(bodies)), 30)
             [engine] = server.engines()

@@ -189,7 +189,7 @@ async def _kill_at_random(server: Server, model: str, tokens: int, kills: int) -
 
 
 async def test_five_kills_at_random_moments_change_nothing_in_any_stream(mortal: Server) -> None:
-    killing = await _kill_at_random(mortal, TINY, tokens=600, kills=5)
+    killing = await _kill_at_random(mortal, TINY, tokens=300, kills=5)
     assert killing.ties <= 1
 
 
@@ -224,9 +224,9 @@ async def test_whole_answers_choices_and_requests_that_wait_survive(tmp_path: Pa
     said = "One two three four five six seven eight nine ten eleven twelve thirteen."
     path = build_scripted_model(tmp_path / "scripted", said, context=CONTEXT)
     asked: list[Asked] = [
-        (CHAT, chat(path.name, max_tokens=700, ignore_eos=True, n=3)),
-        (TEXT, {"model": path.name, "prompt": ["a", "b"], "max_tokens": 250, "echo": True}),
-        *((CHAT, chat(path.name, temperature=1, max_tokens=700 - i)) for i in range(6)),
+        (CHAT, chat(path.name, max_tokens=300, ignore_eos=True, n=3)),
+        (TEXT, {"model": path.name, "prompt": ["a", "b"], "max_tokens": 150, "echo": True}),
+        *((CHAT, chat(path.name, temperature=1, max_tokens=300 - i)) for i in range(6)),
     ]
     flags = ("--model", str(path))
     with serving(tmp_path / "home", *flags, max_batch=2, prefix_cache="0") as server:
@@ -308,7 +308,7 @@ async def test_an_engine_that_hangs_is_replaced_and_its_streams_go_on(
     tmp_path: Path, tiny: Path
 ) -> None:
     with serving(tmp_path, "--model", str(tiny), hang_timeout=3, prefix_cache="0") as server:
-        asked = mixed(TINY, 300)[::2]
+        asked = mixed(TINY, 150)[::2]
         async with server.client() as client:
             expected = [await read_timed(client, *one) for one in asked]
             async with running(client, *asked) as tasks:
@@ -377,7 +377,7 @@ async def test_a_poisonous_request_fails_alone_after_three_deaths(
 ) -> None:
     with fragile_server(tmp_path, fragile) as server:
         never = {"logit_bias": {DEADLY: -100}}  # sent again, what was said is part of the prompt
-        asked = [(path, body | never) for path, body in mixed("fragile", 400)]
+        asked = [(path, body | never) for path, body in mixed("fragile", 150)]
         poison = {"model": "fragile", "prompt": [5, DEADLY, 6, 7], "max_tokens": 5}
         async with server.client() as client:
             expected = await asyncio.gather(*(read_timed(client, *one) for one in asked))

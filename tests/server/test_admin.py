@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from tests.support.hub import Hub, running
 from tests.support.server import CHAT, Server, chat, serving, stream_data, until
 from tests.support.tiny import build_tiny_adapter, build_tiny_model
 
-REPO = "tiny/llama"
 PULL = "/admin/models/pull"
 WEIGHTS = "model.safetensors"
 
@@ -31,11 +30,46 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Server]:
+def whole_hub() -> Iterator[Hub]:
+    with running(Hub({})) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(whole_hub: Hub) -> Iterator[Hub]:
+    """The hub that servers here pull from, as sound as each test finds it."""
+    whole_hub.mend()
+    yield whole_hub
+    whole_hub.release()
+
+
+@pytest.fixture
+def repo(hub: Hub, model: Path) -> str:
+    """The tiny model on the hub, under a name that no test before had."""
+    name = f"tiny/llama-{len(hub.repos)}"
+    hub.repos[name] = {file.name: file.read_bytes() for file in model.iterdir()}
+    return name
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, whole_hub: Hub
+) -> Iterator[Server]:
+    """A server with a model, its adapter, and another model in a folder of the operator's."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(model, home / "models" / "tiny")
     build_tiny_adapter(model, home / "adapters" / "tiny" / "poet")
-    with serving(home) as server:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(model, elsewhere / "theirs")
+    with pulling_from(whole_hub), serving(home, model_dirs=[str(elsewhere)]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Server]:
+    """A server with a key for users and one for administrators."""
+    keys = {"api_keys": ["user"], "admin_keys": ["boss"]}
+    with serving(tmp_path_factory.mktemp("keyed"), "--model", str(model), **keys) as server:
         yield server
 
 
@@ -45,16 +79,15 @@ async def client(server: Server) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-@pytest.fixture
-def hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with the tiny model, which servers started from here on pull from."""
-    files = {file.name: file.read_bytes() for file in model.iterdir()}
-    with running(Hub({REPO: files})) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        yield hub
+@contextmanager
+def pulling_from(hub: Hub) -> Iterator[None]:
+    """Servers started in the block pull from `hub`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield
 
 
-async def pulled(client: httpx.AsyncClient, model: str = REPO) -> list[dict[str, Any]]:
+async def pulled(client: httpx.AsyncClient, model: str) -> list[dict[str, Any]]:
     """The events of a pull, to its end."""
     async with client.stream("POST", PULL, json={"model": model}) as response:
         assert response.status_code == 200, await response.aread()
@@ -62,26 +95,30 @@ async def pulled(client: httpx.AsyncClient, model: str = REPO) -> list[dict[str,
         return [json.loads(data) async for data in stream_data(response)]
 
 
+async def listed(client: httpx.AsyncClient) -> list[str]:
+    return [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+
+
 @asynccontextmanager
-async def half_pulled(server: Server, hub: Hub, home: Path) -> AsyncIterator[None]:
+async def half_pulled(server: Server, hub: Hub, repo: str) -> AsyncIterator[None]:
     """A pull that has stopped in the middle of the weights."""
-    size = len(hub.repos[REPO][WEIGHTS])
-    hub.repos[REPO].pop("tokenizer.json", None)
+    size = len(hub.repos[repo][WEIGHTS])
+    hub.repos[repo].pop("tokenizer.json", None)
     hub.hold_at = size // 2
 
     async def middle() -> bool:
-        return _partial_bytes(home) > size // 4
+        return _partial_bytes(server) > size // 4
 
     async with server.client() as client:
-        pulling = asyncio.create_task(pulled(client))
+        pulling = asyncio.create_task(pulled(client, repo))
         await until(middle, 20)
         yield
         pulling.cancel()
         await asyncio.gather(pulling, return_exceptions=True)
 
 
-def _partial_bytes(home: Path) -> int:
-    return sum(file.stat().st_size for file in home.rglob("*.incomplete"))
+def _partial_bytes(server: Server) -> int:
+    return sum(file.stat().st_size for file in server.log.parent.rglob("*.incomplete"))
 
 
 # load and unload
@@ -159,25 +196,21 @@ async def test_a_bad_keep_alive_or_priority_is_refused(
 # keys
 
 
-async def test_admin_routes_ask_for_an_admin_key_when_there_are_any(
-    tmp_path: Path, model: Path
-) -> None:
-    keys = {"api_keys": ["user"], "admin_keys": ["boss"]}
-    with serving(tmp_path, "--model", str(model), **keys) as server:
-        expected = {None: 401, "stranger": 401, "user": 403, "boss": 200}
-        for key, status in expected.items():
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
-            async with server.client(headers=headers) as client:
-                for path in ("/admin/models", "/admin/stats"):
-                    answer = await client.get(path)
-                    assert answer.status_code == status, (key, path)
-                if status != 200:
-                    assert_refused(await client.post("/admin/models/tiny/load"), status)
-                    assert_refused(await client.post("/admin/models/tiny/unload"), status)
-                    assert_refused(await client.post(PULL, json={"model": REPO}), status)
-                    assert_refused(await client.delete("/admin/models/tiny"), status)
-                usual = await client.get("/v1/models")
-                assert usual.status_code == (401 if status == 401 else 200), key
+async def test_admin_routes_ask_for_an_admin_key_when_there_are_any(keyed: Server) -> None:
+    expected = {None: 401, "stranger": 401, "user": 403, "boss": 200}
+    for key, status in expected.items():
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        async with keyed.client(headers=headers) as client:
+            for path in ("/admin/models", "/admin/stats"):
+                answer = await client.get(path)
+                assert answer.status_code == status, (key, path)
+            if status != 200:
+                assert_refused(await client.post("/admin/models/tiny/load"), status)
+                assert_refused(await client.post("/admin/models/tiny/unload"), status)
+                assert_refused(await client.post(PULL, json={"model": "a/b"}), status)
+                assert_refused(await client.delete("/admin/models/tiny"), status)
+            usual = await client.get("/v1/models")
+            assert usual.status_code == (401 if status == 401 else 200), key
 
 
 async def test_any_key_is_an_admin_key_when_there_are_no_others(
@@ -197,84 +230,112 @@ async def test_a_web_page_cannot_unload_a_model(client: httpx.AsyncClient) -> No
     assert_refused(answer, 403)
 
 
-# pull
+# ps
 
 
-async def test_a_pulled_model_answers_at_once(hub: Hub, tmp_path: Path) -> None:
-    size = sum(len(content) for content in hub.repos[REPO].values())
-    with serving(tmp_path) as server:
-        async with server.client() as client:
-            hub.pace = 0.02
-            *progress, last = await pulled(client)
-            assert last == {"status": "success"}
-            assert progress[-1]["completed"] == progress[-1]["total"] == size
-            done = [one["completed"] for one in progress]
-            assert done == sorted(done)
-            assert len(set(done)) > 2
-            answer = await client.post(CHAT, json=chat(REPO, max_tokens=2))
-            assert answer.status_code == 200, answer.text
-        assert (await server.models())[REPO]["download"] is None
-        assert hub.endpoint not in server.log.read_text(), "an address may be signed"
+async def test_ps_shows_what_the_server_holds(server: Server, client: httpx.AsyncClient) -> None:
+    port = server.url.rpartition(":")[2]
+    for one in await server.models():
+        await client.post(f"/admin/models/{one}/unload")
+    assert "No model is loaded" in _command(server.log.parent, "ps", "--port", port).stdout
+    body = chat("tiny", max_tokens=1, keep_alive="10m")
+    assert (await client.post(CHAT, json=body)).status_code == 200
+    pid = (await server.models())["tiny"]["pid"]
+    lines = _command(server.log.parent, "ps", "--port", port).stdout.splitlines()
+    assert len(lines) == 2
+    for part in ("tiny", "ready", str(pid), "GB", "ago", "in 10m"):
+        assert part in lines[1]
 
 
-async def test_two_pulls_at_once_share_one_download(hub: Hub, tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        hub.pace = 0.02
-        async with server.client() as client:
-            both = await asyncio.gather(pulled(client), pulled(client))
+async def test_ps_shows_the_key_it_is_given(keyed: Server) -> None:
+    home, port = keyed.log.parent, keyed.url.rpartition(":")[2]
+    refused = _command(home, "ps", "--port", port)
+    assert refused.returncode == 1
+    assert "No API key was given" in refused.stderr
+    user = _command(home, "ps", "--port", port, "--api-key", "user")
+    assert "not one for administrators" in user.stderr
+    assert _command(home, "ps", "--port", port, "--api-key", "boss").returncode == 0
+
+
+# pull: from here on failed models are left behind
+
+
+async def test_a_pulled_model_answers_at_once(
+    hub: Hub, repo: str, server: Server, client: httpx.AsyncClient
+) -> None:
+    size = sum(len(content) for content in hub.repos[repo].values())
+    hub.pace = 0.02
+    *progress, last = await pulled(client, repo)
+    assert last == {"status": "success"}
+    assert progress[-1]["completed"] == progress[-1]["total"] == size
+    done = [one["completed"] for one in progress]
+    assert done == sorted(done)
+    assert len(set(done)) > 2
+    answer = await client.post(CHAT, json=chat(repo, max_tokens=2))
+    assert answer.status_code == 200, answer.text
+    assert (await server.models())[repo]["download"] is None
+    assert hub.endpoint not in server.log.read_text(), "an address may be signed"
+
+
+async def test_two_pulls_at_once_share_one_download(
+    hub: Hub, repo: str, client: httpx.AsyncClient
+) -> None:
+    hub.pace = 0.02
+    both = await asyncio.gather(pulled(client, repo), pulled(client, repo))
     assert [events[-1] for events in both] == [{"status": "success"}] * 2
     assert len(hub.downloads(WEIGHTS)) == 1
 
 
-async def test_a_half_download_is_shown_as_such_and_never_served(hub: Hub, tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        async with half_pulled(server, hub, tmp_path), server.client() as client:
-            shown = (await server.models())[REPO]
-            assert shown["state"] == "downloading"
-            assert shown["download"]["total"] > 0
-            assert (await client.get("/v1/models")).json()["data"] == []
-            assert_refused(await client.post(CHAT, json=chat(REPO)), 404)
-            assert_refused(await client.post(f"/admin/models/{REPO}/load"), 404)
-            hub.release()
+async def test_a_half_download_is_shown_as_such_and_never_served(
+    hub: Hub, repo: str, server: Server, client: httpx.AsyncClient
+) -> None:
+    async with half_pulled(server, hub, repo):
+        shown = (await server.models())[repo]
+        assert shown["state"] == "downloading"
+        assert shown["download"]["total"] > 0
+        assert repo not in await listed(client)
+        assert_refused(await client.post(CHAT, json=chat(repo)), 404)
+        assert_refused(await client.post(f"/admin/models/{repo}/load"), 404)
+        hub.release()
 
 
-async def test_a_pull_killed_at_half_is_resumed_and_whole(hub: Hub, tmp_path: Path) -> None:
-    content = hub.repos[REPO][WEIGHTS]
-    with serving(tmp_path) as server:
-        async with half_pulled(server, hub, tmp_path):
+async def test_a_pull_killed_at_half_is_resumed_and_whole(
+    hub: Hub, repo: str, tmp_path: Path
+) -> None:
+    content = hub.repos[repo][WEIGHTS]
+    with pulling_from(hub), serving(tmp_path) as server:
+        async with half_pulled(server, hub, repo):
             server.process.kill()
             server.process.wait()
     hub.release()
-    here = _partial_bytes(tmp_path)
+    here = _partial_bytes(server)
     assert 0 < here < len(content)
-    with serving(tmp_path) as server:
+    with pulling_from(hub), serving(tmp_path) as server:
         async with server.client() as client:
-            assert (await client.get("/v1/models")).json()["data"] == []
-            assert (await pulled(client))[-1] == {"status": "success"}
-            path = Path((await server.models())[REPO]["path"])
+            assert await listed(client) == []
+            assert (await pulled(client, repo))[-1] == {"status": "success"}
+            path = Path((await server.models())[repo]["path"])
     assert hub.downloads(WEIGHTS)[-1] == f"bytes={here}-"
     assert hub.sent[-1] == len(content) - here
     assert (path / WEIGHTS).read_bytes() == content
 
 
-async def test_a_pull_that_fails_tells_why_and_is_shown_as_failed(hub: Hub, tmp_path: Path) -> None:
-    hub.gated.add(REPO)
-    with serving(tmp_path) as server:
-        async with server.client() as client:
-            last = (await pulled(client))[-1]
-        assert "HF_TOKEN" in last["error"]["message"]
-        shown = (await server.models())[REPO]
+async def test_a_pull_that_fails_tells_why_and_is_shown_as_failed(
+    hub: Hub, repo: str, server: Server, client: httpx.AsyncClient
+) -> None:
+    hub.gated.add(repo)
+    last = (await pulled(client, repo))[-1]
+    assert "HF_TOKEN" in last["error"]["message"]
+    shown = (await server.models())[repo]
     assert shown["state"] == "failed"
     assert "HF_TOKEN" in shown["reason"]
 
 
 async def test_a_model_larger_than_the_disk_is_refused_before_it_is_fetched(
-    hub: Hub, tmp_path: Path
+    hub: Hub, repo: str, client: httpx.AsyncClient
 ) -> None:
     hub.claimed_size = 10**15
-    with serving(tmp_path) as server:
-        async with server.client() as client:
-            last = (await pulled(client))[-1]
+    last = (await pulled(client, repo))[-1]
     assert last["error"]["code"] == "insufficient_storage"
     assert hub.downloads(WEIGHTS) == []
 
@@ -296,11 +357,13 @@ async def test_what_is_no_model_name_is_not_pulled(
     assert_refused(await client.post(PULL, json=body), status)
 
 
-async def test_a_stopping_server_does_not_wait_for_a_pull(hub: Hub, tmp_path: Path) -> None:
+async def test_a_stopping_server_does_not_wait_for_a_pull(
+    hub: Hub, repo: str, tmp_path: Path
+) -> None:
     hub.pace = 0.1
-    with serving(tmp_path) as server:
+    with pulling_from(hub), serving(tmp_path) as server:
         async with server.client() as client:
-            pulling = asyncio.create_task(pulled(client))
+            pulling = asyncio.create_task(pulled(client, repo))
 
             async def begun() -> bool:
                 return any(hub.sent)
@@ -320,61 +383,32 @@ async def test_a_stopping_server_does_not_wait_for_a_pull(hub: Hub, tmp_path: Pa
 # remove
 
 
-async def test_a_model_is_removed_only_when_it_is_not_loaded(tmp_path: Path, model: Path) -> None:
-    folder = shutil.copytree(model, tmp_path / "models" / "org" / "mine")
-    with serving(tmp_path) as server:
-        async with server.client() as client:
-            await client.post("/admin/models/org/mine/load")
-            error = assert_refused(await client.delete("/admin/models/org/mine"))
-            assert "unload it first" in error["message"]
-            done = _command(tmp_path, "rm", "org/mine", "--yes")
-            assert done.returncode == 1
-            assert "unload it first" in done.stderr
-            assert folder.exists()
-            await client.post("/admin/models/org/mine/unload")
-            answer = await client.delete("/admin/models/org/mine")
-            assert (answer.status_code, answer.json()["deleted"]) == (200, True)
-            assert not folder.exists()
-            assert (await client.get("/v1/models")).json()["data"] == []
-        assert await server.models() == {}
+async def test_a_model_is_removed_only_when_it_is_not_loaded(
+    model: Path, server: Server, client: httpx.AsyncClient
+) -> None:
+    home = server.log.parent
+    folder = shutil.copytree(model, home / "models" / "org" / "mine")
+    await client.post("/admin/models/org/mine/load")
+    error = assert_refused(await client.delete("/admin/models/org/mine"))
+    assert "unload it first" in error["message"]
+    done = _command(home, "rm", "org/mine", "--yes")
+    assert done.returncode == 1
+    assert "unload it first" in done.stderr
+    assert folder.exists()
+    await client.post("/admin/models/org/mine/unload")
+    answer = await client.delete("/admin/models/org/mine")
+    assert (answer.status_code, answer.json()["deleted"]) == (200, True)
+    assert not folder.exists()
+    assert "org/mine" not in await listed(client)
+    assert "org/mine" not in await server.models()
 
 
 async def test_a_model_that_the_operator_keeps_elsewhere_is_not_removed(
-    tmp_path: Path, model: Path
+    server: Server, client: httpx.AsyncClient
 ) -> None:
-    with serving(tmp_path, model_dirs=[str(model.parent)]) as server:
-        async with server.client() as client:
-            error = assert_refused(await client.delete("/admin/models/tiny"))
-        assert "Remove its folder yourself" in error["message"]
-        assert "tiny" in await server.models()
-
-
-# ps
-
-
-async def test_ps_shows_what_the_server_holds(server: Server, client: httpx.AsyncClient) -> None:
-    port = server.url.rpartition(":")[2]
-    for one in await server.models():
-        await client.post(f"/admin/models/{one}/unload")
-    assert "No model is loaded" in _command(server.log.parent, "ps", "--port", port).stdout
-    body = chat("tiny", max_tokens=1, keep_alive="10m")
-    assert (await client.post(CHAT, json=body)).status_code == 200
-    pid = (await server.models())["tiny"]["pid"]
-    lines = _command(server.log.parent, "ps", "--port", port).stdout.splitlines()
-    assert len(lines) == 2
-    for part in ("tiny", "ready", str(pid), "GB", "ago", "in 10m"):
-        assert part in lines[1]
-
-
-async def test_ps_shows_the_key_it_is_given(tmp_path: Path) -> None:
-    with serving(tmp_path, api_keys=["user"], admin_keys=["boss"]) as server:
-        port = server.url.rpartition(":")[2]
-        refused = _command(tmp_path, "ps", "--port", port)
-        assert refused.returncode == 1
-        assert "No API key was given" in refused.stderr
-        user = _command(tmp_path, "ps", "--port", port, "--api-key", "user")
-        assert "not one for administrators" in user.stderr
-        assert _command(tmp_path, "ps", "--port", port, "--api-key", "boss").returncode == 0
+    error = assert_refused(await client.delete("/admin/models/theirs"))
+    assert "Remove its folder yourself" in error["message"]
+    assert "theirs" in await server.models()
 
 
 def _command(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -87,34 +87,12 @@ def test_the_log_names_the_key_and_never_shows_one(keyed: Server) -> None:
         assert secret not in shown.text + refused.text
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"", "keys"),
-        (b"[[keys", "keys.toml: "),
-        (b"\xff\xfe", "UTF-8"),
-        (b'[[keys]]\nname = "a"\n', "either key or sha256"),
-        (b'[[keys]]\nname = "a"\nkey = "hushhush"\nsha256 = "00"\n', "either key or sha256"),
-        (b'[[keys]]\nname = "a"\nsha256 = "hushhush"\n', "64 hexadecimal digits"),
-        (b'[[keys]]\nname = "a b"\nkey = "hushhush"\n', "keys.0.name"),
-        (b'[[keys]]\nname = "a"\nkey = "hushhush"\nscopes = ["root"]\n', "keys.0.scopes"),
-        (b'[[keys]]\nname = "a"\nkey = "x"\n[[keys]]\nname = "a"\nkey = "y"\n', "the name a"),
-        (b'[[keys]]\nname = "a"\nkey = "x"\n[[keys]]\nname = "b"\nkey = "x"\n', "the same key"),
-    ],
-    ids=lambda value: repr(value)[:50],
-)
-def test_a_bad_file_of_keys_is_one_line_that_shows_no_key(
-    tmp_path: Path, content: bytes, told: str
-) -> None:
+def test_a_bad_file_of_keys_is_one_line_that_shows_no_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    path.write_bytes(content)
+    path.write_bytes(b'[[keys]]\nname = "a b"\nkey = "hushhush"\n')
     line = startup_complaint(tmp_path, MLX_SERVER_KEYS_FILE=str(path))
-    assert told in line
+    assert "keys.0.name" in line
     assert "hushhush" not in line
-
-
-def test_a_missing_file_of_keys_is_one_line(tmp_path: Path) -> None:
-    assert "No such file" in startup_complaint(tmp_path, MLX_SERVER_KEYS_FILE="/no/such/keys.toml")
 
 
 def startup_complaint(home: Path, *flags: str, **environment: str) -> str:

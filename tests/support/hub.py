@@ -46,6 +46,19 @@ class Hub:
         self.hold_at = None
         self._released.set()
 
+    def mend(self) -> None:
+        """Let everything go well from now on, and forget what was asked."""
+        self.release()
+        self._released.clear()
+        self.gated.clear()
+        self.cuts.clear()
+        self.corrupt = 0
+        self.ignore_ranges = False
+        self.claimed_size = None
+        self.pace = 0.0
+        self.sent.clear()
+        self.requests.clear()
+
     def wait_for_release(self) -> None:
         """Hold a download."""
         self._released.wait()

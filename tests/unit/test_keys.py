@@ -62,6 +62,7 @@ def test_a_file_of_keys_guards_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
+        ("", r"keys\.toml: keys: "),
         ("keys = 3", r"keys\.toml: keys: "),
         ("keys = []", r"keys\.toml: keys: "),
         ('[[keys]]\nname = "a"', "either key or sha256"),
