@@ -224,9 +224,9 @@ async def test_whole_answers_choices_and_requests_that_wait_survive(tmp_path: Pa
     said = "One two three four five six seven eight nine ten eleven twelve thirteen."
     path = build_scripted_model(tmp_path / "scripted", said, context=CONTEXT)
     asked: list[Asked] = [
-        (CHAT, chat(path.name, max_tokens=300, ignore_eos=True, n=3)),
-        (TEXT, {"model": path.name, "prompt": ["a", "b"], "max_tokens": 150, "echo": True}),
-        *((CHAT, chat(path.name, temperature=1, max_tokens=300 - i)) for i in range(6)),
+        (CHAT, chat(path.name, max_tokens=700, ignore_eos=True, n=3)),
+        (TEXT, {"model": path.name, "prompt": ["a", "b"], "max_tokens": 250, "echo": True}),
+        *((CHAT, chat(path.name, temperature=1, max_tokens=700 - i)) for i in range(6)),
     ]
     flags = ("--model", str(path))
     with serving(tmp_path / "home", *flags, max_batch=2, prefix_cache="0") as server:
