@@ -1,7 +1,6 @@
 """Engines that die, hang or are killed by a request: whoever is not to blame gets the same text."""
 
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -363,59 +362,54 @@ def fragile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def fragile_server(home: Path, model: Path) -> Iterator[Server]:
-    trusted = json.dumps([str(model), model.name])
-    with serving(
-        home, "--model", str(model), trust_remote_code=trusted, prefix_cache="0"
-    ) as server:
+@pytest.fixture(scope="module")
+def fragile_server(tmp_path_factory: pytest.TempPathFactory, fragile: Path) -> Iterator[Server]:
+    home, trusted = tmp_path_factory.mktemp("home"), [str(fragile), fragile.name]
+    flags = ("--model", str(fragile))
+    with serving(home, *flags, trust_remote_code=trusted, prefix_cache="0") as server:
         yield server
 
 
-async def test_a_poisonous_request_fails_alone_after_three_deaths(
-    tmp_path: Path, fragile: Path
-) -> None:
-    with fragile_server(tmp_path, fragile) as server:
-        never = {"logit_bias": {DEADLY: -100}}  # sent again, what was said is part of the prompt
-        asked = [(path, body | never) for path, body in mixed("fragile", 150)]
-        poison = {"model": "fragile", "prompt": [5, DEADLY, 6, 7], "max_tokens": 5}
-        async with server.client() as client:
-            expected = await asyncio.gather(*(read_timed(client, *one) for one in asked))
-            async with running(client, *asked) as tasks:
-                failed = await client.post(TEXT, json=poison)
-                answers = await asyncio.gather(*tasks)
-                streamed = await read_timed(client, TEXT, poison)
-        assert failed.status_code == 500
-        error = failed.json()["error"]
-        assert error["code"] == "engine_failed"
-        assert failed.headers["x-request-id"] in error["message"]
-        assert streamed.error is not None
-        assert streamed.error["code"] == "engine_failed"
-        assert sum(map(same, answers, expected)) <= 1
-        assert server.log.read_text().count("event=engine_ended") <= 6
-        assert server.log.read_text().count("event=request_blamed") == 2
+async def test_a_poisonous_request_fails_alone_after_three_deaths(fragile_server: Server) -> None:
+    never = {"logit_bias": {DEADLY: -100}}  # sent again, what was said is part of the prompt
+    asked = [(path, body | never) for path, body in mixed("fragile", 150)]
+    poison = {"model": "fragile", "prompt": [5, DEADLY, 6, 7], "max_tokens": 5}
+    async with fragile_server.client() as client:
+        expected = await asyncio.gather(*(read_timed(client, *one) for one in asked))
+        async with running(client, *asked) as tasks:
+            failed = await client.post(TEXT, json=poison)
+            answers = await asyncio.gather(*tasks)
+            streamed = await read_timed(client, TEXT, poison)
+    assert failed.status_code == 500
+    error = failed.json()["error"]
+    assert error["code"] == "engine_failed"
+    assert failed.headers["x-request-id"] in error["message"]
+    assert streamed.error is not None
+    assert streamed.error["code"] == "engine_failed"
+    assert sum(map(same, answers, expected)) <= 1
+    assert fragile_server.log.read_text().count("event=engine_ended") <= 6
+    assert fragile_server.log.read_text().count("event=request_blamed") == 2
 
 
 async def test_a_model_whose_engine_cannot_be_loaded_again_fails_and_says_why(
-    tmp_path: Path, fragile: Path
+    fragile: Path, fragile_server: Server
 ) -> None:
-    with fragile_server(tmp_path, fragile) as server:
-        deadly = fragile / "deadly-to-load"
-        async with server.client() as client:
-            async with running(client, (CHAT, chat("fragile", max_tokens=9000))) as [held]:
-                deadly.touch()
-                os.kill(await engine_of(server, "fragile"), signal.SIGKILL)
-                answer = await held
-            assert answer.error is not None
-            assert answer.error["code"] == "model_load_failed"
-            assert server.log.read_text().count("event=engine_load_crashed") == 3
-            await _failed_for_good(server)
-            refused = await client.post(CHAT, json=chat("fragile", max_tokens=1))
-            assert refused.status_code == 503
-            assert "signal 6" in refused.json()["error"]["message"]
-            await _failed_for_good(server)
-            deadly.unlink()
-            assert (await ask(client, CHAT, chat("fragile", max_tokens=1))).done
+    deadly = fragile / "deadly-to-load"
+    async with fragile_server.client() as client:
+        async with running(client, (CHAT, chat("fragile", max_tokens=9000))) as [held]:
+            deadly.touch()
+            os.kill(await engine_of(fragile_server, "fragile"), signal.SIGKILL)
+            answer = await held
+        assert answer.error is not None
+        assert answer.error["code"] == "model_load_failed"
+        assert fragile_server.log.read_text().count("event=engine_load_crashed") == 3
+        await _failed_for_good(fragile_server)
+        refused = await client.post(CHAT, json=chat("fragile", max_tokens=1))
+        assert refused.status_code == 503
+        assert "signal 6" in refused.json()["error"]["message"]
+        await _failed_for_good(fragile_server)
+        deadly.unlink()
+        assert (await ask(client, CHAT, chat("fragile", max_tokens=1))).done
 
 
 async def _failed_for_good(server: Server) -> None:
@@ -429,39 +423,45 @@ async def _failed_for_good(server: Server) -> None:
 # limits of patience
 
 
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Server]:
+    """A server with two places, for which nobody waits long and which nobody keeps for long."""
+    home, flags = tmp_path_factory.mktemp("home"), ("--model", str(tiny))
+    with serving(home, *flags, max_batch=2, queue_timeout=0.5, request_timeout=3) as server:
+        yield server
+
+
 async def test_a_request_that_finds_no_place_in_time_is_told_to_come_back(
-    tmp_path: Path, tiny: Path
+    impatient: Server,
 ) -> None:
-    with serving(tmp_path, "--model", str(tiny), max_batch=1, queue_timeout=0.5) as server:
-        async with server.client() as client:
-            long = (CHAT, chat(TINY, max_tokens=9000, ignore_eos=True))
-            async with running(client, long) as [held]:
-                refused = await client.post(CHAT, json=chat(TINY, max_tokens=1))
-                streamed = await read_timed(client, CHAT, chat(TINY, max_tokens=1))
-                assert not held.done()
-            assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "queue_timeout"
-            assert int(refused.headers["retry-after"]) >= 1
-            assert streamed.error is not None
-            assert streamed.error["code"] == "queue_timeout"
-        await server.idle(TINY)
-
-
-async def test_a_request_that_takes_too_long_is_ended_and_its_work_too(
-    tmp_path: Path, tiny: Path
-) -> None:
-    with serving(tmp_path, "--model", str(tiny), request_timeout=1) as server:
-        async with server.client() as client:
-            body = chat(TINY, max_tokens=9000, ignore_eos=True)
-            whole, streamed = await asyncio.gather(
-                client.post(CHAT, json=body), read_timed(client, CHAT, body)
+    async with impatient.client() as client:
+        long = (CHAT, chat(TINY, max_tokens=9000, ignore_eos=True))
+        async with running(client, long, long) as held:
+            refused, streamed = await asyncio.gather(
+                client.post(CHAT, json=chat(TINY, max_tokens=1)),
+                read_timed(client, CHAT, chat(TINY, max_tokens=1)),
             )
-            assert whole.status_code == 504
-            assert whole.json()["error"]["code"] == "request_timeout"
-            assert any(streamed.pieces)
-            assert streamed.error is not None
-            assert streamed.error["code"] == "request_timeout"
-        await server.idle(TINY)
+            assert not any(one.done() for one in held)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "queue_timeout"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert streamed.error is not None
+        assert streamed.error["code"] == "queue_timeout"
+    await impatient.idle(TINY)
+
+
+async def test_a_request_that_takes_too_long_is_ended_and_its_work_too(impatient: Server) -> None:
+    async with impatient.client() as client:
+        body = chat(TINY, max_tokens=9000, ignore_eos=True)
+        whole, streamed = await asyncio.gather(
+            client.post(CHAT, json=body), read_timed(client, CHAT, body)
+        )
+        assert whole.status_code == 504
+        assert whole.json()["error"]["code"] == "request_timeout"
+        assert any(streamed.pieces)
+        assert streamed.error is not None
+        assert streamed.error["code"] == "request_timeout"
+    await impatient.idle(TINY)
 
 
 async def test_a_stream_that_nobody_reads_pauses_and_goes_on_as_if_nothing_had_happened(

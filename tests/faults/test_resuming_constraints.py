@@ -89,7 +89,7 @@ async def test_documents_and_calls_are_whole_and_valid_after_their_engine_was_ki
 ) -> None:
     bodies = [bound(seed) for seed in range(4)]
     async with mortal.client(timeout=120) as client:
-        undisturbed = [await read(client, body, Streamed()) for body in bodies]
+        undisturbed = await asyncio.gather(*(read(client, body, Streamed()) for body in bodies))
         streams = [Streamed() for _ in bodies]
         pairs = zip(bodies, streams, strict=True)
         tasks = [asyncio.create_task(read(client, body, stream)) for body, stream in pairs]

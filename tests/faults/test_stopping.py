@@ -21,7 +21,7 @@ from tests.support.tiny import build_tiny_model
 
 CONTEXT = 16_384
 STREAMS = 8
-GRACE = 4.0
+GRACE = 2.5
 ENDLESS = {"max_tokens": CONTEXT - 100, "ignore_eos": True}
 
 
