@@ -4,6 +4,7 @@ Schemathesis makes the requests, right and wrong ones, from the OpenAPI descript
 server gives out, and compares the answers with it.
 """
 
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -183,14 +184,15 @@ class Fuzzer:
         if any(operation.iter_parameters()) or operation.body or label not in OPEN:
             self._random(operation, GenerationMode.NEGATIVE, how)
 
-    def limits(self, label: str) -> None:
-        """Requests at and just beyond each limit that the description states."""
+    def limits(self, label: str, step: int = 1) -> None:
+        """Each `step`th request at, or just beyond, a limit that the description states."""
         operation = self._operation(label)
-        for case in self.schema.iter_coverage_cases(
+        cases = self.schema.iter_coverage_cases(
             operation,
             generation_modes=list(GenerationMode),
             generation_config=self.schema.config.generation_for(operation=operation),
-        ):
+        )
+        for case in itertools.islice(cases, 0, None, step):
             if reaches_its_route(case):
                 self._send(case)
 
@@ -227,7 +229,8 @@ def test_every_answer_to_requests_made_up_is_as_described(fuzzer: Fuzzer, label:
 
 @pytest.mark.parametrize("label", LABELS)
 def test_every_answer_at_the_limits_is_as_described(fuzzer: Fuzzer, label: str) -> None:
-    fuzzer.limits(label)
+    # Hundreds for a body with many fields; the soak sends them all.
+    fuzzer.limits(label, 3 if label.startswith("POST /v1/c") or label == "POST /tokenize" else 1)
 
 
 @pytest.mark.soak
