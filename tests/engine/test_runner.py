@@ -87,6 +87,10 @@ def tokens_of(rows: list[Row], id_: int) -> list[int]:
     return [token for row in rows if row.id == id_ for token in row.tokens]
 
 
+def fails(*_: object) -> mx.array:
+    raise RuntimeError("no memory")
+
+
 def alone(path: Path, prompt: list[int]) -> list[int]:
     """mlx-lm's own greedy continuation."""
     model, _ = load_model(path)
@@ -173,9 +177,6 @@ def test_a_failed_turn_gives_back_all_that_ran(runner: Runner, tiny_model: Path)
 def test_a_failed_turn_gives_back_a_request_whose_last_token_is_not_read(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> mx.array:
-        raise RuntimeError("no memory")
-
     rows, _ = run(runner, begin(start(1, PROMPT)), begin(start(2, PROMPT, max_tokens=1)), plan())
     with monkeypatch.context() as broken:
         broken.setattr(runner.model, "step", fails)
@@ -187,6 +188,31 @@ def test_a_failed_turn_gives_back_a_request_whose_last_token_is_not_read(
         rows += run(runner, begin(one))[0] + rest(runner)
     assert len(tokens_of(rows, 1)) == COUNT
     assert len(tokens_of(rows, 2)) == 1
+
+
+def test_a_turn_that_fails_as_a_prompt_joins_the_batch_gives_it_back(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(runner, begin(start(1, PROMPT)), plan())
+    with monkeypatch.context() as broken:
+        broken.setattr(runner.batch, "join", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            run(runner, begin(start(2, PROMPT)))
+    assert [one.request.id for one in runner.reset(Outcome())] == [1, 2]
+
+
+def test_a_turn_that_fails_between_two_steps_has_told_what_it_had_read(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, _ = run(runner, begin(start(1, PROMPT)), plan(), plan())
+    monkeypatch.setattr(runner.batch, "leave", fails)
+    monkeypatch.setattr(runner, "_leave", lambda *_: None)
+    turn = runner.run(begin(start(2, PROMPT), tokens=20, mixed=True), Outcome())
+    rows += next(turn).rows
+    with pytest.raises(RuntimeError, match="no memory"):
+        next(turn)
+    again = runner.reset(Outcome())
+    assert again[0].request.prompt == PROMPT + tokens_of(rows, 1)
 
 
 def test_the_prefix_cache_keeps_to_the_limit_of_the_plan(runner: Runner) -> None:

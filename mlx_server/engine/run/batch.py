@@ -131,10 +131,13 @@ class Batch:
             self._inputs.keep(keep)
             self._sampler = None
 
+    def drop_ended(self) -> None:
+        self.leave([row for row in self.rows if row.done or not row.decodes])
+
     def step(self) -> list[Row]:
         """Start the next step and read the one before it."""
         previous = self.pending  # until it is read, so that a failure loses none of its rows
-        self._drop_ended()
+        self.drop_ended()
         following = self._build() if self.rows else None
         if previous:
             self.failed += previous.finish()
@@ -147,20 +150,21 @@ class Batch:
         return rows
 
     def settle(self) -> list[Row]:
-        """Read the step under way, drop ended rows, start no other step."""
+        """Read the step under way, start no other. Rows that have ended stay, since dropping them
+        may fail, and what was read must be told first.
+        """
         if self.pending:
             self.failed += self.pending.finish()
         rows = self.pending.read() if self.pending else []
         self.pending = None
         for row in self.rows:
             row.in_flight = False
-        self._drop_ended()
         return rows
 
     def mixed_step(self, chunk: Part) -> None:
         """Start the next step with `chunk` in the same pass.
 
-        No step may be under way, and there must be rows.
+        No step may be under way, no row have ended, and there must be rows.
         """
         self.pending = self._build(chunk)
         self.pending.draw.start()
@@ -169,9 +173,6 @@ class Batch:
     def take_failed(self) -> list[Failed]:
         failed, self.failed = self.failed, []
         return failed
-
-    def _drop_ended(self) -> None:
-        self.leave([row for row in self.rows if row.done or not row.decodes])
 
     def _build(self, *chunk: Part) -> Step:
         """The graph of the next step; its inputs may still have to be drawn."""

@@ -151,6 +151,7 @@ class Runner:
         return rows
 
     def _mixed_step(self, prefill: PromptPrefill, budget: int, outcome: Outcome) -> list[Row]:
+        self.batch.drop_ended()
         if self.batch.rows:
             self._mixed = _MixedChunk(*prefill.size(budget), time.perf_counter())
             part = prefill.next_part(budget)
@@ -177,12 +178,14 @@ class Runner:
         first = prefill.sequences[0]
         if prefill.until is not None and isinstance(prefill, PromptPrefill):
             return self._branch(prefill, first, outcome)
-        del self.prefills[first.id]
-        if not first.decodes:
-            return [first.report([], "length")]
-        outcome.joined_empty_batch = not self.batch.rows
-        self.batch.join(prefill)
-        return []
+        rows = []
+        if first.decodes:
+            outcome.joined_empty_batch = not self.batch.rows
+            self.batch.join(prefill)
+        else:
+            rows = [first.report([], "length")]
+        del self.prefills[first.id]  # not before: a failure would lose those who join
+        return rows
 
     def _branch(self, prefill: PromptPrefill, sequence: Sequence, outcome: Outcome) -> list[Row]:
         """What a prompt shares with others is computed: it goes on together with them."""
@@ -192,8 +195,8 @@ class Runner:
             return []
         del self.prefills[sequence.id]
         again = sequence.restart()
-        self.waiting.pin(sequence.id, usable_keys(again))
         outcome.returned.append(again)
+        self.waiting.pin(sequence.id, usable_keys(again))
         return []
 
 
