@@ -23,12 +23,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def started(path: Path, **options: object) -> AsyncIterator[DirectEngine]:
+async def started(
+    path: Path, *, steps_may_fail: bool = False, **options: object
+) -> AsyncIterator[DirectEngine]:
+    """An engine that ends with the block. Recovery hides a failed step, so here it is an error."""
     client = await DirectEngine.start("tiny", path, LoadOptions(**options))
     try:
         yield client
     finally:
         await client.stop()
+    said = list(client.last_lines)
+    assert steps_may_fail or not any("event=step_failed" in line for line in said), said
 
 
 @pytest.fixture(scope="session")

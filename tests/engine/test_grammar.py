@@ -252,7 +252,9 @@ async def test_documents_survive_a_device_that_fails(tmp_path: Path) -> None:
     requests = [*BOUND, *FREE]
     async with started(path, trust_remote_code=True, max_batch=4) as engine:
         expected = await tokens_of(engine, *requests)
-    async with started(path, trust_remote_code=True, kv_limit=4 << 20) as engine:
+    async with started(
+        path, steps_may_fail=True, trust_remote_code=True, kv_limit=4 << 20
+    ) as engine:
         assert await tokens_of(engine, *requests) == expected
 
 

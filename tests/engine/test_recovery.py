@@ -47,14 +47,16 @@ async def test_a_batch_that_is_too_large_for_the_memory_is_computed_in_parts(
     options = {"kv_limit": 4 << 20, "prefix_cache": "0", "trust_remote_code": True}
     async with started(frail, max_batch=MOST_ROWS, **options) as engine:
         expected = await tokens_of(engine, *REQUESTS)
-    async with started(frail, max_batch=16, **options) as engine:
+    async with started(frail, steps_may_fail=True, max_batch=16, **options) as engine:
         assert await tokens_of(engine, *REQUESTS) == expected
         await idle(engine)
         assert await tokens_of(engine, *REQUESTS) == expected
 
 
 async def test_a_request_that_the_device_cannot_compute_fails_alone(frail: Path) -> None:
-    async with started(frail, trust_remote_code=True, max_batch=MOST_ROWS) as engine:
+    async with started(
+        frail, steps_may_fail=True, trust_remote_code=True, max_batch=MOST_ROWS
+    ) as engine:
         expected = await tokens_of(engine, *REQUESTS[:2])
         bad = request([*range(20), POISON, *range(20)], 5)
         with engine.generate([bad]) as poison:
@@ -66,7 +68,7 @@ async def test_a_request_that_the_device_cannot_compute_fails_alone(frail: Path)
 
 
 async def test_a_request_that_fails_by_itself_leaves_the_engine_as_it_was(frail: Path) -> None:
-    async with started(frail, trust_remote_code=True) as engine:
+    async with started(frail, steps_may_fail=True, trust_remote_code=True) as engine:
         with pytest.raises(EngineFailed, match="cannot be computed"):
             await rows_of(engine, request([5, POISON, 7, 8], 5))
         await idle(engine)
