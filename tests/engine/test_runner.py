@@ -157,6 +157,13 @@ def test_a_shared_beginning_is_kept_for_those_that_branch_off(runner: Runner) ->
     assert tokens_of(rows + rest(runner), 2)
 
 
+def test_a_batch_that_has_emptied_feeds_nothing_of_it_to_the_next(runner: Runner) -> None:
+    run(runner, begin(start(1, PROMPT)), begin(start(2, [3] * 40)))
+    rest(runner)
+    run(runner, begin(start(3, PROMPT)))
+    assert runner.batch.inputs.tokens.tolist() == [PROMPT[-1]]
+
+
 def test_a_dropped_request_leaves_nothing(runner: Runner) -> None:
     run(runner, begin(start(1, PROMPT)), begin(start(2, [3] * 300), tokens=10), plan())
     rows, _ = run(runner, plan(drop=[1, 2]), plan())

@@ -86,8 +86,8 @@ class Inputs:
         self._tokens = mx.concatenate([tokens[:place], middle, tokens[place:]])
 
     def keep(self, places: list[int]) -> None:
-        empty = mx.array([], dtype=mx.uint32)
-        self._tokens = self.tokens[mx.array(places)] if places else empty
+        kept = self.tokens[mx.array(places)] if places else mx.array([], dtype=mx.uint32)
+        self._tokens, self._draw = kept, None
 
 
 class Batch:
@@ -103,7 +103,7 @@ class Batch:
         self._model = model
         self._groups = groups
         self._mask_thread = mask_thread
-        self._inputs = Inputs()
+        self.inputs = Inputs()
         self._sampler: BatchSampler | None = None
 
     @property
@@ -121,14 +121,14 @@ class Batch:
     def join(self, prefill: Prefill) -> None:
         new = prefill.sequences
         place = self._groups.add(new, prefill.batch_cache())
-        self._inputs.insert(place, [sequence.request.prompt[-1] for sequence in new])
+        self.inputs.insert(place, [sequence.request.prompt[-1] for sequence in new])
         self._sampler = None
 
     def leave(self, gone: Iterable[Sequence]) -> None:
         before = len(self.rows)
         keep = self._groups.remove(ids_of(list(gone)))
         if len(keep) < before:
-            self._inputs.keep(keep)
+            self.inputs.keep(keep)
             self._sampler = None
 
     def drop_ended(self) -> None:
@@ -176,7 +176,7 @@ class Batch:
 
     def _build(self, *chunk: Part) -> Step:
         """The graph of the next step; its inputs may still have to be drawn."""
-        rows, inputs = self.rows, self._inputs.tokens
+        rows, inputs = self.rows, self.inputs.tokens
         if self._sampler is None:
             wanted = [row.request.logprobs for row in rows]
             bound = [i for i, row in enumerate(rows) if row.constraint is not None]
@@ -187,5 +187,5 @@ class Batch:
         for row in rows:
             row.launched += 1
             row.in_flight = True
-        self._inputs.follow(draw)
+        self.inputs.follow(draw)
         return Step(list(rows), draw, masks)
