@@ -18,7 +18,7 @@ from tests.server.test_errors import assert_refused
 from tests.support.raw import Raw
 from tests.support.server import CHAT, Server, chat, serving, until
 
-PATIENCE = 1.0
+PATIENCE = 2.0
 CONNECTIONS = 8
 SPARE = 64
 HEADER_BYTES = 16 * 1024
@@ -99,7 +99,7 @@ def test_a_body_that_trickles_is_given_up(raw: Raw) -> None:
 
 
 def test_a_slow_body_that_keeps_its_pace_is_waited_for(bounded: Server) -> None:
-    body = json.dumps(chat(MODEL, max_tokens=1, user="u" * 8000)).encode()
+    body = json.dumps(chat(MODEL, max_tokens=1, user="u" * 16_000)).encode()
 
     def slowly() -> Iterator[bytes]:
         for start in range(0, len(body), 1000):
