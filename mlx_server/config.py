@@ -27,6 +27,10 @@ def _as_number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _bytes_or_off(text: str) -> int | None:
+    return None if text.strip() == "off" else parse_bytes(text, 0)
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="MLX_SERVER_", extra="forbid", env_nested_delimiter="__"
@@ -150,6 +154,12 @@ class Settings(BaseSettings):
         description="Disk space in `home`/cache for cached prefixes, which outlive restarts; `off` "
         "keeps nothing there.",
     )
+    disk_cache_daily: str = Field(
+        "64GB",
+        pattern=SIZE_OR_OFF,
+        description="What may be written there in a day, by all servers together, to spare the "
+        "disk; `off` for no limit.",
+    )
     max_queue: int = Field(
         256, ge=0, description="Requests that may wait for a place in a model's batch."
     )
@@ -249,7 +259,7 @@ class Settings(BaseSettings):
     @property
     def disk_cache_limit(self) -> int:
         """Bytes; 0 caches nothing."""
-        return 0 if self.disk_cache.strip() == "off" else parse_bytes(self.disk_cache, 0)
+        return _bytes_or_off(self.disk_cache) or 0
 
     def load_options(self, model_id: str) -> LoadOptions:
         return LoadOptions(
@@ -259,6 +269,7 @@ class Settings(BaseSettings):
             prefix_cache=self.prefix_cache,
             disk_cache_folder=str(self.disk_cache_folder) if self.disk_cache_limit else None,
             disk_cache_limit=self.disk_cache_limit,
+            disk_cache_daily=_bytes_or_off(self.disk_cache_daily),
             dequantize=self.dequantize,
             openblas=self.openblas,
             max_batch=self.max_batch,

@@ -41,6 +41,7 @@ class PoolCollector(Collector):
         yield GaugeMetricFamily("mlx_server_models_loaded", "Models loaded.", value=len(loaded))
         yield from self._per_model(statuses)
         yield from self._prefix_caches(loaded)
+        yield from self._disk_caches(loaded)
         memory = GaugeMetricFamily(
             "mlx_server_memory_bytes", "An engine's device memory.", labels=["model", "kind"]
         )
@@ -89,3 +90,16 @@ class PoolCollector(Collector):
                 asked.add_metric([status.id], status.prefix_cache.prompt_tokens)
                 found.add_metric([status.id], status.prefix_cache.cached_tokens)
         yield from (held, asked, found)
+
+    def _disk_caches(self, loaded: list[ModelStatus]) -> Iterator[Metric]:
+        figures = {
+            "written_bytes": "Bytes of prefixes written to the disk.",
+            "read_bytes": "Bytes of prefixes read back from the disk.",
+            "refused_blocks": "Blocks for which the disk, its limit or the day's had no room.",
+        }
+        for field, help in figures.items():
+            counter = CounterMetricFamily(f"mlx_server_disk_cache_{field}", help, labels=["model"])
+            for status in loaded:
+                if status.prefix_cache is not None and status.prefix_cache.disk is not None:
+                    counter.add_metric([status.id], getattr(status.prefix_cache.disk, field))
+            yield counter

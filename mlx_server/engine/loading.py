@@ -115,7 +115,8 @@ def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCa
     disk = None
     if limit > 0 and options.disk_cache_folder is not None:
         identity = model_identity(message, backend.layout.describe())
-        disk = DiskCache(Path(options.disk_cache_folder), identity, options.disk_cache_limit)
+        folder, limit_on_disk = Path(options.disk_cache_folder), options.disk_cache_limit
+        disk = DiskCache(folder, identity, limit_on_disk, options.disk_cache_daily)
     return PrefixCache(backend.layout, limit, disk)
 
 

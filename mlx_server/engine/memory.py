@@ -59,7 +59,13 @@ class DeviceMemory:
         """Give freed buffers back to the system."""
         mx.clear_cache()
 
-    def trim(self) -> None:
-        """Give freed heap back too, where MLX's buffers come from malloc. Takes milliseconds."""
-        if self._trim_heap is not None:
+    def release_excess(self) -> None:
+        """Give freed buffers back if more have gathered than are kept for reuse."""
+        if mx.get_cache_memory() > self.cache_limit:
+            self.release()
+
+    def release_all(self) -> None:
+        """Give freed buffers and heap back. Takes milliseconds."""
+        self.release()
+        if self._trim_heap is not None:  # where MLX's buffers come from malloc
             self._trim_heap(0)

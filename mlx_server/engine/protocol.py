@@ -54,6 +54,8 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """For blocks of the prefix cache of all models; None keeps none."""
     disk_cache_limit: int = 0
     """Bytes of all files in that folder."""
+    disk_cache_daily: int | None = None
+    """Bytes written to that folder in a day, at most."""
     dequantize: Literal["auto", "always", "never"] = "auto"
     """`auto`: to float32 on a CPU, if that fits the memory limit."""
     openblas: str = "auto"
@@ -225,6 +227,16 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
+class DiskStats(msgspec.Struct, frozen=True):
+    """Of one model's blocks; bytes and refusals since the engine started."""
+
+    blocks: int
+    written_bytes: int
+    read_bytes: int
+    refused_blocks: int
+    """Not written: the disk, its limit or the day's had no room."""
+
+
 class PrefixStats(msgspec.Struct, frozen=True):
     blocks: int
     bytes: int
@@ -232,6 +244,7 @@ class PrefixStats(msgspec.Struct, frozen=True):
     """Of all requests admitted since the engine started."""
     cached_tokens: int
     """Of those, not computed."""
+    disk: DiskStats | None = None
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):

@@ -14,6 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
+from mlx_server.engine.idle import Chore, IdleTime
 from mlx_server.engine.loading import load
 from mlx_server.engine.protocol import (
     Abort,
@@ -55,14 +58,18 @@ class Inbox:
     def wait(self) -> ToEngine:
         return self._messages.get()
 
-    def burst(self, quiet: float) -> Iterator[ToEngine]:
-        """The next message, and those that follow within `quiet` seconds of each other."""
-        yield self.wait()
+    def burst(self, quiet: float, patience: float | None = None) -> Iterator[ToEngine]:
+        """The next message, and those that follow within `quiet` seconds of each other.
+
+        None if the first takes longer than `patience` seconds.
+        """
+        timeout = patience
         for _ in range(LONGEST_BURST):
             try:
-                yield self._messages.get(timeout=quiet)
+                yield self._messages.get(timeout=timeout)
             except queue.Empty:
                 return
+            timeout = quiet
 
     def arrived(self) -> Iterator[ToEngine]:
         while not self._messages.empty():
@@ -70,9 +77,14 @@ class Inbox:
 
     def _read(self) -> None:
         frames = FrameReader()
-        while data := self._receive():
-            for body in frames.feed(data):
-                self._messages.put(decode_to_engine(body))
+        try:
+            while data := self._receive():
+                for body in frames.feed(data):
+                    self._messages.put(decode_to_engine(body))
+        except msgspec.MsgspecError:
+            # Which requests are lost cannot be known; another engine is sent all of them.
+            log.exception("event=frame_unreadable")
+            os._exit(1)
         # The front is gone and nobody is left to compute for. A device in mid-step must not delay
         # this, so the process ends here and now.
         os._exit(0)
@@ -103,7 +115,10 @@ class Work(Protocol):
     def recover(self, error: Exception) -> list[Failed]:
         """Go on after a turn that raised `error`; returns the requests that are given up."""
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """After each turn: let go of what has no use before the next."""
+
+    def chores(self) -> Sequence[Chore]: ...
 
     def stats(self) -> Stats: ...
 
@@ -115,6 +130,7 @@ class Engine:
         self.connection = connection
         self.inbox = inbox
         self.work = work
+        self.idle = IdleTime(work.chores())
         self._stats_due = 0.0
 
     def run(self) -> None:
@@ -126,14 +142,17 @@ class Engine:
                 self._take(message)
             if self.work.busy:
                 self._turn()
-            self.work.release()
+                self.work.release()
+                self.idle.begin()
+            else:
+                self.idle.spend()
             self._report()
 
     def _messages(self) -> Iterator[ToEngine]:
         if self.work.busy:
             return self.inbox.arrived()
         # Requests that come together are best prefilled together.
-        return self.inbox.burst(self.work.pace.burst_seconds())
+        return self.inbox.burst(self.work.pace.burst_seconds(), self.idle.left())
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Generate | Embed):

@@ -24,6 +24,15 @@ class Memory(ResponseObject):
     limit: int
 
 
+class DiskCache(ResponseObject):
+    """`refused_blocks` were not written: the disk, its limit or the day's had no room."""
+
+    blocks: int
+    written_bytes: int
+    read_bytes: int
+    refused_blocks: int
+
+
 class PrefixCache(ResponseObject):
     """`prompt_tokens` were looked up, `cached_tokens` of them found."""
 
@@ -31,6 +40,7 @@ class PrefixCache(ResponseObject):
     bytes: int
     prompt_tokens: int
     cached_tokens: int
+    disk: DiskCache | None
 
 
 class Download(ResponseObject):

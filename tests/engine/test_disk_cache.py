@@ -1,5 +1,6 @@
 """Blocks on disk come back as they were written, or not at all."""
 
+import datetime
 import hashlib
 import os
 import signal
@@ -25,7 +26,10 @@ from mlx_server.engine.cache.block_file import (
     to_host,
     unpack,
 )
+from mlx_server.engine.cache.blocks import Block
+from mlx_server.engine.cache.daily import DailyWrites
 from mlx_server.engine.cache.disk import DiskCache
+from mlx_server.engine.cache.disk_tier import DiskTier
 
 ON_CPU = mx.default_device().type == mx.DeviceType.cpu
 IDENTITY = "c0ffee00" * 2
@@ -103,9 +107,12 @@ def open_cache(tmp_path: Path) -> Iterator[OpenCache]:
     caches = []
 
     def open_it(
-        identity: str = IDENTITY, limit: int = ROOMY, root: Path = tmp_path / "kv"
+        identity: str = IDENTITY,
+        limit: int = ROOMY,
+        root: Path = tmp_path / "kv",
+        daily: int | None = None,
     ) -> DiskCache:
-        caches.append(DiskCache(root, identity, limit))
+        caches.append(DiskCache(root, identity, limit, daily))
         wait_until(lambda: caches[-1].index.unscanned == 0)
         return caches[-1]
 
@@ -195,6 +202,61 @@ class TestRoundTrip:
         paths = (cache.index.root, cache.index.folder, file)
         modes = [stat.S_IMODE(path.stat().st_mode) for path in paths]
         assert modes == [0o700, 0o700, 0o600]
+
+
+class TestWear:
+    """Disks bear only so many writes."""
+
+    def test_processes_share_a_day_s_limit_and_the_next_day_begins_anew(
+        self, tmp_path: Path
+    ) -> None:
+        day = [datetime.date(2026, 11, 26)]
+        one, other = (DailyWrites(tmp_path, 1000, lambda: day[0]) for _ in range(2))
+        one.add(600)
+        assert other.allows(400)
+        assert not other.allows(401)
+        other.add(400)
+        assert not one.allows(1)
+        (tmp_path / "written-by-me").touch()
+        day[0] += datetime.timedelta(days=1)
+        one.add(900)
+        assert not other.allows(101)
+        assert sorted(file.name for file in tmp_path.iterdir()) == [
+            "written-2026-11-27",
+            "written-by-me",
+        ]
+
+    def test_nothing_is_written_beyond_the_day_s_limit(
+        self, open_cache: OpenCache, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        cache = open_cache(daily=40 << 10)
+        write_blocks(cache, *range(4))  # of 16 KiB and a header
+        assert len(block_files(cache.index.root)) == 2
+        figures = cache.figures()
+        assert (figures.blocks, figures.refused_blocks) == (2, 2)
+        assert 32 << 10 < figures.written_bytes <= 40 << 10
+        assert not cache.willing
+        assert events(caplog, "disk_cache_unwritable") == 1
+
+    def test_closing_writes_what_there_is_though_more_than_may_wait(
+        self, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(disk, "QUEUE_LIMIT", 40 << 10)
+        cache = open_cache()
+        blocks = [Block(key_of(n), b"", [], block_of(n)) for n in range(20)]
+        cache.close(blocks)
+        assert len(block_files(cache.index.root)) == 20
+
+    def test_a_disk_that_refuses_files_is_not_asked_for_each_block(
+        self, open_cache: OpenCache
+    ) -> None:
+        cache = open_cache(daily=0)
+        tier = DiskTier(cache)
+        blocks = [Block(key_of(n), b"", [], block_of(n)) for n in range(50)]
+        assert tier.save(blocks) is None
+        wait_until(lambda: not cache.willing)
+        assert tier.save(blocks) is None
+        assert not block_files(cache.index.root)
 
 
 class TestDamage:

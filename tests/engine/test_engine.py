@@ -15,7 +15,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-from mlx_server.engine.protocol import LoadOptions, Sampling
+from mlx_server.engine.protocol import HEADER, LoadOptions, Sampling
 from mlx_server.errors import EngineFailed, ModelLoadFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
 from tests.support.engines import DirectEngine
@@ -228,6 +228,17 @@ async def main():
     await asyncio.Event().wait()
 asyncio.run(main())
 """
+
+
+async def test_an_engine_that_cannot_read_a_message_ends_and_can_be_replaced(
+    tiny_model: Path,
+) -> None:
+    async with started(tiny_model) as client:
+        with client.generate([request(range(20), 400)]) as stream:
+            client._child.writer.write(HEADER.pack(3) + b"???")
+            with pytest.raises(EngineFailed, match="event=frame_unreadable"):
+                async for _ in stream.rows():
+                    pass
 
 
 def test_an_engine_ends_by_itself_when_its_front_is_killed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The running side on a real model, given Plans that are written by hand."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from mlx_server.engine.cache.disk import DiskCache
 from mlx_server.engine.cache.prefix import BLOCK, PrefixCache, extend_keys
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.memory import DeviceMemory
@@ -248,3 +250,31 @@ def test_a_plan_survives_messagepack() -> None:
     decode = msgspec.msgpack.Decoder(Plan).decode
     for one in (whole, plan(), begin(start(1, PROMPT), until=32)):
         assert decode(msgspec.msgpack.encode(one)) == one
+
+
+def test_blocks_go_to_the_disk_when_of_use_or_without_room_and_at_the_end(
+    backend: Backend, tmp_path: Path
+) -> None:
+    def on_disk() -> int:
+        while disk.writer.waiting:
+            threading.Event().wait(0.002)
+        return len(list(tmp_path.rglob("*.safetensors")))
+
+    disk = DiskCache(tmp_path, "c0ffee00", 1 << 30)
+    prefix = PrefixCache(backend.layout, LIMIT, disk)
+    runner = Runner(backend, prefix, GrammarCompiler(backend.path, backend.vocab_size), 512)
+    run(runner, begin(start(1, PROMPT, 1)))
+    rest(runner)
+    assert prefix.save_used() is None
+    assert on_disk() == 0, "written at once"
+    other = [token + 1 for token in PROMPT]
+    run(runner, begin(start(2, [*PROMPT[: 2 * BLOCK], 9, 9, 9], 1)), begin(start(3, other, 1)))
+    rest(runner)
+    assert prefix.save_used() is None
+    assert on_disk() == 2, "the two blocks that served a second prompt"
+    prefix.resize(prefix.nbytes // 2)
+    run(runner, plan(), plan())
+    rescued = on_disk()
+    assert 2 < rescued < 6
+    prefix.close()
+    assert on_disk() == 6

@@ -263,7 +263,7 @@ class Footprint:
 
     @classmethod
     async def of(cls, server: Server) -> "Footprint":
-        state = await server.idle("tiny")
+        state = await server.rested("tiny")
         [engine] = server.engines()
         front = psutil.Process(server.process.pid)
         return cls(state["memory"]["active"], front.memory_info().rss, engine.memory_info().rss)

@@ -125,7 +125,7 @@ async def batch_of(server: Server, generator: random.Random, count: int) -> None
 
 async def memory_of(server: Server) -> int:
     """Resident bytes of all the server's processes, idle."""
-    await server.idle("tiny")
+    await server.rested("tiny")
     processes = [psutil.Process(server.process.pid), *server.children()]
     return sum(process.memory_info().rss for process in processes)
 

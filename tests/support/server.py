@@ -74,6 +74,15 @@ class Server:
         await until(quiet, seconds, lambda: f"{model} is busy: {state}")
         return state
 
+    async def rested(self, model: str) -> dict[str, Any]:
+        """Wait until `model` has been idle for long enough to give its freed buffers back."""
+
+        async def has_given() -> bool:
+            return bool((await self.idle(model))["memory"]["cache"] == 0)
+
+        await until(has_given, 30.0)
+        return await self.idle(model)
+
 
 @contextlib.contextmanager
 def serving(

@@ -23,6 +23,7 @@ class Block:
     """The KV cache of `tokens`, after block `parent` (b"" for a prompt's first).
 
     `arrays` from `KvLayout.cut`, `snapshot` from `KvLayout.snapshot`. Pinned blocks stay in memory.
+    `reused`: has served another prompt than the one that made it.
     """
 
     key: bytes
@@ -31,10 +32,15 @@ class Block:
     arrays: list[mx.array]
     snapshot: list[mx.array] | None = None
     pins: int = 0
+    reused: bool = False
+
+    @property
+    def content(self) -> list[mx.array]:
+        return [*self.arrays, *(self.snapshot or ())]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in (*self.arrays, *(self.snapshot or ())))
+        return sum(array.nbytes for array in self.content)
 
 
 class BlockIndex:
@@ -96,8 +102,12 @@ class BlockIndex:
         for block in blocks:
             block.pins -= 1
 
-    def shrink(self, limit: int) -> None:
-        """Drop the least recently used blocks beyond `limit` bytes."""
+    def newest_first(self) -> list[Block]:
+        """All blocks, each after its parent, the most recently used prompts' first."""
+        return list(reversed(self._blocks.values()))
+
+    def shrink(self, limit: int) -> list[Block]:
+        """Drop and return the least recently used blocks beyond `limit` bytes."""
         excess = self.nbytes - limit
         victims = []
         for block in self._blocks.values():
@@ -108,6 +118,7 @@ class BlockIndex:
                 excess -= block.nbytes
         for block in victims:
             self._drop(block)
+        return victims
 
     def clear(self) -> None:
         self._blocks.clear()

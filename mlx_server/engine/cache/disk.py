@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,10 @@ from mlx_server.engine.cache.block_file import (
     to_host,
     write_block,
 )
+from mlx_server.engine.cache.blocks import Block
+from mlx_server.engine.cache.daily import DailyWrites
 from mlx_server.engine.cache.disk_index import DiskIndex
+from mlx_server.engine.protocol import DiskStats
 
 QUEUE_LIMIT = LARGEST_BLOCK
 """Bytes that may wait to be written."""
@@ -77,22 +80,37 @@ class BlockRead:
 
 
 class DiskCache:
-    """The blocks of one model in `root/identity`; `limit` in bytes is on all files in `root`.
+    """The blocks of one model in `root/identity`; `limit` in bytes is on all files in `root`,
+    `daily` on what is written there in a day (None: nothing is).
 
     `identity` is hexadecimal. No method but `close` waits for the disk.
     """
 
-    def __init__(self, root: Path, identity: str, limit: int) -> None:
+    def __init__(self, root: Path, identity: str, limit: int, daily: int | None = None) -> None:
         self.index = DiskIndex(root, identity, limit)
-        self.writer = DiskWriter(self.index)
+        self.writer = DiskWriter(self.index, DailyWrites(root, daily))
         self._reader = _DiskReader(self.index)
         self._closed = False
         self.writer.start()
         self._reader.start()
 
+    @property
+    def willing(self) -> bool:
+        """False while the disk refuses files, and once the day's limit is reached."""
+        return not self._closed and self.writer.willing
+
     def holds(self, key: bytes) -> bool:
         """False until the folder is scanned."""
         return key in self.index
+
+    def missing(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """Those of `blocks` that are neither there nor on their way."""
+        known = (self.index, self.writer.waiting)
+        return (block for block in blocks if not any(block.key in place for place in known))
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a block of that size may be queued."""
+        return self.writer.has_room(nbytes)
 
     def write(self, key: bytes, arrays: Sequence[mx.array]) -> None:
         """Queue a block, or drop it if too much waits.
@@ -118,39 +136,70 @@ class DiskCache:
             read.finished.set()
         return read
 
-    def close(self) -> None:
+    def figures(self) -> DiskStats:
+        return DiskStats(
+            blocks=len(self.index),
+            written_bytes=self.writer.written_bytes,
+            read_bytes=self._reader.read_bytes,
+            refused_blocks=self.writer.refused_blocks,
+        )
+
+    def close(self, blocks: Iterable[Block] = ()) -> None:
+        """Write what waits and `blocks`, as far as `CLOSE_SECONDS` go."""
         if self._closed:
             return
         self._closed = True
         give_up_at = time.monotonic() + CLOSE_SECONDS
-        self.writer.stop(give_up_at)
+        self.writer.hurry(give_up_at)
+        for block in self.missing(blocks):
+            if not self.writer.await_room(block.nbytes):
+                break
+            self.writer.put(block.key, block.content)
+        self.writer.stop()
         self._reader.stop()
         for thread in (self.writer, self._reader):
             thread.join(max(0.0, give_up_at - time.monotonic()))
 
 
 class DiskWriter(threading.Thread):
-    def __init__(self, index: DiskIndex) -> None:
+    def __init__(self, index: DiskIndex, daily: DailyWrites) -> None:
         super().__init__(name="disk-writer", daemon=True)
         self.waiting: set[bytes] = set()
+        self.written_bytes = 0
+        self.refused_blocks = 0
+        """Which the disk, its limit or the day's had no room for."""
         self._index = index
+        self._daily = daily
         self._waiting_bytes = 0
-        self._lock = threading.Lock()
+        self._written = threading.Condition()
         self._work: queue.SimpleQueue[_Write | _Touch | None] = queue.SimpleQueue()
         self._failing = False
         self._retry_at = 0.0
-        self._closing = threading.Event()
+        self._hurry = threading.Event()
         self._give_up_at = math.inf
+
+    @property
+    def willing(self) -> bool:
+        return time.monotonic() >= self._retry_at
+
+    def has_room(self, nbytes: int) -> bool:
+        return self._waiting_bytes + nbytes <= QUEUE_LIMIT
+
+    def await_room(self, nbytes: int) -> bool:
+        """Whether there is room before `hurry`'s time is over."""
+        with self._written:
+            left = self._give_up_at - time.monotonic()
+            return self._written.wait_for(lambda: self.has_room(nbytes), max(0.0, left))
 
     def put(self, key: bytes, arrays: Sequence[mx.array]) -> None:
         if key in self._index or key in self.waiting:
             return
         nbytes = sum(array.nbytes for array in arrays)
-        full = self._waiting_bytes + nbytes > QUEUE_LIMIT
-        if full or time.monotonic() < self._retry_at:
+        if not self.has_room(nbytes) or not self.willing:
+            self.refused_blocks += 1
             return
         block = _Write(key, [to_host(array) for array in arrays], nbytes)
-        with self._lock:
+        with self._written:
             self.waiting.add(key)
             self._waiting_bytes += nbytes
         self._work.put(block)
@@ -159,10 +208,13 @@ class DiskWriter(threading.Thread):
         if old := self._index.untouched(keys):
             self._work.put(_Touch(old))
 
-    def stop(self, give_up_at: float) -> None:
-        """End after what waits, or at `give_up_at` (monotonic)."""
+    def hurry(self, give_up_at: float) -> None:
+        """Write without pauses from now on, and nothing after `give_up_at` (monotonic)."""
         self._give_up_at = give_up_at
-        self._closing.set()
+        self._hurry.set()
+
+    def stop(self) -> None:
+        """End after what waits."""
         self._work.put(None)
 
     def run(self) -> None:
@@ -186,15 +238,20 @@ class DiskWriter(threading.Thread):
             # Whatever is wrong here, serving goes on.
             log.exception("event=disk_cache_failed")
             size = 0
-        with self._lock:
+        with self._written:
             self.waiting.remove(work.key)
             self._waiting_bytes -= work.nbytes
-        self._closing.wait(size / WRITE_RATE)
+            self._written.notify_all()
+        self._hurry.wait(size / WRITE_RATE)
         return True
 
     def _write(self, block: _Write) -> int:
         now = time.monotonic()
         if now > self._give_up_at or now < self._retry_at:
+            self.refused_blocks += 1
+            return 0
+        if not self._daily.allows(block.nbytes):
+            self._pause("enough has been written today")
             return 0
         if not self._index.make_room(block.nbytes):
             self._pause("the limit leaves no room")
@@ -203,6 +260,7 @@ class DiskWriter(threading.Thread):
             self._index.make_folder()
             path = self._index.path(block.key)
             size = write_block(path, self._index.identity, block.key, block.arrays)
+            self._daily.add(size)
         except OSError as error:
             self._pause(_reason(error))
             return 0
@@ -210,9 +268,11 @@ class DiskWriter(threading.Thread):
             self._failing = False
             log.info("event=disk_cache_writable folder=%s", self._index.folder)
         self._index.add(block.key, size)
+        self.written_bytes += size
         return size
 
     def _pause(self, reason: str) -> None:
+        self.refused_blocks += 1
         self._retry_at = time.monotonic() + RETRY_SECONDS
         if not self._failing:
             self._failing = True
@@ -224,6 +284,7 @@ class _DiskReader(threading.Thread):
     def __init__(self, index: DiskIndex) -> None:
         super().__init__(name="disk-reader", daemon=True)
         self._index = index
+        self.read_bytes = 0
         self._reads: queue.SimpleQueue[BlockRead | None] = queue.SimpleQueue()
         self._closing = False
 
@@ -265,6 +326,7 @@ class _DiskReader(threading.Thread):
                 self._condemn(key, error)
                 return
             self._index.renew(key, read.begun, position)
+            self.read_bytes += sum(array.data.nbytes for array in arrays)
             read.found.append(arrays)
 
     def _condemn(self, key: bytes, error: Damaged | OSError) -> None:

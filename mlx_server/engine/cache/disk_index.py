@@ -56,6 +56,9 @@ class DiskIndex:
         """Bytes added since the last scan."""
         self._entries: dict[bytes, _Entry] = {}
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
 

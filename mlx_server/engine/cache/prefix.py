@@ -76,6 +76,8 @@ class PrefixCache:
         if match.blocks:
             arrays = [block.arrays for block in match.blocks]
             self.layout.assemble(cache, arrays, match.length, match.blocks[-1].snapshot)
+            for block in match.blocks:
+                block.reused = True
             self._blocks.touch(match.blocks)
             self.disk.touch(match.blocks)
 
@@ -101,9 +103,8 @@ class PrefixCache:
         new = [_block(tokens, keys, i, arrays) for i, arrays in enumerate(pieces, start)]
         for block in new:
             self._blocks.add(block)
-        self.disk.add(new)
         self._blocks.touch([*known, *new])
-        self._blocks.shrink(self.limit)
+        self._shrink()
         return [array for block in new for array in block.arrays]
 
     def store_snapshot(self, key: bytes, cache: Cache) -> list[mx.array]:
@@ -113,7 +114,7 @@ class PrefixCache:
             return []
         snapshot = self.layout.snapshot(cache)
         self._blocks.add_snapshot(block, snapshot)
-        self._blocks.shrink(self.limit)
+        self._shrink()
         return snapshot
 
     def load_blocks(self, prompt: list[int], keys: list[bytes], read: BlockRead) -> None:
@@ -124,7 +125,7 @@ class PrefixCache:
             if key not in self._blocks and (not block.parent or block.parent in self._blocks):
                 self._blocks.add(block)
         self._blocks.touch(self._blocks.chain(keys))
-        self._blocks.shrink(self.limit)
+        self._shrink()
 
     def pin(self, keys: Many[bytes]) -> list[Block]:
         blocks = self._blocks.chain(keys)
@@ -136,11 +137,25 @@ class PrefixCache:
 
     def resize(self, limit: int) -> None:
         self.limit = limit
-        self._blocks.shrink(limit)
+        self._shrink()
+
+    def save_used(self) -> float | None:
+        """Idle: write what has been of use and is not on disk; returns when to go on."""
+        return self.disk.save(block for block in self._blocks.newest_first() if block.reused)
+
+    def save_all(self) -> float | None:
+        """Idle: write everything that is not on disk; returns when to go on."""
+        return self.disk.save(self._blocks.newest_first())
 
     def clear(self) -> None:
         self._blocks.clear()
         self.disk.clear()
+
+    def close(self) -> None:
+        self.disk.close(self._blocks.newest_first())
+
+    def _shrink(self) -> None:
+        self.disk.rescue(self._blocks.shrink(self.limit))
 
 
 def extend_keys(keys: list[bytes], tokens: list[int]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from mlx_server.engine.embedding.backend import EmbeddingBackend
 from mlx_server.engine.embedding.jobs import JobQueue, Pass
+from mlx_server.engine.idle import RELEASE_SECONDS, Chore
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import (
     Begun,
@@ -109,15 +110,16 @@ class Embedder:
             for _ in self.turn():
                 continue
         self.release()
+        self.memory.release_all()
 
     def release(self) -> None:
-        """Give freed buffers back when nothing runs, or when too many have gathered."""
+        """Let go of what has no use before the next turn."""
         if not self.busy:
             self.model.release()
-            self.memory.release()
-            self.memory.trim()
-        elif self.memory.read().cache > self.memory.cache_limit:
-            self.memory.release()
+        self.memory.release_excess()
+
+    def chores(self) -> list[Chore]:
+        return [Chore(RELEASE_SECONDS, self.memory.release_all)]
 
     def close(self) -> None:
         """Nothing needs writing."""

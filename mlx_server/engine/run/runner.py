@@ -99,7 +99,6 @@ class Runner:
     def rest(self, prefix_limit: int) -> None:
         """Let go of what outlives a step; for when nothing runs. `prefix_limit` is in bytes."""
         self.prefix.resize(prefix_limit)
-        self.prefix.disk.settle()
         self.model.release()
 
     def _leave(self, plan: Plan, outcome: Outcome) -> None:

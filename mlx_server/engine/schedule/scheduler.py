@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from mlx_server.engine.cache.prefix import PrefixCache, extend_keys
 from mlx_server.engine.grammar.compiler import GrammarCompiler
+from mlx_server.engine.idle import RELEASE_SECONDS, Chore
 from mlx_server.engine.memory import DeviceMemory, is_out_of_memory
 from mlx_server.engine.plan import Outcome, Plan, Start
 from mlx_server.engine.protocol import (
@@ -34,6 +35,8 @@ from mlx_server.engine.schedule.request import WaitingRequest
 from mlx_server.engine.schedule.room import KvRoom
 from mlx_server.engine.schedule.waiting import WaitingQueue
 
+SAVE_USED_SECONDS, SAVE_ALL_SECONDS = 5.0, 60.0
+"""Idle time after which prefixes go to the disk: those used more than once, and all others."""
 THREADS_WAIT = 0.02
 """Seconds between looks at the inbox while there is nothing to do but to wait for other threads."""
 
@@ -130,6 +133,7 @@ class Scheduler:
         self.runner.prefix.clear()
         self.counts = Counts()
         self.release()
+        self.memory.release_all()
 
     def recover(self, error: Exception) -> list[Failed]:
         """Go on after a turn that raised `error`; returns the requests that are given up.
@@ -158,18 +162,23 @@ class Scheduler:
         return [*outcome.failed, *(Failed(id_, reason) for id_ in sorted(failed))]
 
     def release(self) -> None:
-        """Give freed buffers back when nothing runs, or when too many have gathered."""
+        """Let go of what has no use before the next turn."""
         if not self.busy:
             self.runner.rest(self.room.left_for_prefixes([]))
-            self.memory.release()
-            self.memory.trim()
-        elif self.memory.read().cache > self.memory.cache_limit:
-            self.memory.release()
+        self.memory.release_excess()
+
+    def chores(self) -> list[Chore]:
+        prefix = self.runner.prefix
+        return [
+            Chore(RELEASE_SECONDS, self.memory.release_all),
+            Chore(SAVE_USED_SECONDS, prefix.save_used),
+            Chore(SAVE_ALL_SECONDS, prefix.save_all),
+        ]
 
     def close(self) -> None:
         self.runner.grammars.close()
         self.runner.mask_thread.close()
-        self.runner.prefix.disk.close()
+        self.runner.prefix.close()
 
     def stats(self) -> Stats:
         running, prefix = len(self.runner.batch.rows), self.runner.prefix
@@ -185,6 +194,7 @@ class Scheduler:
                 bytes=prefix.nbytes,
                 prompt_tokens=self.counts.prompt_tokens,
                 cached_tokens=self.counts.cached_tokens,
+                disk=prefix.disk.figures(),
             ),
             memory=self.memory.read(),
             longest_turn=self.counts.longest_turn,
