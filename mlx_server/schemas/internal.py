@@ -67,11 +67,12 @@ Charge = Callable[[int], Awaitable[None]]
 @dataclass(frozen=True, slots=True)
 class Caller:
     """`key` identifies callers for fair sharing: a key's name, or the client's address. `charge` is
-    awaited with a request's tokens, however it ends.
+    awaited with a request's tokens, however it ends. `admin`: may go before others.
     """
 
     request_id: str
     key: str = ""
+    admin: bool = False
     charge: Charge | None = field(default=None, repr=False, compare=False)
 
 

@@ -5,13 +5,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mlx_server.errors import BadRequest, RequestTimeout, TooManyRequests, Unavailable
+from mlx_server.errors import BadRequest, Forbidden, RequestTimeout, TooManyRequests, Unavailable
 from mlx_server.models.pool.stream import RowStream
+from mlx_server.schemas.internal import Caller
 
 MIN_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
 AVERAGE_WEIGHT = 0.1
 """Of the latest duration."""
+
+
+def check_priority(caller: Caller, priority: int) -> None:
+    """Raises Forbidden for a place before others that `caller` may not have."""
+    if priority < 0 and not caller.admin:
+        raise Forbidden("A `priority` below 0 needs an admin key.", param="priority")
 
 
 class Backpressure:

@@ -11,7 +11,7 @@ from mlx_server.models.pool.loading import LoadedModel
 from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.pool.stream import RowStream
 from mlx_server.schemas.internal import Caller
-from mlx_server.services.backpressure import Backpressure
+from mlx_server.services.backpressure import Backpressure, check_priority
 from mlx_server.telemetry import embeddings_span
 
 
@@ -35,10 +35,11 @@ class EmbeddingService:
 
     @asynccontextmanager
     async def open(self, request: EmbeddingRequest) -> AsyncIterator["Vectors"]:
-        """Leaving the block aborts the request. Raises BadRequest, ContextLengthExceeded,
-        ModelNotFound, ModelLoading, ModelLoadFailed and TooManyRequests.
+        """Leaving the block aborts the request. Raises BadRequest, Forbidden,
+        ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed and TooManyRequests.
         """
         caller = request.caller
+        check_priority(caller, request.priority)
         arrived = asyncio.get_running_loop().time()
         async with AsyncExitStack() as stack:
             span = stack.enter_context(

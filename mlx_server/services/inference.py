@@ -21,7 +21,7 @@ from mlx_server.schemas.internal import (
     InferenceRequest,
     PromptScored,
 )
-from mlx_server.services.backpressure import Backpressure
+from mlx_server.services.backpressure import Backpressure, check_priority
 from mlx_server.services.output.choices import ParsedChoice, PlainChoice
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.text import prompt_logprobs
@@ -42,10 +42,11 @@ class InferenceService:
         self, requests: Sequence[InferenceRequest]
     ) -> AsyncIterator[list["Generation"]]:
         """Start requests for one model, all or none; leaving the block aborts them. Raises
-        BadRequest, ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed and
-        TooManyRequests.
+        BadRequest, Forbidden, ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed
+        and TooManyRequests.
         """
         first = requests[0]
+        check_priority(first.caller, first.priority)
         arrived = asyncio.get_running_loop().time()
         async with AsyncExitStack() as stack:
             spans = [stack.enter_context(inference_span(request)) for request in requests]

@@ -218,6 +218,32 @@ async def test_a_constraint_that_leaves_no_token_fails_its_request_alone(
                 pass
 
 
+def test_what_goes_wrong_with_one_mask_leaves_the_others_as_they_were(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(self: Constraint, words: object) -> None:
+        if self is broken:
+            raise Panic("the parser lost its way")
+        put_stops(self, words)
+
+    put_stops = Constraint.put_stops
+    vocabulary = Vocabulary(model, TOKENIZER.get_vocab_size())
+    grammar = Grammar(vocabulary, WORDS % 40)
+    stops = frozenset(vocabulary.ends)
+    said = TOKENIZER.encode("abc", add_special_tokens=False).ids
+    broken, whole = (Constraint(grammar, stops, said) for _ in range(2))
+    expected = Masker(1).compute([(0, Constraint(grammar, stops, said), said)])
+    monkeypatch.setattr(Constraint, "put_stops", panic)
+    allowed = Masker(1).compute([(0, broken, broken.take_new()), (1, whole, whole.take_new())])
+    assert (expected.rows, allowed.rows) == ([0], [1])
+    assert np.array_equal(allowed.words, expected.words)
+    assert "lost its way" in allowed.problems[0]
+
+
+class Panic(BaseException):
+    """What a panic in Rust becomes."""
+
+
 def vocabulary_texts() -> list[tuple[int, str]]:
     return [(i, TOKENIZER.decode([i])) for i in range(TOKENIZER.get_vocab_size())]
 

@@ -16,6 +16,7 @@ from tests.support.server import CHAT, HELLO, Server, chat, serving
 
 ALICE, OPS, WRONG = "alice-secret-1f0c", "ops-secret-77aa", "guessed-secret-0000"
 BODY = {"model": MODEL, "messages": HELLO, "max_tokens": 1}
+TEXT = {"model": MODEL, "prompt": "Hello", "max_tokens": 1}
 ELSEWHERE = "http://elsewhere.example"
 FRIEND = "http://friend.example"
 
@@ -69,6 +70,16 @@ def test_a_key_of_the_file_permits_its_scopes_and_admin_everything(
     assert call(keyed, "POST", CHAT, json=BODY, headers={"x-api-key": key}).status_code == inference
     assert call(keyed, "GET", "/admin/models", headers=bearer(key)).status_code == admin
     assert call(keyed, "GET", "/metrics", headers=bearer(key)).status_code == inference
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT, BODY), ("/v1/completions", TEXT)])
+def test_only_an_admin_s_request_goes_before_those_of_others(
+    keyed: Server, path: str, body: dict[str, object]
+) -> None:
+    for key, priority, status in ((ALICE, -1, 403), (ALICE, 1, 200), (OPS, -1, 200)):
+        answer = call(keyed, "POST", path, json=body | {"priority": priority}, headers=bearer(key))
+        assert answer.status_code == status
+        assert status == 200 or answer.json()["error"]["param"] == "priority"
 
 
 def test_with_a_file_of_keys_nothing_but_health_is_open(keyed: Server) -> None:

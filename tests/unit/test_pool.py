@@ -22,6 +22,7 @@ from mlx_server.errors import (
 )
 from mlx_server.models.pool import supervisor
 from mlx_server.models.pool.footprint import read_footprint
+from mlx_server.models.store.catalog import ModelEntry
 from tests.support.engines import CRASH
 from tests.support.pool import BATCH, NAMES, Pool, local_pool, need_of, three_models
 from tests.support.tiny import build_tiny_model
@@ -73,6 +74,18 @@ async def test_fifty_requests_for_an_absent_model_share_one_load(
     async with local_pool(tmp_path, models, 1.5 * need) as pool:
         await asyncio.gather(*(pool.ask("a") for _ in range(50)))
         assert pool.loads == 1
+
+
+async def test_a_request_for_a_loaded_model_waits_for_no_disk(
+    tmp_path: Path, models: Path, need: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(name: str) -> ModelEntry:
+        raise AssertionError("the disk was asked")
+
+    async with local_pool(tmp_path, models, 1.5 * need) as pool:
+        await pool.ask("a")
+        monkeypatch.setattr(pool.manager.catalog, "find", find)
+        assert await pool.ask("a") == [3, 4, 5]
 
 
 async def test_a_model_makes_room_for_another_once_it_is_idle(

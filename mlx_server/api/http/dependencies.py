@@ -113,18 +113,19 @@ AdminDep = Depends(administrator)
 
 def _caller(request: Request, keys: KeyRing, scope: KeyScope, shown: str | None) -> Caller:
     request_id = request.state.request_id
+    key = keys.find(shown) if shown else None
+    admin = key.permits("admin") if key else not keys.guards("admin")
     if not keys.guards(scope):
-        return Caller(request_id, _address(request))
+        return Caller(request_id, _address(request), admin)
     if not shown:
         raise Unauthorized("No API key was given: send `Authorization: Bearer <key>`.")
-    key = keys.find(shown)
     if key is None:
         raise Unauthorized("The API key is not known to this server.")
     request.state.key = key.name
     trace.get_current_span().set_attribute("mlx_server.key", key.name)
     if not key.permits(scope):
         raise Forbidden(f"This API key is not one for {PURPOSES[scope]}.")
-    return Caller(request_id, key.name)
+    return Caller(request_id, key.name, admin)
 
 
 def _address(request: Request) -> str:

@@ -35,6 +35,10 @@ class GrammarCompiler:
         self._grammars.move_to_end(text)
         return self._grammars[text]
 
+    def prepare(self) -> None:
+        """Read the vocabulary, which holds Python's lock, while nobody waits."""
+        self._read_vocabulary()
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -51,6 +55,11 @@ def _vocabulary(folder: Path, size: int) -> "Vocabulary":
 
 
 def _compile(vocabulary: "Future[Vocabulary]", text: str) -> "Grammar":
-    from mlx_server.engine.grammar.grammar import Grammar
+    from mlx_server.engine.grammar.grammar import Grammar, GrammarError
 
-    return Grammar(vocabulary.result(), text)
+    try:
+        return Grammar(vocabulary.result(), text)
+    except GrammarError:
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        raise GrammarError(f"the grammar cannot be used: {error}") from error

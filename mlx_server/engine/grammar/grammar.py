@@ -5,6 +5,7 @@ those that the model would have drawn.
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ LIMITS = LLParserLimits(
     verbose_errors=False, max_items_in_row=MOST_ROW_ITEMS, step_max_items=MOST_STEP_ITEMS
 )
 SILENT = 0
+
+log = logging.getLogger("mlx_server.engine")
 
 
 class GrammarError(ValueError):
@@ -119,7 +122,8 @@ class Constraint:
     ) -> None:
         self._grammar = grammar
         self._matcher: LLMatcher | None = None
-        self._new = list(completion)
+        self._completion = list(completion)
+        self._consumed = 0
         vocabulary = grammar.vocabulary
         self.width = vocabulary.width
         self._stops = vocabulary.words(stop_tokens)
@@ -129,10 +133,11 @@ class Constraint:
         self._at_end = vocabulary.known & ~vocabulary.words([vocabulary.tokens.eos_token])
 
     def append(self, token: int) -> None:
-        self._new.append(token)
+        self._completion.append(token)
 
     def take_new(self) -> list[int]:
-        new, self._new = self._new, []
+        new = self._completion[self._consumed :]
+        self._consumed += len(new)
         return new
 
     @property
@@ -141,6 +146,11 @@ class Constraint:
         if self._matcher is None:
             self._matcher = self._grammar.matcher()
         return self._matcher
+
+    def restart(self) -> list[int]:
+        """For the mask thread alone: begin anew; returns the tokens to consume."""
+        self._matcher = None
+        return self._completion[: self._consumed]
 
     def problem(self, words: Words) -> str | None:
         if self.matcher.is_error():
@@ -187,6 +197,21 @@ class Masker:
 
     def compute(self, new: Many[NewTokens]) -> Allowed:
         """Needs at least one row."""
+        try:
+            return self._together(new)
+        except BaseException:  # a panic in Rust is no Exception
+            log.exception("event=masks_failed rows=%d", len(new))
+        return _merged([self._alone(place, constraint) for place, constraint, _ in new])
+
+    def _alone(self, place: int, constraint: Constraint) -> Allowed:
+        try:
+            return self._together([(place, constraint, constraint.restart())])
+        except BaseException as error:
+            log.exception("event=mask_failed")
+            words = np.zeros((0, constraint.width), dtype=np.uint32)
+            return Allowed([], words, {}, {place: f"the constraint cannot be kept: {error}"})
+
+    def _together(self, new: Many[NewTokens]) -> Allowed:
         self._consume([(constraint, tokens) for _, constraint, tokens in new])
         words = np.zeros((len(new), new[0][1].width), dtype=np.uint32)
         matchers = [(constraint.matcher, i) for i, (_, constraint, _) in enumerate(new)]
@@ -209,6 +234,15 @@ class Masker:
         for constraint, tokens in new:
             if len(tokens) > 1:  # it resumes after tokens of an earlier engine or place
                 constraint.matcher.consume_tokens(tokens)
+
+
+def _merged(parts: list[Allowed]) -> Allowed:
+    return Allowed(
+        [row for part in parts for row in part.rows],
+        np.concatenate([part.words for part in parts]),
+        {row: token for part in parts for row, token in part.forced.items()},
+        {row: problem for part in parts for row, problem in part.problems.items()},
+    )
 
 
 def _forced(rows: list[int], words: Words) -> dict[int, int]:

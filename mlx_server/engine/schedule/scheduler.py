@@ -35,6 +35,8 @@ from mlx_server.engine.schedule.request import WaitingRequest
 from mlx_server.engine.schedule.room import KvRoom
 from mlx_server.engine.schedule.waiting import WaitingQueue
 
+PREPARE_SECONDS = 1.0
+"""Idle time after which the engine gets ready for grammars."""
 SAVE_USED_SECONDS, SAVE_ALL_SECONDS = 5.0, 60.0
 """Idle time after which prefixes go to the disk: those used more than once, and all others."""
 THREADS_WAIT = 0.02
@@ -171,6 +173,7 @@ class Scheduler:
         prefix = self.runner.prefix
         return [
             Chore(RELEASE_SECONDS, self.memory.release_all),
+            Chore(PREPARE_SECONDS, self.runner.grammars.prepare),
             Chore(SAVE_USED_SECONDS, prefix.save_used),
             Chore(SAVE_ALL_SECONDS, prefix.save_all),
         ]

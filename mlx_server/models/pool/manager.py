@@ -153,6 +153,8 @@ class ModelPoolManager:
     async def _slot(self, model_id: str) -> Slot:
         if self._stopping:
             raise Unavailable("The server is stopping.", retry_after=MIN_RETRY_AFTER)
+        if (loaded := self._loaded(model_id)) is not None:
+            return loaded
         entry = await asyncio.to_thread(self.catalog.find, model_id)
         slot = self._slots.get(entry.id)
         if slot is None:
@@ -160,6 +162,11 @@ class ModelPoolManager:
             self._slots[entry.id] = slot
         slot.entry = entry  # its folder may have changed
         return slot
+
+    def _loaded(self, model_id: str) -> Slot | None:
+        """The slot of a model that can be used at once: the disk need not be asked."""
+        slots = (slot for slot in self._slots.values() if slot.available is not None)
+        return next((s for s in slots if model_id in (s.entry.id, *s.entry.aliases)), None)
 
     async def _wait_for(self, slot: Slot, seconds: float) -> LoadedModel:
         if slot.waiters >= self.settings.max_load_waiters:

@@ -63,7 +63,7 @@ def read_json(file: Path) -> Any:
         ) from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
 
 

@@ -6,6 +6,7 @@ event loop. Tokenizing releases it, hence some threads.
 
 import logging
 import os
+import select
 import socket
 import sys
 import threading
@@ -41,6 +42,8 @@ from mlx_server.schemas.internal import ChatPrompt, Prompt, TextPrompt
 
 THREADS = 4
 RECEIVE_BYTES = 1 << 18
+PREPARE_SECONDS = 1.0
+"""Without a question, after which the process gets ready for grammars."""
 
 log = logging.getLogger("mlx_server.text")
 
@@ -50,11 +53,12 @@ class TextWorker:
         self._connection = connection
         self._sending = threading.Lock()
         self._adapters: dict[int, Adapter] = {}
+        self._unprepared: list[Adapter] = []
 
     def run(self) -> None:
         frames = FrameReader()
         with ThreadPoolExecutor(THREADS, thread_name_prefix="text") as threads:
-            while data := self._connection.recv(RECEIVE_BYTES):
+            while data := self._receive():
                 for body in frames.feed(data):
                     request = decode_request(body)
                     if isinstance(request.body, Close):
@@ -64,14 +68,28 @@ class TextWorker:
             # A looping template must not keep the process alive.
             os._exit(0)
 
+    def _receive(self) -> bytes:
+        if not select.select([self._connection], [], [], PREPARE_SECONDS)[0]:
+            self._prepare()
+        return self._connection.recv(RECEIVE_BYTES)
+
+    def _prepare(self) -> None:
+        """Get ready for grammars, which holds Python's lock, while nobody waits."""
+        while self._unprepared:
+            adapter = self._unprepared.pop()
+            if adapter in self._adapters.values():
+                adapter.prepare_grammars()
+            if select.select([self._connection], [], [], 0)[0]:
+                return
+
     def _serve(self, request: Request) -> None:
         body: Answer | Refused
         try:
             body = self._answer(request)
         except ServerError as error:
             body = Refused(type(error).__name__, error.message, error.param, error.code)
-        except Exception as error:
-            # The front awaits an answer to everything.
+        except BaseException as error:
+            # The front awaits an answer to everything; a panic in Rust is no Exception.
             log.exception("event=text_request_failed kind=%s", type(request.body).__name__)
             message = f"Preparing the text failed: {type(error).__name__}"
             body = Refused(ServerError.__name__, message)
@@ -99,6 +117,7 @@ class TextWorker:
     def _open(self, model: int, question: Open) -> Opened:
         adapter = load_adapter(Path(question.path), question.name, question.trust_remote_code)
         self._adapters[model] = adapter
+        self._unprepared.append(adapter)
         return Opened(
             stop_tokens=sorted(adapter.stop_tokens),
             syntax=adapter.syntax,

@@ -62,7 +62,10 @@ class ModelRequest(RequestObject):
         "-1 for good.",
     )
     priority: int = Field(
-        0, ge=-INT32_MAX, le=INT32_MAX, description="Lower ones are admitted first."
+        0,
+        ge=-INT32_MAX,
+        le=INT32_MAX,
+        description="Lower ones are admitted first. Below 0 needs an admin key, if there are keys.",
     )
 
 

@@ -52,8 +52,8 @@ class Adapter:
         self.style = self._find_style(wrapper)
         reasoning = find_reasoning(wrapper, self.template.source)
         self.syntax = self._find_syntax(reasoning)
-        checker = GrammarChecker(self.tokenizer.backend, self.stop_tokens)
-        self._grammars = GrammarBuilder(checker, reasoning, self.style)
+        self._checker = GrammarChecker(self.tokenizer.backend, self.stop_tokens)
+        self._grammars = GrammarBuilder(self._checker, reasoning, self.style)
 
     def prepare(self, prompt: Prompt, constraint: Constraint | None) -> Prepared:
         """Raises BadRequest without a chat template, when the template refuses the messages, or for
@@ -67,6 +67,10 @@ class Adapter:
             case TokenPrompt(ids=ids):
                 tokens = ids
         return Prepared(tokens, self._grammars.completion(constraint) if constraint else None)
+
+    def prepare_grammars(self) -> None:
+        """Do what the first grammar would have to wait for."""
+        self._checker.prepare()
 
     def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
         """(name, JSON arguments) of the calls between the markers; none if garbled."""

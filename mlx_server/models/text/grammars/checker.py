@@ -6,6 +6,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -43,6 +44,11 @@ class GrammarChecker:
         self._lock = threading.Lock()
         self._loaded: LLTokenizer | None = None
         self._errors: OrderedDict[bytes, str] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Read the tokenizer, which holds Python's lock. An unusable one is told when used."""
+        with suppress(Unkept):
+            self._llguidance()
 
     def special_tokens(self) -> SpecialTokens:
         """Those of llguidance: added tokens of the form `<this>`. Raises Unkept."""
@@ -110,8 +116,8 @@ class GrammarChecker:
                     self._loaded = LLTokenizer(
                         self._tokenizer.to_str(), eos_token=self._stop_tokens or None
                     )
-                except Exception as error:
-                    # llguidance raises anything for unknown tokenizers.
+                except BaseException as error:
+                    # llguidance raises anything for unknown tokenizers, and panics.
                     raise Unkept(
                         "", f"this model's tokenizer cannot be used for it: {one_line(error)}"
                     ) from error
