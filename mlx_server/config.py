@@ -142,6 +142,11 @@ class Settings(BaseSettings):
         "the tokens fit, at some loss of precision; layers with a sliding window or a recurrent "
         "state stay as they are. A model whose attention cannot use it fails to load.",
     )
+    gguf_bits: Annotated[Literal[4, 5, 6, 8] | None, BeforeValidator(_as_number)] = Field(
+        None,
+        description="Bits to which GGUF files are converted; if unset, what comes closest to the "
+        "file's own.",
+    )
     prefix_cache: str = Field(
         "100%",
         pattern=SIZE_OR_SHARE,

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from mlx_server.errors import BadRequest, ServerError
 from mlx_server.models.store.catalog import Catalog
-from mlx_server.models.store.gguf import convert
+from mlx_server.models.store.gguf.convert import convert
 from mlx_server.models.store.gguf_import import import_into
 from tests.support.store import sources_in
 
@@ -255,12 +255,12 @@ def test_the_beginning_of_text_token_is_added_when_the_file_says_so(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"general.architecture": "qwen2"}, "architecture"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer"),
+        ({"general.architecture": "mamba"}, "architecture"),
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer"),
         ({"tokenizer.ggml.pre": "klingon"}, "klingon"),
         ({"llama.expert_count": 8}, "experts"),
         ({"split.count": 3}, "gguf-split"),
-        ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.rope.scaling.type": "ntk"}, "ntk"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(

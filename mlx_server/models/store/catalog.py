@@ -98,7 +98,7 @@ class Catalog:
         try:
             path = Path(name).expanduser()
             if os.path.isfile(path) and path.suffix.lower() == ".gguf":
-                return import_into(path, self.sources.models_folder)
+                return import_into(path, self.sources.models_folder, self.sources.gguf_bits)
         except (OSError, RuntimeError) as error:
             raise BadRequest(f"cannot use {name}: {error}") from error
         if not os.path.isdir(path):

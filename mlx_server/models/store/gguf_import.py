@@ -17,7 +17,7 @@ ORIGIN = "origin.json"
 """What an imported folder was made from."""
 
 
-def import_into(source: Path, models_folder: Path) -> Path:
+def import_into(source: Path, models_folder: Path, bits: int | None = None) -> Path:
     """The converted folder, made unless current. Raises BadRequest if another model has its name,
     and as `import_gguf`.
     """
@@ -27,14 +27,15 @@ def import_into(source: Path, models_folder: Path) -> Path:
     folder = models_folder / name
     with write_lock(folder):
         _clear_leftovers(folder)
-        if not folder.exists() or not _is_current(folder, source):
-            import_gguf(source, folder)
+        if not folder.exists() or not _is_current(folder, source, bits):
+            import_gguf(source, folder, bits)
     return folder
 
 
-def import_gguf(source: Path, folder: Path) -> None:
-    """Make or replace `folder` atomically. Needs its `write_lock`. Raises BadRequest for an
-    unsupported file, ServerError if the conversion breaks off.
+def import_gguf(source: Path, folder: Path, bits: int | None = None) -> None:
+    """Make or replace `folder` atomically, quantized to `bits` or as `source` is. Needs its
+    `write_lock`. Raises BadRequest for an unsupported file, ServerError if the conversion breaks
+    off.
     """
     if not source.is_file():
         raise BadRequest(f"there is no GGUF file at {source}")
@@ -43,8 +44,10 @@ def import_gguf(source: Path, folder: Path) -> None:
     new, old = _temporary(folder)
     new.mkdir()
     try:
-        _run_conversion(source, new)
-        (new / ORIGIN).write_text(json.dumps(_origin(source), indent=2) + "\n", encoding="utf-8")
+        _run_conversion(source, new, bits)
+        (new / ORIGIN).write_text(
+            json.dumps(_origin(source, bits), indent=2) + "\n", encoding="utf-8"
+        )
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -62,7 +65,7 @@ def _clear_leftovers(folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _is_current(folder: Path, source: Path) -> bool:
+def _is_current(folder: Path, source: Path, bits: int | None) -> bool:
     """Raises BadRequest if `folder` was not made from `source`."""
     try:
         origin = read_json(folder / ORIGIN)
@@ -72,21 +75,23 @@ def _is_current(folder: Path, source: Path) -> bool:
         raise BadRequest(
             f"another model is called {folder.name} already ({folder}): rename {source.name}"
         )
-    return bool(origin == _origin(source))
+    return bool(origin == _origin(source, bits))
 
 
-def _origin(source: Path) -> dict[str, Any]:
+def _origin(source: Path, bits: int | None) -> dict[str, Any]:
     status = source.stat()
+    wanted = {} if bits is None else {"bits": bits}
     return {
         "path": str(source.resolve()),
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
-    }
+    } | wanted
 
 
-def _run_conversion(source: Path, folder: Path) -> None:
+def _run_conversion(source: Path, folder: Path, bits: int | None) -> None:
+    wanted = [] if bits is None else [str(bits)]
     done = subprocess.run(
-        [sys.executable, "-m", gguf.__name__, str(source), str(folder)],
+        [sys.executable, "-m", gguf.__name__, str(source), str(folder), *wanted],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -9,13 +9,16 @@ from mlx_server.config import Settings
 
 @dataclass(frozen=True, slots=True)
 class ModelSources:
-    """`models_folder` is ours, `model_dirs` the user's; `adapters` are by `base@name`."""
+    """`models_folder` is ours, `model_dirs` the user's; `adapters` are by `base@name`. GGUF files
+    are converted to `gguf_bits`, or to what they have.
+    """
 
     models_folder: Path
     adapters_folder: Path
     model_dirs: Sequence[Path] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    gguf_bits: int | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> "ModelSources":
@@ -25,4 +28,5 @@ class ModelSources:
             model_dirs=[folder.expanduser() for folder in settings.model_dirs],
             aliases=settings.aliases,
             adapters={name: path.expanduser() for name, path in settings.adapters.items()},
+            gguf_bits=settings.gguf_bits,
         )
