@@ -1,6 +1,7 @@
 """The HTTP server: start and stop."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -25,6 +26,8 @@ FINAL_EVENT_SECONDS = 0.5
 CUT_OFF_SECONDS = 1
 OTHER_FILES = 256
 """Besides connections: libraries, engines, models being read."""
+OPEN_MAX = 10240
+"""Open files that macOS permits a process, even where it states no hard limit."""
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +126,19 @@ def raise_open_file_limit(max_connections: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
-    possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    possible = _raise_open_files(soft, hard, wanted)
     if possible < wanted:
         log.warning(event("open_files_limited", wanted=wanted, possible=possible))
+
+
+def _raise_open_files(soft: int, hard: int, wanted: int) -> int:
+    """Returns the limit that was reached."""
+    import resource
+
+    highest = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    for limit in (highest, min(highest, OPEN_MAX)):
+        if limit > soft:
+            with contextlib.suppress(ValueError, OSError):  # more than the system permits
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                return limit
+    return soft

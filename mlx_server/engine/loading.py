@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
 from mlx_server.engine.run.patches import leave_out_text_side
+from mlx_server.engine.spawn import give_way
 from mlx_server.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def _device(options: LoadOptions, blas: str | None) -> "tuple[DeviceMemory, str]
     from mlx_server.engine.memory import DeviceMemory, device_name
 
     device = device_name()
+    if device == "cpu":
+        give_way()
     if device == "cpu" and sys.platform.startswith("linux"):
         log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
     return DeviceMemory(options.memory_limit, options.cache_limit), device

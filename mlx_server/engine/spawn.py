@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 
 NICENESS = 5
+BUFFER_BYTES = 1 << 20
+"""Of a socket, each way: macOS gives 8 KiB, which a prompt fills many times over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +29,10 @@ class Child:
 async def spawn(module: str) -> Child:
     """Run `module` with the number of its end of a socketpair as the only argument.
 
-    Standard error is a pipe to read. The child calls `step_back` first and ends when its socket
+    Standard error is a pipe to read. The child calls `leave_group` first and ends when its socket
     closes.
     """
-    front, child = socket.socketpair()
+    front, child = socket_pair()
     with child:
         try:
             process = await asyncio.create_subprocess_exec(
@@ -51,13 +53,26 @@ async def spawn(module: str) -> Child:
     return Child(process, reader, writer)
 
 
-def step_back() -> None:
-    """Leave the front's process group, and let the front go first.
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected ends with large buffers, as far as the system permits."""
+    ends = socket.socketpair()
+    for end in ends:
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, buffer, BUFFER_BYTES)
+    return ends
 
-    Ctrl-C signals the group. With a niceness the event loop gets a processor when all are busy; a
-    session of its own would undo that on Linux, which shares processors between sessions first.
-    """
+
+def leave_group() -> None:
+    """Leave the front's process group, which Ctrl-C signals."""
     os.setpgid(0, 0)
+
+
+def give_way() -> None:
+    """Let the front's event loop go first when all processors are busy.
+
+    A session of its own would undo that on Linux, which shares processors between sessions first.
+    """
     os.nice(NICENESS)
 
 

@@ -36,7 +36,7 @@ from mlx_server.engine.protocol import (
     frame,
 )
 from mlx_server.engine.schedule.pace import Pace
-from mlx_server.engine.spawn import step_back
+from mlx_server.engine.spawn import leave_group
 
 STATS_INTERVAL = 1.0
 """Seconds between statistics while the engine works."""
@@ -186,7 +186,7 @@ class Engine:
 def main() -> None:
     """Entry of the engine process."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    step_back()
+    leave_group()
     connection = socket.socket(fileno=int(sys.argv[1]))
     inbox = Inbox(connection)
     message = inbox.wait()

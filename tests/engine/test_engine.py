@@ -15,7 +15,8 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-from mlx_server.engine.protocol import HEADER, LoadOptions, Sampling
+from mlx_server.engine import spawn
+from mlx_server.engine.protocol import HEADER, LoadOptions, Row, Sampling
 from mlx_server.errors import EngineFailed, ModelLoadFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
 from tests.support.engines import DirectEngine
@@ -215,6 +216,28 @@ async def test_a_dead_engine_is_noticed_at_once(tiny_model: Path) -> None:
         await asyncio.wait_for(engine.closed.wait(), 5)
         await engine.kill()
         assert engine.how_it_ended == "signal 9"
+
+
+async def test_frames_that_exceed_the_sockets_buffers_many_times_arrive_whole(
+    engine: DirectEngine, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wordy = [request(200 * [i], 2, logprobs=20, prompt_logprobs=20) for i in range(1, 5)]
+    expected = await rows_of(engine, *wordy)
+    monkeypatch.setattr(spawn, "BUFFER_BYTES", 2048)
+    async with started(tiny_model, prefill_chunk=16) as narrow:
+        sent = await rows_of(narrow, *wordy)
+    assert [tokens(rows) for rows in sent] == [tokens(rows) for rows in expected]
+    assert all(len(rows[0].prompt_logprobs or []) == 200 for rows in sent)
+
+
+def tokens(rows: list[Row]) -> list[int]:
+    return [token for row in rows for token in row.tokens]
+
+
+async def test_an_engine_gives_way_to_its_front_on_a_cpu(engine: DirectEngine) -> None:
+    assert engine.ready is not None
+    given = spawn.NICENESS if engine.ready.device == "cpu" else 0
+    assert psutil.Process(engine.pid).nice() == min(19, psutil.Process().nice() + given)
 
 
 FRONT = """

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mlx_server.engine.protocol import FrameReader, frame
-from mlx_server.engine.spawn import step_back
+from mlx_server.engine.spawn import give_way, leave_group
 from mlx_server.errors import ServerError
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import load_adapter
@@ -147,7 +147,8 @@ def _check_length(tokenizer: TextTokenizer, prompt: Prompt, limit: int) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    step_back()
+    leave_group()
+    give_way()
     connection = socket.socket(fileno=int(sys.argv[1]))
     # In the main thread: MLX keeps state in the importing thread.
     import_tokenizers()
