@@ -117,7 +117,8 @@ class Settings(BaseSettings):
     memory_limit: str = Field(
         "80%",
         pattern=SIZE_OR_SHARE,
-        description="Memory for model arrays: a share of the device, or bytes such as `12GB`.",
+        description="Memory for all models: a share of the device's, or bytes such as `12GB`; no "
+        "more than Metal recommends, a CUDA device has free, or a container may take.",
     )
     cache_limit: str | None = Field(
         None,

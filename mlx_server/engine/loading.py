@@ -36,7 +36,7 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
     blas = load_openblas(options.openblas)
     if not options.trust_remote_code:  # a model's own code may well read text
         leave_out_text_side()
-    memory, device = _device(options, blas)
+    memory = _memory(options, blas)
     work: Scheduler | Embedder
     width = 0
     if message.embedding is None:
@@ -48,7 +48,7 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
     backend = work.model
     ready = Ready(
         pid=os.getpid(),
-        device=device,
+        device=memory.device.name,
         model_type=backend.model_type,
         context_length=backend.context_length,
         vocab_size=backend.vocab_size,
@@ -64,15 +64,15 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
     return work, ready
 
 
-def _device(options: LoadOptions, blas: str | None) -> "tuple[DeviceMemory, str]":
-    from mlx_server.engine.memory import DeviceMemory, device_name
+def _memory(options: LoadOptions, blas: str | None) -> "DeviceMemory":
+    from mlx_server.engine.memory import DeviceMemory
 
-    device = device_name()
-    if device == "cpu":
+    memory = DeviceMemory(options.memory_limit, options.cache_limit)
+    if memory.device.name == "cpu":
         give_way()
-    if device == "cpu" and sys.platform.startswith("linux"):
-        log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
-    return DeviceMemory(options.memory_limit, options.cache_limit), device
+        if sys.platform.startswith("linux"):
+            log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
+    return memory
 
 
 def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":

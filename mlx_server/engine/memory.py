@@ -1,12 +1,15 @@
 """Device memory: read, limit, release. Engine side only."""
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import psutil
 
-from mlx_server.engine.cpu import heap
-from mlx_server.engine.protocol import Memory
-from mlx_server.units import parse_bytes
+from mlx_server.engine.cpu import cgroup, heap
+from mlx_server.engine.protocol import Device, Memory
 
+CACHE_SHARE = 8
+"""Freed buffers take at most the memory limit divided by this, if nothing else is said."""
 MEMORY_WORDS = ("unable to allocate", "attempting to allocate", "out of memory", "insufficient")
 """Phrases of MLX's allocators, on a CPU, Metal and CUDA."""
 
@@ -18,13 +21,28 @@ def device_name() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def device_memory() -> int:
-    """Bytes, as MLX or the system reports them."""
+def read_device() -> Device:
+    name = device_name()
+    return describe(name, {} if name == "cpu" else mx.device_info(), _host_memory())
+
+
+def describe(name: str, info: Mapping[str, str | int], host: int) -> Device:
+    """The device `name` of which MLX says `info`, in a machine or container of `host` bytes."""
+    match name:
+        case "metal":
+            return Device(
+                name,
+                memory=int(info["memory_size"]),
+                usable=int(info["max_recommended_working_set_size"]),
+            )
+        case "cuda":
+            return Device(name, memory=int(info["total_memory"]), usable=int(info["free_memory"]))
+    return Device(name, memory=host, usable=host)
+
+
+def _host_memory() -> int:
     total = int(psutil.virtual_memory().total)
-    if device_name() == "cpu":
-        return total
-    info = mx.device_info()
-    return int(info.get("memory_size") or info.get("total_memory") or total)
+    return min(total, cgroup.memory_limit() or total)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -36,10 +54,12 @@ def is_out_of_memory(error: Exception) -> bool:
 class DeviceMemory:
     """This process's limits and use, in bytes."""
 
-    def __init__(self, limit: str, cache_limit: str | None) -> None:
-        whole = device_memory()
-        self.limit = parse_bytes(limit, whole)
-        self.cache_limit = parse_bytes(cache_limit, whole) if cache_limit else self.limit // 8
+    def __init__(self, limit: str, cache_limit: str | None, device: Device | None = None) -> None:
+        self.device = device or read_device()
+        self.limit = self.device.budget(limit)
+        self.cache_limit = (
+            self.device.budget(cache_limit) if cache_limit else self.limit // CACHE_SHARE
+        )
         self._trim_heap = heap.trimmer()
         mx.set_memory_limit(self.limit)
         mx.set_cache_limit(self.cache_limit)

@@ -5,8 +5,7 @@ A process of its own, so that the front never touches a device.
 
 import msgspec
 
-from mlx_server.engine.memory import device_memory, device_name
-from mlx_server.engine.protocol import Device
+from mlx_server.engine.memory import read_device
 
 if __name__ == "__main__":
-    print(msgspec.json.encode(Device(device_name(), device_memory())).decode())
+    print(msgspec.json.encode(read_device()).decode())

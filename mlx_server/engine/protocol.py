@@ -9,6 +9,8 @@ from typing import Literal
 
 import msgspec
 
+from mlx_server.units import parse_bytes
+
 FinishReason = Literal["stop", "length"]
 ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
 """Model types that only make vectors."""
@@ -140,10 +142,15 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"): ...
 
 
 class Device(msgspec.Struct, frozen=True):
-    """`metal`, `cuda` or `cpu`, and its bytes."""
+    """`metal`, `cuda` or `cpu`, and its bytes: all, and those that models may use."""
 
     name: str
     memory: int
+    usable: int
+
+    def budget(self, limit: str) -> int:
+        """Bytes: `limit`, which may be a share of all memory, but no more than is usable."""
+        return min(parse_bytes(limit, self.memory), self.usable)
 
 
 class Memory(msgspec.Struct, frozen=True):

@@ -152,4 +152,4 @@ async def local_pool(
 
 
 async def _find_device() -> Device:
-    return Device("cpu", 1 << 40)
+    return Device("cpu", 1 << 40, 1 << 40)

@@ -146,6 +146,19 @@ def test_an_embedding_model_is_told_its_longest_text(tmp_path: Path) -> None:
     assert plan.options.context_length == plan.footprint.context_length == 64
 
 
+def test_what_an_engine_takes_beside_its_arrays_comes_off_the_budget(path: Path) -> None:
+    footprint = read_footprint(path, True)
+    overhead = 1000
+    least = _least(footprint) + overhead
+    one = MemoryPlanner(None, least, on_cpu=True, overhead=overhead)
+    plan = one.plan(entry(path), OPTIONS)
+    assert (plan.need.total, plan.need.arrays) == (least, least - overhead)
+    corrected = one.correct(plan, facts(plan, plan.need.weights - 1, plan.need.kv)).need
+    assert (corrected.total, corrected.overhead) == (least - 1, overhead)
+    with pytest.raises(InsufficientMemory):
+        MemoryPlanner(None, least - 1, on_cpu=True, overhead=overhead).plan(entry(path), OPTIONS)
+
+
 def test_a_model_that_is_not_there_has_no_plan() -> None:
     with pytest.raises(ModelLoadFailed, match="not been pulled"):
         planner().plan(entry(None), OPTIONS)

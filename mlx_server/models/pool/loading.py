@@ -98,7 +98,7 @@ class ModelLoader:
     async def _start_engine(self, plan: LoadPlan, kv_share: float) -> EngineClient:
         options = msgspec.structs.replace(
             plan.options,
-            memory_limit=str(plan.need.total),
+            memory_limit=str(plan.need.arrays),
             kv_limit=plan.need.kv,
             kv_share=kv_share,
         )

@@ -28,7 +28,6 @@ from mlx_server.models.pool.status import (
 from mlx_server.models.store.catalog import Catalog, ModelEntry
 from mlx_server.models.store.embedding_files import MODULES
 from mlx_server.models.text.client import TextProcess
-from mlx_server.units import parse_bytes
 
 Purpose = Literal["generate", "embed", "any"]
 
@@ -64,9 +63,16 @@ class ModelPoolManager:
     async def start(self, models: list[str]) -> None:
         """Begin to load `models` in the background. Raises Unavailable if MLX is unusable."""
         device = await self._find_device()
-        self._planner.on_cpu = device.name == "cpu"
-        self._planner.budget = parse_bytes(self.settings.memory_limit, device.memory)
-        log.info(event("budget", device=device.name, bytes=self._planner.budget))
+        self._planner.use(device, self.settings.memory_limit)
+        log.info(
+            event(
+                "budget",
+                device=device.name,
+                memory=device.memory,
+                usable=device.usable,
+                bytes=self._planner.budget,
+            )
+        )
         for name in self.settings.pinned:
             (await self._slot(name)).pinned = True
         for model_id in models:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from mlx_server.engine.protocol import Embedding, LoadOptions, Ready
+from mlx_server.engine.protocol import Device, Embedding, LoadOptions, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed
 from mlx_server.models.pool.footprint import Footprint, read_embedding_footprint, read_footprint
 from mlx_server.models.store.catalog import ModelEntry
@@ -14,21 +14,28 @@ from mlx_server.units import parse_bytes
 
 DEFAULT_KV_SHARE = "25%"
 """Of the budget, per model."""
+CUDA_CONTEXT = 512 << 20
+"""The driver's context of a process, with its libraries' kernels and workspaces."""
 MIN_KV_TOKENS = 2048
 """A model loads only if its KV cache holds one such sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of weights, KV caches, and working memory."""
+    """Bytes of weights, KV caches, working memory, and what an engine takes beside its arrays."""
 
     weights: int
     kv: int
     working: int
+    overhead: int = 0
+
+    @property
+    def arrays(self) -> int:
+        return self.weights + self.kv + self.working
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.working
+        return self.arrays + self.overhead
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,14 @@ class MemoryPlanner:
     """Per model: bytes, or a share of the budget."""
     budget: int = 0
     on_cpu: bool = False
+    overhead: int = 0
+    """Bytes of each engine beside its arrays."""
     _measured: dict[Footprint, int] = field(default_factory=dict)
+
+    def use(self, device: Device, memory_limit: str) -> None:
+        self.budget = device.budget(memory_limit)
+        self.on_cpu = device.name == "cpu"
+        self.overhead = CUDA_CONTEXT if device.name == "cuda" else 0
 
     def plan(self, entry: ModelEntry, options: LoadOptions) -> LoadPlan:
         """Blocks on files. Raises ModelLoadFailed, InsufficientMemory beyond `budget`."""
@@ -65,9 +79,11 @@ class MemoryPlanner:
 
     def correct(self, plan: LoadPlan, facts: Ready) -> LoadPlan:
         self._measured[plan.footprint] = facts.weights_bytes
-        left = plan.need.total - facts.weights_bytes - facts.kv_limit
-        working = max(0, min(plan.need.working, left))
-        return replace(plan, need=Need(facts.weights_bytes, facts.kv_limit, working))
+        need = plan.need
+        left = need.arrays - facts.weights_bytes - facts.kv_limit
+        working = max(0, min(need.working, left))
+        corrected = Need(facts.weights_bytes, facts.kv_limit, working, need.overhead)
+        return replace(plan, need=corrected)
 
     def _plan(self, entry: ModelEntry, path: Path, options: LoadOptions, float32: bool) -> LoadPlan:
         embedding, longest = None, None
@@ -91,7 +107,8 @@ class MemoryPlanner:
         context = min(footprint.context_length, options.context_length or footprint.context_length)
         working = footprint.working(options.max_batch)
         smallest_kv = footprint.kv(min(context, MIN_KV_TOKENS))
-        least = weights + working + smallest_kv
+        fixed = weights + working + self.overhead
+        least = fixed + smallest_kv
         if least > self.budget:
             raise InsufficientMemory(
                 f"it needs {least:,} bytes of memory and all models together may take "
@@ -99,4 +116,5 @@ class MemoryPlanner:
             )
         usual = max(smallest_kv, parse_bytes(self.kv_cache or DEFAULT_KV_SHARE, self.budget))
         largest = options.max_batch * footprint.kv(context)
-        return Need(weights, min(largest, usual, self.budget - weights - working), working)
+        kv = min(largest, usual, self.budget - fixed)
+        return Need(weights, kv, working, self.overhead)
