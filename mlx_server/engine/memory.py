@@ -1,5 +1,6 @@
-"""Device memory: read, limit, release. Engine side only."""
+"""The device and its memory: asked, limited, released. Engine side only."""
 
+import contextlib
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -10,8 +11,6 @@ from mlx_server.engine.protocol import Device, Memory
 
 CACHE_SHARE = 8
 """Freed buffers take at most the memory limit divided by this, if nothing else is said."""
-MEMORY_WORDS = ("unable to allocate", "attempting to allocate", "out of memory", "insufficient")
-"""Phrases of MLX's allocators, on a CPU, Metal and CUDA."""
 
 
 def device_name() -> str:
@@ -45,10 +44,14 @@ def _host_memory() -> int:
     return min(total, cgroup.memory_limit() or total)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """MLX raises RuntimeErrors for want of memory."""
-    message = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in message for words in MEMORY_WORDS)
+def device_works() -> bool:
+    """Whether the device can still add, once it has reported what earlier work came to."""
+    with contextlib.suppress(RuntimeError):
+        mx.synchronize()
+    try:
+        return mx.array([1, 2]).sum().item() == 3
+    except (RuntimeError, ValueError, MemoryError):
+        return False
 
 
 class DeviceMemory:

@@ -95,3 +95,8 @@ class Outcome:
         self.joined_empty_batch = False
         self.step_seconds: float | None = None
         self.chunk: ChunkTime | None = None
+
+    @property
+    def computed(self) -> bool:
+        """Whether the device has given a result."""
+        return self.step_seconds is not None or self.chunk is not None

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from mlx_server.engine.faults import DeviceGone
 from mlx_server.engine.idle import Chore, IdleTime
 from mlx_server.engine.loading import load
 from mlx_server.engine.protocol import (
@@ -43,6 +44,8 @@ STATS_INTERVAL = 1.0
 RECEIVE_BYTES = 1 << 16
 LONGEST_BURST = 64
 """Messages that an idle engine takes before it begins to work."""
+DEVICE_GONE_CODE = 70
+"""With which an engine ends whose device computes nothing any more."""
 
 log = logging.getLogger("mlx_server.engine")
 
@@ -113,7 +116,10 @@ class Work(Protocol):
         """Compute for a bounded time; yields what comes of it."""
 
     def recover(self, error: Exception) -> list[Failed]:
-        """Go on after a turn that raised `error`; returns the requests that are given up."""
+        """Go on after a turn that raised `error`; returns the requests that are given up.
+
+        Raises DeviceGone.
+        """
 
     def release(self) -> None:
         """After each turn: let go of what has no use before the next."""
@@ -200,7 +206,12 @@ def main() -> None:
         connection.sendall(frame(LoadFailed(str(error) or type(error).__name__)))
         raise SystemExit(1) from error
     connection.sendall(frame(ready))
-    Engine(connection, inbox, work).run()
+    try:
+        Engine(connection, inbox, work).run()
+    except DeviceGone as gone:
+        log.critical("event=device_gone reason=%r", str(gone))
+        # Without ado: what tidies up on the way out would wait for the device.
+        os._exit(DEVICE_GONE_CODE)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """An engine whose device fails in the middle of its work goes on."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
+from mlx_server.engine.faults import MOST_IN_A_ROW
 from mlx_server.engine.protocol import Sampling
 from mlx_server.engine.schedule.backoff import LOWERED, RAISE_SECONDS, RAISED, KvBackoff
+from mlx_server.engine.worker import DEVICE_GONE_CODE
 from mlx_server.errors import EngineFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of
 from tests.support.tiny import build_tiny_model
 
-POISON = 399
+POISON, LETHAL = 399, 398
 MOST_ROWS = 3
 OWN_CODE = f"""
 from mlx_lm.models import llama
@@ -22,6 +25,8 @@ class Model(llama.Model):
         rows, tokens = inputs.shape
         if tokens > 1 and {POISON} in inputs.tolist()[0]:
             raise RuntimeError("this prompt cannot be computed")
+        if tokens > 1 and {LETHAL} in inputs.tolist()[0]:
+            raise RuntimeError("cudaGraphLaunch() failed: an illegal memory access was encountered")
         if rows > {MOST_ROWS}:
             raise RuntimeError("[malloc] Unable to allocate 1234 bytes.")
         return super().__call__(inputs, cache, **more)
@@ -33,7 +38,9 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def frail(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose device fails on one token of a prompt, and on more than three rows."""
+    """A model whose device fails on one token of a prompt, on another for good, and on more than
+    three rows.
+    """
     folder = build_tiny_model(tmp_path_factory.mktemp("models") / "frail")
     (folder / "frail.py").write_text(OWN_CODE)
     config = json.loads((folder / "config.json").read_text())
@@ -75,6 +82,23 @@ async def test_a_request_that_fails_by_itself_leaves_the_engine_as_it_was(frail:
         stats = engine.stats
         assert stats is not None
         assert (stats.kv_bytes, stats.running, stats.waiting) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [[[5, LETHAL, 7, 8]], [[5, POISON, 7, i] for i in range(MOST_IN_A_ROW)]],
+    ids=["a device that is gone", "turns that fail in a row"],
+)
+async def test_an_engine_ends_when_its_device_computes_nothing_any_more(
+    frail: Path, prompts: list[list[int]]
+) -> None:
+    async with started(frail, steps_may_fail=True, trust_remote_code=True) as engine:
+        asked = (rows_of(engine, request(prompt, 5)) for prompt in prompts)
+        failures = await asyncio.gather(*asked, return_exceptions=True)
+    assert all(isinstance(failure, EngineFailed) for failure in failures)
+    told = [failure.message for failure in failures if f"code {DEVICE_GONE_CODE}" in str(failure)]
+    assert told
+    assert all("event=device_gone" in one for one in told)
 
 
 def test_backoff_fades_while_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from mlx_server.engine.embedding.backend import EmbeddingBackend
 from mlx_server.engine.embedding.jobs import JobQueue, Pass
+from mlx_server.engine.faults import FailingTurns
 from mlx_server.engine.idle import RELEASE_SECONDS, Chore
-from mlx_server.engine.memory import DeviceMemory
+from mlx_server.engine.memory import DeviceMemory, device_works
 from mlx_server.engine.protocol import (
     Begun,
     Embed,
@@ -61,6 +62,7 @@ class Embedder:
         self.longest_sequence = model.context_length
         self._queue = JobQueue()
         self._budget = PassBudget()
+        self._failing = FailingTurns(device_works)
         self._pass = Pass(0)
         self._longest_turn = 0.0
 
@@ -90,14 +92,17 @@ class Embedder:
         rows = self._compute(self._pass)
         seconds = time.perf_counter() - started
         self._budget.succeeded(self._pass.size, seconds)
+        self._failing.worked()
         self.pace.stepped(seconds)
         self._longest_turn = max(self._longest_turn, seconds)
         yield Tokens(rows)
 
     def recover(self, error: Exception) -> list[Failed]:
-        """Halves passes until the text that fails is alone."""
+        """Halves passes until the text that fails is alone. Raises DeviceGone."""
+        several = len(self._pass.chosen) > 1
+        self._failing.failed(error, smaller=several)
         self.memory.release()
-        if len(self._pass.chosen) > 1:
+        if several:
             self._budget.failed(self._pass.size)
             return []
         [id_] = self._pass.jobs

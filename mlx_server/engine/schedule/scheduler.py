@@ -12,9 +12,10 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from mlx_server.engine.cache.prefix import PrefixCache, extend_keys
+from mlx_server.engine.faults import FailingTurns, is_out_of_memory
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.idle import RELEASE_SECONDS, Chore
-from mlx_server.engine.memory import DeviceMemory, is_out_of_memory
+from mlx_server.engine.memory import DeviceMemory, device_works
 from mlx_server.engine.plan import Outcome, Plan, Start
 from mlx_server.engine.protocol import (
     Begun,
@@ -83,6 +84,7 @@ class Scheduler:
         self.admission = Admission(self.waiting, self.runner, self.room, self.suspects, max_batch)
         self.planner = Planner(self.runner, self.admission, self.room, self.pace)
         self.counts = Counts()
+        self.failing = FailingTurns(device_works)
         self._drop: list[int] = []
         self._plan: Plan | None = None
         self._outcome = Outcome()
@@ -119,6 +121,8 @@ class Scheduler:
             yield tokens
         yield from outcome.failed
         self._drop.clear()
+        if outcome.computed:
+            self.failing.worked()
         self.planner.learn(plan, outcome)
         self._account(plan, outcome)
         if not self.runner.busy:
@@ -141,8 +145,9 @@ class Scheduler:
         """Go on after a turn that raised `error`; returns the requests that are given up.
 
         Arrays cannot be trusted, so what had begun is computed again from its tokens, one request
-        at a time. A request that fails again while it runs alone is given up.
+        at a time. A request that fails again while it runs alone is given up. Raises DeviceGone.
         """
+        self.failing.failed(error)
         outcome = self._outcome
         begun = self._begun(outcome)
         self.memory.release()
