@@ -17,6 +17,7 @@ from mlx_server.units import (
     SIZE,
     SIZE_OR_OFF,
     SIZE_OR_SHARE,
+    WIRED,
     parse_bytes,
     parse_seconds,
 )
@@ -124,6 +125,13 @@ class Settings(BaseSettings):
         None,
         pattern=SIZE,
         description="Freed buffers kept for reuse; an eighth of the memory limit if unset.",
+    )
+    wired_memory: str = Field(
+        "auto",
+        pattern=WIRED,
+        description="Weights that macOS may not page out, on a Mac: `auto` for those of all "
+        "models, `off` for none, or the most bytes for all together, such as `24GB`; a model that "
+        "does not fit what is left of them is not wired.",
     )
     dequantize: Literal["auto", "always", "never"] = Field(
         "auto", description="Dequantize weights to float32 at load; `auto` does on a CPU device."

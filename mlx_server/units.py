@@ -3,6 +3,7 @@
 SIZE = r"^\s*\d+(\.\d+)?\s*([KMGT]?i?B?)\s*$"
 SIZE_OR_SHARE = r"^\s*\d+(\.\d+)?\s*(%|[KMGT]?i?B?)\s*$"
 SIZE_OR_OFF = r"^\s*(off|\d+(\.\d+)?\s*[KMGT]?i?B?)\s*$"
+WIRED = r"^\s*(auto|off|\d+(\.\d+)?\s*[KMGT]?i?B?)\s*$"
 DURATION = r"^\s*(-1|[0-9]+(\.[0-9]+)?\s*(s|m|h|d)?)\s*$"
 """Matches what `parse_seconds` accepts."""
 

@@ -47,7 +47,7 @@ class PoolCollector(Collector):
         )
         for status in statuses:
             if status.memory is not None:
-                for kind in ("active", "peak", "cache", "limit"):
+                for kind in ("active", "peak", "cache", "limit", "wired"):
                     memory.add_metric([status.id, kind], getattr(status.memory, kind))
         yield memory
 

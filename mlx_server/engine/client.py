@@ -34,7 +34,8 @@ from mlx_server.events import event
 
 RECEIVE_BYTES = 1 << 18
 KEPT_LOG_LINES = 50
-STOP_SECONDS = 5.0
+STOP_SECONDS, METAL_STOP_SECONDS = 5.0, 30.0
+"""For an engine to end when asked to; on Metal it lets go of wired memory first."""
 EXIT_SECONDS = 1.0
 """For an engine to exit with its own code once its socket has closed."""
 
@@ -113,9 +114,10 @@ class EngineClient:
 
     async def stop(self) -> None:
         """Kills an engine that does not end."""
+        on_metal = self.ready is not None and self.ready.device == "metal"
         self._send(Stop())
         try:
-            async with asyncio.timeout(STOP_SECONDS):
+            async with asyncio.timeout(METAL_STOP_SECONDS if on_metal else STOP_SECONDS):
                 await self.process.wait()
         except TimeoutError:
             log.warning(event("engine_stop_timeout", model=self.model_id, pid=self.pid))

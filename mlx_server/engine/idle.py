@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+REST_SECONDS = 300.0
+"""After which weights are no longer kept in memory at all costs."""
 RELEASE_SECONDS = 3.0
 """After which freed buffers go back to the system: a request would only ask for them again."""
 

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
@@ -44,8 +44,9 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
     else:
         work = _embedder(message, message.embedding, memory)
         width = work.model.width
-    work.warm_up()
     backend = work.model
+    memory.wiring.hold(_sizes(backend.model))
+    work.warm_up()
     ready = Ready(
         pid=os.getpid(),
         device=memory.device.name,
@@ -67,12 +68,18 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
 def _memory(options: LoadOptions, blas: str | None) -> "DeviceMemory":
     from mlx_server.engine.memory import DeviceMemory
 
-    memory = DeviceMemory(options.memory_limit, options.cache_limit)
+    memory = DeviceMemory(options.memory_limit, options.cache_limit, options.wired_limit)
     if memory.device.name == "cpu":
         give_way()
         if sys.platform.startswith("linux"):
             log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
     return memory
+
+
+def _sizes(model: Any) -> list[int]:
+    from mlx_server.engine.run.weights import array_sizes
+
+    return array_sizes(model)
 
 
 def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":

@@ -8,6 +8,7 @@ import psutil
 
 from mlx_server.engine.cpu import cgroup, heap
 from mlx_server.engine.protocol import Device, Memory
+from mlx_server.engine.wiring import Wiring
 
 CACHE_SHARE = 8
 """Freed buffers take at most the memory limit divided by this, if nothing else is said."""
@@ -29,11 +30,9 @@ def describe(name: str, info: Mapping[str, str | int], host: int) -> Device:
     """The device `name` of which MLX says `info`, in a machine or container of `host` bytes."""
     match name:
         case "metal":
-            return Device(
-                name,
-                memory=int(info["memory_size"]),
-                usable=int(info["max_recommended_working_set_size"]),
-            )
+            recommended = int(info["max_recommended_working_set_size"])
+            memory = int(info["memory_size"])
+            return Device(name, memory, usable=recommended, wirable=recommended)
         case "cuda":
             return Device(name, memory=int(info["total_memory"]), usable=int(info["free_memory"]))
     return Device(name, memory=host, usable=host)
@@ -57,7 +56,13 @@ def device_works() -> bool:
 class DeviceMemory:
     """This process's limits and use, in bytes."""
 
-    def __init__(self, limit: str, cache_limit: str | None, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        limit: str,
+        cache_limit: str | None,
+        wired_limit: int = 0,
+        device: Device | None = None,
+    ) -> None:
         self.device = device or read_device()
         self.limit = self.device.budget(limit)
         self.cache_limit = (
@@ -66,9 +71,7 @@ class DeviceMemory:
         self._trim_heap = heap.trimmer()
         mx.set_memory_limit(self.limit)
         mx.set_cache_limit(self.cache_limit)
-        if device_name() == "metal":
-            recommended = int(mx.device_info()["max_recommended_working_set_size"])
-            mx.set_wired_limit(min(self.limit, recommended))
+        self.wiring = Wiring(min(wired_limit, self.device.wirable))
 
     def read(self) -> Memory:
         return Memory(
@@ -76,6 +79,7 @@ class DeviceMemory:
             peak=mx.get_peak_memory(),
             cache=mx.get_cache_memory(),
             limit=self.limit,
+            wired=self.wiring.wired,
         )
 
     def release(self) -> None:

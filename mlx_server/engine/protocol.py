@@ -44,6 +44,8 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """Bytes such as "12GB", or a share of what the device has."""
     cache_limit: str | None = None
     """Freed buffers kept for reuse; None takes an eighth of the memory limit."""
+    wired_limit: int = 0
+    """Bytes of weights that may be wired, on Metal: all of them or none."""
     kv_limit: int | None = None
     """Bytes for all KV caches; None takes what the memory limit leaves."""
     kv_share: float = 1.0
@@ -142,11 +144,14 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"): ...
 
 
 class Device(msgspec.Struct, frozen=True):
-    """`metal`, `cuda` or `cpu`, and its bytes: all, and those that models may use."""
+    """`metal`, `cuda` or `cpu`, and its bytes: all, those that models may use, and of these those
+    that can be kept from being paged out.
+    """
 
     name: str
     memory: int
     usable: int
+    wirable: int = 0
 
     def budget(self, limit: str) -> int:
         """Bytes: `limit`, which may be a share of all memory, but no more than is usable."""
@@ -160,6 +165,7 @@ class Memory(msgspec.Struct, frozen=True):
     peak: int
     cache: int
     limit: int
+    wired: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

@@ -22,6 +22,7 @@ class Memory(ResponseObject):
     peak: int
     cache: int
     limit: int
+    wired: int
 
 
 class DiskCache(ResponseObject):

@@ -200,6 +200,7 @@ class Fleet:
     outcomes: dict[str, deque[str | None]] = field(default_factory=dict)
     """What the next loads of a model folder come to; None is a success."""
     weights_bytes: int = 1000
+    device: str = "cpu"
     poison: int | None = None
     """A token that ends any engine whose request holds it."""
     works: bool = True
@@ -257,7 +258,7 @@ class Fleet:
         assert load.options.kv_limit is not None
         return Ready(
             pid=engine.process.pid,
-            device="cpu",
+            device=self.device,
             model_type="scripted",
             context_length=2048,
             vocab_size=1 << 20,
@@ -267,8 +268,11 @@ class Fleet:
             load_seconds=0.0,
             dequantized=False,
             blas=None,
-            memory=MEMORY,
+            memory=msgspec.structs.replace(MEMORY, wired=self._wired(load)),
         )
+
+    def _wired(self, load: Load) -> int:
+        return self.weights_bytes if self.weights_bytes <= load.options.wired_limit else 0
 
 
 MEMORY = Memory(active=1000, peak=1000, cache=0, limit=1 << 30)

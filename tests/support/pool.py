@@ -21,6 +21,7 @@ KV = 2 * 1024 * 1024
 BATCH = 8
 NAMES = ("a", "b", "c")
 SWAP_INTERVAL = 0.3
+CPU = Device("cpu", 1 << 40, 1 << 40)
 LIVELY = 30.0
 """Seconds within which anything at all must have ended, loads on a busy machine included."""
 
@@ -121,7 +122,12 @@ async def settled(check: Callable[[], object]) -> None:
 
 @asynccontextmanager
 async def local_pool(
-    folder: Path, models: Path, budget: float, *preloaded: str, **more: Any
+    folder: Path,
+    models: Path,
+    budget: float,
+    *preloaded: str,
+    device: Device = CPU,
+    **more: Any,
 ) -> AsyncIterator[Pool]:
     """A pool with scripted engines that may use `budget` bytes; it leaves nothing behind."""
     values: dict[str, Any] = {
@@ -136,12 +142,16 @@ async def local_pool(
     settings = Settings(**values | more)
     fleet = Fleet(weights_bytes=read_footprint(models / "a", True).weights)
     texts = NoTexts()
+
+    async def find_device() -> Device:
+        return device
+
     manager = ModelPoolManager(
         settings,
         Catalog(settings),
         texts=texts,
         start_engine=fleet.start,
-        find_device=_find_device,
+        find_device=find_device,
     )
     await manager.start(list(preloaded))
     try:
@@ -149,7 +159,3 @@ async def local_pool(
     finally:
         await manager.stop()
     assert (fleet.running, texts.open_texts) == ([], 0), "something was left behind"
-
-
-async def _find_device() -> Device:
-    return Device("cpu", 1 << 40, 1 << 40)

@@ -86,16 +86,36 @@ def test_this_machines_device_can_be_used() -> None:
 
 def test_each_engine_on_cuda_needs_memory_for_its_context() -> None:
     planner = MemoryPlanner(None)
-    planner.use(CUDA_24, "80%")
+    planner.use(CUDA_24, "80%", "auto")
     assert (planner.budget, planner.overhead, planner.on_cpu) == (
         int(19.2 * GIB),
         CUDA_CONTEXT,
         False,
     )
-    planner.use(MAC_16, "80%")
+    planner.use(MAC_16, "80%", "auto")
     assert (planner.budget, planner.overhead, planner.on_cpu) == (11_453_251_584, 0, False)
-    planner.use(CPU_64, "80%")
+    planner.use(CPU_64, "80%", "auto")
     assert (planner.overhead, planner.on_cpu) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("device", "wired_memory", "wirable"),
+    [
+        (MAC_16, "auto", 11_453_251_584),
+        (MAC_128, " auto ", 103_079_215_104),
+        (MAC_128, "off", 0),
+        (MAC_128, "24GB", 24 * GIB),
+        (MAC_16, "24GB", 11_453_251_584),
+        (CUDA_24, "auto", 0),
+        (CPU_64, "8GB", 0),
+    ],
+)
+def test_weights_may_be_wired_on_metal_alone_and_within_what_it_recommends(
+    device: Device, wired_memory: str, wirable: int
+) -> None:
+    planner = MemoryPlanner(None)
+    planner.use(device, "80%", wired_memory)
+    assert planner.wirable == wirable
 
 
 def groups(root: Path, own: str, **limits: str) -> Path:

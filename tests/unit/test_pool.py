@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_server.engine.protocol import Device
 from mlx_server.errors import (
     BadRequest,
     InsufficientMemory,
@@ -53,6 +54,36 @@ async def asking(pool: Pool, *names: str) -> AsyncIterator[list[asyncio.Task[lis
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# wired memory
+
+
+async def test_what_all_models_wire_stays_within_the_limit_for_that(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    mac = Device("metal", 1 << 40, usable=1 << 40, wirable=1 << 40)
+    weights = read_footprint(models / "a", True).weights
+    wired_memory = str(int(1.5 * weights))
+    async with local_pool(
+        tmp_path, models, 3.2 * need, device=mac, wired_memory=wired_memory, dequantize="always"
+    ) as pool:
+        for name in ("a", "b"):
+            await pool.ask(name)
+        granted = [engine.load.options.wired_limit for engine in pool.fleet.engines]
+        assert granted == [int(1.5 * weights), int(0.5 * weights)]
+        await pool.manager.unload("a")
+        await pool.ask("c")
+        assert pool.fleet.engines[-1].load.options.wired_limit == int(1.5 * weights)
+        assert [pool.status(name).memory.wired for name in ("b", "c")] == [0, weights]
+
+
+async def test_nothing_is_wired_where_the_device_cannot(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 2.2 * need) as pool:
+        await pool.ask("a")
+        assert pool.fleet.engines[0].load.options.wired_limit == 0
 
 
 # sharing and swapping

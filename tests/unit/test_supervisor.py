@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from mlx_server.engine import client as client_module
 from mlx_server.engine.client import EngineClient
-from mlx_server.engine.protocol import Embed, Generate, LoadOptions, Row, Sampling, Tokens
+from mlx_server.engine.protocol import Embed, Generate, LoadOptions, Row, Sampling, Stop, Tokens
 from mlx_server.errors import EngineFailed, LoadCrashed, ModelLoadFailed, Unavailable
 from mlx_server.models.pool import supervisor as supervisor_module
 from mlx_server.models.pool.open_requests import RESUMED_PRIORITY
@@ -425,3 +426,30 @@ async def test_all_fail_when_the_model_is_stopped() -> None:
         with pytest.raises(Unavailable, match="being stopped"):
             one.ask()
         assert one.fleet.engines[0].process.returncode == 0
+
+
+# stopping
+
+
+class Reluctant(ScriptedEngine):
+    """Ends a moment after it is told to."""
+
+    async def _handle(self, message: object) -> None:
+        if isinstance(message, Stop):
+            await asyncio.sleep(0.2)
+        await super()._handle(message)
+
+
+@pytest.mark.parametrize(
+    ("device", "how"), [("metal", "exit code 0"), ("cuda", "signal 9"), ("cpu", "signal 9")]
+)
+async def test_an_engine_on_metal_gets_longer_to_end_before_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, how: str
+) -> None:
+    monkeypatch.setattr(client_module, "STOP_SECONDS", 0.01)
+    assert client_module.METAL_STOP_SECONDS == 30.0
+    monkeypatch.setattr("tests.support.engines.ScriptedEngine", Reluctant)
+    fleet = Fleet(device=device)
+    engine = await fleet.start("scripted", tmp_path, LoadOptions(kv_limit=1))
+    await engine.stop()
+    assert engine.how_it_ended == how

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from mlx_server.engine.embedding.backend import EmbeddingBackend
 from mlx_server.engine.embedding.jobs import JobQueue, Pass
 from mlx_server.engine.faults import FailingTurns
-from mlx_server.engine.idle import RELEASE_SECONDS, Chore
+from mlx_server.engine.idle import RELEASE_SECONDS, REST_SECONDS, Chore
 from mlx_server.engine.memory import DeviceMemory, device_works
 from mlx_server.engine.protocol import (
     Begun,
@@ -82,6 +82,7 @@ class Embedder:
         self._queue.remove(ids)
 
     def turn(self) -> Iterator[Tokens | Begun]:
+        self.memory.wiring.wake()
         self._pass = self._queue.next_pass(self._budget.tokens)
         jobs = self._pass.jobs
         if new := [id_ for id_, job in jobs.items() if not job.begun]:
@@ -124,10 +125,13 @@ class Embedder:
         self.memory.release_excess()
 
     def chores(self) -> list[Chore]:
-        return [Chore(RELEASE_SECONDS, self.memory.release_all)]
+        return [
+            Chore(RELEASE_SECONDS, self.memory.release_all),
+            Chore(REST_SECONDS, self.memory.wiring.rest),
+        ]
 
     def close(self) -> None:
-        """Nothing needs writing."""
+        self.memory.wiring.close()
 
     def stats(self) -> Stats:
         running = self._queue.begun

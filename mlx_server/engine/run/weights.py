@@ -81,8 +81,13 @@ def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory) -> bo
 def read_weights(model: Any) -> int:
     """Returns bytes."""
     mx.eval(model.parameters())
+    return sum(array_sizes(model))
+
+
+def array_sizes(model: Any) -> list[int]:
+    """Bytes of each weight."""
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    return sum(array.nbytes for array in arrays.values())
+    return [array.nbytes for array in arrays.values()]
 
 
 def body_classes(config: dict[str, Any]) -> tuple[type, type]:

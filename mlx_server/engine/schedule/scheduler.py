@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mlx_server.engine.cache.prefix import PrefixCache, extend_keys
 from mlx_server.engine.faults import FailingTurns, is_out_of_memory
 from mlx_server.engine.grammar.compiler import GrammarCompiler
-from mlx_server.engine.idle import RELEASE_SECONDS, Chore
+from mlx_server.engine.idle import RELEASE_SECONDS, REST_SECONDS, Chore
 from mlx_server.engine.memory import DeviceMemory, device_works
 from mlx_server.engine.plan import Outcome, Plan, Start
 from mlx_server.engine.protocol import (
@@ -110,6 +110,7 @@ class Scheduler:
     def turn(self) -> Iterator[Tokens | Begun | Failed]:
         """One decode step and at most one chunk of prefill; yields what comes out of each."""
         started = time.perf_counter()
+        self.memory.wiring.wake()
         self._plan, self._outcome = None, Outcome()
         yield from self._fail_unusable_grammars()
         plan, outcome = self.planner.decide(list(self._drop)), self._outcome
@@ -181,12 +182,14 @@ class Scheduler:
             Chore(PREPARE_SECONDS, self.runner.grammars.prepare),
             Chore(SAVE_USED_SECONDS, prefix.save_used),
             Chore(SAVE_ALL_SECONDS, prefix.save_all),
+            Chore(REST_SECONDS, self._rest),
         ]
 
     def close(self) -> None:
         self.runner.grammars.close()
         self.runner.mask_thread.close()
         self.runner.prefix.close()
+        self.memory.wiring.close()
 
     def stats(self) -> Stats:
         running, prefix = len(self.runner.batch.rows), self.runner.prefix
@@ -207,6 +210,14 @@ class Scheduler:
             memory=self.memory.read(),
             longest_turn=self.counts.longest_turn,
         )
+
+    def _rest(self) -> None:
+        """Unwire the weights. Prefixes are left to the disk, since nothing else may be there when
+        the weights are wired again.
+        """
+        if self.memory.wiring.wired:
+            self.runner.prefix.clear()
+            self.memory.wiring.rest()
 
     def _problem(self, request: Generate) -> str | None:
         if not request.prompt:

@@ -14,6 +14,7 @@ from mlx_server.models.pool.eviction import (
     next_step,
     pinned_beside,
     to_drain,
+    wired,
 )
 from mlx_server.models.pool.loading import LoadedModel, ModelLoader
 from mlx_server.models.pool.needs import LoadPlan, MemoryPlanner
@@ -111,6 +112,7 @@ class Arranger:
 
     def _begin_loading(self, slot: Slot) -> None:
         assert slot.plan is not None
+        slot.plan = self._planner.grant_wired(slot.plan, wired(self._slots.values()))
         slot.begin_loading(time.monotonic())
         self._tasks[slot] = asyncio.create_task(
             self._run(slot, slot.plan), name=f"model {slot.entry.id}"
@@ -142,6 +144,7 @@ class Arranger:
                 seconds=slot.load_seconds,
                 weights_bytes=facts.weights_bytes,
                 reserved_bytes=slot.need,
+                wired_bytes=slot.wired,
             )
         )
         self.arrange()

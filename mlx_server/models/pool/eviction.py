@@ -83,6 +83,11 @@ def reserved(slots: Iterable[Slot]) -> int:
     return sum(slot.need for slot in slots if slot.holds_memory)
 
 
+def wired(slots: Iterable[Slot]) -> int:
+    """Bytes."""
+    return sum(slot.wired for slot in slots if slot.holds_memory)
+
+
 def pinned_beside(first: Slot, slots: Iterable[Slot]) -> int:
     """Bytes never freed for `first`."""
     others = (slot for slot in slots if slot is not first)

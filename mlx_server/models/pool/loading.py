@@ -92,13 +92,14 @@ class ModelLoader:
             if not isinstance(text, BaseException):
                 text.close()
             if not isinstance(process, BaseException):
-                await process.kill()
+                await process.stop()
             raise
 
     async def _start_engine(self, plan: LoadPlan, kv_share: float) -> EngineClient:
         options = msgspec.structs.replace(
             plan.options,
             memory_limit=str(plan.need.arrays),
+            wired_limit=plan.wired,
             kv_limit=plan.need.kv,
             kv_share=kv_share,
         )

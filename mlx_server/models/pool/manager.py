@@ -63,7 +63,7 @@ class ModelPoolManager:
     async def start(self, models: list[str]) -> None:
         """Begin to load `models` in the background. Raises Unavailable if MLX is unusable."""
         device = await self._find_device()
-        self._planner.use(device, self.settings.memory_limit)
+        self._planner.use(device, self.settings.memory_limit, self.settings.wired_memory)
         log.info(
             event(
                 "budget",
@@ -71,6 +71,7 @@ class ModelPoolManager:
                 memory=device.memory,
                 usable=device.usable,
                 bytes=self._planner.budget,
+                wirable=self._planner.wirable,
             )
         )
         for name in self.settings.pinned:

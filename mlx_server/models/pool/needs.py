@@ -46,6 +46,8 @@ class LoadPlan:
     need: Need
     options: LoadOptions
     embedding: Embedding | None
+    wired: int = 0
+    """Bytes that it may wire; once loaded, that it has wired."""
 
 
 @dataclass(slots=True)
@@ -56,12 +58,22 @@ class MemoryPlanner:
     on_cpu: bool = False
     overhead: int = 0
     """Bytes of each engine beside its arrays."""
+    wirable: int = 0
+    """Bytes that all models together may wire."""
     _measured: dict[Footprint, int] = field(default_factory=dict)
 
-    def use(self, device: Device, memory_limit: str) -> None:
+    def use(self, device: Device, memory_limit: str, wired_memory: str) -> None:
+        """The limits are as in the settings."""
         self.budget = device.budget(memory_limit)
         self.on_cpu = device.name == "cpu"
         self.overhead = CUDA_CONTEXT if device.name == "cuda" else 0
+        match wired_memory.strip():
+            case "auto":
+                self.wirable = device.wirable
+            case "off":
+                self.wirable = 0
+            case limit:
+                self.wirable = min(parse_bytes(limit, 0), device.wirable)
 
     def plan(self, entry: ModelEntry, options: LoadOptions) -> LoadPlan:
         """Blocks on files. Raises ModelLoadFailed, InsufficientMemory beyond `budget`."""
@@ -77,13 +89,17 @@ class MemoryPlanner:
             # Slower as stored, but it runs.
             return self._plan(entry, entry.path, options, False)
 
+    def grant_wired(self, plan: LoadPlan, others: int) -> LoadPlan:
+        """`others`: bytes that other models may wire or have wired."""
+        return replace(plan, wired=max(0, min(plan.need.arrays, self.wirable - others)))
+
     def correct(self, plan: LoadPlan, facts: Ready) -> LoadPlan:
         self._measured[plan.footprint] = facts.weights_bytes
         need = plan.need
         left = need.arrays - facts.weights_bytes - facts.kv_limit
         working = max(0, min(need.working, left))
         corrected = Need(facts.weights_bytes, facts.kv_limit, working, need.overhead)
-        return replace(plan, need=corrected)
+        return replace(plan, need=corrected, wired=facts.memory.wired)
 
     def _plan(self, entry: ModelEntry, path: Path, options: LoadOptions, float32: bool) -> LoadPlan:
         embedding, longest = None, None

@@ -81,6 +81,11 @@ class Slot:
         return self.plan.need.total if self.plan else 0
 
     @property
+    def wired(self) -> int:
+        """Bytes that it may wire, or has wired."""
+        return self.plan.wired if self.plan else 0
+
+    @property
     def leaving(self) -> bool:
         return self.phase == "ending" or (self.phase == "loaded" and self.unloaders > 0)
 
