@@ -593,3 +593,39 @@ async def test_a_pool_that_stops_fails_its_requests_and_ends_its_engines(
         assert pool.manager.not_ready_reason == "The server is stopping."
         with pytest.raises(ServerError, match="stopping"):
             await pool.ask("a")
+
+
+# requests that name no model
+
+
+async def test_a_request_without_a_model_gets_the_one_that_is_loaded(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 1.5 * need) as pool:
+        with pytest.raises(BadRequest, match="none is loaded"):
+            await pool.ask("")
+        for name in NAMES:
+            await pool.ask(name)
+            assert await pool.ask("") == [3, 4, 5]
+            assert pool.loaded == {name}
+
+
+async def test_a_request_without_a_model_waits_for_the_one_named_at_the_start(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 1.5 * need, "b") as pool:
+        assert await pool.ask("") == [3, 4, 5]
+        assert (pool.loaded, pool.loads) == ({"b"}, 1)
+
+
+async def test_a_request_without_a_model_is_refused_where_it_could_mean_several(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 2.5 * need) as pool:
+        await pool.ask("a")
+        await pool.ask("b")
+        with pytest.raises(BadRequest, match="of a, b"):
+            await pool.ask("")
+        with pytest.raises(BadRequest, match="none is loaded"):
+            async with pool.manager.acquire("", purpose="embed"):
+                pass
