@@ -1,9 +1,10 @@
 """Every setting of the server. Flags win over `MLX_SERVER_*`, which win over the TOML file."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,6 +22,8 @@ from mlx_server.units import (
     parse_seconds,
 )
 
+NOWHERE = Path("/nonexistent")
+
 
 def _as_number(value: object) -> object:
     """Environment variables are text, which a Literal of numbers refuses."""
@@ -31,9 +34,28 @@ def _bytes_or_off(text: str) -> int | None:
     return None if text.strip() == "off" else parse_bytes(text, 0)
 
 
+def _named(path: object) -> object:
+    """An empty path would be the working directory."""
+    if path == "":
+        raise ValueError("a path must not be empty")
+    return path
+
+
+def _expanded(path: Path) -> Path:
+    """What is below the home of a user who has none is nowhere."""
+    expanded = Path(os.path.expanduser(path))
+    return NOWHERE.joinpath(*expanded.parts[1:]) if str(expanded).startswith("~") else expanded
+
+
+UserPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix="MLX_SERVER_", extra="forbid", env_nested_delimiter="__"
+        env_prefix="MLX_SERVER_",
+        extra="forbid",
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -41,16 +63,16 @@ class Settings(BaseSettings):
     models: list[str] = Field(
         default_factory=list, description="Models to load at start: ids, aliases or paths."
     )
-    home: Path = Field(
+    home: UserPath = Field(
         Path("~/.mlx-server"), description="Where pulled and converted models are kept."
     )
-    model_dirs: list[Path] = Field(
+    model_dirs: list[UserPath] = Field(
         default_factory=list, description="Further folders whose sub-folders are MLX models."
     )
     aliases: dict[str, str] = Field(
         default_factory=dict, description="Other names for models: alias to id."
     )
-    adapters: dict[str, Path] = Field(
+    adapters: dict[str, UserPath] = Field(
         default_factory=dict,
         description="LoRA adapters: `base@name` to a folder. Those in `home`/adapters/BASE/NAME "
         "are found by themselves.",
@@ -62,7 +84,7 @@ class Settings(BaseSettings):
         default_factory=list,
         description="Keys for `/admin` and everything else; if none, `api_keys` permit `/admin`.",
     )
-    keys_file: Path | None = Field(
+    keys_file: UserPath | None = Field(
         None,
         description="A TOML file of more keys: `[[keys]]` with `name`, `key` or `sha256` (of the "
         "key), and `scopes` of `inference` (if unset) and `admin`, which permits everything.",
@@ -251,15 +273,15 @@ class Settings(BaseSettings):
 
     @property
     def models_folder(self) -> Path:
-        return self.home.expanduser() / "models"
+        return self.home / "models"
 
     @property
     def adapters_folder(self) -> Path:
-        return self.home.expanduser() / "adapters"
+        return self.home / "adapters"
 
     @property
     def disk_cache_folder(self) -> Path:
-        return self.home.expanduser() / "cache"
+        return self.home / "cache"
 
     @property
     def disk_cache_limit(self) -> int:

@@ -1,5 +1,6 @@
 """The `mlx-server` command. Commands import slow modules themselves: help is quick."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -24,13 +25,24 @@ app.command()(ps)
 app.command()(rm)
 
 
+LIBRARIES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
+
+
 def main() -> None:
+    _unset_empty_variables()
     try:
         app()
     except (CommandError, ServerError) as error:
         message = " ".join(str(error).split())
         print(f"mlx-server: {message}", file=sys.stderr)
         sys.exit(1)
+
+
+def _unset_empty_variables() -> None:
+    """As with our own: libraries take an empty folder for the working directory."""
+    for name in [name for name, value in os.environ.items() if not value]:
+        if name.startswith(LIBRARIES):
+            del os.environ[name]
 
 
 def _show_version(wanted: bool) -> None:

@@ -629,3 +629,36 @@ async def test_a_request_without_a_model_is_refused_where_it_could_mean_several(
         with pytest.raises(BadRequest, match="none is loaded"):
             async with pool.manager.acquire("", purpose="embed"):
                 pass
+
+
+# starting
+
+
+async def test_a_start_has_failed_once_all_models_named_have(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 2.5 * need) as pool:
+        pool.fleet.outcomes |= {"a": deque([CRASH]), "b": deque([CRASH])}
+        await pool.manager.start(["a", "b"])
+        reason = await pool.manager.start_failure()
+        assert reason is not None
+        assert "`a` is failed: " in reason
+        assert "`b` is failed: " in reason
+
+
+async def test_a_start_has_not_failed_while_a_model_is_loaded_or_none_was_named(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 2.5 * need) as pool:
+        assert await pool.manager.start_failure() is None
+        pool.fleet.outcomes["a"] = deque([CRASH])
+        await pool.manager.start(["a", "b"])
+        assert await pool.manager.start_failure() is None
+        assert pool.loaded == {"b"}
+
+
+async def test_a_start_fails_for_models_that_can_never_fit(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 0.5 * need, "a") as pool:
+        assert "memory" in str(await pool.manager.start_failure())

@@ -91,6 +91,14 @@ class ModelPoolManager:
             return "The server is stopping."
         return not_ready_reason(self._slots.values())
 
+    async def start_failure(self) -> str | None:
+        """Wait for the models named at the start; why they failed to load if they all did."""
+        named = [slot for slot in self._slots.values() if slot.preloaded]
+        for slot in named:
+            while not (slot.proven or slot.failures):
+                await slot.changed.wait()
+        return None if any(slot.proven for slot in named) else not_ready_reason(named)
+
     def statuses(self) -> list[ModelStatus]:
         return [status_of(slot) for slot in self._slots.values()]
 
