@@ -94,7 +94,8 @@ class Settings(BaseSettings):
     )
     allowed_hosts: list[str] = Field(
         default_factory=list,
-        description="Host header values accepted besides loopback names and the listening address.",
+        description="Further host names by which clients may call the server, besides addresses, "
+        "local names and this machine's; beyond loopback any name will do with an inference key.",
     )
     cors_origins: list[str] = Field(
         default_factory=list, description="Web origins whose pages may call this server."
@@ -230,7 +231,12 @@ class Settings(BaseSettings):
         3600.0, gt=0, description="Seconds a request may take altogether before a 504."
     )
     ping_interval: float = Field(
-        15.0, gt=0, description="Seconds between keep-alive comments in a silent stream."
+        15.0, gt=0, description="Seconds between signs of life in a silent stream."
+    )
+    ping: Literal["comment", "chunk", "none"] = Field(
+        "comment",
+        description="What a silent stream's signs of life are: comments, which clients must skip; "
+        "chunks without text, for clients that wait for events; or none.",
     )
     grace_period: float = Field(
         30.0, ge=0, description="Seconds running requests get to finish at shutdown."

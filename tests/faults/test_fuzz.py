@@ -104,7 +104,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def description(server: Server) -> dict[str, Any]:
     """What the server says of itself."""
-    answer = httpx.get(f"{server.url}/openapi.json", trust_env=False)
+    answer = httpx.get(f"{server.url}/openapi.json", headers=KEY, trust_env=False)
     described: dict[str, Any] = answer.raise_for_status().json()
     return described
 

@@ -1,12 +1,14 @@
 """What clients of local servers send, though OpenAI's do not."""
 
+import json
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.server.conftest import CONTEXT, MODEL
-from tests.support.server import CHAT, HELLO, TEXT
+from tests.support.raw import Raw
+from tests.support.server import CHAT, HELLO, TEXT, Server
 
 BODIES: dict[str, dict[str, Any]] = {CHAT: {"messages": HELLO}, TEXT: {"prompt": "Hello"}}
 ENDLESS = {"model": MODEL, "ignore_eos": True, "temperature": 0}
@@ -77,3 +79,40 @@ def test_what_other_servers_take_is_taken(
 ) -> None:
     said = answer(client, path, **{"model": MODEL, "max_tokens": 2} | fields)
     assert said["usage"]["completion_tokens"] <= 2
+
+
+# HTTP
+
+
+PAGES = ["/health", "/ready", "/metrics", "/docs", "/redoc", "/openapi.json"]
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/v1/models", f"/v1/models/{MODEL}", "/admin/models"])
+def test_head_is_answered_where_get_is(client: httpx.Client, path: str) -> None:
+    head, got = client.head(path), client.get(path)
+    assert (head.status_code, head.content) == (got.status_code, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+    # The next request on the connection is not disturbed.
+    assert client.head(path).status_code == 200
+
+
+def test_head_is_refused_where_get_is(client: httpx.Client) -> None:
+    refused = client.head(CHAT)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert client.head("/v1/nothing").status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_an_old_client_gets_no_chunks(server: Server, stream: bool) -> None:
+    body = json.dumps({"model": MODEL, "messages": HELLO, "max_tokens": 3, "stream": stream})
+    with Raw(server) as raw:
+        head = f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
+        raw.socket.sendall((head + body).encode())
+        head, content = raw.whole()
+    assert "transfer-encoding" not in head
+    assert "connection: close" in head
+    if stream:
+        assert content.startswith("data: {")
+        assert content.endswith("data: [DONE]\n\n")
+    else:
+        assert json.loads(content)["model"] == MODEL

@@ -213,6 +213,9 @@ class ChatStream:
         chunk = self._written(event)
         return [StreamEvent(chunk)] if chunk else ()
 
+    def idle(self) -> StreamEvent:
+        return StreamEvent(self._delta(0, ChatDelta()))
+
     def end(self, usage: Usage) -> Sequence[StreamEvent]:
         if not self._with_usage:
             return ()

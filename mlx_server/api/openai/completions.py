@@ -204,6 +204,9 @@ class CompletionStream:
             return [StreamEvent(self._text(index, event.text, event.logprobs, start))]
         return [StreamEvent(self._bare.fill(index, event.text))]
 
+    def idle(self) -> StreamEvent:
+        return StreamEvent(self._text(0, ""))
+
     def end(self, usage: Usage) -> Sequence[StreamEvent]:
         if not self._with_usage:
             return ()
