@@ -1,6 +1,5 @@
 """Every setting of the server. Flags win over `MLX_SERVER_*`, which win over the TOML file."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +21,6 @@ from mlx_server.units import (
     parse_seconds,
 )
 
-NOWHERE = Path("/nonexistent")
-
 
 def _as_number(value: object) -> object:
     """Environment variables are text, which a Literal of numbers refuses."""
@@ -42,9 +39,10 @@ def _named(path: object) -> object:
 
 
 def _expanded(path: Path) -> Path:
-    """What is below the home of a user who has none is nowhere."""
-    expanded = Path(os.path.expanduser(path))
-    return NOWHERE.joinpath(*expanded.parts[1:]) if str(expanded).startswith("~") else expanded
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} is below the home of nobody here") from None
 
 
 UserPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]

@@ -13,6 +13,10 @@ from mlx_server.cli.ps import ps
 from mlx_server.cli.serve import serve
 from mlx_server.errors import ServerError
 
+FOLDERS = ("HOME", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
+"""How the names of variables begin that libraries take for folders."""
+NOWHERE = "/nonexistent"
+
 app = typer.Typer(
     help="Serve MLX language models over the OpenAI API.",
     no_args_is_help=True,
@@ -25,11 +29,8 @@ app.command()(ps)
 app.command()(rm)
 
 
-LIBRARIES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
-
-
 def main() -> None:
-    _unset_empty_variables()
+    _mend_environment()
     try:
         app()
     except (CommandError, ServerError) as error:
@@ -38,11 +39,15 @@ def main() -> None:
         sys.exit(1)
 
 
-def _unset_empty_variables() -> None:
-    """As with our own: libraries take an empty folder for the working directory."""
+def _mend_environment() -> None:
+    """Libraries take an empty folder for the working directory, and fail for a user whose home is
+    nowhere, as in many containers.
+    """
     for name in [name for name, value in os.environ.items() if not value]:
-        if name.startswith(LIBRARIES):
+        if name.startswith(FOLDERS):
             del os.environ[name]
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = NOWHERE
 
 
 def _show_version(wanted: bool) -> None:

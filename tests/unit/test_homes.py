@@ -9,10 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from mlx_server.cli import app
-from mlx_server.config import NOWHERE, Settings
+from mlx_server.config import Settings
 from mlx_server.errors import BadRequest, ModelLoadFailed, Unavailable
 from mlx_server.models.store.catalog import Catalog
-from mlx_server.models.store.hub_cache import cache_folder
 from mlx_server.models.store.locks import ModelLock, RemovalLock, try_write_lock
 from mlx_server.models.store.sources import ModelSources
 
@@ -69,13 +68,25 @@ def test_an_empty_variable_counts_as_unset(name: str, monkeypatch: pytest.Monkey
     assert Settings.load() == unset
 
 
-def test_a_librarys_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    monkeypatch.setenv("OF_SOMEBODY_ELSE", "")
-    monkeypatch.setattr("sys.argv", ["mlx-server", "--version"])
-    with pytest.raises(SystemExit):
-        app.main()
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Whatever is changed in it comes back."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return monkeypatch
+
+
+def run_version() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mlx-server", "--version"])
+        with pytest.raises(SystemExit):
+            app.main()
+
+
+def test_a_librarys_empty_variable_counts_as_unset(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("HF_HOME", "")
+    environment.setenv("XDG_CACHE_HOME", "/somewhere")
+    environment.setenv("OF_SOMEBODY_ELSE", "")
+    run_version()
     assert "HF_HOME" not in os.environ
     assert (os.environ["XDG_CACHE_HOME"], os.environ["OF_SOMEBODY_ELSE"]) == ("/somewhere", "")
 
@@ -88,15 +99,24 @@ def test_an_empty_path_is_refused_and_not_the_working_directory(tmp_path: Path, 
         Settings.load(config)
 
 
-def test_a_user_without_a_home_has_no_models_and_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("home", [None, ""])
+def test_a_user_without_a_home_has_no_models_and_starts(
+    home: str | None, environment: pytest.MonkeyPatch
+) -> None:
     def nobody(_: int) -> None:
         raise KeyError
 
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.delenv("MLX_SERVER_HOME", raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    environment.setattr(pwd, "getpwuid", nobody)
+    environment.delenv("HOME")
+    if home is not None:
+        environment.setenv("HOME", home)
+    run_version()
     settings = Settings()
-    assert settings.home == NOWHERE / ".mlx-server"
-    assert not cache_folder().exists()
+    assert settings.home == Path("/nonexistent/.mlx-server")
     assert Catalog(ModelSources.of(settings)).entries() == []
+
+
+def test_the_home_of_an_unknown_user_is_refused(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("MLX_SERVER_HOME", "~nobody-of-this-name/models")
+    with pytest.raises(ValidationError, match="nobody here"):
+        Settings()

@@ -54,13 +54,12 @@ def bundled_openblas() -> str | None:
     source = Path(spec.submodule_search_locations[0], "lib", "libscipy_openblas.so")
     name = f"openblas-{version('scipy-openblas32')}.so"
     try:
-        # RuntimeError: the user has no home.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         target = cache / "mlx-server" / name
         if not target.exists() and source.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             _rename_symbols(patchelf, source, target)
-    except (OSError, RuntimeError):
+    except OSError:
         return None
     return str(target) if target.exists() else None
 

@@ -19,7 +19,7 @@ def is_repo_id(name: str) -> bool:
 def cache_folder() -> Path:
     from huggingface_hub import constants
 
-    return Path(os.path.expanduser(constants.HF_HUB_CACHE))
+    return Path(constants.HF_HUB_CACHE).expanduser()
 
 
 def repo_folder(repo: str) -> Path:
