@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -32,9 +32,29 @@ def _bytes_or_off(text: str) -> int | None:
     return None if text.strip() == "off" else parse_bytes(text, 0)
 
 
+def _named(path: object) -> object:
+    """An empty path would be the working directory."""
+    if path == "":
+        raise ValueError("a path must not be empty")
+    return path
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} is below the home of nobody here") from None
+
+
+UserPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix="MLX_SERVER_", extra="forbid", env_nested_delimiter="__"
+        env_prefix="MLX_SERVER_",
+        extra="forbid",
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -42,16 +62,16 @@ class Settings(BaseSettings):
     models: list[str] = Field(
         default_factory=list, description="Models to load at start: ids, aliases or paths."
     )
-    home: Path = Field(
+    home: UserPath = Field(
         Path("~/.mlx-server"), description="Where pulled and converted models are kept."
     )
-    model_dirs: list[Path] = Field(
+    model_dirs: list[UserPath] = Field(
         default_factory=list, description="Further folders whose sub-folders are MLX models."
     )
     aliases: dict[str, str] = Field(
         default_factory=dict, description="Other names for models: alias to id."
     )
-    adapters: dict[str, Path] = Field(
+    adapters: dict[str, UserPath] = Field(
         default_factory=dict,
         description="LoRA adapters: `base@name` to a folder. Those in `home`/adapters/BASE/NAME "
         "are found by themselves.",
@@ -63,7 +83,7 @@ class Settings(BaseSettings):
         default_factory=list,
         description="Keys for `/admin` and everything else; if none, `api_keys` permit `/admin`.",
     )
-    keys_file: Path | None = Field(
+    keys_file: UserPath | None = Field(
         None,
         description="A TOML file of more keys: `[[keys]]` with `name`, `key` or `sha256` (of the "
         "key), and `scopes` of `inference` (if unset) and `admin`, which permits everything.",
@@ -73,7 +93,8 @@ class Settings(BaseSettings):
     )
     allowed_hosts: list[str] = Field(
         default_factory=list,
-        description="Host header values accepted besides loopback names and the listening address.",
+        description="Further host names by which clients may call the server, besides addresses, "
+        "local names and this machine's; beyond loopback any name will do with an inference key.",
     )
     cors_origins: list[str] = Field(
         default_factory=list, description="Web origins whose pages may call this server."
@@ -217,7 +238,12 @@ class Settings(BaseSettings):
         3600.0, gt=0, description="Seconds a request may take altogether before a 504."
     )
     ping_interval: float = Field(
-        15.0, gt=0, description="Seconds between keep-alive comments in a silent stream."
+        15.0, gt=0, description="Seconds between signs of life in a silent stream."
+    )
+    ping: Literal["comment", "chunk", "none"] = Field(
+        "comment",
+        description="What a silent stream's signs of life are: comments, which clients must skip; "
+        "chunks without text, for clients that wait for events; or none.",
     )
     grace_period: float = Field(
         30.0, ge=0, description="Seconds running requests get to finish at shutdown."
@@ -260,15 +286,15 @@ class Settings(BaseSettings):
 
     @property
     def models_folder(self) -> Path:
-        return self.home.expanduser() / "models"
+        return self.home / "models"
 
     @property
     def adapters_folder(self) -> Path:
-        return self.home.expanduser() / "adapters"
+        return self.home / "adapters"
 
     @property
     def disk_cache_folder(self) -> Path:
-        return self.home.expanduser() / "cache"
+        return self.home / "cache"
 
     @property
     def disk_cache_limit(self) -> int:

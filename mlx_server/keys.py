@@ -84,9 +84,8 @@ class KeyRing:
 
 def warn_if_exposed(keys_file: Path | None) -> None:
     """Log if other users of this machine can read the file."""
-    path = keys_file and keys_file.expanduser()
-    if path and os.name == "posix" and path.stat().st_mode & 0o077:
-        log.warning(event("keys_file_readable_by_others", path=path, hint="chmod 600"))
+    if keys_file and os.name == "posix" and keys_file.stat().st_mode & 0o077:
+        log.warning(event("keys_file_readable_by_others", path=keys_file, hint="chmod 600"))
 
 
 def _numbered(
@@ -147,7 +146,6 @@ class _File(BaseModel):
 
 
 def _keys_file(path: Path) -> Iterator[ApiKey]:
-    path = path.expanduser()
     try:
         content = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:

@@ -10,12 +10,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from mlx_server import __version__
-from mlx_server.api import health, metrics
+from mlx_server.api import description, health, metrics
 from mlx_server.api.admin import ADMIN
 from mlx_server.api.http import failures
 from mlx_server.api.http.body_limit import BodyLimit
 from mlx_server.api.http.context import RequestContext
-from mlx_server.api.http.guards import AvailabilityCheck, HostCheck, OriginCheck
+from mlx_server.api.http.guards import AvailabilityCheck, HeadAsGet, HostCheck, OriginCheck
 from mlx_server.api.http.limits import RateLimits
 from mlx_server.api.http.openapi import any_error, documented
 from mlx_server.api.http.stopping import Stopping
@@ -37,7 +37,9 @@ from mlx_server.telemetry import Metrics, setup_tracing, untraced
 REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)
 
 PROTOCOLS = (OPENAI, ADMIN)
-MONITORING = ApiProtocol(wire=OPENAI.wire, routers=(health.router, metrics.router), prefixes=())
+OTHERS = ApiProtocol(
+    wire=OPENAI.wire, routers=(health.router, metrics.router, description.router), prefixes=()
+)
 ANY_ROUTE_ERRORS = (400, 403, 408, 413, 429, 431, 503)
 
 
@@ -56,12 +58,15 @@ def create_app(
     wires = Wires(OPENAI.wire, protocols)
     stopping = Stopping(settings.grace_period)
     figures = Metrics()
+    keys = KeyRing.load(settings.api_keys, settings.admin_keys, settings.keys_file)
     app = FastAPI(
         title="mlx-server",
         version=__version__,
         summary="An inference server for MLX language models.",
         lifespan=_lifespan,
-        middleware=_middleware(settings, figures, stopping, wires),
+        # `api/description.py` has them, behind a key.
+        openapi_url=None,
+        middleware=_middleware(settings, figures, stopping, wires, keys),
         redirect_slashes=False,
         telemetry=REQUEST_SPANS,
     )
@@ -70,7 +75,7 @@ def create_app(
     app.state.stopping = stopping
     app.state.metrics = figures
     app.state.catalog = catalog or Catalog(ModelSources.of(settings))
-    app.state.keys = KeyRing.load(settings.api_keys, settings.admin_keys, settings.keys_file)
+    app.state.keys = keys
     warn_if_exposed(settings.keys_file)
     app.state.limits = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
     app.state.pool = ModelPoolManager(settings, app.state.catalog)
@@ -80,18 +85,23 @@ def create_app(
     app.state.embeddings = EmbeddingService(app.state.pool, backpressure)
     figures.registry.register(metrics.PoolCollector(app.state.pool))
     failures.install(app)
-    _include(app, (*protocols, MONITORING))
+    _include(app, (*protocols, OTHERS))
     return app
 
 
 def _middleware(
-    settings: Settings, figures: Metrics, stopping: Stopping, wires: Wires
+    settings: Settings, figures: Metrics, stopping: Stopping, wires: Wires, keys: KeyRing
 ) -> list[Middleware]:
     """Outermost first."""
     layers = [
         Middleware(RequestContext, metrics=figures, wires=wires),
         Middleware(AvailabilityCheck, stopping=stopping),
-        Middleware(HostCheck, host=settings.host, allowed_hosts=settings.allowed_hosts),
+        Middleware(
+            HostCheck,
+            host=settings.host,
+            allowed_hosts=settings.allowed_hosts,
+            asks_for_key=keys.guards("inference"),
+        ),
     ]
     if settings.cors_origins:
         layers.append(
@@ -100,6 +110,8 @@ def _middleware(
                 allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
+                # Of pages that came from outside this network; their origins are named.
+                allow_private_network=True,
                 expose_headers=["x-request-id", "retry-after", *wires.exposed_headers],
             )
         )
@@ -107,6 +119,7 @@ def _middleware(
     layers.append(
         Middleware(BodyLimit, limit=settings.max_body_bytes, patience=settings.receive_timeout)
     )
+    layers.append(Middleware(HeadAsGet))
     return layers
 
 

@@ -17,7 +17,9 @@ from fastapi import FastAPI
 
 from mlx_server.api.http.connection import SPARE_CONNECTIONS, Connection, ConnectionLimits
 from mlx_server.api.http.stopping import Stopping
+from mlx_server.errors import ModelLoadFailed
 from mlx_server.events import event
+from mlx_server.models.pool.manager import ModelPoolManager
 
 KEEP_ALIVE_SECONDS = 20
 """More than the 5 s of Python's clients: the side that sends should close the connection."""
@@ -35,8 +37,8 @@ log = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """uvicorn's server, which stops in three steps: on SIGINT or SIGTERM new requests get a 503 and
     running ones have `grace` seconds before they end with an error; then connections close; then
-    engines end. A second signal kills everything, with exit code 128 plus its number. `on_start` is
-    called once it listens.
+    engines end. A second signal kills everything, with exit code 128 plus its number. It stops by
+    itself when all models named at the start fail to load. `on_start` is called once it listens.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class Server(uvicorn.Server):
         self._on_start = on_start
         self._stopping: Stopping = application.state.stopping
         self._starting: asyncio.Task[Any] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._failure: str | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Raises what keeps the application from starting."""
+        """Raises what keeps the application from starting, and ModelLoadFailed."""
         self._loop = asyncio.get_running_loop()
         self._starting = asyncio.current_task()
         with self.capture_signals():
@@ -65,17 +69,29 @@ class Server(uvicorn.Server):
             except asyncio.CancelledError:
                 if not self.should_exit:
                     raise
+        if self._failure is not None:
+            raise ModelLoadFailed(self._failure)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_start()
+            self._watching = asyncio.create_task(self._watch_models())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         deadline = self._loop.time() + self._grace + FINAL_EVENT_SECONDS
         while self.server_state.tasks and self._loop.time() < deadline:
             await asyncio.wait(self.server_state.tasks, timeout=deadline - self._loop.time())
         await super().shutdown(sockets)
+
+    async def _watch_models(self) -> None:
+        pool: ModelPoolManager = self._application.state.pool
+        self._failure = await pool.start_failure()
+        if self._failure is not None:
+            self.should_exit = True
+            self._begin_stopping()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Runs in the main thread, between any two instructions."""

@@ -47,6 +47,10 @@ class StreamFormat(Protocol):
 
     def feed(self, prompt: int, event: Event) -> Sequence[StreamEvent]: ...
 
+    def idle(self) -> StreamEvent:
+        """One that says nothing."""
+        ...
+
     def end(self, usage: Usage) -> Sequence[StreamEvent]: ...
 
 
@@ -64,6 +68,8 @@ class Generator:
     requests: Sequence[InferenceRequest]
     formats: AnswerFormats
     timer: RequestTimer = field(init=False)
+    stream_format: StreamFormat = field(init=False)
+    """Once the stream is open."""
 
     def __post_init__(self) -> None:
         self.timer = RequestTimer(self.metrics)
@@ -72,7 +78,7 @@ class Generator:
         return WholeAnswer(self._whole)
 
     def stream(self) -> Response:
-        return StreamedAnswer(self._batches())
+        return StreamedAnswer(self._batches(), idle=lambda: self.stream_format.idle())
 
     async def _whole(self) -> bytes:
         async with opened(self.service, self.requests) as (generations, events):
@@ -87,8 +93,8 @@ class Generator:
     @asynccontextmanager
     async def _batches(self) -> AsyncIterator[AsyncIterator[Sequence[StreamEvent]]]:
         async with opened(self.service, self.requests) as (generations, events):
-            stream = self.formats.stream(await self._accepted(generations))
-            async with aclosing(self._formatted(events, stream)) as formatted:
+            self.stream_format = self.formats.stream(await self._accepted(generations))
+            async with aclosing(self._formatted(events, self.stream_format)) as formatted:
                 yield formatted
 
     async def _formatted(

@@ -1,5 +1,6 @@
 """The `mlx-server` command. Commands import slow modules themselves: help is quick."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -11,6 +12,10 @@ from mlx_server.cli.options import CommandError
 from mlx_server.cli.ps import ps
 from mlx_server.cli.serve import serve
 from mlx_server.errors import ServerError
+
+FOLDERS = ("HOME", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
+"""How the names of variables begin that libraries take for folders."""
+NOWHERE = "/nonexistent"
 
 app = typer.Typer(
     help="Serve MLX language models over the OpenAI API.",
@@ -25,12 +30,24 @@ app.command()(rm)
 
 
 def main() -> None:
+    _mend_environment()
     try:
         app()
     except (CommandError, ServerError) as error:
         message = " ".join(str(error).split())
         print(f"mlx-server: {message}", file=sys.stderr)
         sys.exit(1)
+
+
+def _mend_environment() -> None:
+    """Libraries take an empty folder for the working directory, and fail for a user whose home is
+    nowhere, as in many containers.
+    """
+    for name in [name for name, value in os.environ.items() if not value]:
+        if name.startswith(FOLDERS):
+            del os.environ[name]
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = NOWHERE
 
 
 def _show_version(wanted: bool) -> None:

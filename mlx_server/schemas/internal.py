@@ -78,8 +78,9 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """Continue a prompt `n` times. No `seed`: a random one; no `max_tokens`: up to the context.
-    `logprobs` and `prompt_logprobs` count alternatives per token; None reports nothing.
+    """Continue a prompt `n` times. `model` "": the loaded one. No `seed`: a random one.
+    `max_tokens` is cut to the room that the context has left, and without it there is no other
+    limit. `logprobs` and `prompt_logprobs` count alternatives per token; None reports nothing.
     """
 
     model: str

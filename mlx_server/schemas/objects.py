@@ -47,7 +47,7 @@ def empty(value: Any, body: dict[str, Any]) -> bool:
 
 
 class RequestObject(BaseModel):
-    """Strict types; unknown fields are ignored; null means the default."""
+    """Strict types; unknown fields are ignored; null means the default; 3.0 is as good as 3."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     unsupported: ClassVar[Mapping[str, Refusal]] = {}
@@ -67,10 +67,10 @@ class RequestObject(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
+    def _plain(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = {name: value for name, value in data.items() if value is not None}
+        given = {name: whole(value) for name, value in data.items() if value is not None}
         _refuse(cls.unsupported, given)
         return given
 
@@ -80,6 +80,11 @@ class ResponseObject(BaseModel):
 
     def to_json(self) -> bytes:
         return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
+
+
+def whole(value: Any) -> Any:
+    """A whole float as an integer: JSON has one kind of number, and some languages write 3.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:

@@ -2,8 +2,9 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import msgspec
 
@@ -13,6 +14,7 @@ from mlx_server.models.pool.loading import LoadedModel
 from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.pool.stream import RowStream
 from mlx_server.models.text.client import ModelText
+from mlx_server.models.text.names import spell
 from mlx_server.models.text.protocol import Prepared
 from mlx_server.schemas.internal import (
     ChatPrompt,
@@ -54,6 +56,8 @@ class InferenceService:
             model = await stack.enter_async_context(
                 self._pool.acquire(first.model, first.keep_alive)
             )
+            spelled = [spell(request.prompt, model.text.syntax.calls) for request in requests]
+            requests = [replace(r, prompt=s.prompt) for r, s in zip(requests, spelled, strict=True)]
             prompts = [await _prepare(request, model) for request in requests]
             self._backpressure.check_queue(
                 model.id, model.engine.in_flight, sum(request.n for request in requests)
@@ -61,12 +65,12 @@ class InferenceService:
             stack.enter_context(self._backpressure.timed(model.id))
             streams = []
             generations = []
-            for request, prompt, span in zip(requests, prompts, spans, strict=True):
+            for request, prompt, span, one in zip(requests, prompts, spans, spelled, strict=True):
                 span.model(model.id)
                 choices = _engine_requests(prompt, request, model)
                 stream = model.engine.generate(choices, request.caller.request_id)
                 streams.append(stack.enter_context(stream))
-                generation = Generation(request, model, prompt, stream, span)
+                generation = Generation(request, model, prompt, stream, span, one.names)
                 generations.append(generation)
                 stack.push_async_callback(generation.settle)
             stack.enter_context(self._backpressure.timeouts(streams, arrived, model.id))
@@ -81,7 +85,9 @@ class Generation:
         prompt: Prepared,
         stream: RowStream,
         span: InferenceSpan,
+        names: Mapping[str, str],
     ) -> None:
+        """`names` are tools' own, by their stand-ins in `request`."""
         self.model = model.id
         self.prompt_tokens = len(prompt.tokens)
         self._request = request
@@ -90,7 +96,9 @@ class Generation:
         self._stream = stream
         self._span = span
         self._charge = request.caller.charge
-        self._choices = [_choice(index, request, prompt, model.text) for index in range(request.n)]
+        self._choices = [
+            _choice(index, request, prompt, model.text, names) for index in range(request.n)
+        ]
 
     async def settle(self) -> None:
         """Charge the caller, once, for all tokens. Call when no more will come."""
@@ -149,21 +157,22 @@ async def _prepare(request: InferenceRequest, model: LoadedModel) -> Prepared:
 
 
 def _check_length(length: int, request: InferenceRequest, model: LoadedModel) -> None:
+    """Raises BadRequest and ContextLengthExceeded unless there is room for one token."""
     context, longest = model.facts.context_length, model.facts.longest_sequence
+    param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
     if length == 0:
-        raise BadRequest("The prompt holds no token.", param="prompt")
-    wanted = 1 if request.max_tokens is None else request.max_tokens
-    if length + wanted > context:
+        raise BadRequest("The prompt holds no token.", param=param)
+    least = 0 if request.max_tokens == 0 else 1
+    if length + least > context:
         raise ContextLengthExceeded(
-            f"This model's context holds {context} tokens. You asked for {length + wanted}: "
-            f"{length} in the prompt and at least {wanted} in the completion.",
-            param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
+            f"This model's context holds {context} tokens, and the prompt has {length}.",
+            param=param,
         )
-    if length + wanted > longest:
+    if length + least > longest:
         raise BadRequest(
-            f"{length} tokens of prompt and {wanted} of completion can never fit: the KV "
-            f"cache of {model.facts.kv_limit:,} bytes holds {longest} tokens of one request.",
-            param="max_tokens",
+            f"A prompt of {length} tokens can never fit: the KV cache of "
+            f"{model.facts.kv_limit:,} bytes holds {longest} tokens of one request.",
+            param=param,
             code="insufficient_memory",
         )
 
@@ -196,7 +205,7 @@ def _engine_requests(
             sampling=msgspec.structs.replace(
                 request.sampling, seed=(seed + index * SEED_STRIDE) % (1 << SEED_BITS)
             ),
-            max_tokens=room if request.max_tokens is None else request.max_tokens,
+            max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
             stop_tokens=stop_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=request.prompt_logprobs if index == 0 else None,
@@ -209,10 +218,14 @@ def _engine_requests(
 
 
 def _choice(
-    index: int, request: InferenceRequest, prompt: Prepared, text: ModelText
+    index: int,
+    request: InferenceRequest,
+    prompt: Prepared,
+    text: ModelText,
+    names: Mapping[str, str],
 ) -> PlainChoice | ParsedChoice:
     chat = request.prompt if isinstance(request.prompt, ChatPrompt) else None
     if chat is None or (text.syntax.reasoning is None and chat.use is None):
         return PlainChoice(index, text, request.stop, len(prompt.tokens))
     reader = OutputReader(text.syntax, chat.use, thinking=prompt.thinking)
-    return ParsedChoice(index, text, reader, chat.use, request.stop, len(prompt.tokens))
+    return ParsedChoice(index, text, reader, chat.use, request.stop, len(prompt.tokens), names)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_server.errors import BadRequest
+from mlx_server.models.pool.loading import LoadedModel
 from mlx_server.models.pool.manager import ModelPoolManager
+from mlx_server.models.text.names import spell
 from mlx_server.schemas.internal import Prompt, TextPrompt
 from mlx_server.services.output.text import token_text
 
@@ -22,13 +24,12 @@ class Tokens:
 async def tokenized(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> Tokens:
     """As a completion's prompt. Raises as `ModelPoolManager.acquire` and `ModelText.prepare`."""
     async with pool.acquire(model_id, purpose="any") as model:
-        context = model.facts.context_length
-        ids = (await model.text.prepare(prompt, None, context)).tokens
+        ids = await _ids(model, prompt)
         return Tokens(
             ids,
             [model.text.token_bytes(token) for token in ids],
             [token_text(model.text, token) for token in ids],
-            context,
+            model.facts.context_length,
         )
 
 
@@ -44,7 +45,7 @@ async def tokenized_bare(pool: ModelPoolManager, model_id: str, text: str) -> To
 
 async def count(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> int:
     async with pool.acquire(model_id, purpose="any") as model:
-        return len((await model.text.prepare(prompt, None, model.facts.context_length)).tokens)
+        return len(await _ids(model, prompt))
 
 
 async def detokenized(pool: ModelPoolManager, model_id: str, tokens: Sequence[int]) -> str:
@@ -56,3 +57,8 @@ async def detokenized(pool: ModelPoolManager, model_id: str, tokens: Sequence[in
                 f"A token id is outside this model's vocabulary of {vocabulary}.", param="tokens"
             )
         return await model.text.decode(tokens)
+
+
+async def _ids(model: LoadedModel, prompt: Prompt) -> list[int]:
+    shown = spell(prompt, model.text.syntax.calls).prompt
+    return (await model.text.prepare(shown, None, model.facts.context_length)).tokens

@@ -92,8 +92,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         patch.setenv("HF_ENDPOINT", hub.endpoint)
         with serving(
             home,
-            "--model",
-            MODEL,
+            *("--model", MODEL),
+            *("--model", EMBEDDER),
             context_length=CONTEXT,
             api_keys=[USER_KEY],
             admin_keys=[ADMIN_KEY],
@@ -104,7 +104,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def description(server: Server) -> dict[str, Any]:
     """What the server says of itself."""
-    answer = httpx.get(f"{server.url}/openapi.json", trust_env=False)
+    answer = httpx.get(f"{server.url}/openapi.json", headers=KEY, trust_env=False)
     described: dict[str, Any] = answer.raise_for_status().json()
     return described
 
@@ -116,7 +116,9 @@ def pointed(description: dict[str, Any]) -> dict[str, Any]:
     """
     schemas = description["components"]["schemas"]
     for schema, names in BODY_NAMES.items():
-        schemas[schema]["properties"]["model"] = {"enum": names}
+        optional = "model" not in schemas[schema].get("required", ())
+        known = [*names, None] if optional else names
+        schemas[schema]["properties"]["model"] = {"enum": known}
     for path, operations in description["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("default", None)

@@ -213,11 +213,11 @@ COMMON: dict[str, set[str]] = {
     "top_k": WRONG_INTEGER,
     "n": WRONG_INTEGER | {"minus one"},
     "seed": WRONG_INTEGER,
-    "max_tokens": WRONG_INTEGER | {"minus one"},
+    "max_tokens": WRONG_INTEGER,
     "priority": WRONG_INTEGER,
     "stream": WRONG_SWITCH,
     "ignore_eos": WRONG_SWITCH,
-    "stop": set(WORDS) - {"text", "number as text", "empty list"},
+    "stop": WRONG_TEXT - {"empty text", "empty list"},
     "stream_options": set(WORDS) - {"object"},
     "logit_bias": set(WORDS),
     "keep_alive": (HUGE | NO_NUMBERS | NOT_NUMBERS) - {"number as text", "-2**64", "-1e308"},
@@ -233,9 +233,9 @@ COMMON: dict[str, set[str]] = {
 WRONG: dict[str, dict[str, set[str]]] = {
     CHAT: COMMON
     | {
-        "model": WRONG_TEXT,
+        "model": WRONG_TEXT - {"empty text"},
         "messages": set(WORDS),
-        "max_completion_tokens": WRONG_INTEGER | {"minus one"},
+        "max_completion_tokens": WRONG_INTEGER,
         "logprobs": WRONG_SWITCH,
         "top_logprobs": set(WORDS),
         "chat_template_kwargs": set(WORDS) - {"object"},
@@ -252,7 +252,7 @@ WRONG: dict[str, dict[str, set[str]]] = {
     },
     TEXT: COMMON
     | {
-        "model": WRONG_TEXT,
+        "model": WRONG_TEXT - {"empty text"},
         "prompt": set(WORDS) - {"text", "empty text", "number as text", "list"},
         "echo": WRONG_SWITCH,
         "logprobs": WRONG_INTEGER | {"minus one"},
@@ -383,7 +383,6 @@ CHAT_SHAPES: dict[str, dict[str, Any]] = {
     "a message of a megabyte of one emoji": message(content="\N{PILE OF POO}" * 250_000),
     "a message of a megabyte of combining marks": message(content="e" + "\u0301" * 500_000),
     "a message of a megabyte of NULs": message(content="\0" * 1_000_000),
-    "more completion than context": {"max_tokens": 2**31 - 1},
     "a response in an unknown format": {"response_format": {"type": "yaml"}},
     "a response format as text": {"response_format": "json"},
     "a response format without type": {"response_format": {}},
@@ -396,7 +395,7 @@ CHAT_SHAPES: dict[str, dict[str, Any]] = {
     },
     "a schema without schema": {"response_format": {"type": "json_schema"}},
     "a schema of an impossible name": {
-        "response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a\nb", "schema": {}}}
     },
     "tools as object": {"tools": {"type": "function"}},
     "ten thousand tools": {"tools": [tool(name=f"f{i}") for i in TEN_THOUSAND]},
@@ -408,10 +407,7 @@ CHAT_SHAPES: dict[str, dict[str, Any]] = {
     "a tool without name": {"tools": [tool(name=None)]},
     "a tool of an empty name": {"tools": [tool(name="")]},
     "a tool's name of a megabyte": {"tools": [tool(name="f" * 1_000_000)]},
-    "a tool's name with a space": {"tools": [tool(name="f f")]},
     "a tool's name with a line break": {"tools": [tool(name="f\n")]},
-    "a tool's name in Greek": {"tools": [tool(name="φ")]},
-    "a tool's name that ends its marker": {"tools": [tool(name='f"}</tool_call>')]},
     "a tool's description of a megabyte": {"tools": [tool(description="d" * 1_000_000)]},
     "a tool's parameters as list": {"tools": [tool(parameters=[])]},
     "a tool's parameters of a text": {"tools": [tool(parameters={"type": "string"})]},
@@ -462,7 +458,6 @@ TEXT_SHAPES: dict[str, dict[str, Any]] = {
     "truth values in a list": {"prompt": [[True]]},
     "objects": {"prompt": [{"text": "a"}]},
     "fractions": {"prompt": [1.5, 2.5]},
-    "whole fractions": {"prompt": [1.0, 2.0]},
     "negative tokens": {"prompt": [-1]},
     "a token beyond the vocabulary": {"prompt": [10**6]},
     "a token of 2**31": {"prompt": [2**31]},
@@ -477,8 +472,6 @@ TEXT_SHAPES: dict[str, dict[str, Any]] = {
     "lists too deep": {"prompt": [[[1]]]},
     "a prompt of a megabyte": {"prompt": "word " * 200_000},
     "a prompt of a megabyte without spaces": {"prompt": "a" * 1_000_000},
-    "no completion and no echo": {"max_tokens": 0},
-    "more completion than context": {"max_tokens": 2**31 - 1},
     "too many logprobs": {"logprobs": 21},
 }
 SHARED_SHAPES: dict[str, dict[str, Any]] = {
@@ -517,9 +510,7 @@ SHARED_SHAPES: dict[str, dict[str, Any]] = {
     "two bonds": {"guided_regex": "a", "guided_json": {}},
     "all bonds": {"structured_outputs": {"regex": "a", "choice": ["a"], "grammar": "a"}},
     "a bond without end": {"guided_regex": "a", "ignore_eos": True},
-    "no model": {"model": None},
     "ten thousand stops": {"stop": [str(i) for i in TEN_THOUSAND]},
-    "an empty stop among others": {"stop": ["a", ""]},
     "a stop of null": {"stop": [None]},
     "stops in stops": {"stop": [["a"]]},
     "ten thousand biases": {"logit_bias": {str(i): 1 for i in TEN_THOUSAND}},
@@ -540,7 +531,6 @@ SHARED_SHAPES: dict[str, dict[str, Any]] = {
     "temperature just beyond the limit": {"temperature": 2.0000001},
     "usage as text": {"stream": True, "stream_options": {"include_usage": "yes"}},
     "options as list": {"stream": True, "stream_options": [True]},
-    "a stream of too much": {"stream": True, "max_tokens": 100_000},
     "a keep_alive that is none": {"keep_alive": "soon"},
     "a keep_alive of a megabyte": {"keep_alive": "1" * 1_000_000},
     "a keep_alive beyond all time": {"keep_alive": "999999999999d"},
@@ -700,6 +690,9 @@ TOLERATED: dict[str, str] = {
         '"repetition_penalty": 2, "presence_penalty": -2, "frequency_penalty": -2, "min_p": 1'
     ),
     "seeds at their ends": f'"seed": {-(2**63)}',
+    "whole numbers with a point": '"n": 1.0, "top_k": 5.0, "seed": 7.0, "priority": -1e0',
+    "an empty stop among others": '"stop": ["a", ""]',
+    "no model": '"model": null',
     "the highest priority": f'"priority": {-(2**31) + 1}',
     "everything forbidden": '"logit_bias": '
     + json.dumps({str(i): -100 for i in range(512)})

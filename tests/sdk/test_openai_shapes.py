@@ -286,7 +286,7 @@ async def test_models(http: httpx.AsyncClient) -> None:
         pytest.param(CHAT, HELLO | {"model": "none", "stream": True}, 404, id="streamed"),
         pytest.param(CHAT, HELLO | {"temperature": "hot"}, 400, id="wrong type"),
         pytest.param(CHAT, {"model": MODEL}, 400, id="missing field"),
-        pytest.param(TEXT, ONE | {"max_tokens": 10_000}, 400, id="too long"),
+        pytest.param(TEXT, ONE | {"prompt": [1] * 10_000}, 400, id="too long"),
         pytest.param(CHAT, HELLO | {"tool_choice": "required"}, 400, id="no tool"),
         pytest.param(CHAT, HELLO | {"guided_regex": "("}, 400, id="no expression"),
         pytest.param("/v1/nowhere", {}, 404, id="unknown path"),

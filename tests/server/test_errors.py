@@ -52,11 +52,10 @@ CHAT_CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("top_k below -1", {"top_k": -2}, "top_k"),
     ("top_k as fraction", {"top_k": 1.5}, "top_k"),
     ("min_p above 1", {"min_p": 2}, "min_p"),
-    ("max_tokens 0", {"max_tokens": 0}, "max_tokens"),
     ("max_tokens negative", {"max_tokens": -5}, "max_tokens"),
     ("max_tokens as text", {"max_tokens": "10"}, "max_tokens"),
     ("max_tokens beyond 64 bits", {"max_tokens": 2**80}, "max_tokens"),
-    ("max_completion_tokens 0", {"max_completion_tokens": 0}, "max_completion_tokens"),
+    ("max_completion_tokens below -1", {"max_completion_tokens": -2}, "max_completion_tokens"),
     ("presence_penalty above 2", {"presence_penalty": 2.5}, "presence_penalty"),
     ("frequency_penalty below -2", {"frequency_penalty": -3}, "frequency_penalty"),
     ("repetition_penalty 0", {"repetition_penalty": 0}, "repetition_penalty"),
@@ -67,10 +66,8 @@ CHAT_CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("seed beyond 64 bits", {"seed": 2**63}, "seed"),
     ("seed as fraction", {"seed": 0.5}, "seed"),
     ("stop as number", {"stop": 3}, "stop"),
-    ("stop empty", {"stop": ""}, "stop"),
-    ("stop with an empty string", {"stop": ["a", ""]}, "stop.1"),
     ("stop with a number", {"stop": ["a", 1]}, "stop.1"),
-    ("stop with too many strings", {"stop": ["a"] * 17}, "stop"),
+    ("stop with too many strings", {"stop": ["a"] * 257}, "stop"),
     ("stream as text", {"stream": "yes"}, "stream"),
     ("stream_options as list", {"stream_options": []}, "stream_options"),
     (
@@ -147,9 +144,6 @@ CHAT_CASES: list[tuple[str, dict[str, Any], str | None]] = [
         "messages.0.tool_calls.0.function",
     ),
     ("model as list", {"model": ["a"]}, "model"),
-    ("model null", {"model": None}, "model"),
-    ("model empty", {"model": ""}, "model"),
-    ("more completion than context", {"max_tokens": CONTEXT + 1}, None),
 ]
 
 
@@ -186,7 +180,7 @@ COMPLETION_CASES: list[tuple[str, dict[str, Any], str | None]] = [
     ("a token beyond 64 bits", {"prompt": [2**70]}, None),
     ("too many prompts", {"prompt": ["a"] * 257}, "prompt"),
     ("too many sequences", {"prompt": ["a"] * 100, "n": 16}, "prompt"),
-    ("max_tokens 0 without echo", {"max_tokens": 0}, "max_tokens"),
+    ("max_tokens below -1", {"max_tokens": -2}, "max_tokens"),
     ("logprobs as truth value", {"logprobs": True}, "logprobs"),
     ("logprobs above 20", {"logprobs": 21}, "logprobs"),
     ("best_of above n", {"best_of": 3}, "best_of"),

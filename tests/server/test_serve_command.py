@@ -76,3 +76,32 @@ def test_a_signal_ends_the_server_with_success(environment: dict[str, str], numb
         process.send_signal(number)
         assert process.wait(timeout=30) == 0
         assert time.monotonic() - begun < 10
+
+
+def test_without_a_home_to_write_a_model_is_served(
+    environment: dict[str, str], tmp_path: Path, tiny_model: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "home")
+    homes = dict.fromkeys(("MLX_SERVER_HOME", "HOME", "HF_HOME", "XDG_CACHE_HOME"), nowhere)
+    with server(environment | homes, "--port", "0", "--model", str(tiny_model)) as process:
+        host, port = greeted_address(process)
+        body = json.dumps({"prompt": "Hello", "max_tokens": 2}).encode()
+        with urllib.request.urlopen(
+            urllib.request.Request(f"http://{host}:{port}/v1/completions", body), timeout=60
+        ) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] > 0
+        process.terminate()
+        assert "event=model_not_locked" in process.communicate(timeout=30)[1]
+
+
+def test_it_ends_with_the_reason_when_no_model_named_can_be_loaded(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    models = [make_model(tmp_path / name, model_type=name) for name in ("odd", "strange")]
+    flags = [flag for model in models for flag in ("--model", str(model))]
+    with server(environment, "--port", "0", *flags) as process:
+        assert process.wait(timeout=60) == 1
+        last = process.communicate()[1].splitlines()[-1]
+    assert last.startswith("mlx-server: Model `odd` is failed: ")
+    assert "`strange` is failed: " in last

@@ -88,7 +88,7 @@ STUB = ApiProtocol(wire=WIRE, routers=(router,), prefixes=("/stub", "/v1/stub"))
 @router.post("/stub")
 @router.post("/v1/stub")
 async def answer(body: StubRequest, caller: CallerDep) -> StreamedAnswer:
-    return StreamedAnswer(_opened(body.ending))
+    return StreamedAnswer(_opened(body.ending), idle=lambda: StreamEvent(b"0", "idle"))
 
 
 @asynccontextmanager
@@ -280,6 +280,25 @@ async def test_an_error_in_a_stream_is_its_last_event(
     assert response.status_code == 200
     last = f'2 oops {{"oops":"{code}"}}'
     assert response.text.splitlines() == ["0 one 1", "1 two 2", last]
+
+
+@pytest.mark.parametrize(("ping", "seen"), [("chunk", "3 idle 0"), ("none", "1 two 2")])
+async def test_a_silent_stream_is_kept_open_as_the_settings_say(
+    tmp_path: Path, ping: str, seen: str
+) -> None:
+    lines: list[str] = []
+    async with (
+        running(tmp_path, grace_period=0.3, ping=ping) as server,
+        server.client() as client,
+        client.stream("POST", "/stub", json={"ending": "never"}) as response,
+    ):
+        async for line in response.aiter_lines():
+            lines.append(line)
+            if line == seen:
+                server.stop()
+    pings = [f"{number} idle 0" for number in range(2, len(lines) - 1)]
+    assert lines[2:-1] == (pings if ping == "chunk" else [])
+    assert lines[-1].endswith('oops {"oops":"server_stopping"}')
 
 
 async def test_a_silent_stream_is_pinged_and_ended_by_a_stopping_server(tmp_path: Path) -> None:

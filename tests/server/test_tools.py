@@ -242,6 +242,20 @@ async def test_calls_are_whole_and_valid_though_their_engine_was_killed_amid_the
         Draft202012Validator(schema).validate(json.loads(call["arguments"]))
 
 
+ODD = ["catalog.get-entity", f"mcp__{'a' * 70}", 'φ"}</tool_call>']
+
+
+@pytest.mark.parametrize("model", STYLES)
+async def test_tools_keep_their_names_in_syntaxes_that_cannot_spell_them(
+    client: httpx.AsyncClient, model: str
+) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ODD]
+    body = wild(model, tools=tools, tool_choice="required", parallel_tool_calls=False)
+    calls = [one.calls for one in (await whole(client, body)).choices]
+    assert [len(made) for made in calls] == [1] * 4
+    assert {made[0]["name"] for made in calls} <= set(ODD)
+
+
 # calls at will
 
 

@@ -36,10 +36,13 @@ class Raw:
 
     def answer(self) -> tuple[int, bytes]:
         """The status, 0 if there is none, and the body of what comes before the end."""
+        head, body = self.whole()
+        return int(head.split(" ", 2)[1]) if head else 0, body.encode()
+
+    def whole(self) -> tuple[str, str]:
+        """The head in lower case, and the body, of what comes before the end."""
         received = b""
         while data := self.socket.recv(65536):
             received += data
-        if not received:
-            return 0, b""
-        head, _, body = received.partition(b"\r\n\r\n")
-        return int(head.split(b" ", 2)[1]), body
+        head, _, body = received.decode().partition("\r\n\r\n")
+        return head.lower(), body

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,11 @@ async def choose(
     stops: tuple[str, ...] = (),
     thinking: bool = False,
     finish: FinishReason = "stop",
+    names: Mapping[str, str] = {},
 ) -> list[Event]:
     """The events of a choice whose tokens come one by one; a stop token ends them."""
     reader = OutputReader(Syntax(THINK, calls), use, thinking=thinking)
-    choice = ParsedChoice(2, Texts(tokenizer), reader, use, stops, prompt_tokens=7)
+    choice = ParsedChoice(2, Texts(tokenizer), reader, use, stops, 7, names)
     events: list[Event] = []
     for token in tokens_of(tokenizer, said):
         events += await choice.take(row([token]))
@@ -207,7 +208,7 @@ async def test_markers_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
     tokenizer = load_adapter(build_tiny_model(tmp_path, "llama"), "llama").tokenizer
     texts = Texts(tokenizer, ["<|python_tag|>"])
     reader = OutputReader(Syntax(None, LLAMA), USE, thinking=False)
-    choice = ParsedChoice(0, texts, reader, USE, (), 1)
+    choice = ParsedChoice(0, texts, reader, USE, (), 1, {})
     call = '{"name": "add", "parameters": {"a": 1}}'
     tokens = [token_id(tokenizer.backend, "<|python_tag|>"), *tokens_of(tokenizer, call)]
     end = token_id(tokenizer.backend, "<|eom_id|>")
@@ -215,3 +216,8 @@ async def test_markers_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
     assert isinstance(events[0], ToolCallStart)
     assert end_of(events).reason == "tool_calls"
     assert text_of(events) == ""
+
+
+async def test_a_call_has_the_tools_own_name(tokenizer: TextTokenizer) -> None:
+    events = await choose(tokenizer, hermes("add", '{"a": 1}'), names={"add": "math.add"})
+    assert [event.name for event in events if isinstance(event, ToolCallStart)] == ["math.add"]

@@ -1,6 +1,7 @@
 """A converted GGUF file computes what the original does; what cannot be converted is refused."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -344,6 +345,18 @@ def test_what_an_interrupted_import_left_is_cleared(tmp_path: Path) -> None:
     left[1].mkdir()
     assert import_into(source, tmp_path / "models") == folder
     assert not any(folder.exists() for folder in left)
+
+
+def test_an_imported_model_is_served_from_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf", METADATA, gguf_tensors(original_model()))
+    folder = import_into(source, tmp_path / "models")
+    lock = tmp_path / "models" / ".tiny.lock"
+    lock.unlink()
+    lock.mkdir()  # so that it cannot be opened, not even by root
+    assert import_into(source, tmp_path / "models") == folder
+    os.utime(source, (0, 0))
+    with pytest.raises(OSError, match="directory"):
+        import_into(source, tmp_path / "models")
 
 
 def test_another_model_of_that_name_is_never_overwritten(tmp_path: Path) -> None:

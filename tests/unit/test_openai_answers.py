@@ -243,3 +243,12 @@ def test_echo_of_token_ids_shows_their_text() -> None:
     stream = completions.CompletionStream(HEADER, body, ["é", "f"])
     pieces = [chunk["choices"][0] for chunk in chunks_of(stream.begin())]
     assert [(piece["index"], piece["text"]) for piece in pieces] == [(0, "é"), (1, "f")]
+
+
+def test_a_chunk_that_keeps_a_stream_open_says_nothing() -> None:
+    spoken = chat.ChatStream(HEADER, chat_request(n=2))
+    written = completions.CompletionStream(HEADER, completion_request(), [])
+    [said] = chunks_of([spoken.idle()])
+    assert said["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}]
+    [said] = chunks_of([written.idle()])
+    assert said["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": None}]

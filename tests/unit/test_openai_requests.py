@@ -40,8 +40,21 @@ from tests.support.openai import (
         ({"stop": "end"}, "stop", ("end",)),
         ({"stop": ["a", "b"]}, "stop", ("a", "b")),
         ({"stop": []}, "stop", ()),
+        ({"stop": ""}, "stop", ()),
+        ({"stop": ["a", ""]}, "stop", ("a",)),
+        ({"stop": list("abcdefghijklmnopqrst")}, "stop", tuple("abcdefghijklmnopqrst")),
+        ({"max_tokens": 0}, "max_tokens", None),
+        ({"max_tokens": -1}, "max_tokens", None),
+        ({"max_tokens": 2**53 - 1}, "max_tokens", 2**53 - 1),
+        ({"max_tokens": 5, "max_completion_tokens": 0}, "max_tokens", 5),
+        ({"max_tokens": 5, "max_completion_tokens": -1}, "max_tokens", None),
+        ({"max_completion_tokens": 7.0}, "max_tokens", 7),
+        ({"n": 2.0}, "n", 2),
+        ({"logprobs": True, "top_logprobs": 2.0}, "logprobs", 2),
         ({"seed": -(2**63)}, "seed", -(2**63)),
-        ({"seed": -1}, "seed", -1),
+        ({"seed": -1}, "seed", None),
+        ({"seed": -2}, "seed", -2),
+        ({"seed": 42.0}, "seed", 42),
         ({"seed": 0}, "seed", 0),
         ({"seed": 2**63 - 1}, "seed", 2**63 - 1),
         ({"logprobs": True}, "logprobs", 0),
@@ -60,6 +73,7 @@ def test_a_parameter_of_chat_completions_means(
     [
         ({}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}),
         ({"top_k": -1}, {"top_k": 0}),
+        ({"top_k": 40.0, "temperature": 1}, {"top_k": 40, "temperature": 1.0}),
         ({"top_p": 0, "temperature": 1.5}, {"temperature": 0.0, "top_p": 1.0}),
         ({"temperature": 1e-40}, {"temperature": 0.0}),
         ({"logit_bias": {"50": -100, "7": 0.5}}, {"logit_bias": {50: -100, 7: 0.5}}),
@@ -74,6 +88,23 @@ def test_sampling_parameters_mean(fields: dict[str, Any], wanted: dict[str, obje
 def test_a_completion_has_16_tokens_by_default() -> None:
     [request] = completions_translated(priority=7)
     assert (request.max_tokens, request.priority) == (16, 7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"max_tokens": -1}, None),
+        ({"max_tokens": 0}, 16),
+        ({"max_tokens": 0, "echo": True}, 0),
+        ({"max_tokens": 8.0}, 8),
+    ],
+    ids=str,
+)
+def test_a_completion_that_names_no_limit_means_it(
+    fields: dict[str, Any], wanted: int | None
+) -> None:
+    [request] = completions_translated(**fields)
+    assert request.max_tokens == wanted
 
 
 @pytest.mark.parametrize(
@@ -115,6 +146,8 @@ def test_more_choices_than_the_owner_allows_are_refused() -> None:
         (["a", "b"], [TextPrompt("a"), TextPrompt("b")]),
         ([1, 2], [TokenPrompt([1, 2])]),
         ([[1], [2, 3]], [TokenPrompt([1]), TokenPrompt([2, 3])]),
+        ([1.0, 2], [TokenPrompt([1, 2])]),
+        ([[1], [2.0, 3]], [TokenPrompt([1]), TokenPrompt([2, 3])]),
     ],
 )
 def test_prompts_come_in_four_forms(prompt: Any, wanted: list[Any]) -> None:

@@ -624,3 +624,72 @@ async def test_a_pool_that_stops_fails_its_requests_and_ends_its_engines(
         assert pool.manager.not_ready_reason == "The server is stopping."
         with pytest.raises(ServerError, match="stopping"):
             await pool.ask("a")
+
+
+# requests that name no model
+
+
+async def test_a_request_without_a_model_gets_the_one_that_is_loaded(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 1.5 * need) as pool:
+        with pytest.raises(BadRequest, match="none is loaded"):
+            await pool.ask("")
+        for name in NAMES:
+            await pool.ask(name)
+            assert await pool.ask("") == [3, 4, 5]
+            assert pool.loaded == {name}
+
+
+async def test_a_request_without_a_model_waits_for_the_one_named_at_the_start(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 1.5 * need, "b") as pool:
+        assert await pool.ask("") == [3, 4, 5]
+        assert (pool.loaded, pool.loads) == ({"b"}, 1)
+
+
+async def test_a_request_without_a_model_is_refused_where_it_could_mean_several(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 2.5 * need) as pool:
+        await pool.ask("a")
+        await pool.ask("b")
+        with pytest.raises(BadRequest, match="of a, b"):
+            await pool.ask("")
+        with pytest.raises(BadRequest, match="none is loaded"):
+            async with pool.manager.acquire("", purpose="embed"):
+                pass
+
+
+# starting
+
+
+async def test_a_start_has_failed_once_all_models_named_have(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 2.5 * need) as pool:
+        pool.fleet.outcomes |= {"a": deque([CRASH]), "b": deque([CRASH])}
+        await pool.manager.start(["a", "b"])
+        reason = await pool.manager.start_failure()
+        assert reason is not None
+        assert "`a` is failed: " in reason
+        assert "`b` is failed: " in reason
+
+
+async def test_a_start_has_not_failed_while_a_model_is_loaded_or_none_was_named(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 2.5 * need) as pool:
+        assert await pool.manager.start_failure() is None
+        pool.fleet.outcomes["a"] = deque([CRASH])
+        await pool.manager.start(["a", "b"])
+        assert await pool.manager.start_failure() is None
+        assert pool.loaded == {"b"}
+
+
+async def test_a_start_fails_for_models_that_can_never_fit(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 0.5 * need, "a") as pool:
+        assert "memory" in str(await pool.manager.start_failure())

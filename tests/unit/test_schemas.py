@@ -8,9 +8,11 @@ import pytest
 from pydantic import ValidationError
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.openai.chat import TOLERATED, UNSUPPORTED
+from mlx_server.schemas.openai.chat import TOLERATED, UNSUPPORTED, ChatCompletionRequest
+from mlx_server.schemas.openai.completions import CompletionRequest
 from mlx_server.schemas.openai.constraints import MAX_CHARACTERS, MAX_DEPTH, MAX_KEYS, MAX_VALUES
-from mlx_server.schemas.openai.tokens import TokenizeRequest
+from mlx_server.schemas.openai.embeddings import EmbeddingRequest
+from mlx_server.schemas.openai.tokens import DetokenizeRequest, TokenizeRequest
 from mlx_server.schemas.openai.tools import MAX_TOOLS
 from tests.support.openai import HELLO, chat_request, completion_request, named, translated
 
@@ -103,6 +105,29 @@ def test_only_one_thing_is_tokenized() -> None:
         with pytest.raises(BadRequest):
             TokenizeRequest.model_validate({"model": "m"} | fields)
     assert TokenizeRequest.model_validate({"model": "m", "prompt": ""}).prompt == ""
+
+
+@pytest.mark.parametrize("change", [{}, {"model": None}, {"model": ""}], ids=str)
+def test_the_model_may_be_left_out(change: dict[str, Any]) -> None:
+    for request in (
+        ChatCompletionRequest.model_validate({"messages": HELLO} | change),
+        CompletionRequest.model_validate({"prompt": "Hello"} | change),
+        EmbeddingRequest.model_validate({"input": [1.0, 2]} | change),
+        TokenizeRequest.model_validate({"prompt": "Hello"} | change),
+        DetokenizeRequest.model_validate({"tokens": [1.0, 2]} | change),
+    ):
+        assert request.model == ""
+
+
+@pytest.mark.parametrize("value", [1.5, True, "1"])
+def test_nothing_but_whole_numbers_passes_for_an_integer(value: object) -> None:
+    fields: list[dict[str, Any]] = [{name: value} for name in ("n", "seed", "top_k", "max_tokens")]
+    for field in fields:
+        with pytest.raises(ValidationError):
+            chat_request(**field)
+    for prompt in ([value], [[1, value]]):
+        with pytest.raises(ValidationError):
+            DetokenizeRequest.model_validate({"tokens": prompt})
 
 
 def test_best_of_must_equal_n() -> None:

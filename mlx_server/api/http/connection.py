@@ -3,9 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from mlx_server.api.http.failures import (
     ConnectionsFull,
@@ -184,6 +189,9 @@ class Connection(HttpToolsProtocol):
         crowded = len(self.connections) > self._limits.connections
         self.scope.setdefault("state", {})[CROWDED] = crowded
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            send = partial(_send_without_chunks, self.cycle, self.cycle.send)
+            self.cycle.send = send  # type: ignore[method-assign]
 
     def on_message_complete(self) -> None:
         self._in_head = True
@@ -222,3 +230,12 @@ class Connection(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
         self._stall_watch.start(self.transport)
+
+
+async def _send_without_chunks(cycle: RequestResponseCycle, send: Any, message: Any) -> None:
+    """HTTP/1.0 knows no chunks: a body without a length ends with the connection."""
+    if message["type"] == "http.response.start":
+        cycle.chunked_encoding = False
+    else:
+        cycle.expected_content_length = len(message.get("body", b""))
+    await send(message)

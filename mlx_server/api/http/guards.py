@@ -1,6 +1,8 @@
 """Layers that refuse a request before its body is read. Pure ASGI, so that streams stay streams."""
 
 import ipaddress
+import re
+import socket
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
@@ -15,6 +17,8 @@ from mlx_server.errors import BadRequest, Forbidden, ServerError
 DISCARD_BYTES = 1 << 20
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 ALWAYS_ANSWERED = frozenset({"/health", "/metrics"})
+LOCAL_NAME = re.compile(r"[\w-]+|([\w-]+\.)+(localhost|local|internal|home\.arpa)", re.ASCII)
+"""Names that public DNS gives nobody: one word, or below a domain kept for local use."""
 
 
 class AvailabilityCheck:
@@ -42,16 +46,21 @@ class AvailabilityCheck:
 
 
 class HostCheck:
-    """Refuses foreign host names: stops DNS rebinding by web pages."""
+    """Refuses foreign host names: stops DNS rebinding by web pages. That takes a name which public
+    DNS knows, and a server that answers whoever reaches it: a page knows no key. Loopback is
+    checked all the same.
+    """
 
-    def __init__(self, app: ASGIApp, host: str, allowed_hosts: Iterable[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, allowed_hosts: Iterable[str], *, asks_for_key: bool
+    ) -> None:
         self.app = app
-        self.allowed = {_bare_host(name) for name in (host, *allowed_hosts)}
-        # Rebinding needs a name, so a wildcard address accepts any literal address.
-        self.any_address = host in ("0.0.0.0", "::", "")
+        names = (host, socket.gethostname(), *allowed_hosts)
+        self.allowed = {_bare_host(name) for name in names if name}
+        self.any_name = "*" in self.allowed or (asks_for_key and not _is_loopback(host))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_ours(Headers(scope=scope).getlist("host")):
+        if scope["type"] != "http" or self._is_ours(scope):
             await self.app(scope, receive, send)
             return
         error = BadRequest(
@@ -60,19 +69,14 @@ class HostCheck:
         )
         await error_response(error, scope)(scope, receive, send)
 
-    def _is_ours(self, hosts: list[str]) -> bool:
-        if "*" in self.allowed:
+    def _is_ours(self, scope: Scope) -> bool:
+        hosts = Headers(scope=scope).getlist("host")
+        if self.any_name or (not hosts and scope["http_version"] == "1.0"):
             return True
         if len(hosts) != 1:
             return False
         host = _bare_host(hosts[0])
-        if host in self.allowed or host == "localhost" or host.endswith(".localhost"):
-            return True
-        try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
-            return False
-        return address.is_loopback or self.any_address
+        return host in self.allowed or bool(LOCAL_NAME.fullmatch(host)) or _is_address(host)
 
 
 class OriginCheck:
@@ -105,6 +109,39 @@ class OriginCheck:
         # Same origin, also behind an HTTPS proxy. HostCheck has approved the host.
         host = headers.get("host", "").lower()
         return bool(host) and origin in (f"http://{host}", f"https://{host}")
+
+
+class HeadAsGet:
+    """Answers HEAD as GET; the server that runs the application leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        # Not in place: the server goes by its own scope.
+        asked = {**scope, "method": "GET"}
+        try:
+            await self.app(asked, receive, send)
+        finally:
+            scope["route"] = asked.get("route")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    host = _bare_host(host)
+    if _is_address(host):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
 
 
 def _bare_host(host: str) -> str:

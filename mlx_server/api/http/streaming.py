@@ -33,25 +33,27 @@ class WholeAnswer(Response):
 class StreamedAnswer(Response):
     """Streams the batches that `opened` yields. An error while opening gets an ordinary answer with
     its status; a later one becomes the last event. A stopping server ends the stream with an error
-    after `grace` seconds, or the default.
+    after `grace` seconds, or the default. `idle` gives an event without content.
     """
 
     def __init__(
         self,
         opened: AbstractAsyncContextManager[AsyncIterator[Iterable[StreamEvent]]],
         grace: float | None = None,
+        idle: Callable[[], StreamEvent] | None = None,
     ) -> None:
         super().__init__()
         self._opened = opened
         self._grace = grace
+        self._idle = idle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        frames = _Frames(scope)
+        frames = _Frames(scope, self._idle)
         stream: _EventStream | None = None
         async with while_connected(receive) as stop_watching:
             try:
                 async with _stopping(scope).limited(self._grace), self._opened as events:
-                    stream = _EventStream(_until_the_end(events, frames, stop_watching), scope)
+                    stream = _EventStream(_until_the_end(events, frames, stop_watching), frames)
                     await stream(scope, _never, send)
             except ServerStopping as error:
                 if stream is None:
@@ -65,14 +67,12 @@ class StreamedAnswer(Response):
 class _EventStream(EventSourceResponse):
     """sse-starlette's response without its cancel scope per event and its own shutdown watch."""
 
-    def __init__(self, content: AsyncIterator[bytes], scope: Scope) -> None:
-        wire = wire_of(scope)
-        settings = cast(Settings, scope["app"].state.settings)
+    def __init__(self, content: AsyncIterator[bytes], frames: "_Frames") -> None:
         super().__init__(
             content,
-            media_type=wire.media_type,
-            ping=settings.ping_interval if wire.ping else 0,
-            ping_message_factory=lambda: cast(ServerSentEvent, wire.ping),  # bytes pass unchanged
+            media_type=frames.media_type,
+            ping=frames.ping_interval,
+            ping_message_factory=lambda: cast(ServerSentEvent, frames.ping()),  # passes unchanged
         )
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
@@ -83,11 +83,31 @@ class _EventStream(EventSourceResponse):
 
 
 class _Frames:
-    def __init__(self, scope: Scope) -> None:
-        self.end = wire_of(scope).end
+    def __init__(self, scope: Scope, idle: Callable[[], StreamEvent] | None) -> None:
         self._scope = scope
         self._wire = wire_of(scope)
+        self._settings = cast(Settings, scope["app"].state.settings)
+        self._idle = idle
         self._count = 0
+
+    @property
+    def end(self) -> bytes:
+        return self._wire.end
+
+    @property
+    def media_type(self) -> str:
+        return self._wire.media_type
+
+    @property
+    def ping_interval(self) -> float:
+        """Seconds; 0 for no pings."""
+        silent = self._settings.ping == "none" or not self._wire.ping
+        return 0 if silent else self._settings.ping_interval
+
+    def ping(self) -> bytes:
+        if self._settings.ping == "chunk" and self._idle is not None:
+            return self._framed(self._idle())
+        return self._wire.ping
 
     def join(self, events: Iterable[StreamEvent]) -> bytes:
         return b"".join([self._framed(event) for event in events])

@@ -14,7 +14,13 @@ from mlx_server.api.http.openapi import event_stream
 from mlx_server.api.http.wire import StreamEvent
 from mlx_server.api.openai.chunks import SYSTEM_FINGERPRINT, ChunkTemplate, Header, usage_body
 from mlx_server.api.openai.logprobs import chat_logprobs
-from mlx_server.api.openai.parameters import check_choices, constraint, sampling, stop_strings
+from mlx_server.api.openai.parameters import (
+    check_choices,
+    constraint,
+    sampling,
+    seed,
+    stop_strings,
+)
 from mlx_server.api.openai.prompts import all_tools, chat_prompt
 from mlx_server.api.openai.wire import END_MARK, documented
 from mlx_server.errors import BadRequest
@@ -76,6 +82,7 @@ def to_inference(body: ChatCompletionRequest, caller: Caller, max_choices: int) 
     check_choices(body.n, max_choices)
     prompt = chat_prompt(body.messages, body)
     bound = constraint(body)
+    limit = body.max_completion_tokens or body.max_tokens
     must_call = prompt.use is not None and prompt.use.choice != "auto"
     if must_call and body.ignore_eos:
         raise BadRequest("`ignore_eos` would go on past the call.", param="ignore_eos")
@@ -84,8 +91,8 @@ def to_inference(body: ChatCompletionRequest, caller: Caller, max_choices: int) 
         prompt=prompt,
         caller=caller,
         sampling=sampling(body),
-        seed=body.seed,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        seed=seed(body),
+        max_tokens=limit if limit > 0 else None,
         stop=stop_strings(body),
         n=body.n,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -205,6 +212,9 @@ class ChatStream:
     def feed(self, prompt: int, event: Event) -> Sequence[StreamEvent]:
         chunk = self._written(event)
         return [StreamEvent(chunk)] if chunk else ()
+
+    def idle(self) -> StreamEvent:
+        return StreamEvent(self._delta(0, ChatDelta()))
 
     def end(self, usage: Usage) -> Sequence[StreamEvent]:
         if not self._with_usage:

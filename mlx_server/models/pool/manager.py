@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -98,6 +98,14 @@ class ModelPoolManager:
             return "The server is stopping."
         return not_ready_reason(self._slots.values())
 
+    async def start_failure(self) -> str | None:
+        """Wait for the models named at the start; why they failed to load if they all did."""
+        named = [slot for slot in self._slots.values() if slot.preloaded]
+        for slot in named:
+            while not (slot.proven or slot.failures):
+                await slot.changed.wait()
+        return None if any(slot.proven for slot in named) else not_ready_reason(named)
+
     def statuses(self) -> list[ModelStatus]:
         return [status_of(slot) for slot in self._slots.values()]
 
@@ -105,12 +113,12 @@ class ModelPoolManager:
     async def acquire(
         self, model_id: str, keep_alive: float | None = None, purpose: Purpose = "generate"
     ) -> AsyncIterator[LoadedModel]:
-        """The model by id or alias, kept loaded during the block and `keep_alive` seconds after
-        (negative: while there is room; None: per settings). Raises ModelNotFound, BadRequest for a
-        model that does not serve `purpose`, ModelLoading after `settings.load_wait` seconds,
-        ModelLoadFailed, and InsufficientMemory if it can never fit.
+        """The model by id or alias, or for "" the one that is loaded; kept loaded during the block
+        and `keep_alive` seconds after (negative: while there is room; None: per settings). Raises
+        ModelNotFound, BadRequest for a model that does not serve `purpose`, ModelLoading after
+        `settings.load_wait` seconds, ModelLoadFailed, and InsufficientMemory if it can never fit.
         """
-        slot = await self._slot(model_id)
+        slot = await self._slot(model_id or _model_meant(self._slots.values(), purpose))
         _check_purpose(slot.entry, purpose)
         model = slot.available or await self._wait_for(slot, self.settings.load_wait)
         slot.acquire()
@@ -160,7 +168,7 @@ class ModelPoolManager:
     async def _slot(self, model_id: str) -> Slot:
         if self._stopping:
             raise Unavailable("The server is stopping.", retry_after=MIN_RETRY_AFTER)
-        if (loaded := self._loaded(model_id)) is not None:
+        if (loaded := _loaded(self._slots.values(), model_id)) is not None:
             return loaded
         entry = await asyncio.to_thread(self.catalog.find, model_id)
         slot = self._slots.get(entry.id)
@@ -169,11 +177,6 @@ class ModelPoolManager:
             self._slots[entry.id] = slot
         slot.entry = entry  # its folder may have changed
         return slot
-
-    def _loaded(self, model_id: str) -> Slot | None:
-        """The slot of a model that can be used at once: the disk need not be asked."""
-        slots = (slot for slot in self._slots.values() if slot.available is not None)
-        return next((s for s in slots if model_id in (s.entry.id, *s.entry.aliases)), None)
 
     async def _wait_for(self, slot: Slot, seconds: float) -> LoadedModel:
         if slot.waiters >= self.settings.max_load_waiters:
@@ -224,6 +227,33 @@ class ModelPoolManager:
         finally:
             slot.measuring = False
             slot.changed.notify()
+
+
+def _loaded(slots: Collection[Slot], model_id: str) -> Slot | None:
+    """The slot of a model that can be used at once: the disk need not be asked."""
+    usable = (slot for slot in slots if slot.available is not None)
+    return next((s for s in usable if model_id in (s.entry.id, *s.entry.aliases)), None)
+
+
+def _model_meant(slots: Collection[Slot], purpose: Purpose) -> str:
+    """The id of the one model that a request without a name can mean; of those that embed if no
+    other is there, or the purpose says so. Raises BadRequest.
+    """
+    ids = [] if purpose == "embed" else _present(slots, embeds=False)
+    if not ids and purpose != "generate":
+        ids = _present(slots, embeds=True)
+    if len(ids) == 1:
+        return ids[0]
+    known = f"of {', '.join(sorted(ids))}" if ids else "since none is loaded"
+    raise BadRequest(f"Name a `model`, {known}.", param="model")
+
+
+def _present(slots: Collection[Slot], *, embeds: bool) -> list[str]:
+    """Ids of what is in memory, or else of what was named at the start."""
+    serving = [slot for slot in slots if slot.entry.embeds is embeds]
+    held = [slot for slot in serving if slot.holds_memory and not slot.leaving]
+    named = [slot for slot in serving if slot.preloaded]
+    return [slot.entry.id for slot in held or named]
 
 
 def _check_purpose(entry: ModelEntry, purpose: Purpose) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_server.errors import BadRequest, ModelLoadFailed, ServerError
 from mlx_server.models.store import gguf
-from mlx_server.models.store.folder import PARTIAL, read_json
+from mlx_server.models.store.folder import PARTIAL, folder_fault, read_json
 from mlx_server.models.store.locks import write_lock
 from mlx_server.models.store.transfer import check_space
 
@@ -25,10 +25,15 @@ def import_into(source: Path, models_folder: Path, bits: int | None = None) -> P
     if name.startswith(".") or name.endswith(PARTIAL):
         raise BadRequest(f"{source.name} is no name for a model")
     folder = models_folder / name
-    with write_lock(folder):
-        _clear_leftovers(folder)
-        if not folder.exists() or not _is_current(folder, source, bits):
-            import_gguf(source, folder, bits)
+    try:
+        with write_lock(folder):
+            _clear_leftovers(folder)
+            if not folder.exists() or not _is_current(folder, source, bits):
+                import_gguf(source, folder, bits)
+    except OSError:
+        # Where nothing can be written, what is there will do.
+        if folder_fault(folder) is not None or not _is_current(folder, source, bits):
+            raise
     return folder
 
 

@@ -25,8 +25,8 @@ class ModelSources:
         return cls(
             models_folder=settings.models_folder,
             adapters_folder=settings.adapters_folder,
-            model_dirs=[folder.expanduser() for folder in settings.model_dirs],
+            model_dirs=settings.model_dirs,
             aliases=settings.aliases,
-            adapters={name: path.expanduser() for name, path in settings.adapters.items()},
+            adapters=settings.adapters,
             gguf_bits=settings.gguf_bits,
         )

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal
 
+JSON_NAMES = r'[^"\\<>\[\]{}|\x00-\x1f]+'
+"""Written as they are between quotes, and never taken for a marker."""
+WORDS = r"[\w-]+"
+
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
@@ -22,6 +26,12 @@ class CallSyntax:
     end: str
     json: bool
     arguments: str = "arguments"
+    names: str = ""
+    """Pattern of the tools' names that it can spell; unless given, what JSON or a word can."""
+
+    @property
+    def spelling(self) -> str:
+        return self.names or (JSON_NAMES if self.json else WORDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +102,7 @@ MISTRAL_HEADERS = CallStyle(
 )
 QWEN_CODER = CallStyle(
     name="qwen-coder",
-    syntax=CallSyntax("<tool_call>", "</tool_call>", json=False),
+    syntax=CallSyntax("<tool_call>", "</tool_call>", json=False, names=r"[^\s<>]+"),
     before_name="<function=",
     before_arguments=">\n",
     after_arguments="</function>",
@@ -113,7 +123,7 @@ GEMMA = CallStyle(
 )
 FUNCTION_GEMMA = CallStyle(
     name="function-gemma",
-    syntax=CallSyntax("<start_function_call>", "<end_function_call>", json=False),
+    syntax=CallSyntax("<start_function_call>", "<end_function_call>", json=False, names=r"\w+"),
     before_name="call:",
     before_arguments="",
     after_arguments="",
@@ -123,7 +133,12 @@ FUNCTION_GEMMA = CallStyle(
 )
 KIMI = CallStyle(
     name="kimi",
-    syntax=CallSyntax("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", json=False),
+    syntax=CallSyntax(
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        json=False,
+        names=r"[\w.-]+",
+    ),
     before_name="<|tool_call_begin|>functions.",
     before_arguments=":0<|tool_call_argument_begin|>",
     after_arguments="<|tool_call_end|>",
@@ -139,6 +154,8 @@ STYLES = {
     "kimi_k2": KIMI,
 }
 """By mlx-lm parser name."""
+PARSED_NAMES = {"pythonic": r"[\w.]+"}
+"""By mlx-lm parser name, where it is not a word."""
 TOOLS = re.compile(r"\btools\b")
 KNOWN_REASONING = (Reasoning("<think>", "</think>"), Reasoning("[THINK]", "[/THINK]"))
 
@@ -164,7 +181,8 @@ def _mlx_lm_style(wrapper: Any, template: str) -> CallStyle | None:
         return STYLES[parser]
     # mlx-lm parses the notation; grammars write JSON.
     start, end = wrapper.tool_call_start or "", wrapper.tool_call_end or ""
-    return json_style(parser, CallSyntax(start, end, json=False))
+    names = PARSED_NAMES.get(parser, "")
+    return json_style(parser, CallSyntax(start, end, json=False, names=names))
 
 
 def _template_style(template: str) -> CallStyle | None:

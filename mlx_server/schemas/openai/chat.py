@@ -6,7 +6,14 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import AliasChoices, Field, model_validator
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.objects import INT32_MAX, Refusal, RequestObject, ResponseObject, never
+from mlx_server.schemas.objects import (
+    INT32_MAX,
+    INT64_MAX,
+    Refusal,
+    RequestObject,
+    ResponseObject,
+    never,
+)
 from mlx_server.schemas.openai.common import CompletionUsage
 from mlx_server.schemas.openai.constraints import ConstrainedRequest
 from mlx_server.schemas.openai.messages import Messages
@@ -87,9 +94,14 @@ class ChatCompletionRequest(PromptOptions, ConstrainedRequest):
     messages: Messages = Field(
         description="Text only. A last message of the assistant is the beginning of the answer."
     )
-    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
-    max_completion_tokens: int | None = Field(
-        None, ge=1, le=INT32_MAX, description="Wins over `max_tokens`."
+    max_tokens: int = Field(
+        0,
+        ge=NO_LIMIT,
+        le=INT64_MAX,
+        description="Cut to the room that the context has left; 0 and -1 set no limit.",
+    )
+    max_completion_tokens: int = Field(
+        0, ge=NO_LIMIT, le=INT64_MAX, description="Wins over `max_tokens`, unless 0."
     )
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)

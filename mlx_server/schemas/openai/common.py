@@ -2,26 +2,48 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import (
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from mlx_server.schemas.objects import (
     INT32_MAX,
     INT64_MAX,
     KeepAlive,
-    NonEmpty,
     RequestObject,
     ResponseObject,
+    whole,
 )
 
-MAX_STOPS = 16
+MAX_STOPS = 256
 MAX_BIASES = 2048
 LEAST_REPETITION_PENALTY = 0.01
 """Divides a logit, which must stay finite."""
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-Stops = NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOPS, fail_fast=True)]
+ANY_SEED = -1
+Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,256}$")]
+"""Far more than OpenAI's: MCP servers and the clients' prefixes make names of all kinds."""
+Stops = str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
+def _whole_items(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        # Only now: there may be millions.
+        if not (isinstance(value, list) and float in map(type, value)):
+            raise
+    return check([whole(item) for item in value])
+
+
+WholeItems = WrapValidator(_whole_items)
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), WholeItems]
 
 
 def _bias_ids(value: Any) -> Any:
@@ -54,8 +76,11 @@ class StreamOptions(RequestObject):
     include_usage: bool = False
 
 
-class ModelRequest(RequestObject):
-    model: NonEmpty
+class ModelChoice(RequestObject):
+    model: str = Field("", description="Left out, null or empty: the loaded model, if one is.")
+
+
+class ModelRequest(ModelChoice):
     keep_alive: KeepAlive | None = Field(
         None,
         description="How long the model stays loaded afterwards: seconds, or a text such as `5m`; "
@@ -81,8 +106,10 @@ class GenerationRequest(ModelRequest):
     min_p: float = Field(0.0, ge=0, le=1)
     logit_bias: LogitBias = Field(default_factory=dict)
     n: int = Field(1, ge=1, le=INT32_MAX)
-    seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
-    stop: Stops | None = None
+    seed: int | None = Field(
+        None, ge=-INT64_MAX - 1, le=INT64_MAX, description="-1, as none, for a random one."
+    )
+    stop: Stops = Field(default_factory=list, description="Empty texts do not count.")
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     ignore_eos: bool = Field(False, description="Go on past the model's own stop tokens.")

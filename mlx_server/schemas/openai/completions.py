@@ -1,15 +1,15 @@
 """OpenAI's wire format of completions."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from mlx_server.errors import BadRequest
-from mlx_server.schemas.objects import INT32_MAX, Refusal, ResponseObject, empty
+from mlx_server.schemas.objects import INT64_MAX, Refusal, ResponseObject, empty
 from mlx_server.schemas.openai.common import CompletionUsage, TokenIds
 from mlx_server.schemas.openai.constraints import ConstrainedRequest
 
+DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 256
 
 UNSUPPORTED: Mapping[str, Refusal] = {
@@ -35,15 +35,15 @@ class CompletionRequest(ConstrainedRequest):
     tolerated: ClassVar[Mapping[str, str]] = TOLERATED
 
     prompt: PromptInput = Field(description="A text, token ids, or a list of either.")
-    max_tokens: int = Field(16, ge=0, le=INT32_MAX, description="0 with `echo` only.")
+    max_tokens: int = Field(
+        DEFAULT_MAX_TOKENS,
+        ge=-1,
+        le=INT64_MAX,
+        description="Cut to the room that the context has left; -1 sets no limit. 0 is the default "
+        "unless there is `echo`.",
+    )
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
-
-    @model_validator(mode="after")
-    def _has_something_to_do(self) -> Self:
-        if self.max_tokens == 0 and not self.echo:
-            raise BadRequest("`max_tokens` can be 0 only with `echo: true`.", param="max_tokens")
-        return self
 
 
 class TextLogprobs(ResponseObject):

@@ -7,9 +7,9 @@ from pydantic import AliasChoices, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.objects import NonEmpty, Refusal, RequestObject, ResponseObject
+from mlx_server.schemas.objects import Refusal, ResponseObject
 from mlx_server.schemas.openai.chat import PromptOptions
-from mlx_server.schemas.openai.common import TokenId
+from mlx_server.schemas.openai.common import ModelChoice, TokenId, WholeItems
 from mlx_server.schemas.openai.messages import Messages, having
 
 MAX_TOKENS = 1_000_000
@@ -17,7 +17,7 @@ MAX_TOKENS = 1_000_000
 ABSENT: JsonDict = {"type": "null"}
 
 
-class TokenizeRequest(PromptOptions):
+class TokenizeRequest(ModelChoice, PromptOptions):
     """A text, or a conversation as chat completions take it."""
 
     model_config = ConfigDict(
@@ -35,7 +35,6 @@ class TokenizeRequest(PromptOptions):
         "parse_special": Refusal(lambda value, body: value is True, "only true is"),
     }
 
-    model: NonEmpty
     content: str | None = Field(None, description="llama.cpp's name for `prompt`.")
     prompt: str | None = None
     messages: Messages | None = None
@@ -55,9 +54,8 @@ class TokenizeRequest(PromptOptions):
         return self
 
 
-class DetokenizeRequest(RequestObject):
-    model: NonEmpty
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+class DetokenizeRequest(ModelChoice):
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True), WholeItems]
 
 
 class TokenPiece(ResponseObject):

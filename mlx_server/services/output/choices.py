@@ -3,7 +3,7 @@
 import logging
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from mlx_server.engine.protocol import FinishReason, Row
@@ -95,11 +95,14 @@ class ParsedChoice:
         use: ToolUse | None,
         stops: tuple[str, ...],
         prompt_tokens: int,
+        names: Mapping[str, str],
     ) -> None:
+        """`names` are tools' own, by their stand-ins."""
         self.index = index
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self._names = names
         self._text_side = text_side
         self._vocabulary = VisibleVocabulary(text_side)
         self._reader = reader
@@ -166,7 +169,8 @@ class ParsedChoice:
         if piece.kind is Kind.REASONING:
             self._events.append(ReasoningDelta(self.index, piece.text))
         elif piece.kind is Kind.CALL:
-            self._events.append(ToolCallStart(self.index, self._calls, call_id(), piece.text))
+            name = self._names.get(piece.text, piece.text)
+            self._events.append(ToolCallStart(self.index, self._calls, call_id(), name))
             self._calls += 1
         elif piece.kind is Kind.ARGUMENTS:
             self._events.append(ToolCallDelta(self.index, self._calls - 1, piece.text))
