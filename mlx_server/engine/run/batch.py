@@ -143,6 +143,7 @@ class Batch:
             self.failed += previous.finish()
         if following:
             following.draw.start()
+            mx.async_eval(self._groups.loose_ends())  # type: ignore[no-untyped-call]
         rows = previous.read() if previous else []
         self.pending = following
         if following:
@@ -168,6 +169,7 @@ class Batch:
         """
         self.pending = self._build(chunk)
         self.pending.draw.start()
+        mx.async_eval(self._groups.loose_ends())  # type: ignore[no-untyped-call]
         self.pending.begin_masks()
 
     def take_failed(self) -> list[Failed]:
