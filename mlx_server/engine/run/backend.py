@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_server.engine.cache.layout import Cache, KvLayout
 from mlx_server.engine.cache.quant import CannotQuantize, check_support, quantize_cache
-from mlx_server.engine.memory import DeviceMemory
+from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions
 from mlx_server.engine.run import mixed, patches
 from mlx_server.engine.run.kv import KvCost
@@ -30,7 +30,8 @@ log = logging.getLogger("mlx_server.engine")
 class Backend:
     """`release` frees what outlives a step, when nothing runs.
 
-    `mixes`: several caches can share a pass.
+    `eager`: passes over several tokens a row compute while they are built. `mixes`: several caches
+    can share a pass.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Backend:
         adapter_path: Path | None = None,
     ) -> None:
         self.path = path
+        self.eager = device_name() == "cpu"
         self.release = patches.use_cpu_kernels()
         self.model, config = load_weights(path, options)
         if adapter_path is not None:
