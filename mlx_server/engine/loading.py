@@ -37,9 +37,10 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
         leave_out_text_side()
     memory, device = _device(options, blas)
     work: Scheduler | Embedder
-    width = 0
+    width, mixed_steps = 0, None
     if message.embedding is None:
         work = _scheduler(message, memory)
+        mixed_steps = work.model.mixed_steps
     else:
         work = _embedder(message, message.embedding, memory)
         width = work.model.width
@@ -59,6 +60,7 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
         blas=blas,
         memory=memory.read(),
         width=width,
+        mixed_steps=mixed_steps,
     )
     return work, ready
 

@@ -31,7 +31,7 @@ class Backend:
     """`release` frees what outlives a step, when nothing runs.
 
     `eager`: passes over several tokens a row compute while they are built. `mixes`: several caches
-    can share a pass.
+    can share a pass; `mixed_steps` says so for people, or why not.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Backend:
         self.layout = KvLayout(cache)
         obstacle = patches.enable_mixed_passes(self.model, self.new_cache)
         self.mixes = obstacle is None
+        self.mixed_steps = "on" if obstacle is None else f"off: {obstacle}"
         if obstacle is not None:
             log.info("event=mixed_steps_off reason=%r", obstacle)
 

@@ -80,12 +80,12 @@ def enable_mixed_passes(model: Any, new_cache: "Callable[[], Cache]") -> str | N
         try:
             _attend_by_part(model, undo)
             _drop_unanswered_rows(model, undo)
-            error = mixed.error(model, new_cache)
+            mistake = mixed.mistake(model, new_cache)
         except Exception as failure:  # noqa: BLE001
             # Some families' code asks more of a cache, each in its own way.
             return f"{type(failure).__name__}: {failure}"
-        if error > mixed.TOLERANCE:
-            return f"logits differ by {error:.2g} of the largest"
+        if mistake is not None:
+            return mistake
         undo.pop_all()
     return None
 

@@ -142,6 +142,7 @@ class Arranger:
                 seconds=slot.load_seconds,
                 weights_bytes=facts.weights_bytes,
                 reserved_bytes=slot.need,
+                mixed_steps=facts.mixed_steps,
             )
         )
         self.arrange()
