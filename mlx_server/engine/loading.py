@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
+from mlx_server.engine.run.cuda import keep_prepared_graphs
 from mlx_server.engine.run.patches import leave_out_text_side
 from mlx_server.units import parse_bytes
 
@@ -33,6 +34,7 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
     started = time.perf_counter()
     options = message.options
     blas = load_openblas(options.openblas)
+    keep_prepared_graphs()
     if not options.trust_remote_code:  # a model's own code may well read text
         leave_out_text_side()
     memory, device = _device(options, blas)

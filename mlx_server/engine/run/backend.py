@@ -43,7 +43,7 @@ class Backend:
     ) -> None:
         self.path = path
         self.eager = device_name() == "cpu"
-        self.release = patches.use_cpu_kernels()
+        self.release = patches.use_device_kernels()
         self.model, config = load_weights(path, options)
         if adapter_path is not None:
             self.model = apply_adapter(self.model, adapter_path)
