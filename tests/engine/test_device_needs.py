@@ -3,16 +3,22 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.nn.layers.quantized import QuantizedLinear
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
 
 from mlx_server.engine.cache import block_file
 from mlx_server.engine.cache.block_file import DTYPES, to_host
-from mlx_server.engine.run import cuda
+from mlx_server.engine.cpu import attention
+from mlx_server.engine.run import cuda, scores
+from tests.support.architectures import build_architecture
+from tests.support.tiny import build_tiny_model
 
 SHOW = """
 import os, sys
@@ -77,3 +83,41 @@ def test_the_disk_is_given_a_copy_on_cuda(monkeypatch: pytest.MonkeyPatch, devic
 
 def address(data: memoryview) -> int:
     return int(np.frombuffer(data, np.uint8).ctypes.data)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's own attention, as on a device."""
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention._attention)
+
+
+def pair_bytes(folder: Path) -> int:
+    model, _ = load_model(folder)
+    before = mx.fast.scaled_dot_product_attention
+    found = scores.bytes_per_pair(model, lambda: make_prompt_cache(model))
+    assert mx.fast.scaled_dot_product_attention is before
+    return found
+
+
+def test_scores_that_are_written_out_bound_a_chunk(
+    asked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_tiny_model(tmp_path / "tiny")
+    heads = 4
+    found = pair_bytes(folder)
+    assert found == scores.COPIES * heads * 4, "MLX has no fused attention on a CPU"
+    for position in (0, 1000, 100_000):
+        tokens = scores.tokens_within(found, position)
+        assert found * tokens * (position + tokens) <= scores.BUDGET
+        assert found * (tokens + 1) * (position + tokens + 1) > scores.BUDGET
+    monkeypatch.setattr(scores, "_is_fused", lambda *_, **__: True)
+    assert pair_bytes(folder) == 0
+    assert scores.tokens_within(0, 1 << 20) == scores.BUDGET
+
+
+def test_scores_that_a_model_makes_itself_bound_a_chunk(
+    asked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "_is_fused", lambda *_, **__: True)
+    folder = build_architecture(tmp_path / "mla", "deepseek_v3")
+    assert pair_bytes(folder) == scores.COPIES * 4 * 4
