@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
+from mlx_server.engine.run.cuda import keep_prepared_graphs
 from mlx_server.engine.run.patches import leave_out_text_side
 from mlx_server.engine.spawn import give_way
 from mlx_server.units import parse_bytes
@@ -34,13 +35,15 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
     started = time.perf_counter()
     options = message.options
     blas = load_openblas(options.openblas)
+    keep_prepared_graphs()
     if not options.trust_remote_code:  # a model's own code may well read text
         leave_out_text_side()
     memory = _memory(options, blas)
     work: Scheduler | Embedder
-    width = 0
+    width, mixed_steps = 0, None
     if message.embedding is None:
         work = _scheduler(message, memory)
+        mixed_steps = work.model.mixed_steps
     else:
         work = _embedder(message, message.embedding, memory)
         width = work.model.width
@@ -61,6 +64,7 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
         blas=blas,
         memory=memory.read(),
         width=width,
+        mixed_steps=mixed_steps,
     )
     return work, ready
 

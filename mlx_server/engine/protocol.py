@@ -186,6 +186,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     memory: Memory
     width: int = 0
     """Numbers in a vector; 0 for a model that generates."""
+    mixed_steps: str | None = None
+    """Whether chunks of prompts share passes with decode steps: `on`, or `off: ` and why."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):

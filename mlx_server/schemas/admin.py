@@ -57,6 +57,7 @@ class AdminModel(ResponseObject):
     pid: int | None
     device: str | None
     context_length: int | None
+    mixed_steps: str | None
     memory: Memory | None
     need: int | None
     load_seconds: float | None

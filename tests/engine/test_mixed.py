@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx.nn.layers.linear import Linear
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
@@ -102,6 +103,43 @@ def test_a_model_that_gives_other_logits_in_one_pass_is_not_used_so(tmp_path: Pa
         attention.__call__ = original
     assert obstacle is not None
     assert "logits differ" in obstacle
+
+
+def test_why_a_model_takes_no_mixed_steps_is_said(tmp_path: Path) -> None:
+    assert scheduler_of(build_tiny_model(tmp_path / "tiny")).model.mixed_steps == "on"
+    recurrent = scheduler_of(build_recurrent_model(tmp_path / "recurrent")).model
+    assert recurrent.mixed_steps.startswith("off: ")
+
+
+def rounding_by_shape(self: Linear, x: mx.array) -> mx.array:
+    """A product whose sums are rounded in other places for another number of rows, as on a GPU."""
+    rows = x.size // x.shape[-1]
+    step = 8 if rows == 1 else 16 if rows < 5 else 32
+    starts = range(0, x.shape[-1], step)
+    parts = [x[..., i : i + step] @ self.weight[:, i : i + step].T for i in starts]
+    out = sum(parts[1:], parts[0])
+    return out + self.bias if "bias" in self else out
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_noise_of_half_precision_is_told_from_a_mistake(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_model(build_tiny_model(tmp_path / family, family, layers=6, hidden=64))
+    model.set_dtype(mx.bfloat16)
+    monkeypatch.setattr(Linear, "__call__", rounding_by_shape)
+
+    def obstacle() -> str | None:
+        return patches.enable_mixed_passes(model, lambda: make_prompt_cache(model))
+
+    with monkeypatch.context() as strict:
+        strict.setattr(mixed, "MOST", 0.0)
+        assert "logits differ" in (obstacle() or ""), "there is no noise"
+    with monkeypatch.context() as mistaken:
+        positions = Part.positions
+        mistaken.setattr(Part, "positions", lambda part: positions(part) + part.shape[1] // 2)
+        assert "logits differ" in (obstacle() or "")
+    assert obstacle() is None
 
 
 def test_a_pass_over_several_caches_gives_the_logits_of_separate_ones(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.plan import Begin, Chunk, Fetch, Outcome, Plan, Start
 from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.batch import Step
 from mlx_server.engine.run.runner import Runner
 from tests.engine.conftest import request
 
@@ -135,6 +136,32 @@ def test_a_chunk_mixed_with_steps_changes_no_token(runner: Runner, tiny_model: P
     rows += more + run(runner, *mixed[2:])[0] + rest(runner)
     assert tokens_of(rows, 1) == alone(tiny_model, PROMPT)
     assert tokens_of(rows, 2) == alone(tiny_model, other)
+
+
+@pytest.mark.parametrize(
+    ("eager", "order"), [(False, ["build", "read"]), (True, ["read", "build"])]
+)
+def test_a_mixed_step_is_built_while_the_device_computes_the_one_before(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, eager: bool, order: list[str]
+) -> None:
+    monkeypatch.setattr(backend, "eager", eager)
+    runner = runner_of(backend)
+    run(runner, begin(start(1, PROMPT)), plan(), plan())
+    told = []
+    build, read = backend.step, Step.read
+
+    def built(*arguments: Any) -> mx.array:
+        told.append("build")
+        return build(*arguments)
+
+    def was_read(step: Step) -> list[Row]:
+        told.append("read")
+        return read(step)
+
+    monkeypatch.setattr(backend, "step", built)
+    monkeypatch.setattr(Step, "read", was_read)
+    run(runner, begin(start(2, [3] * 40), tokens=30, mixed=True))
+    assert told == order
 
 
 def test_a_preempted_request_comes_back_and_ends_the_same(runner: Runner, tiny_model: Path) -> None:

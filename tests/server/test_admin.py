@@ -130,7 +130,7 @@ async def test_a_model_is_loaded_and_unloaded_on_demand(
     answer = await client.post("/admin/models/tiny/load")
     assert answer.status_code == 200, answer.text
     loaded = answer.json()
-    assert (loaded["id"], loaded["state"]) == ("tiny", "ready")
+    assert (loaded["id"], loaded["state"], loaded["mixed_steps"]) == ("tiny", "ready", "on")
     engine = psutil.Process(loaded["pid"])
     assert (await server.models())["tiny"]["state"] == "ready"
     answer = await client.post("/admin/models/tiny/unload")

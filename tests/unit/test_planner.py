@@ -12,7 +12,7 @@ from mlx_server.engine.plan import ChunkTime, Outcome, Plan, Start
 from mlx_server.engine.protocol import Generate, Sampling
 from mlx_server.engine.schedule.admission import Admission
 from mlx_server.engine.schedule.backoff import KvBackoff
-from mlx_server.engine.schedule.pace import Pace
+from mlx_server.engine.schedule.pace import LARGEST_CHUNK, SMALLEST_CHUNK, Pace
 from mlx_server.engine.schedule.planner import Planner
 from mlx_server.engine.schedule.request import WaitingRequest
 from mlx_server.engine.schedule.room import KvRoom
@@ -350,3 +350,18 @@ def test_chunks_are_sized_by_what_chunks_took() -> None:
     sizes = [plan.chunk.tokens for plan in (deciding.decide(), deciding.decide()) if plan.chunk]
     assert sizes
     assert sizes[0] == pytest.approx(2.5 * 0.01 / 0.001, abs=16)
+
+
+def test_a_chunk_has_no_more_tokens_than_there_is_memory_for_beside_those_before_it() -> None:
+    pace = Pace(None, fits=lambda position: 100 if position < 1000 else 1)
+    for times in (pace.chunks, pace.mixed):
+        times.measured(tokens=100, keys=50.0, seconds=0.01)
+    pace.stepped(1.0)
+    assert pace.chunk(0, decoding=True) == 100
+    assert pace.chunk(2000, decoding=True) == SMALLEST_CHUNK
+    assert pace.mixed_chunk(0, rows=4) == 100
+    assert pace.mixed_chunk(2000, rows=4) <= SMALLEST_CHUNK
+    free = Pace(None)
+    free.chunks = pace.chunks
+    free.stepped(1.0)
+    assert 100 < free.chunk(0, decoding=True) <= LARGEST_CHUNK

@@ -15,6 +15,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_server.engine.memory import device_name
+
 FORMAT = "1"
 """Version of the content; files of another version count as damaged."""
 LARGEST_BLOCK = 256 << 20
@@ -44,6 +46,7 @@ DTYPES: dict[str, mx.Dtype] = {
     "C64": mx.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 NUMPY_NAMES = {"BOOL": "?", "BF16": "u2"}
 """Where numpy's name differs from the safetensors one. It has no bfloat16."""
 
@@ -127,8 +130,9 @@ def unpack(identity: str, key: bytes, file: memoryview) -> list[HostArray]:
 
 
 def to_host(array: mx.array) -> HostArray:
-    """A view of an evaluated array if contiguous, else a copy."""
-    buffer: Any = array
+    """A view of an evaluated array if contiguous, else a copy; on CUDA always a copy."""
+    # There the host moves what it looks at to managed memory, and there it stays.
+    buffer: Any = _copied(array) if device_name() == "cuda" else array
     view = memoryview(buffer)
     # numpy takes plain bytes of any dtype, bfloat16 too, with no operation of MLX.
     data = np.frombuffer(view if view.c_contiguous else view.tobytes(), dtype=np.uint8)
@@ -144,6 +148,11 @@ def to_device(array: HostArray) -> mx.array:
     if dtype == mx.bfloat16:
         return mx.array(numbers).view(dtype)
     return mx.array(numbers, dtype=dtype)
+
+
+def _copied(array: mx.array) -> mx.array:
+    """Bit by bit; MLX has no operation that is sure to copy."""
+    return (array.view(BITS[array.itemsize]) | 0).view(array.dtype)
 
 
 def _metadata(identity: str, key: bytes) -> dict[str, str]:

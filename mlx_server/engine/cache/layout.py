@@ -49,7 +49,7 @@ class KvLayout:
         # Arrays of one shape and type travel stacked: some copies instead of hundreds.
         self._groups: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
         for index in self._sliced:
-            for position, array in enumerate(_token_arrays(parts[index])):
+            for position, array in enumerate(token_arrays(parts[index])):
                 shape = (array.shape[1], array.shape[3], array.dtype)
                 self._groups.setdefault(shape, []).append((index, position))
 
@@ -87,7 +87,7 @@ class KvLayout:
         parts = leaves(cache)
         stop = start + size * count
         stacks = [
-            mx.stack([_token_arrays(parts[i])[p][row, :, start:stop] for i, p in members])
+            mx.stack([token_arrays(parts[i])[p][row, :, start:stop] for i, p in members])
             for members in self._groups.values()
         ]
         return [
@@ -125,7 +125,8 @@ class KvLayout:
                 arrays[member] = joined[position : position + 1, :, :length]
         for index in self._sliced:
             own = [arrays[member] for member in sorted(arrays) if member[0] == index]
-            _fill(parts[index], own, length)
+            put_arrays(parts[index], own)
+            parts[index].offset = length
         if snapshot is not None:
             self._restore([parts[index] for index in self._whole], snapshot)
 
@@ -141,20 +142,21 @@ class KvLayout:
                 part.cache = [mx.array(arrays.pop(0)) if there else None for there in present]
 
 
-def _token_arrays(part: KVCache | BatchKVCache) -> list[mx.array]:
+def token_arrays(part: KVCache | BatchKVCache) -> list[mx.array]:
+    """Keys, then values, of all that a cache has room for: (rows, heads, tokens, width) each."""
     arrays: list[mx.array] = []
-    for side in (part.keys, part.values):
+    for side in (part.keys, part.values) if part.keys is not None else ():
         arrays += [side] if isinstance(side, mx.array) else side
     return arrays
 
 
-def _fill(part: KVCache, arrays: list[mx.array], length: int) -> None:
+def put_arrays(part: KVCache | BatchKVCache, arrays: list[mx.array]) -> None:
+    """As `token_arrays` gave them, or of another size."""
     half = len(arrays) // 2
-    keys, values = arrays[:half], arrays[half:]
     if half == 1:
-        part.state = (keys[0], values[0], length)
-        return
-    part.keys, part.values, part.offset = tuple(keys), tuple(values), length
+        part.keys, part.values = arrays
+    elif half > 1:
+        part.keys, part.values = tuple(arrays[:half]), tuple(arrays[half:])
 
 
 def _state(part: RotatingKVCache | ArraysCache) -> tuple[list[mx.array], list[int]]:

@@ -9,14 +9,9 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import (
-    BatchKVCache,
-    CacheList,
-    KVCache,
-    dynamic_roll,
-    make_prompt_cache,
-)
+from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
+from mlx_server.engine.cache.rows import BatchKVCache
 from mlx_server.engine.memory import device_name
 
 Planes = tuple[mx.array, mx.array, mx.array]
@@ -143,80 +138,25 @@ class QuantizedKVCache(_QuantizedArrays, KVCache):  # type: ignore[misc]
     def keys_and_values(self) -> tuple[Any, Any]:
         return self._read(self.offset)
 
-    def plane(self, index: int) -> KVCache:
-        plain = KVCache()
-        if self.keys is not None and self.values is not None:
-            plain.keys, plain.values = self.keys[index], self.values[index]
-        plain.offset = self.offset
-        return plain
-
     @classmethod
     def merge(cls, caches: list["QuantizedKVCache"]) -> "BatchQuantizedKVCache":
         return BatchQuantizedKVCache.merge(caches)
 
 
-class BatchQuantizedKVCache(_QuantizedArrays, BatchKVCache):  # type: ignore[misc]
-    offset: mx.array
-    left_padding: mx.array
-    _idx: int
-    _right_padding: mx.array | None
-
+class BatchQuantizedKVCache(_QuantizedArrays, BatchKVCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         self._write(keys, values, self._idx)
-        self.offset = self.offset + keys.shape[2]
         self._idx += keys.shape[2]
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Any, Any]:
         return self._read(self._idx)
 
-    def finalize(self) -> None:
-        padding = self._right_padding
-        if padding is None or self.keys is None or self.values is None:
-            return
-        self.keys = _each(lambda x: dynamic_roll(x, padding[:, None], axis=2), self.keys)
-        self.values = _each(lambda x: dynamic_roll(x, padding[:, None], axis=2), self.values)
-        self.offset = self.offset - padding
-        self.left_padding = self.left_padding + padding
-        self._right_padding = None
-
-    def filter(self, batch_indices: Any) -> None:
-        keys, values, before = self.keys, self.values, self._idx
-        self.keys = self.values = None
-        super().filter(batch_indices)  # of an empty cache: padding, offsets and index alone
-        shift = before - self._idx
-        if keys is not None and values is not None:
-            rows = mx.array(batch_indices)
-            self.keys = _each(lambda x: x[rows][..., shift:, :], keys)
-            self.values = _each(lambda x: x[rows][..., shift:, :], values)
-
-    def extend(self, other: "BatchQuantizedKVCache") -> None:
-        planes = [self.plane(index) for index in range(3)]
-        for index, plane in enumerate(planes):
-            plane.extend(other.plane(index))
-        self._assemble(planes)
-
     @classmethod
-    def merge(cls, caches: list[QuantizedKVCache]) -> "BatchQuantizedKVCache":
+    def merge(cls, caches: Many[QuantizedKVCache]) -> "BatchQuantizedKVCache":
         merged = cls(caches[0].kv_bits, [0] * len(caches))
-        merged._assemble(
-            [BatchKVCache.merge([cache.plane(index) for cache in caches]) for index in range(3)]
-        )
+        merged._take(caches)
         return merged
-
-    def plane(self, index: int) -> BatchKVCache:
-        plain = BatchKVCache([])
-        if self.keys is not None and self.values is not None:
-            plain.keys, plain.values = self.keys[index], self.values[index]
-        plain.offset, plain.left_padding, plain._idx = self.offset, self.left_padding, self._idx
-        return plain
-
-    def _assemble(self, planes: list[BatchKVCache]) -> None:
-        first = planes[0]
-        if first.keys is not None:
-            self.keys = _planes(plane.keys for plane in planes)
-            self.values = _planes(plane.values for plane in planes)
-        self.offset, self.left_padding, self._idx = first.offset, first.left_padding, first._idx
 
 
 def _planes(arrays: Iterable[mx.array]) -> Planes:

@@ -36,7 +36,7 @@ class EmbeddingBackend:
     def __init__(
         self, path: Path, options: LoadOptions, memory: DeviceMemory, embedding: Embedding
     ) -> None:
-        self.release = patches.use_cpu_kernels()
+        self.release = patches.use_device_kernels()
         self._embedding = embedding
         model, config = load_weights(path, options, _classes)
         self.model, self.dequantized = as_computed(model, options, memory)

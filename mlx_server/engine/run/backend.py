@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_server.engine.cache.layout import Cache, KvLayout
 from mlx_server.engine.cache.quant import CannotQuantize, check_support, quantize_cache
-from mlx_server.engine.memory import DeviceMemory
+from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions
-from mlx_server.engine.run import mixed, patches
+from mlx_server.engine.run import mixed, patches, scores
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.weights import (
@@ -30,7 +31,9 @@ log = logging.getLogger("mlx_server.engine")
 class Backend:
     """`release` frees what outlives a step, when nothing runs.
 
-    `mixes`: several caches can share a pass.
+    `tokens_within_scores`: from how many tokens are computed to how many a chunk may have.
+    `eager`: passes over several tokens a row compute while they are built. `mixes`: several caches
+    can share a pass; `mixed_steps` says so for people, or why not.
     """
 
     def __init__(
@@ -41,7 +44,8 @@ class Backend:
         adapter_path: Path | None = None,
     ) -> None:
         self.path = path
-        self.release = patches.use_cpu_kernels()
+        self.eager = device_name() == "cpu"
+        self.release = patches.use_device_kernels()
         self.model, config = load_weights(path, options)
         if adapter_path is not None:
             self.model = apply_adapter(self.model, adapter_path)
@@ -56,8 +60,11 @@ class Backend:
         self.vocab_size = int(self.forward(mx.array([[0]]), cache).shape[-1])
         self.kv_cost = KvCost(cache)
         self.layout = KvLayout(cache)
+        pair_bytes = 0 if self.eager else scores.bytes_per_pair(self.model, self.new_cache)
+        self.tokens_within_scores = partial(scores.tokens_within, pair_bytes)
         obstacle = patches.enable_mixed_passes(self.model, self.new_cache)
         self.mixes = obstacle is None
+        self.mixed_steps = "on" if obstacle is None else f"off: {obstacle}"
         if obstacle is not None:
             log.info("event=mixed_steps_off reason=%r", obstacle)
 

@@ -134,15 +134,19 @@ class Batch:
     def drop_ended(self) -> None:
         self.leave([row for row in self.rows if row.done or not row.decodes])
 
-    def step(self) -> list[Row]:
-        """Start the next step and read the one before it."""
+    def step(self, *chunk: Part) -> list[Row]:
+        """Start the next step, with `chunk` in the same pass, and read the one before it.
+
+        There must be rows for a chunk to go with.
+        """
         previous = self.pending  # until it is read, so that a failure loses none of its rows
         self.drop_ended()
-        following = self._build() if self.rows else None
+        following = self._build(*chunk) if self.rows else None
         if previous:
             self.failed += previous.finish()
         if following:
             following.draw.start()
+            mx.async_eval(self._groups.loose_ends())  # type: ignore[no-untyped-call]
         rows = previous.read() if previous else []
         self.pending = following
         if following:
@@ -160,15 +164,6 @@ class Batch:
         for row in self.rows:
             row.in_flight = False
         return rows
-
-    def mixed_step(self, chunk: Part) -> None:
-        """Start the next step with `chunk` in the same pass.
-
-        No step may be under way, no row have ended, and there must be rows.
-        """
-        self.pending = self._build(chunk)
-        self.pending.draw.start()
-        self.pending.begin_masks()
 
     def take_failed(self) -> list[Failed]:
         failed, self.failed = self.failed, []

@@ -91,6 +91,10 @@ class Groups:
             yield Part(inputs[start:end, None], group.cache)
             start = end
 
+    def loose_ends(self) -> list[mx.array]:
+        """What a step leaves unevaluated, and would add to for ever."""
+        return [array for group in self._groups for array in kv.loose_ends(group.cache)]
+
     def _group_for(self, new: Group) -> Group | None:
         if not self._mixes:
             return self._groups[0] if self._groups else None

@@ -4,9 +4,12 @@ import bisect
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from mlx_server.engine.cache.layout import Cache, leaves
+from mlx_server.engine.cache.rows import merge as merge_layers
+from mlx_server.engine.cache.rows import rounded
+from mlx_server.engine.memory import device_name
 from mlx_server.engine.run.weights import ModelError
 
 FIRST_SIZE_STEP = 32
@@ -62,18 +65,7 @@ def merge(caches: list[Cache]) -> Cache:
     for layer in first:
         if not hasattr(layer, "merge"):
             raise ModelError(f"{type(layer).__name__} does not support batching")
-    if len(caches) == 1:
-        return [_batch_of_one(layer) for layer in first]
-    return [layer.merge([cache[i] for cache in caches]) for i, layer in enumerate(first)]
-
-
-def _batch_of_one(layer: Any) -> Any:
-    if type(layer) is not KVCache:
-        return layer.merge([layer])
-    batch = BatchKVCache([0])
-    batch.keys, batch.values, batch._idx = layer.keys, layer.values, layer.offset
-    batch.offset = mx.array([layer.offset])
-    return batch
+    return [merge_layers(layers) for layers in zip(*caches, strict=True)]
 
 
 def extend(cache: Cache, other: Cache) -> Cache:
@@ -93,17 +85,32 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
     return cache
 
 
+def loose_ends(cache: Cache) -> list[mx.array]:
+    """Paddings that every step changes and only one layer's need be known for."""
+    states = [leaf for leaf in leaves(cache) if isinstance(leaf, ArraysCache)]
+    paddings = (padding for leaf in states for padding in (leaf.left_padding, leaf.lengths))
+    return [padding for padding in paddings if padding is not None]
+
+
 def reserve(cache: Cache, tokens: int, chunk: int) -> None:
     """Size a cache of one sequence for a prompt of `tokens` more, `chunk` of them next.
 
-    Growing copies. Sizes are staggered, so that layers grow in turn.
+    Growing copies. On a CPU sizes are staggered, so that layers grow in turn.
     """
+    staggered = device_name() == "cpu"
     for index, leaf in enumerate(leaves(cache)):
-        if isinstance(leaf, KVCache):
-            place = index % STAGGERED_LAYERS
-            whole = tokens + FULL_SIZE_STEP * place
-            first = FIRST_SIZE_STEP * (place + 1)
-            leaf.step = first if leaf.keys is None and chunk < first < whole else whole
+        if not isinstance(leaf, KVCache):
+            continue
+        if staggered:
+            leaf.step = _staggered(index % STAGGERED_LAYERS, leaf, tokens, chunk)
+        else:
+            leaf.step = rounded(leaf.offset + tokens) - leaf.offset
+
+
+def _staggered(place: int, leaf: KVCache, tokens: int, chunk: int) -> int:
+    whole = tokens + FULL_SIZE_STEP * place
+    first = FIRST_SIZE_STEP * (place + 1)
+    return first if leaf.keys is None and chunk < first < whole else whole
 
 
 def pad_right(cache: Cache, lengths: list[int]) -> None:

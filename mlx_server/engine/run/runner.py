@@ -73,8 +73,7 @@ class Runner:
         prefill = self.prefills.get(plan.chunk.id) if plan.chunk else None
         budget = plan.chunk.tokens if plan.chunk else 0
         if plan.mixed and isinstance(prefill, PromptPrefill) and prefill.mixes:
-            yield Tokens(self._settle(outcome))
-            yield Tokens(self._mixed_step(prefill, budget, outcome))
+            yield from self._mixed_step(prefill, budget, outcome)
         else:
             if plan.decode:
                 yield Tokens(self._decode(outcome))
@@ -133,33 +132,48 @@ class Runner:
     def _decode(self, outcome: Outcome) -> list[Row]:
         if not self.batch.busy:
             return []
-        self._mixed = None
         started = time.perf_counter()
         rows = self.batch.step()
         if rows:
             outcome.step_seconds = time.perf_counter() - started
+        self._end_mixed(outcome)
         return rows
+
+    def _mixed_step(
+        self, prefill: PromptPrefill, budget: int, outcome: Outcome
+    ) -> Iterator[Tokens]:
+        """Rows are told before anything else may fail."""
+        if self.model.eager:
+            yield Tokens(self._settle(outcome))
+        self.batch.drop_ended()
+        if not self.batch.rows:  # the last of them has just ended
+            yield Tokens(self._decode(outcome))
+            yield Tokens(self._prefill(prefill, budget, outcome))
+            return
+        began = time.perf_counter()
+        chunk, part = prefill.size(budget), prefill.next_part(budget)
+        rows = self.batch.step(part)
+        self._end_mixed(outcome)
+        if not self.model.eager:  # the device begins once the step is done that has been read
+            began = time.perf_counter()
+        self._mixed = _MixedChunk(*chunk, began)
+        yield Tokens(rows)
+        written = [layer.state for layer in prefill.cache]
+        mx.async_eval(written, prefill.computed(part))  # type: ignore[no-untyped-call]
+        yield Tokens(self._after_chunk(prefill, outcome))
 
     def _settle(self, outcome: Outcome) -> list[Row]:
         rows = self.batch.settle()
+        self._end_mixed(outcome)
+        return rows
+
+    def _end_mixed(self, outcome: Outcome) -> None:
+        """Measure the mixed step that has just been read, if it was one."""
         if self._mixed is not None:
             tokens, keys, began = self._mixed
             seconds = time.perf_counter() - began
             outcome.chunk = ChunkTime(tokens, keys, seconds, mixed=True, behind_step=False)
             self._mixed = None
-        return rows
-
-    def _mixed_step(self, prefill: PromptPrefill, budget: int, outcome: Outcome) -> list[Row]:
-        self.batch.drop_ended()
-        if self.batch.rows:
-            self._mixed = _MixedChunk(*prefill.size(budget), time.perf_counter())
-            part = prefill.next_part(budget)
-            self.batch.mixed_step(part)
-            written = [layer.state for layer in prefill.cache]
-            mx.async_eval(written, prefill.computed(part))  # type: ignore[no-untyped-call]
-        else:  # the last of them has just ended
-            prefill.advance(budget)
-        return self._after_chunk(prefill, outcome)
 
     def _prefill(self, prefill: Prefill, budget: int, outcome: Outcome) -> list[Row]:
         tokens, keys = prefill.size(budget)

@@ -1,6 +1,7 @@
 """How long decode steps and chunks of prefill take here, and how large the next chunk may be."""
 
 import math
+from collections.abc import Callable
 
 SMALLEST_CHUNK = 16
 LARGEST_CHUNK = 2048
@@ -29,8 +30,12 @@ class Pace:
     `step_seconds` is a moving average over decode steps.
     """
 
-    def __init__(self, fixed_chunk: int | None) -> None:
+    def __init__(
+        self, fixed_chunk: int | None, fits: Callable[[int], int] = lambda _: LARGEST_CHUNK
+    ) -> None:
+        """`fits`: from a position to how many tokens a chunk may have there, however fast."""
         self.fixed_chunk = fixed_chunk
+        self._fits = fits
         self.step_seconds = 0.0
         self.chunks = ChunkTimes()
         self.mixed = ChunkTimes()
@@ -48,7 +53,7 @@ class Pace:
         if decoding:
             seconds = min(seconds, STEPS_PER_CHUNK * self.step_seconds)
         tokens = self.chunks.tokens_within(seconds, position)
-        return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tokens))
+        return max(SMALLEST_CHUNK, min(self._most(position), tokens))
 
     def mixed_chunk(self, position: int, rows: int) -> int:
         """Tokens for a chunk in one pass with a decode step of `rows`; together they fill tiles."""
@@ -58,7 +63,10 @@ class Pace:
         tokens = self.mixed.tokens_within(seconds, position)
         tiles = math.floor(EXCESS * (rows + tokens) / TILE)
         least = math.ceil((rows + 1) / TILE)
-        return min(LARGEST_CHUNK, max(least, tiles) * TILE - rows)
+        return min(self._most(position), max(least, tiles) * TILE - rows)
+
+    def _most(self, position: int) -> int:
+        return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, self._fits(position)))
 
     def gather_seconds(self) -> float:
         return GATHER_STEPS * self.step_seconds

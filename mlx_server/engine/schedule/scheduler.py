@@ -78,7 +78,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.suspects: set[int] = set()
         """Requests with which a turn has failed, and which have got nowhere since."""
-        self.pace = Pace(prefill_chunk)
+        self.pace = Pace(prefill_chunk, model.tokens_within_scores)
         self.backoff = KvBackoff(kv_share)
         self.room = KvRoom(model.kv_cost, kv_limit, prefix.limit, self.backoff, mixes=model.mixes)
         self.admission = Admission(self.waiting, self.runner, self.room, self.suspects, max_batch)

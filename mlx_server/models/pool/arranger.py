@@ -145,6 +145,7 @@ class Arranger:
                 weights_bytes=facts.weights_bytes,
                 reserved_bytes=slot.need,
                 wired_bytes=slot.wired,
+                mixed_steps=facts.mixed_steps,
             )
         )
         self.arrange()

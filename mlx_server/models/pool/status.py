@@ -26,6 +26,8 @@ class ModelStatus:
     pid: int | None = None
     device: str | None = None
     context_length: int | None = None
+    mixed_steps: str | None = None
+    """Whether prompts are computed in one pass with decode steps, or why not."""
     memory: Memory | None = None
     need: int | None = None
     """Reserved, or what it would take."""
@@ -92,6 +94,7 @@ def status_of(slot: Slot) -> ModelStatus:
         pid=supervisor.pid,
         device=facts.device,
         context_length=facts.context_length,
+        mixed_steps=facts.mixed_steps,
         memory=stats.memory if stats else facts.memory,
         expires=_expiry(slot),
     )

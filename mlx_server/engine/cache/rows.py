@@ -1,0 +1,238 @@
+"""mlx-lm's KV caches of a batch, with the rows' lengths known to the host.
+
+mlx-lm keeps them on the device, in every layer: a row that leaves then makes the host wait once a
+layer, an offset that nothing reads is added to for ever, and attention gets a mask where nothing is
+padded, for which CUDA has no fused kernel.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, dynamic_roll
+
+from mlx_server.engine.cache.layout import put_arrays, token_arrays
+from mlx_server.engine.memory import device_name
+
+STEP = 256
+"""Tokens by which arrays grow."""
+
+Mask = mx.array | str | None
+
+
+def rounded(tokens: int) -> int:
+    """Tokens of arrays that are to hold at least so many.
+
+    Off a CPU a multiple of `STEP`: CUDA's fastest attention is for such arrays alone, and is
+    prepared anew for each size. On a CPU growing is slow, and layers had better grow in turn.
+    """
+    return tokens if device_name() == "cpu" else -(-tokens // STEP) * STEP
+
+
+def merge(layers: Many[Any]) -> Any:
+    """One layer's caches of several sequences as rows of a batch; a single plain one as it is."""
+    first = layers[0]
+    if type(first) is CacheList:
+        return CacheList(*(merge(parts) for parts in zip(*(x.caches for x in layers), strict=True)))
+    if type(first) is KVCache:
+        return BatchKVCache.merge(layers)
+    if type(first) is RotatingKVCache:
+        return BatchRotatingKVCache.merge(layers)
+    return first.merge(layers)
+
+
+class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
+    """`padding` is how many tokens on the left of each row are not its own."""
+
+    keys: Any
+    values: Any
+
+    def __init__(self, left_padding: Iterable[int]) -> None:
+        self.keys = self.values = None
+        self.padding = tuple(left_padding)
+        self._idx = 0
+        self._right_padding: tuple[int, ...] | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        # A handle of its own, since models may change it in place.
+        return mx.array(_offsets(self.padding, self._idx))
+
+    @property
+    def left_padding(self) -> mx.array:
+        return mx.array(self.padding)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        return self.keys, self.values, self.padding, self._idx
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        self.keys = _written(self.keys, keys, self._idx)
+        self.values = _written(self.values, values, self._idx)
+        self._idx += keys.shape[2]
+        held: tuple[Any, Any] = self.keys_and_values()
+        return held
+
+    def make_mask(
+        self, tokens: int, window_size: int | None = None, return_array: bool = False
+    ) -> Mask:
+        all_seen = window_size is None or self._idx + tokens <= window_size
+        if all_seen and not any(self.padding):
+            if tokens == 1:
+                return None
+            if not return_array:
+                return "causal"
+        mask: mx.array = super().make_mask(tokens, window_size=window_size)
+        return mask
+
+    def prepare(self, *, right_padding: Many[int], **_: Any) -> None:
+        """Announce that so many of the next tokens of each row, the last ones, are not its own."""
+        self._right_padding = tuple(right_padding) if any(right_padding) else None
+
+    def finalize(self) -> None:
+        if self._right_padding is None:
+            return
+        shifts = mx.array(self._right_padding)[:, None]
+        put_arrays(self, [dynamic_roll(x, shifts, axis=2) for x in token_arrays(self)])
+        pairs = zip(self.padding, self._right_padding, strict=True)
+        self.padding = tuple(left + right for left, right in pairs)
+        self._right_padding = None
+
+    def trim(self, n: int) -> int:
+        n = min(self._idx, n)
+        self._idx -= n
+        return n
+
+    def filter(self, batch_indices: Many[int]) -> None:
+        padding = [self.padding[row] for row in batch_indices]
+        excess = min(padding)
+        self.padding = tuple(one - excess for one in padding)
+        self._idx -= excess
+        rows = mx.array(list(batch_indices))
+        kept = [x[rows] for x in token_arrays(self)]
+        put_arrays(self, [_moved(x, -excess, rounded(x.shape[2] - excess)) for x in kept])
+
+    def extend(self, other: "BatchKVCache") -> None:
+        mine, theirs = token_arrays(self), token_arrays(other)
+        index = max(self._idx, other._idx)
+        left, right = index - self._idx, index - other._idx
+        if mine or theirs:
+            size = max(x.shape[2] for x in (*mine, *theirs))
+            mine = [_moved(x, left, size) for x in mine] or _empty(theirs, len(self.padding), size)
+            theirs = [_moved(x, right, size) for x in theirs] or _empty(
+                mine, len(other.padding), size
+            )
+            pairs = zip(mine, theirs, strict=True)
+            put_arrays(self, [mx.concatenate(list(pair)) for pair in pairs])
+        self.padding = (*(p + left for p in self.padding), *(p + right for p in other.padding))
+        self._idx = index
+
+    @classmethod
+    def merge(cls, caches: Many[Any]) -> "BatchKVCache":
+        merged = cls([0] * len(caches))
+        merged._take(caches)
+        return merged
+
+    def _take(self, caches: Many[Any]) -> None:
+        """Become the rows that are in `caches` of a sequence each."""
+        self._idx = max(cache.offset for cache in caches)
+        self.padding = tuple(self._idx - cache.offset for cache in caches)
+        held = [token_arrays(cache) for cache in caches]
+        if len(caches) == 1:
+            put_arrays(self, held[0])
+            return
+        filled = next((arrays for arrays in held if arrays), None)
+        if filled is None:
+            return
+        size = rounded(self._idx)
+        rows = [
+            [_moved(x[:, :, : self._idx - padding], padding, size) for x in arrays]
+            or _empty(filled, 1, size)
+            for arrays, padding in zip(held, self.padding, strict=True)
+        ]
+        put_arrays(self, [mx.concatenate(list(column)) for column in zip(*rows, strict=True)])
+
+
+class BatchRotatingKVCache(mlx_lm.BatchRotatingKVCache):  # type: ignore[misc]
+    """`lengths` is how many tokens each row has had, those beyond the window included."""
+
+    _offset: int
+    max_size: int
+
+    def __init__(self, max_size: int, left_padding: list[int]) -> None:
+        super().__init__(max_size, left_padding)
+        self.lengths = [-padding for padding in left_padding]
+        self._right_padding: list[int] = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        self.lengths = [length + keys.shape[2] for length in self.lengths]
+        arrays: tuple[Any, Any] = super().update_and_fetch(keys, values)
+        return arrays
+
+    def make_mask(
+        self, tokens: int, window_size: int | None = None, return_array: bool = False
+    ) -> Mask:
+        held = min(self.max_size - 1, self._offset)
+        all_seen = held + tokens <= min(window_size or self.max_size, self.max_size)
+        if all_seen and min(self.lengths) >= held:
+            if tokens == 1:
+                return None
+            if not return_array:
+                return "causal"
+        mask: mx.array = super().make_mask(tokens, window_size, return_array)
+        return mask
+
+    def prepare(self, *, right_padding: list[int], **options: Any) -> None:
+        super().prepare(right_padding=right_padding, **options)
+        self._right_padding = right_padding
+
+    def finalize(self) -> None:
+        super().finalize()
+        pairs = zip(self.lengths, self._right_padding or [0] * len(self.lengths), strict=True)
+        self.lengths = [length - padding for length, padding in pairs]
+        self._right_padding = []
+
+    def filter(self, batch_indices: Many[int]) -> None:
+        super().filter(mx.array(list(batch_indices)))
+        self.lengths = [self.lengths[row] for row in batch_indices]
+
+    def extend(self, other: "BatchRotatingKVCache") -> None:
+        super().extend(other)
+        self.lengths += other.lengths
+
+    @classmethod
+    def merge(cls, caches: Many[Any]) -> "BatchRotatingKVCache":
+        merged: BatchRotatingKVCache = super().merge(caches)
+        merged.lengths = [cache.offset for cache in caches]
+        return merged
+
+
+@lru_cache(maxsize=64)  # layers of a step share them
+def _offsets(padding: tuple[int, ...], index: int) -> mx.array:
+    return mx.array([index - one for one in padding])
+
+
+def _written(held: mx.array | None, new: mx.array, start: int) -> mx.array:
+    """`held` with `new` (rows, heads, tokens, width) after its first `start` tokens."""
+    tokens = new.shape[2]
+    if held is None or start + tokens > held.shape[2]:
+        size = rounded(start - -tokens // STEP * STEP)
+        space = mx.zeros((*new.shape[:2], size - start, new.shape[3]), new.dtype)
+        held = space if held is None else mx.concatenate([held[:, :, :start], space], axis=2)
+    held[:, :, start : start + tokens] = new
+    return held
+
+
+def _moved(x: mx.array, by: int, size: int) -> mx.array:
+    """`x` (rows, heads, tokens, width) moved to the right along the tokens, cut to `size`."""
+    x = x[:, :, max(0, -by) : size - by]
+    left = max(0, by)
+    right = size - left - x.shape[2]
+    return mx.pad(x, [(0, 0), (0, 0), (left, right), (0, 0)]) if left or right else x
+
+
+def _empty(like: Many[mx.array], rows: int, size: int) -> list[mx.array]:
+    return [mx.zeros((rows, x.shape[1], size, x.shape[3]), x.dtype) for x in like]

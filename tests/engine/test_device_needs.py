@@ -1,0 +1,123 @@
+"""What MLX needs to be told, or asked, on devices other than a CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.nn.layers.quantized import QuantizedLinear
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from mlx_server.engine.cache import block_file
+from mlx_server.engine.cache.block_file import DTYPES, to_host
+from mlx_server.engine.cpu import attention
+from mlx_server.engine.run import cuda, scores
+from tests.support.architectures import build_architecture
+from tests.support.tiny import build_tiny_model
+
+SHOW = """
+import os, sys
+from mlx_server.engine import worker
+from mlx_server.engine.run import cuda
+assert "mlx.core" not in sys.modules
+cuda.keep_prepared_graphs()
+print(*(os.environ[name] for name in cuda.ENVIRONMENT))
+"""
+
+
+@pytest.mark.parametrize("own", [{}, {"MLX_CUDA_SDPA_CACHE_SIZE": "77"}])
+def test_cuda_keeps_more_prepared_graphs_unless_the_user_says_otherwise(
+    own: dict[str, str],
+) -> None:
+    inherited = {k: v for k, v in os.environ.items() if k not in cuda.ENVIRONMENT}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        env=inherited | own,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == list((cuda.ENVIRONMENT | own).values())
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 64), (2, 5, 64), (1, 4, 64), (2, 3, 2, 64), (4, 64)])
+def test_on_cuda_weights_are_read_once_for_all_rows(shape: tuple[int, ...]) -> None:
+    layer = QuantizedLinear(64, 32, bias=False, group_size=32, bits=4)
+    x = mx.random.normal(shape, key=mx.random.key(1))
+    seen: list[tuple[int, ...]] = []
+
+    def product(x: mx.array, *arguments: Any, **options: Any) -> mx.array:
+        seen.append(x.shape)
+        return original(x, *arguments, **options)
+
+    original, expected = mx.quantized_matmul, layer(x)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mx, "quantized_matmul", cuda.by_rows(product))
+        found = layer(x)
+    assert found.shape == expected.shape
+    assert mx.allclose(found, expected, atol=1e-5)
+    [rows] = seen
+    assert rows[-2] == x.size // 64
+
+
+@pytest.mark.parametrize("device", ["cpu", "metal", "cuda"])
+def test_the_disk_is_given_a_copy_on_cuda(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(block_file, "device_name", lambda: device)
+    rng = np.random.default_rng(1)
+    for name, dtype in DTYPES.items():
+        if dtype in (mx.bool_, mx.float64):  # no cache holds them
+            continue
+        drawn = rng.integers(0, 256, (3, 8 * dtype.size), dtype=np.uint8)
+        array = mx.array(drawn).view(dtype)
+        mx.eval(array)
+        own: Any = array
+        host = to_host(array)
+        assert (host.dtype, host.shape, bytes(host.data)) == (name, (3, 8), drawn.tobytes())
+        assert (address(host.data) == address(memoryview(own))) == (device != "cuda")
+
+
+def address(data: memoryview) -> int:
+    return int(np.frombuffer(data, np.uint8).ctypes.data)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's own attention, as on a device."""
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention._attention)
+
+
+def pair_bytes(folder: Path) -> int:
+    model, _ = load_model(folder)
+    before = mx.fast.scaled_dot_product_attention
+    found = scores.bytes_per_pair(model, lambda: make_prompt_cache(model))
+    assert mx.fast.scaled_dot_product_attention is before
+    return found
+
+
+def test_scores_that_are_written_out_bound_a_chunk(
+    asked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_tiny_model(tmp_path / "tiny")
+    heads = 4
+    found = pair_bytes(folder)
+    assert found == scores.COPIES * heads * 4, "MLX has no fused attention on a CPU"
+    for position in (0, 1000, 100_000):
+        tokens = scores.tokens_within(found, position)
+        assert found * tokens * (position + tokens) <= scores.BUDGET
+        assert found * (tokens + 1) * (position + tokens + 1) > scores.BUDGET
+    monkeypatch.setattr(scores, "_is_fused", lambda *_, **__: True)
+    assert pair_bytes(folder) == 0
+    assert scores.tokens_within(0, 1 << 20) == scores.BUDGET
+
+
+def test_scores_that_a_model_makes_itself_bound_a_chunk(
+    asked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "_is_fused", lambda *_, **__: True)
+    folder = build_architecture(tmp_path / "mla", "deepseek_v3")
+    assert pair_bytes(folder) == scores.COPIES * 4 * 4
