@@ -56,6 +56,7 @@ class Backend:
         self.vocab_size = int(self.forward(mx.array([[0]]), cache).shape[-1])
         self.kv_cost = KvCost(cache)
         self.layout = KvLayout(cache)
+        patches.mend_padding(self.model)
         obstacle = patches.enable_mixed_passes(self.model, self.new_cache)
         self.mixes = obstacle is None
         if obstacle is not None:
