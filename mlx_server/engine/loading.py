@@ -37,9 +37,10 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
         leave_out_text_side()
     memory, device = _device(options, blas)
     work: Scheduler | Embedder
-    width = 0
+    width, batching = 0, None
     if message.embedding is None:
         work = _scheduler(message, memory)
+        batching = work.model.batching
     else:
         work = _embedder(message, message.embedding, memory)
         width = work.model.width
@@ -59,6 +60,7 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
         blas=blas,
         memory=memory.read(),
         width=width,
+        batching=batching,
     )
     return work, ready
 

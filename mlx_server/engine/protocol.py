@@ -5,6 +5,7 @@ The engine speaks token ids only; text belongs to the front.
 
 import struct
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Literal
 
 import msgspec
@@ -155,6 +156,22 @@ class Memory(msgspec.Struct, frozen=True):
     limit: int
 
 
+class Sharing(StrEnum):
+    """Which requests may be in one pass of the model."""
+
+    ANY = "any length"
+    EQUAL = "equal length"
+    NONE = "one at a time"
+
+
+class Batching(msgspec.Struct, frozen=True):
+    """What a model has been found to compute rightly; `reason` says why it is not everything."""
+
+    decode: Sharing
+    prefill: Sharing
+    reason: str | None = None
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The model is loaded."""
 
@@ -173,6 +190,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     memory: Memory
     width: int = 0
     """Numbers in a vector; 0 for a model that generates."""
+    batching: Batching | None = None
+    """None for a model that makes vectors."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlx_server.engine.protocol import Memory, PrefixStats
+from mlx_server.engine.protocol import Batching, Memory, PrefixStats
 from mlx_server.models.pool.slot import MIN_RETRY_AFTER, Slot
 
 ModelState = Literal[
@@ -42,6 +42,7 @@ class ModelStatus:
     kv_bytes: int = 0
     """Of running requests."""
     prefix_cache: PrefixStats | None = None
+    batching: Batching | None = None
     waiting_to_load: int = 0
     pinned: bool = False
     last_used: float | None = None
@@ -92,6 +93,7 @@ def status_of(slot: Slot) -> ModelStatus:
         pid=supervisor.pid,
         device=facts.device,
         context_length=facts.context_length,
+        batching=facts.batching,
         memory=stats.memory if stats else facts.memory,
         expires=_expiry(slot),
     )
