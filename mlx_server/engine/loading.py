@@ -40,10 +40,10 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
         leave_out_text_side()
     memory = _memory(options, blas)
     work: Scheduler | Embedder
-    width, mixed_steps = 0, None
+    width, mixed_steps, batching = 0, None, None
     if message.embedding is None:
         work = _scheduler(message, memory)
-        mixed_steps = work.model.mixed_steps
+        mixed_steps, batching = work.model.mixed_steps, work.model.batching
     else:
         work = _embedder(message, message.embedding, memory)
         width = work.model.width
@@ -65,6 +65,7 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
         memory=memory.read(),
         width=width,
         mixed_steps=mixed_steps,
+        batching=batching,
     )
     return work, ready
 

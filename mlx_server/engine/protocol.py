@@ -5,6 +5,7 @@ The engine speaks token ids only; text belongs to the front.
 
 import struct
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Literal
 
 import msgspec
@@ -168,6 +169,22 @@ class Memory(msgspec.Struct, frozen=True):
     wired: int = 0
 
 
+class Sharing(StrEnum):
+    """Which requests may be in one pass of the model."""
+
+    ANY = "any length"
+    EQUAL = "equal length"
+    NONE = "one at a time"
+
+
+class Batching(msgspec.Struct, frozen=True):
+    """What a model has been found to compute rightly; `reason` says why it is not everything."""
+
+    decode: Sharing
+    prefill: Sharing
+    reason: str | None = None
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The model is loaded."""
 
@@ -188,6 +205,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Numbers in a vector; 0 for a model that generates."""
     mixed_steps: str | None = None
     """Whether chunks of prompts share passes with decode steps: `on`, or `off: ` and why."""
+    batching: Batching | None = None
+    """None for a model that makes vectors."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):

@@ -44,6 +44,16 @@ class PrefixCache(ResponseObject):
     disk: DiskCache | None
 
 
+class Batching(ResponseObject):
+    """Which requests decode in one pass, and which prompts are computed in one; `reason` says what
+    is in the way of those of any length.
+    """
+
+    decode: Literal["any length", "equal length", "one at a time"]
+    prefill: Literal["any length", "equal length", "one at a time"]
+    reason: str | None
+
+
 class Download(ResponseObject):
     status: str
     completed: int
@@ -71,6 +81,7 @@ class AdminModel(ResponseObject):
     step_seconds: float
     kv_bytes: int
     prefix_cache: PrefixCache | None
+    batching: Batching | None
     waiting_to_load: int
     pinned: bool
     last_used: float | None

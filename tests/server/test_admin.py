@@ -131,6 +131,8 @@ async def test_a_model_is_loaded_and_unloaded_on_demand(
     assert answer.status_code == 200, answer.text
     loaded = answer.json()
     assert (loaded["id"], loaded["state"], loaded["mixed_steps"]) == ("tiny", "ready", "on")
+    shared = {"decode": "any length", "prefill": "any length", "reason": None}
+    assert loaded["batching"] == shared
     engine = psutil.Process(loaded["pid"])
     assert (await server.models())["tiny"]["state"] == "ready"
     answer = await client.post("/admin/models/tiny/unload")

@@ -9,7 +9,8 @@ import pytest
 
 from mlx_server.engine.cache.prefix import BLOCK, extend_keys
 from mlx_server.engine.plan import ChunkTime, Outcome, Plan, Start
-from mlx_server.engine.protocol import Generate, Sampling
+from mlx_server.engine.protocol import Batching, Generate, Sampling, Sharing
+from mlx_server.engine.run.groups import padded
 from mlx_server.engine.schedule.admission import Admission
 from mlx_server.engine.schedule.backoff import KvBackoff
 from mlx_server.engine.schedule.pace import LARGEST_CHUNK, SMALLEST_CHUNK, Pace
@@ -23,6 +24,7 @@ CONTEXT = 4096
 PREFIX_LIMIT = 1 << 20
 CHUNK = 256
 ALIKE = list(range(10 * BLOCK))
+FULL = Batching(Sharing.ANY, Sharing.ANY)
 
 
 class Cost:
@@ -66,8 +68,8 @@ class Prefixes:
 class Side:
     """The running side as the deciding side sees it, driven by hand."""
 
-    def __init__(self, mixes: bool = True) -> None:
-        self.model = SimpleNamespace(mixes=mixes)
+    def __init__(self, mixes: bool, batching: Batching) -> None:
+        self.model = SimpleNamespace(mixes=mixes, batching=batching)
         self.prefix = Prefixes()
         self.grammars = Grammars()
         self.context_length = CONTEXT
@@ -106,14 +108,21 @@ class Side:
 class Deciding:
     """The deciding side with its parts, over a `Side`."""
 
-    def __init__(self, limit: int = 1 << 20, chunk: int | None = CHUNK, mixes: bool = True) -> None:
-        self.side = Side(mixes)
+    def __init__(
+        self,
+        limit: int = 1 << 20,
+        chunk: int | None = CHUNK,
+        mixes: bool = True,
+        batching: Batching = FULL,
+    ) -> None:
+        self.side = Side(mixes, batching)
         self.waiting = WaitingQueue()
         self.suspects: set[int] = set()
         self.backoff = KvBackoff(1.0)
         cost: Any = Cost()
         runner: Any = self.side
-        self.room = KvRoom(cost, limit, PREFIX_LIMIT, self.backoff, mixes=mixes)
+        lengths = padded(batching.decode, mixes=mixes)
+        self.room = KvRoom(cost, limit, PREFIX_LIMIT, self.backoff, lengths)
         self.admission = Admission(self.waiting, runner, self.room, self.suspects, max_batch=4)
         self.pace = Pace(chunk)
         self.planner = Planner(runner, self.admission, self.room, self.pace)
@@ -166,6 +175,32 @@ def test_no_more_begin_than_there_are_places() -> None:
     assert begun(plan) == [0, 1, 2, 3]
     deciding.side.begin(plan)
     assert not any(begun(deciding.decide()) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "together"),
+    [
+        (Sharing.ANY, Sharing.EQUAL, [0, 1, 2]),
+        (Sharing.EQUAL, Sharing.EQUAL, [0, 1]),
+        (Sharing.ANY, Sharing.NONE, [0]),
+        (Sharing.NONE, Sharing.NONE, [0]),
+    ],
+)
+def test_prompts_begin_together_only_where_the_model_computes_such_rightly(
+    decode: Sharing, prefill: Sharing, together: list[int]
+) -> None:
+    deciding = Deciding(mixes=False, batching=Batching(decode, prefill))
+    for id_, length in enumerate([40, 40, 50]):
+        deciding.ask(id_, prompt_of(length, first=id_ + 1000))
+    assert begun(deciding.decide()) == together
+
+
+def test_room_is_kept_for_padding_only_where_rows_are_padded() -> None:
+    lengths = [10, 600, 2000]
+    assert padded(Sharing.ANY, mixes=False)(lengths) == [2000, 2000, 2000]
+    assert padded(Sharing.ANY, mixes=True)(lengths) == [266, 1200, 2000]
+    for sharing in (Sharing.EQUAL, Sharing.NONE):
+        assert padded(sharing, mixes=False)(lengths) == lengths
 
 
 def test_what_prompts_share_is_computed_once() -> None:

@@ -12,8 +12,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_server.engine.cache.layout import Cache, KvLayout
 from mlx_server.engine.cache.quant import CannotQuantize, check_support, quantize_cache
 from mlx_server.engine.memory import DeviceMemory, device_name
-from mlx_server.engine.protocol import LoadOptions
-from mlx_server.engine.run import mixed, patches, scores
+from mlx_server.engine.protocol import LoadOptions, Sharing
+from mlx_server.engine.run import batching, mixed, patches, scores
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.weights import (
@@ -62,7 +62,11 @@ class Backend:
         self.layout = KvLayout(cache)
         pair_bytes = 0 if self.eager else scores.bytes_per_pair(self.model, self.new_cache)
         self.tokens_within_scores = partial(scores.tokens_within, pair_bytes)
-        obstacle = patches.enable_mixed_passes(self.model, self.new_cache)
+        patches.mend_padding(self.model)
+        self.batching = batching.find(self)
+        self.caches = batching.row_caches(self.batching)
+        self._log_batching()
+        obstacle = self._obstacle_to_mixed_passes()
         self.mixes = obstacle is None
         self.mixed_steps = "on" if obstacle is None else f"off: {obstacle}"
         if obstacle is not None:
@@ -80,16 +84,31 @@ class Backend:
     def step(self, parts: Sequence[Part], answers: int) -> mx.array:
         """Logits (answers, 1, vocab) of the first `answers` rows of `parts`; grows their caches.
 
-        Several parts need `mixes`.
+        A part with a chunk of a prompt needs `mixes`.
         """
-        if len(parts) == 1:
-            return self.forward(parts[0].tokens, parts[0].cache)
-        return mixed.forward(self.model, parts, answers)
+        if len(parts) > 1 and self.mixes:
+            return mixed.forward(self.model, parts, answers)
+        logits = [self.forward(part.tokens, part.cache) for part in parts]
+        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
     def prefill(self, tokens: mx.array, cache: Cache) -> None:
         """`tokens` are (batch, tokens); the output projection is never run."""
         self.forward(tokens, cache)
         mx.eval([layer.state for layer in cache])
+
+    def _log_batching(self) -> None:
+        found = self.batching
+        log.info(
+            "event=batching decode=%r prefill=%r reason=%r",
+            str(found.decode),
+            str(found.prefill),
+            found.reason,
+        )
+
+    def _obstacle_to_mixed_passes(self) -> str | None:
+        if self.batching.decode is not Sharing.ANY:
+            return "its rows cannot share every pass"
+        return patches.enable_mixed_passes(self.model, self.new_cache)
 
 
 def _usable_kv_bits(model: Any, options: LoadOptions) -> int | None:

@@ -1,6 +1,6 @@
 """Rows of the decoding batch in groups, each with a cache of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -8,7 +8,9 @@ import mlx.core as mx
 
 from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.cache.prefix import PrefixCache
+from mlx_server.engine.protocol import Sharing
 from mlx_server.engine.run import kv
+from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import store_blocks
 from mlx_server.engine.sequence import Sequence
@@ -29,6 +31,21 @@ def most_padded(length: int) -> int:
     return length + max(SHORT, (MOST_PADDED - 1) * length)
 
 
+def padded(sharing: Sharing, *, mixes: bool) -> Callable[[list[int]], list[int]]:
+    """From the lengths of sequences to what they may be padded to in their groups."""
+
+    def to_longest(lengths: list[int]) -> list[int]:
+        return [max(lengths, default=0)] * len(lengths)
+
+    def within_groups(lengths: list[int]) -> list[int]:
+        longest = max(lengths, default=0)
+        return [min(longest, most_padded(length)) for length in lengths]
+
+    if sharing is not Sharing.ANY:
+        return list
+    return within_groups if mixes else to_longest
+
+
 @dataclass
 class Group:
     """Rows that share a batch cache, in which all are padded to the longest."""
@@ -46,12 +63,22 @@ class Group:
         (low, high), (others_low, others_high) = self.lengths, other.lengths
         return alike(min(low, others_low), max(high, others_high))
 
+    def equals(self, other: "Group") -> bool:
+        """Whether the rows of both are equally long, as those of each are."""
+        return self.lengths == other.lengths
+
 
 class Groups:
-    """All rows of the batch by group; one group where the model cannot mix several in a pass."""
+    """All rows of the batch by group.
 
-    def __init__(self, mixes: bool, prefix: PrefixCache) -> None:
-        self._mixes = mixes
+    Several groups cost a pass each where the model cannot mix them in one. Then there is one group,
+    or as many as it takes for rows of each to be equally long, or one for each row.
+    """
+
+    def __init__(self, model: Backend, prefix: PrefixCache) -> None:
+        self._mixes = model.mixes
+        self._sharing = model.batching.decode
+        self._caches = model.caches
         self._prefix = prefix
         self._groups: list[Group] = []
         self.rows: list[Sequence] = []
@@ -70,7 +97,7 @@ class Groups:
             before = self._groups[: self._groups.index(group) + 1]
             place = sum(len(one.rows) for one in before)
             group.rows += new.rows
-            group.cache = kv.extend(group.cache, new.cache)
+            group.cache = self._caches.extend(group.cache, new.cache)
         self._renumber()
         return place
 
@@ -96,9 +123,14 @@ class Groups:
         return [array for group in self._groups for array in kv.loose_ends(group.cache)]
 
     def _group_for(self, new: Group) -> Group | None:
-        if not self._mixes:
-            return self._groups[0] if self._groups else None
-        return next((group for group in self._groups if group.suits(new)), None)
+        match self._sharing:
+            case Sharing.NONE:
+                fitting: Iterator[Group] = iter(())
+            case Sharing.EQUAL:
+                fitting = (group for group in self._groups if group.equals(new))
+            case Sharing.ANY:
+                fitting = (one for one in self._groups if not self._mixes or one.suits(new))
+        return next(fitting, None)
 
     def _shrink(self, group: Group, ids: frozenset[int]) -> None:
         keep = [i for i, row in enumerate(group.rows) if row.id not in ids]
@@ -109,7 +141,7 @@ class Groups:
                 kept = store_blocks(self._prefix, row, group.cache, i, row.computed)
                 mx.async_eval(kept)  # type: ignore[no-untyped-call]
         group.rows = [group.rows[i] for i in keep]
-        group.cache = kv.keep_rows(group.cache, keep)
+        group.cache = self._caches.keep_rows(group.cache, keep)
 
     def _renumber(self) -> None:
         self.rows = [row for group in self._groups for row in group.rows]

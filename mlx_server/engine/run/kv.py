@@ -4,7 +4,12 @@ import bisect
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+)
 
 from mlx_server.engine.cache.layout import Cache, leaves
 from mlx_server.engine.cache.rows import merge as merge_layers
@@ -49,9 +54,10 @@ class KvCost:
 
 def _part(leaf: Any) -> tuple[int, int, int | None]:
     """Fixed bytes, bytes per token, and window in tokens, of a layer's cache."""
-    if isinstance(leaf, KVCache | RotatingKVCache) and leaf.keys is not None:
+    if isinstance(leaf, KVCache | RotatingKVCache | ChunkedKVCache) and leaf.keys is not None:
         array = leaf.keys if isinstance(leaf.keys, mx.array) else leaf.keys[0]
-        return (0, leaf.nbytes // array.shape[2], getattr(leaf, "max_size", None))
+        window = getattr(leaf, "max_size", None) or getattr(leaf, "chunk_size", None)
+        return (0, leaf.nbytes // array.shape[2], window)
     return (int(leaf.nbytes), 0, None)
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 PACKAGE = "mlx_lm"
 TEXT_MODULE = "mlx_lm.tokenizer_utils"
 ATTENTION = "scaled_dot_product_attention"
+STATE_SPACE = "ssm_update"
+GROUPED_SCORES = "mlx_lm.models.gemma2"
+"""Computes attention itself, with the heads that share keys in an axis of their own."""
 
 
 def leave_out_text_side() -> None:
@@ -87,6 +90,26 @@ def use_cpu_kernels() -> Callable[[], None]:
 
 def _nothing() -> None:
     return None
+
+
+def mend_padding(model: Any) -> None:
+    """Let `model`'s layers compute rows of several lengths together, where they nearly do.
+
+    Nemotron-H masks padding and then takes its states from behind it; Gemma 2 in a batch lays masks
+    over the wrong axis.
+    """
+    from mlx_server.engine.run import padding
+
+    mended: dict[type, type] = {}
+    for module in model.modules():
+        kind = type(module)
+        home = sys.modules.get(kind.__module__)
+        original = getattr(home, STATE_SPACE, None)
+        if original is not None and not hasattr(original, "__wrapped__"):
+            setattr(home, STATE_SPACE, padding.states_at_ends(original))
+        if kind.__module__ == GROUPED_SCORES and kind.__name__ == "Attention":
+            mended[kind] = mended.get(kind) or padding.masks_by_group(kind)
+            module.__class__ = mended[kind]
 
 
 def enable_mixed_passes(model: Any, new_cache: "Callable[[], Cache]") -> str | None:

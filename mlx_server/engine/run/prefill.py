@@ -12,6 +12,7 @@ from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.cache.prefix import BLOCK, Match, PrefixCache
 from mlx_server.engine.run import kv
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.batching import prefill_padded
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import logprob_entries, store_blocks
 from mlx_server.engine.sampling.sampler import token_logprobs
@@ -27,11 +28,13 @@ class Prefill(Protocol):
     """Sequences whose prompts are being computed: `position` of `length` tokens are."""
 
     sequences: list[Sequence]
-    cache: Cache
     position: int
     length: int
     until: int | None
     """Where a prompt that others branch off from stops; None for its end."""
+
+    @property
+    def cache(self) -> Cache: ...
 
     @property
     def mixes(self) -> bool:
@@ -54,7 +57,7 @@ class PromptPrefill:
         self, model: Backend, prefix: PrefixCache, sequence: Sequence, until: int | None = None
     ) -> None:
         self.sequences = [sequence]
-        self.cache, self.position = _cache_of(model, prefix, sequence)
+        self.cache, self.position = cache_of(model, prefix, sequence)
         self.length = until or len(sequence.request.prompt) - 1
         self.until = until
         self._model = model
@@ -102,7 +105,7 @@ class PromptPrefill:
         self.length = len(self._sequence.request.prompt) - 1
 
     def batch_cache(self) -> Cache:
-        return kv.merge([self.cache])
+        return self._model.caches.merge([self.cache])
 
     def _end(self, budget: int) -> int:
         if self._sequence.scored:
@@ -145,7 +148,7 @@ class GroupPrefill:
 
     def __init__(self, model: Backend, prefix: PrefixCache, sequences: list[Sequence]) -> None:
         self.sequences = sequences
-        begun = [_cache_of(model, prefix, sequence) for sequence in sequences]
+        begun = [cache_of(model, prefix, sequence) for sequence in sequences]
         self.cache: Cache = kv.merge([cache for cache, _ in begun])
         self.position = 0
         self._starts = [start for _, start in begun]
@@ -162,10 +165,7 @@ class GroupPrefill:
     def advance(self, budget: int) -> None:
         if self.position >= self.length:
             return
-        padded = mx.array([p + [0] * (self.length - len(p)) for p in self._missing])
-        kv.pad_right(self.cache, [len(p) for p in self._missing])
-        self._model.prefill(padded, self.cache)
-        kv.unpad(self.cache)
+        prefill_padded(self._model, self._missing, self.cache)
         self.position = self.length
         lengths = [len(sequence.request.prompt) - 1 for sequence in self.sequences]
         rows = enumerate(zip(self.sequences, lengths, strict=True))
@@ -175,7 +175,7 @@ class GroupPrefill:
         return self.cache
 
 
-def _cache_of(model: Backend, prefix: PrefixCache, sequence: Sequence) -> tuple[Cache, int]:
+def cache_of(model: Backend, prefix: PrefixCache, sequence: Sequence) -> tuple[Cache, int]:
     """A cache with what is known of the prompt, and how many tokens that is."""
     cache = model.new_cache()
     match = (

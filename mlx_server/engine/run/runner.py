@@ -10,9 +10,10 @@ from mlx_server.engine.cache.prefix import BLOCK, PrefixCache
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.grammar.masks import MaskThread
 from mlx_server.engine.plan import Begin, ChunkTime, Outcome, Plan, Start
-from mlx_server.engine.protocol import Row, Tokens
+from mlx_server.engine.protocol import Row, Sharing, Tokens
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.batch import Batch
+from mlx_server.engine.run.even_prefill import EvenPrefill
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.kv import cache_bytes
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
@@ -44,7 +45,7 @@ class Runner:
         self.context_length = context_length
         self.prefills: dict[int, Prefill] = {}
         self.waiting = WaitingPrefixes(prefix)
-        self.batch = Batch(model, Groups(model.mixes, prefix), self.mask_thread)
+        self.batch = Batch(model, Groups(model, prefix), self.mask_thread)
         self._mixed: _MixedChunk | None = None
 
     @property
@@ -91,7 +92,7 @@ class Runner:
         self.prefills.clear()
         self.waiting.clear()
         self.prefix.clear()
-        self.batch = Batch(self.model, Groups(self.model.mixes, self.prefix), self.mask_thread)
+        self.batch = Batch(self.model, Groups(self.model, self.prefix), self.mask_thread)
         self._mixed = None
         return [sequence.restart() for sequence in running.values()]
 
@@ -120,8 +121,10 @@ class Runner:
         prefill: Prefill
         if len(sequences) == 1:
             prefill = PromptPrefill(self.model, self.prefix, sequences[0], begin.until)
-        else:
+        elif self.model.batching.prefill is Sharing.ANY:
             prefill = GroupPrefill(self.model, self.prefix, sequences)
+        else:
+            prefill = EvenPrefill(self.model, self.prefix, sequences)
         for start, sequence in zip(begin.starts, sequences, strict=True):
             self.waiting.unpin(sequence.id)
             if start.cached is None:

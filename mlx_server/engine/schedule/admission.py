@@ -10,7 +10,7 @@ from concurrent.futures import wait
 
 from mlx_server.engine.cache.prefix import BLOCK, common_blocks
 from mlx_server.engine.plan import Begin, Fetch
-from mlx_server.engine.protocol import Failed
+from mlx_server.engine.protocol import Failed, Sharing
 from mlx_server.engine.run.groups import alike
 from mlx_server.engine.run.runner import Runner, covered_blocks
 from mlx_server.engine.schedule.request import WaitingRequest
@@ -182,10 +182,19 @@ class Admission:
         if any(one.scored or not one.decodes for one in members):
             return False
         lengths = [one.length - 1 for one in members]
-        if not alike(min(lengths), max(lengths)):
+        if not self._may_share(lengths):
             return False
         if not self._prefix.layout.sliceable and max(lengths) >= GROUPED_SNAPSHOTS:
             return False
         missing = [max(1, one.length - 1 - self.known_tokens(one.keys)) for one in members]
         work = max(missing) * len(missing)
         return work <= budget and work <= MOST_PADDING * sum(missing)
+
+    def _may_share(self, lengths: list[int]) -> bool:
+        """Whether prompts of these lengths may be computed together, and then decode together."""
+        sharing = self._runner.model.batching
+        if sharing.prefill is Sharing.NONE or sharing.decode is Sharing.NONE:
+            return False
+        if sharing.decode is Sharing.EQUAL:
+            return len(set(lengths)) == 1
+        return alike(min(lengths), max(lengths))

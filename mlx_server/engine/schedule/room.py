@@ -1,9 +1,9 @@
 """How many bytes of KV cache requests need, and what is left for the prefix cache."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import Protocol
 
-from mlx_server.engine.run.groups import most_padded
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.schedule.backoff import KvBackoff
 
@@ -19,17 +19,22 @@ class Sized(Protocol):
 class KvRoom:
     """The KV limit, in bytes, for running requests and the prefix cache; what runs comes first.
 
-    `mixes` says that sequences of different lengths need not be padded to the longest.
+    `padded` tells from the lengths of sequences what they may be padded to.
     """
 
     def __init__(
-        self, cost: KvCost, limit: int, prefix_limit: int, backoff: KvBackoff, *, mixes: bool
+        self,
+        cost: KvCost,
+        limit: int,
+        prefix_limit: int,
+        backoff: KvBackoff,
+        padded: Callable[[list[int]], list[int]],
     ) -> None:
         self._cost = cost
         self._limit = limit
         self._prefix_limit = prefix_limit
         self._backoff = backoff
-        self._mixes = mixes
+        self._padded = padded
 
     @property
     def usable(self) -> int:
@@ -53,8 +58,4 @@ class KvRoom:
         return self._bytes([one.length + 1 for one in admitted])
 
     def _bytes(self, lengths: list[int]) -> int:
-        longest = max(lengths, default=0)
-        if not self._mixes:
-            return self._cost.bytes(len(lengths), longest)
-        padded = [min(longest, most_padded(length)) for length in lengths]
-        return sum(self._cost.bytes(1, length) for length in padded)
+        return sum(self._cost.bytes(1, length) for length in self._padded(lengths))

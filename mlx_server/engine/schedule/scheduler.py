@@ -27,6 +27,7 @@ from mlx_server.engine.protocol import (
     Tokens,
 )
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.groups import padded
 from mlx_server.engine.run.runner import Runner
 from mlx_server.engine.schedule.admission import Admission
 from mlx_server.engine.schedule.backoff import KvBackoff
@@ -80,7 +81,8 @@ class Scheduler:
         """Requests with which a turn has failed, and which have got nowhere since."""
         self.pace = Pace(prefill_chunk, model.tokens_within_scores)
         self.backoff = KvBackoff(kv_share)
-        self.room = KvRoom(model.kv_cost, kv_limit, prefix.limit, self.backoff, mixes=model.mixes)
+        lengths = padded(model.batching.decode, mixes=model.mixes)
+        self.room = KvRoom(model.kv_cost, kv_limit, prefix.limit, self.backoff, lengths)
         self.admission = Admission(self.waiting, self.runner, self.room, self.suspects, max_batch)
         self.planner = Planner(self.runner, self.admission, self.room, self.pace)
         self.counts = Counts()

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlx_server.engine.protocol import Memory, PrefixStats
+from mlx_server.engine.protocol import Batching, Memory, PrefixStats
 from mlx_server.models.pool.slot import MIN_RETRY_AFTER, Slot
 
 ModelState = Literal[
@@ -44,6 +44,7 @@ class ModelStatus:
     kv_bytes: int = 0
     """Of running requests."""
     prefix_cache: PrefixStats | None = None
+    batching: Batching | None = None
     waiting_to_load: int = 0
     pinned: bool = False
     last_used: float | None = None
@@ -95,6 +96,7 @@ def status_of(slot: Slot) -> ModelStatus:
         device=facts.device,
         context_length=facts.context_length,
         mixed_steps=facts.mixed_steps,
+        batching=facts.batching,
         memory=stats.memory if stats else facts.memory,
         expires=_expiry(slot),
     )
