@@ -1,20 +1,31 @@
 """mlx-lm's architectures with tiny random weights: our text is mlx-lm's, alone and in a batch."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_server.engine.cache.prefix import PrefixCache
+from mlx_server.engine.loading import load
 from mlx_server.engine.memory import DeviceMemory
-from mlx_server.engine.protocol import Generate, LoadOptions, Sampling, Tokens
+from mlx_server.engine.protocol import Generate, Load, LoadOptions, Sampling, Tokens
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.weights import ModelError, load_weights
 from mlx_server.engine.schedule.scheduler import Scheduler
-from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, build_architecture
+from mlx_server.models.pool.needs import MemoryPlanner
+from mlx_server.models.store.catalog import ModelEntry
+from tests.support.architectures import (
+    ARCHITECTURES,
+    VOCAB_SIZE,
+    build_architecture,
+    own_config,
+)
 
 TOKENS = 12
 NEAR = 1e-3
@@ -56,6 +67,37 @@ def test_text_is_that_of_mlx_lm_alone_together_cached_and_extended(
         assert_right(reference, prompt, answer)
     for prompt in (prompts[2], extended):
         assert_right(reference, prompt, answers(scheduler, [prompt])[0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("afm7", "dbrx", "gpt2", "gpt_bigcode", "gptj", "lille-130m", "openelm", "phi-msft"),
+        *("phixtral", "kimi_linear", "mamba"),
+    ],
+)
+def test_a_config_in_its_familys_own_words_gets_memory_for_its_context(
+    tmp_path: Path, name: str
+) -> None:
+    kind = "phixtral" if name == "phi-msft" else name
+    folder = build_architecture(tmp_path / name, kind)
+    config = own_config(kind) | {"model_type": name}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    plan = MemoryPlanner(None, 1 << 30).plan(ModelEntry(name, folder, "folder"), LoadOptions())
+    options = msgspec.structs.replace(
+        plan.options, memory_limit=str(plan.need.total), kv_limit=plan.need.kv
+    )
+    work, ready = load(Load(str(folder), options))
+    work.close()
+    assert ready.context_length == plan.footprint.context_length
+    assert ready.longest_sequence >= min(2048, ready.context_length)
+
+
+def test_an_architecture_that_asks_for_a_package_is_a_reason_and_no_end(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "olmo"}', encoding="utf-8")
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.zeros((1,))})
+    with pytest.raises(ModelError, match="package"):
+        load_weights(tmp_path, LoadOptions())
 
 
 def prompt_of(rng: random.Random, length: int) -> list[int]:

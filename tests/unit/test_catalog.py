@@ -57,14 +57,12 @@ def test_an_entry_tells_type_size_context_and_place(sources: ModelSources) -> No
         ({"text_config": {"max_position_embeddings": 8}}, 8),
         ({"n_positions": 1024}, 1024),
         ({"max_position_embeddings": None, "n_ctx": 77}, 77),
-        ({"max_position_embeddings": "many"}, None),
-        ({"max_position_embeddings": True}, None),
-        ({"text_config": None}, None),
-        ({}, None),
+        ({"text_config": None}, 2048),
+        ({"model_type": "nobody-knows"}, 4096),
     ],
 )
-def test_the_context_length_is_found_or_unknown(
-    sources: ModelSources, config: dict[str, object], expected: int | None
+def test_the_context_length_is_that_with_which_the_model_will_be_served(
+    sources: ModelSources, config: dict[str, object], expected: int
 ) -> None:
     make_model(sources.models_folder / "one", **config)
     assert Catalog(sources).find("one").context_length == expected

@@ -18,7 +18,6 @@ from mlx_lm.utils import (
 from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions
 
-DEFAULT_CONTEXT = 4096
 FLOAT32_BYTES = 4
 
 Classes = Callable[[dict[str, Any]], tuple[type, type]]
@@ -44,6 +43,8 @@ def load_weights(
         raise ModelError(f"config.json is not valid JSON: {error}") from error
     except FileNotFoundError as error:
         raise ModelError(f"a file is missing: {error}") from error
+    except SystemExit as error:  # olmo's way of asking for a package
+        raise ModelError("its architecture needs a Python package that is not installed") from error
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise ModelError(f"{type(error).__name__}: {error}") from error
     return model, config
@@ -107,13 +108,3 @@ def body_classes(config: dict[str, Any]) -> tuple[type, type]:
             return {name: w for name, w in weights.items() if not name.startswith("lm_head.")}
 
     return Body, arguments
-
-
-def context_length(config: dict[str, Any], cap: int | None) -> int:
-    """In tokens, up to `cap`."""
-    own = int(_from_config(config, "max_position_embeddings") or DEFAULT_CONTEXT)
-    return min(own, cap) if cap else own
-
-
-def _from_config(config: dict[str, Any], name: str) -> Any:
-    return config.get(name) or (config.get("text_config") or {}).get(name)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_server.dimensions import context_length
 from mlx_server.errors import BadRequest, ModelLoadFailed, ModelNotFound
 from mlx_server.models.store.demo import PACKAGED
 from mlx_server.models.store.embedding_files import is_embedding_model, max_seq_length
 from mlx_server.models.store.folder import (
-    context_length,
     folder_fault,
     model_config,
     subfolders,

@@ -13,15 +13,6 @@ PARTIAL = ".partial"
 WEIGHTS = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_REASON = 500
-CONTEXT_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "max_sequence_length",
-    "seq_length",
-    "n_ctx",
-)
-TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -104,13 +95,6 @@ def _read_shards(index: Path, mtime_ns: int) -> tuple[str, ...]:
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ModelLoadFailed(f"{INDEX} has no weight_map")
     return tuple(sorted(set(shards.values())))
-
-
-def context_length(config: dict[str, Any]) -> int | None:
-    """In tokens."""
-    parts = [config, *(config[key] for key in TEXT_PARTS if isinstance(config.get(key), dict))]
-    values = (part.get(key) for part in parts for key in CONTEXT_KEYS)
-    return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def subfolders(parent: Path) -> list[Path]:
