@@ -14,7 +14,13 @@ from mlx_server.api.http.openapi import event_stream
 from mlx_server.api.http.wire import StreamEvent
 from mlx_server.api.openai.chunks import SYSTEM_FINGERPRINT, ChunkTemplate, Header, usage_body
 from mlx_server.api.openai.logprobs import chat_logprobs
-from mlx_server.api.openai.parameters import check_choices, constraint, sampling, stop_strings
+from mlx_server.api.openai.parameters import (
+    check_choices,
+    constraint,
+    sampling,
+    stop_strings,
+    unasked,
+)
 from mlx_server.api.openai.prompts import all_tools, chat_prompt
 from mlx_server.api.openai.wire import END_MARK, documented
 from mlx_server.errors import BadRequest
@@ -84,6 +90,7 @@ def to_inference(body: ChatCompletionRequest, caller: Caller, max_choices: int) 
         prompt=prompt,
         caller=caller,
         sampling=sampling(body),
+        unasked=unasked(body),
         seed=body.seed,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         stop=stop_strings(body),

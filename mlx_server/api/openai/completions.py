@@ -18,6 +18,7 @@ from mlx_server.api.openai.parameters import (
     constraint,
     sampling,
     stop_strings,
+    unasked,
 )
 from mlx_server.api.openai.wire import END_MARK, documented
 from mlx_server.errors import BadRequest
@@ -86,6 +87,7 @@ def to_inference(
             prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
             caller=caller,
             sampling=sampling(body),
+            unasked=unasked(body),
             seed=body.seed,
             max_tokens=body.max_tokens,
             stop=stop_strings(body),

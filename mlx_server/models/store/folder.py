@@ -20,22 +20,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(path / "config.json")
 
 
-def read_optional_config(path: Path) -> dict[str, Any]:
-    """generation_config.json or {}. Raises ModelLoadFailed."""
-    file = path / "generation_config.json"
-    return read_object(file) if file.exists() else {}
-
-
-def eos_token_ids(folder: Path) -> frozenset[int]:
-    """From both configs. Raises ModelLoadFailed."""
-    config = read_config(folder)
-    ids: list[Any] = []
-    for settings in (config, config.get("text_config") or {}, read_optional_config(folder)):
-        named = settings.get("eos_token_id")
-        ids += named if isinstance(named, list) else [named]
-    return frozenset(i for i in ids if isinstance(i, int))
-
-
 def read_object(file: Path) -> dict[str, Any]:
     """Raises ModelLoadFailed."""
     content = read_json(file)
