@@ -303,6 +303,8 @@ class NoTexts:
 
 
 class NoText:
+    tokenizer = None
+
     def __init__(self, texts: NoTexts) -> None:
         self._texts = texts
 

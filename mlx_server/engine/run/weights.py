@@ -17,6 +17,7 @@ from mlx_lm.utils import (
 
 from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions
+from mlx_server.engine.run.patches import leave_out_generation_config
 
 FLOAT32_BYTES = 4
 
@@ -32,6 +33,7 @@ def load_weights(
     path: Path, options: LoadOptions, classes: Classes = _get_classes
 ) -> tuple[Any, dict[str, Any]]:
     """The model, its weights not read yet, and its config. Raises ModelError."""
+    leave_out_generation_config()
     try:
         model, config = load_model(
             path,
@@ -39,7 +41,7 @@ def load_weights(
             get_model_classes=classes,
             trust_remote_code=options.trust_remote_code,
         )
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"config.json is not valid JSON: {error}") from error
     except FileNotFoundError as error:
         raise ModelError(f"a file is missing: {error}") from error

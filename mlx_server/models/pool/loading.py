@@ -65,11 +65,12 @@ class ModelLoader:
             except BaseException:
                 lock.release()
                 raise
+            _prepare(process, text, plan)
             facts = process.ready
             assert facts is not None
             span.loaded(device=facts.device, weights_bytes=facts.weights_bytes)
         engine = ResumableEngine(model_id)
-        start = partial(self._start_engine, plan)
+        start = partial(self._start_prepared, plan, text)
         supervisor = EngineSupervisor(process, engine, start, self.hang_timeout)
         return LoadedModel(model_id, engine, supervisor, text, facts, sampling, lock)
 
@@ -100,6 +101,13 @@ class ModelLoader:
                 await process.kill()
             raise
 
+    async def _start_prepared(
+        self, plan: LoadPlan, text: ModelText, kv_share: float
+    ) -> EngineClient:
+        process = await self._start_engine(plan, kv_share)
+        _prepare(process, text, plan)
+        return process
+
     async def _start_engine(self, plan: LoadPlan, kv_share: float) -> EngineClient:
         options = msgspec.structs.replace(
             plan.options,
@@ -112,3 +120,8 @@ class ModelLoader:
             return await self.start_engine(
                 entry.id, plan.path, options, entry.adapter_path, plan.embedding
             )
+
+
+def _prepare(process: EngineClient, text: ModelText, plan: LoadPlan) -> None:
+    if text.tokenizer is not None and plan.embedding is None:
+        process.give_tokenizer(text.tokenizer)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -20,12 +20,12 @@ class TokenBytes:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._known = {token: b"" for token, details in added.items() if details.special}
-        steps = list(_steps(tokenizer))
+        steps = decoder_steps(decoder_of(tokenizer))
         kinds = [step["type"] for step in steps]
         self._byte_level = kinds == ["ByteLevel"]
         self._byte_fallback = "ByteFallback" in kinds
-        self._replacements = [_replacement(step) for step in steps if _replaces(step)]
-        self._by_itself = self._byte_level or (bool(kinds) and _treats_each_token_alone(steps))
+        self._replacements = replacements(steps)
+        self._by_itself = self._byte_level or (bool(kinds) and treats_each_token_alone(steps))
         self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
 
     def __call__(self, token: int) -> bytes:
@@ -53,16 +53,25 @@ class TokenBytes:
         return after.removeprefix(before).encode()
 
 
-def _steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def decoder_of(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """As tokenizer.json has it."""
     if tokenizer.decoder is None:
-        return
-    pending = [json.loads(tokenizer.decoder.__getstate__())]
-    while pending:
-        step = pending.pop(0)
-        if step["type"] == "Sequence":
-            pending = step["decoders"] + pending
-        else:
-            yield step
+        return None
+    decoder: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
+    return decoder
+
+
+def decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] != "Sequence":
+        return [decoder]
+    return [step for inner in decoder["decoders"] for step in decoder_steps(inner)]
+
+
+def replacements(steps: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(old, new) texts within pieces."""
+    return [_replacement(step) for step in steps if _replaces(step)]
 
 
 def _replaces(step: dict[str, Any]) -> bool:
@@ -77,7 +86,7 @@ def _replacement(step: dict[str, Any]) -> tuple[str, str]:
     return step["pattern"]["String"], step["content"]
 
 
-def _treats_each_token_alone(steps: list[dict[str, Any]]) -> bool:
+def treats_each_token_alone(steps: list[dict[str, Any]]) -> bool:
     """Apart from stripping the whole text's ends."""
     fused = False
     for step in steps:

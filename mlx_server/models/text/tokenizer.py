@@ -3,16 +3,16 @@
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from mlx_server.errors import ContextLengthExceeded, ModelLoadFailed
-from mlx_server.models.store.folder import one_line
+from mlx_server.models.store.chat_template import OF_PROCESSOR, read_template
+from mlx_server.models.store.folder import one_line, read_config
 from mlx_server.models.text.token_bytes import TokenBytes
 
-MLX_LM_SETTINGS = {"chat_template_type", "tool_parser_type"}
-"""Only mlx-lm's own loader understands these."""
 LONG_TOKEN = 8
 """Characters per token of `limit` above which length is checked first."""
 PART = 1 << 16
@@ -132,22 +132,49 @@ def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
 
 
 def _load_wrapper(tokenizer_utils: Any, path: Path, trust_remote_code: bool) -> Any:
-    """`tokenizer_utils.load`, but reads tokenizer.json once, not twice: 0.1 s under the GIL for a
-    vocabulary of 50,000.
+    """`tokenizer_utils.load`, but reads tokenizer.json once, not twice (0.1 s under the GIL for a
+    vocabulary of 50,000), the model's sizes not at all, and chat_template.json too.
     """
     from transformers import AutoTokenizer
 
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    if MLX_LM_SETTINGS & tokenizer.init_kwargs.keys():
-        return tokenizer_utils.load(path, options)
-    parser_name = tokenizer_utils._infer_tool_parser(tokenizer)
-    if parser_name is None:
-        return tokenizer_utils.TokenizerWrapper(tokenizer)
-    parser = importlib.import_module(f"mlx_lm.tool_parsers.{parser_name}")
-    return tokenizer_utils.TokenizerWrapper(
-        tokenizer,
-        tool_parser=parser.parse_tool_call,
-        tool_call_start=parser.tool_call_start,
-        tool_call_end=parser.tool_call_end,
+    tokenizer = AutoTokenizer.from_pretrained(
+        path,
+        config=_bare_config(read_config(path)),
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
     )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = read_template(path / OF_PROCESSOR)
+    settings = tokenizer.init_kwargs
+    options = {}
+    if kind := settings.get("chat_template_type"):
+        module = _module("chat_templates", kind)
+        options["chat_template"] = getattr(module, "apply_chat_template", None)
+    if kind := settings.get("tool_parser_type") or tokenizer_utils._infer_tool_parser(tokenizer):
+        module = _module("tool_parsers", kind)
+        options["tool_parser"] = module.parse_tool_call
+        options["tool_call_start"] = module.tool_call_start
+        options["tool_call_end"] = module.tool_call_end
+    return tokenizer_utils.TokenizerWrapper(tokenizer, **options)
+
+
+def _module(package: str, name: str) -> ModuleType:
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is none of mlx-lm's {package}")
+    return importlib.import_module(f"mlx_lm.{package}.{name}")
+
+
+def _bare_config(config: dict[str, Any]) -> Any:
+    """What the choice of a tokenizer's class asks of a model's configuration. That itself is not
+    made: its class may refuse a model that mlx-lm computes.
+    """
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    try:
+        kind = CONFIG_MAPPING[config.get("model_type")]  # which has no `get` of its own
+    except KeyError:
+        kind = PretrainedConfig
+    bare = kind.__new__(kind)
+    names = ("model_type", "tokenizer_class", "model_name")
+    vars(bare).update({name: config[name] for name in names if isinstance(config.get(name), str)})
+    return bare

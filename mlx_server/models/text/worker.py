@@ -19,6 +19,7 @@ from mlx_server.engine.spawn import step_back
 from mlx_server.errors import ServerError
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import load_adapter
+from mlx_server.models.text.grammar_tokenizer import is_stored, written
 from mlx_server.models.text.protocol import (
     Answer,
     Close,
@@ -115,13 +116,16 @@ class TextWorker:
                 raise TypeError(f"{type(question).__name__} has no answer")
 
     def _open(self, model: int, question: Open) -> Opened:
-        adapter = load_adapter(Path(question.path), question.name, question.trust_remote_code)
+        path = Path(question.path)
+        adapter = load_adapter(path, question.name, question.trust_remote_code)
         self._adapters[model] = adapter
         self._unprepared.append(adapter)
+        backend = adapter.tokenizer.backend
         return Opened(
             stop_tokens=sorted(adapter.stop_tokens),
             syntax=adapter.syntax,
             tokens=token_table(adapter.tokenizer),
+            tokenizer=None if is_stored(backend, path) else written(backend).encode(),
         )
 
 

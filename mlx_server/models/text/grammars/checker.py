@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from mlx_server.engine.protocol import MOST_ROW_ITEMS, MOST_STEP_ITEMS
 from mlx_server.models.store.folder import one_line
+from mlx_server.models.text.grammar_tokenizer import written
 from mlx_server.models.text.grammars.json_schema import (
     Unkept,
     child_place,
@@ -114,7 +115,7 @@ class GrammarChecker:
             if self._loaded is None:
                 try:
                     self._loaded = LLTokenizer(
-                        self._tokenizer.to_str(), eos_token=self._stop_tokens or None
+                        written(self._tokenizer), eos_token=self._stop_tokens or None
                     )
                 except BaseException as error:
                     # llguidance raises anything for unknown tokenizers, and panics.
