@@ -100,6 +100,26 @@ def test_an_architecture_that_asks_for_a_package_is_a_reason_and_no_end(tmp_path
         load_weights(tmp_path, LoadOptions())
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"vision_tower.patch.weight": mx.zeros((1,))}, "1 tensors of a picture or sound encoder"),
+        ({f"extra.{i}": mx.zeros((1,)) for i in range(9)}, "9 tensors for which.*extra.0, extra.1"),
+        ({"lm_head.weight": None}, "lack 1 tensors, such as lm_head.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told_in_short(
+    tmp_path: Path, change: dict[str, mx.array | None], says: str
+) -> None:
+    folder = build_architecture(tmp_path / "model", "llama")
+    weights = dict(mx.load(str(folder / "model.safetensors"))) | change
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    mx.save_safetensors(str(folder / "model.safetensors"), kept)
+    with pytest.raises(ModelError, match=says) as failure:
+        load_weights(folder, LoadOptions())
+    assert "extra.5" not in str(failure.value)
+
+
 def prompt_of(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(1, VOCAB_SIZE) for _ in range(length)]
 

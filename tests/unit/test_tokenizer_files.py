@@ -5,21 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from mlx_server.models.store.capabilities import read_capabilities
 from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.text.adapters.registry import load_adapter
-from mlx_server.models.text.grammar_tokenizer import is_stored, written
-from mlx_server.models.text.tokenizer import TextTokenizer
+from mlx_server.models.text.tokenizer import TextTokenizer, is_stored
 from mlx_server.schemas.internal import ChatPrompt
+from mlx_server.tokenizer_json import for_grammars
 from tests.support.spm import write_sentencepiece
 from tests.support.tiny import FAMILIES, build_tiny_model, tiny_tokenizer, token_id
 
 TEXT = "Hello, world!"
 HELLO = ChatPrompt([{"role": "user", "content": TEXT}])
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def written(tokenizer: Tokenizer) -> str:
+    return for_grammars(tokenizer.to_str().encode()).decode()
 
 
 def rewritten(file: Path, **changes: Any) -> None:
@@ -146,6 +150,33 @@ def test_grammars_have_the_bytes_that_the_text_has(decoder: Any) -> None:
     for token in range(len(pieces)):
         assert theirs.decode_bytes([token]) == ours.token_bytes(token)
     assert theirs.is_special_token(token_id(tokenizer, "</s>"))
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.NFC(),
+        normalizers.NFKC(),
+        normalizers.Lowercase(),
+        normalizers.Prepend("▁"),
+        normalizers.Sequence([normalizers.Strip(), normalizers.Replace(" ", "▁")]),
+        normalizers.Replace("\n", " "),
+    ],
+    ids=lambda normalizer: type(normalizer).__name__,
+)
+def test_a_text_that_a_grammar_forces_comes_letter_for_letter(normalizer: Any) -> None:
+    tokenizer = Tokenizer.from_str(tiny_tokenizer("mistral").to_str())  # that one is shared
+    tokenizer.normalizer = normalizer
+    tokens = LLTokenizer(written(tokenizer), eos_token=2)
+    text = "\nCafe\u0301 ﬁn"
+    matcher = LLMatcher(tokens, f"start: {json.dumps(text)}")
+    said: list[int] = []
+    while not matcher.is_stopped():
+        mask = matcher.compute_bitmask()
+        allowed = [t for t in range(tokens.vocab_size) if mask[t // 8] >> t % 8 & 1]
+        said.append(allowed[0])
+        assert matcher.consume_tokens(said[-1:]), matcher.get_error()
+    assert tokens.decode_bytes([token for token in said if token != 2]).decode() == text
 
 
 def test_a_model_with_a_sentencepiece_model_alone_is_bound_by_the_converted_tokenizer(

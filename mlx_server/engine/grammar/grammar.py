@@ -17,6 +17,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from mlx_server.dimensions import text_part
 from mlx_server.engine.protocol import MOST_ROW_ITEMS, MOST_STEP_ITEMS
+from mlx_server.tokenizer_json import NAME, for_grammars
 
 Words = npt.NDArray[np.uint32]
 Ids = npt.NDArray[np.intp]
@@ -46,7 +47,7 @@ class Vocabulary:
         self.size = size
         self.ends = [token for token in _own_ends(folder) if token < size]
         try:
-            content = tokenizer or (folder / "tokenizer.json").read_bytes()
+            content = for_grammars(tokenizer or (folder / NAME).read_bytes())
             self.tokens = _tokens(content.decode(), size, self.ends[:1])
         except (OSError, ValueError) as error:
             raise GrammarError(f"the model's tokenizer cannot be used: {error}") from error

@@ -1,6 +1,7 @@
 """Loading a model folder."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from mlx_server.engine.protocol import LoadOptions
 from mlx_server.engine.run.patches import leave_out_generation_config
 
 FLOAT32_BYTES = 4
+EXTRA = re.compile(r"Received \d+ parameters not in model: \n(?P<names>.*)\.", re.DOTALL)
+MISSING = re.compile(r"Missing \d+ parameters: \n(?P<names>.*)\.", re.DOTALL)
+ENCODER = re.compile(r"(^|[._])(vision|visual|audio|image|vit|mm|multi_modal)[._]")
+SHOWN = 3
 
 Classes = Callable[[dict[str, Any]], tuple[type, type]]
 """From config.json to the classes of a model and of its arguments."""
@@ -48,8 +53,23 @@ def load_weights(
     except SystemExit as error:  # olmo's way of asking for a package
         raise ModelError("its architecture needs a Python package that is not installed") from error
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise ModelError(f"{type(error).__name__}: {error}") from error
+        raise ModelError(_in_short(error)) from error
     return model, config
+
+
+def _in_short(error: Exception) -> str:
+    """MLX names each of a thousand tensors that do not fit."""
+    if (extra := EXTRA.fullmatch(str(error))) is not None:
+        names = extra["names"].split(",\n")
+        whose = "of a picture or sound encoder, " if any(map(ENCODER.search, names)) else ""
+        return (
+            f"its weights hold {len(names)} tensors {whose}for which its model_type has no place, "
+            f"such as {', '.join(names[:SHOWN])}"
+        )
+    if (missing := MISSING.fullmatch(str(error))) is not None:
+        names = missing["names"].split(",\n")
+        return f"its weights lack {len(names)} tensors, such as {', '.join(names[:SHOWN])}"
+    return f"{type(error).__name__}: {error}"
 
 
 def apply_adapter(model: Any, path: Path) -> Any:

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from mlx_server.tokenizer_json import decoder_steps, replacements, treats_each_token_alone
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -55,46 +56,8 @@ class TokenBytes:
 
 def decoder_of(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """As tokenizer.json has it."""
-    if tokenizer.decoder is None:
-        return None
-    decoder: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
-    return decoder
-
-
-def decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if decoder is None:
-        return []
-    if decoder["type"] != "Sequence":
-        return [decoder]
-    return [step for inner in decoder["decoders"] for step in decoder_steps(inner)]
-
-
-def replacements(steps: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(old, new) texts within pieces."""
-    return [_replacement(step) for step in steps if _replaces(step)]
-
-
-def _replaces(step: dict[str, Any]) -> bool:
-    return step["type"] == "Metaspace" or (
-        step["type"] == "Replace" and "String" in step["pattern"]
-    )
-
-
-def _replacement(step: dict[str, Any]) -> tuple[str, str]:
-    if step["type"] == "Metaspace":
-        return step["replacement"], " "
-    return step["pattern"]["String"], step["content"]
-
-
-def treats_each_token_alone(steps: list[dict[str, Any]]) -> bool:
-    """Apart from stripping the whole text's ends."""
-    fused = False
-    for step in steps:
-        fused = fused or step["type"] == "Fuse"
-        known = step["type"] in ("ByteFallback", "Fuse") or _replaces(step)
-        if not known and not (fused and step["type"] == "Strip"):
-            return False
-    return True
+    decoder = tokenizer.decoder
+    return None if decoder is None else json.loads(decoder.__getstate__())
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from mlx_server.errors import ContextLengthExceeded, ModelLoadFailed
 from mlx_server.models.store.chat_template import OF_PROCESSOR, read_template
 from mlx_server.models.store.folder import one_line, read_config
-from mlx_server.models.text.token_bytes import TokenBytes
+from mlx_server.models.text.token_bytes import TokenBytes, decoder_of
+from mlx_server.tokenizer_json import AddedToken, read_parts
 
 LONG_TOKEN = 8
 """Characters per token of `limit` above which length is checked first."""
@@ -101,6 +102,16 @@ class TextTokenizer:
             if count > limit:
                 return True
         return False
+
+
+def is_stored(tokenizer: Tokenizer, folder: Path) -> bool:
+    """Whether the folder's tokenizer.json has the tokens of `tokenizer`, for grammars."""
+    stored = read_parts(folder)
+    if stored is None:
+        return False
+    known = tokenizer.get_added_tokens_decoder()
+    added = {AddedToken(id_, token.content, token.special) for id_, token in known.items()}
+    return added == set(stored.added_tokens) and decoder_of(tokenizer) == stored.decoder
 
 
 def import_tokenizers() -> Any:

@@ -19,7 +19,6 @@ from mlx_server.engine.spawn import step_back
 from mlx_server.errors import ServerError
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import load_adapter
-from mlx_server.models.text.grammar_tokenizer import is_stored, written
 from mlx_server.models.text.protocol import (
     Answer,
     Close,
@@ -38,7 +37,7 @@ from mlx_server.models.text.protocol import (
     TokenTable,
     decode_request,
 )
-from mlx_server.models.text.tokenizer import TextTokenizer, import_tokenizers
+from mlx_server.models.text.tokenizer import TextTokenizer, import_tokenizers, is_stored
 from mlx_server.schemas.internal import ChatPrompt, Prompt, TextPrompt
 
 THREADS = 4
@@ -125,7 +124,7 @@ class TextWorker:
             stop_tokens=sorted(adapter.stop_tokens),
             syntax=adapter.syntax,
             tokens=token_table(adapter.tokenizer),
-            tokenizer=None if is_stored(backend, path) else written(backend).encode(),
+            tokenizer=None if is_stored(backend, path) else backend.to_str().encode(),
         )
 
 

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 
 from mlx_server.engine.protocol import MOST_ROW_ITEMS, MOST_STEP_ITEMS
 from mlx_server.models.store.folder import one_line
-from mlx_server.models.text.grammar_tokenizer import written
 from mlx_server.models.text.grammars.json_schema import (
     Unkept,
     child_place,
@@ -23,6 +22,7 @@ from mlx_server.models.text.grammars.json_schema import (
 )
 from mlx_server.models.text.grammars.parts import Grammar, json_grammar
 from mlx_server.models.text.special_tokens import SpecialTokens
+from mlx_server.tokenizer_json import for_grammars
 
 LIMITS = LLParserLimits(
     verbose_errors=False, max_items_in_row=MOST_ROW_ITEMS, step_max_items=MOST_STEP_ITEMS
@@ -115,7 +115,8 @@ class GrammarChecker:
             if self._loaded is None:
                 try:
                     self._loaded = LLTokenizer(
-                        written(self._tokenizer), eos_token=self._stop_tokens or None
+                        for_grammars(self._tokenizer.to_str().encode()).decode(),
+                        eos_token=self._stop_tokens or None,
                     )
                 except BaseException as error:
                     # llguidance raises anything for unknown tokenizers, and panics.
