@@ -136,6 +136,11 @@ class Settings(BaseSettings):
     context_length: int | None = Field(
         None, ge=16, description="Caps every model's context, in tokens."
     )
+    model_sampling: bool = Field(
+        True,
+        description="Where a request leaves `temperature`, `top_p`, `top_k`, `min_p` or "
+        "`repetition_penalty` out, take what the model's generation_config.json recommends.",
+    )
     memory_limit: str = Field(
         "80%",
         pattern=SIZE_OR_SHARE,

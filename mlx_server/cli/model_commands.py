@@ -41,7 +41,10 @@ def list_models(config: ConfigOption = None) -> None:
     from mlx_server.models.store.demo import DEMO
     from mlx_server.models.store.sources import ModelSources
 
-    entries = Catalog(ModelSources.of(load_settings(config))).entries()
+    catalog = Catalog(ModelSources.of(load_settings(config)))
+    entries = catalog.entries()
+    for name, fault in catalog.faults().items():
+        print(f"{name} cannot be served: {fault}", file=sys.stderr)
     if not entries:
         print(f"No models yet. Try `mlx-server pull {DEMO}`.")
         return

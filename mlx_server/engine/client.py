@@ -24,6 +24,7 @@ from mlx_server.engine.protocol import (
     Stop,
     ToEngine,
     ToFront,
+    Tokenizer,
     Tokens,
     decode_to_front,
     frame,
@@ -101,6 +102,10 @@ class EngineClient:
     @property
     def in_flight(self) -> int:
         return len(self._recipients)
+
+    def give_tokenizer(self, content: bytes) -> None:
+        """As tokenizer.json, for grammars, instead of the folder's."""
+        self._send(Tokenizer(content))
 
     def submit(self, request: Generate | Embed, recipient: Recipient) -> None:
         """An engine that has ended never answers."""

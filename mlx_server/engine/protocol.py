@@ -97,6 +97,15 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """None for a model that generates."""
 
 
+class Tokenizer(msgspec.Struct, frozen=True, tag="tokenizer"):
+    """The model's tokenizer.json, where its folder has none that serves for grammars.
+
+    Comes before any request.
+    """
+
+    content: bytes
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     """Continue `prompt`, whose last `generated` tokens an earlier engine sampled.
 
@@ -298,7 +307,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """Seconds; nothing is sent during a turn."""
 
 
-ToEngine = Load | Generate | Embed | Abort | Stop
+ToEngine = Load | Tokenizer | Generate | Embed | Abort | Stop
 ToFront = Ready | LoadFailed | Begun | Tokens | Failed | Stats
 
 encoder = msgspec.msgpack.Encoder()

@@ -32,6 +32,7 @@ from mlx_server.engine.protocol import (
     Stop,
     ToEngine,
     ToFront,
+    Tokenizer,
     Tokens,
     decode_to_engine,
     frame,
@@ -112,6 +113,8 @@ class Work(Protocol):
 
     def abort(self, ids: Sequence[int]) -> None: ...
 
+    def take_tokenizer(self, content: bytes) -> None: ...
+
     def turn(self) -> Iterator[Tokens | Begun | Failed]:
         """Compute for a bounded time; yields what comes of it."""
 
@@ -167,6 +170,8 @@ class Engine:
                 self._send(refusal)
         elif isinstance(message, Abort):
             self.work.abort(message.ids)
+        elif isinstance(message, Tokenizer):
+            self.work.take_tokenizer(message.content)
 
     def _turn(self) -> None:
         try:

@@ -87,6 +87,8 @@ class InferenceRequest:
     prompt: Prompt
     caller: Caller
     sampling: Sampling = field(default_factory=Sampling)
+    unasked: frozenset[str] = frozenset()
+    """Settings of `sampling` that are the protocol's, for the model's own to replace."""
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()

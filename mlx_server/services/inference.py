@@ -195,6 +195,7 @@ def _engine_requests(
 ) -> list[Generate]:
     room = model.facts.longest_sequence - len(prompt.tokens)
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
+    own = {name: value for name, value in model.sampling.items() if name in request.unasked}
     # A text complete by its grammar cannot go on.
     ignore_eos = request.ignore_eos and prompt.grammar is None
     stop_tokens = [] if ignore_eos else sorted(model.text.stop_tokens)
@@ -203,7 +204,7 @@ def _engine_requests(
             id=0,  # set by the supervisor
             prompt=prompt.tokens,
             sampling=msgspec.structs.replace(
-                request.sampling, seed=(seed + index * SEED_STRIDE) % (1 << SEED_BITS)
+                request.sampling, **own, seed=(seed + index * SEED_STRIDE) % (1 << SEED_BITS)
             ),
             max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
             stop_tokens=stop_tokens,

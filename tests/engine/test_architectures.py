@@ -1,20 +1,39 @@
 """mlx-lm's architectures with tiny random weights: our text is mlx-lm's, alone and in a batch."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_server.engine.cache.prefix import PrefixCache
+from mlx_server.engine.loading import load
 from mlx_server.engine.memory import DeviceMemory
-from mlx_server.engine.protocol import Batching, Generate, LoadOptions, Sampling, Sharing, Tokens
+from mlx_server.engine.protocol import (
+    Batching,
+    Generate,
+    Load,
+    LoadOptions,
+    Sampling,
+    Sharing,
+    Tokens,
+)
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.weights import ModelError, load_weights
 from mlx_server.engine.schedule.scheduler import Scheduler
-from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, build_architecture
+from mlx_server.models.pool.needs import MemoryPlanner
+from mlx_server.models.store.catalog import ModelEntry
+from tests.support.architectures import (
+    ARCHITECTURES,
+    VOCAB_SIZE,
+    build_architecture,
+    own_config,
+)
 
 TOKENS = 12
 NEAR = {"plamo3": 0.05}
@@ -83,6 +102,57 @@ def said(batching: Batching) -> tuple[Sharing, Sharing]:
     whole = batching.decode is batching.prefill is Sharing.ANY
     assert whole == (batching.reason is None)
     return batching.decode, batching.prefill
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("afm7", "dbrx", "gpt2", "gpt_bigcode", "gptj", "lille-130m", "openelm", "phi-msft"),
+        *("phixtral", "kimi_linear", "mamba"),
+    ],
+)
+def test_a_config_in_its_familys_own_words_gets_memory_for_its_context(
+    tmp_path: Path, name: str
+) -> None:
+    kind = "phixtral" if name == "phi-msft" else name
+    folder = build_architecture(tmp_path / name, kind)
+    config = own_config(kind) | {"model_type": name}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    plan = MemoryPlanner(None, 1 << 30).plan(ModelEntry(name, folder, "folder"), LoadOptions())
+    options = msgspec.structs.replace(
+        plan.options, memory_limit=str(plan.need.total), kv_limit=plan.need.kv
+    )
+    work, ready = load(Load(str(folder), options))
+    work.close()
+    assert ready.context_length == plan.footprint.context_length
+    assert ready.longest_sequence >= min(2048, ready.context_length)
+
+
+def test_an_architecture_that_asks_for_a_package_is_a_reason_and_no_end(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "olmo"}', encoding="utf-8")
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.zeros((1,))})
+    with pytest.raises(ModelError, match="package"):
+        load_weights(tmp_path, LoadOptions())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"vision_tower.patch.weight": mx.zeros((1,))}, "1 tensors of a picture or sound encoder"),
+        ({f"extra.{i}": mx.zeros((1,)) for i in range(9)}, "9 tensors for which.*extra.0, extra.1"),
+        ({"lm_head.weight": None}, "lack 1 tensors, such as lm_head.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told_in_short(
+    tmp_path: Path, change: dict[str, mx.array | None], says: str
+) -> None:
+    folder = build_architecture(tmp_path / "model", "llama")
+    weights = dict(mx.load(str(folder / "model.safetensors"))) | change
+    kept = {name: weight for name, weight in weights.items() if weight is not None}
+    mx.save_safetensors(str(folder / "model.safetensors"), kept)
+    with pytest.raises(ModelError, match=says) as failure:
+        load_weights(folder, LoadOptions())
+    assert "extra.5" not in str(failure.value)
 
 
 def prompt_of(rng: random.Random, length: int) -> list[int]:

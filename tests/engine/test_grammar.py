@@ -135,6 +135,24 @@ async def test_documents_are_valid_whatever_the_kind_of_tokenizer(
             jsonschema.validate(json.loads(text), SCHEMA)
 
 
+async def test_a_tokenizer_that_the_folder_lacks_is_the_one_that_is_given(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "model")
+    (path / "tokenizer.json").unlink()
+    async with started(path) as engine:
+        engine.give_tokenizer(TOKENIZER.to_str().encode())
+        [rows] = await rows_of(engine, BOUND[0])
+        check(rows)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"eos_token_id": {}}'])
+def test_a_broken_generation_config_costs_an_engine_nothing(tmp_path: Path, content: str) -> None:
+    path = build_tiny_model(tmp_path / "model", context=1024)
+    (path / "generation_config.json").write_text(content, encoding="utf-8")
+    memory = DeviceMemory("4GB", None)
+    backend = Backend(path, LoadOptions(dequantize="never"), memory)
+    assert Vocabulary(path, backend.vocab_size).ends == [STOP]
+
+
 async def test_a_document_goes_on_from_the_tokens_an_earlier_engine_sampled(
     engine: DirectEngine,
 ) -> None:

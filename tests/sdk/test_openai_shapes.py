@@ -267,6 +267,7 @@ async def test_models(http: httpx.AsyncClient) -> None:
             "context_length",
             "model_type",
             "aliases",
+            "default_sampling",
             "capabilities",
         }
         assert model["capabilities"].keys() == {

@@ -11,6 +11,7 @@ packed 2-bit weights; and two that mlx-lm computes wrongly by themselves: olmo, 
 vocabulary of less than 100,352.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ USUAL: dict[str, Any] = {
 WINDOWED = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 """Kinds of the layers where a model alternates between windows and the whole context."""
 
-_MLA_MOE = {"num_key_value_heads": 4}
+_ALL_HEADS = {"num_key_value_heads": 4}
 _SPARSE_INDEX = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8}
 _LLAMA_4_SCALING = {
     "rope_theta": 10000.0,
@@ -122,7 +123,7 @@ OWN: dict[str, dict[str, Any]] = {
         "max_seq_len": CONTEXT,
     },
     "deepseek": {},
-    "deepseek_v2": _MLA_MOE
+    "deepseek_v2": _ALL_HEADS
     | {
         "topk_method": "greedy",
         "rope_scaling": {
@@ -131,8 +132,8 @@ OWN: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": CONTEXT // 2,
         },
     },
-    "deepseek_v3": _MLA_MOE,
-    "deepseek_v32": _MLA_MOE | _SPARSE_INDEX,
+    "deepseek_v3": _ALL_HEADS,
+    "deepseek_v32": _ALL_HEADS | _SPARSE_INDEX,
     "deepseek_v41": {},
     "dots1": {},
     "ernie4_5": {},
@@ -165,9 +166,10 @@ OWN: dict[str, dict[str, Any]] = {
     "glm": {},
     "glm4": {},
     "glm4_moe": {"rope_scaling": None},
-    "glm4_moe_lite": _MLA_MOE,
-    "glm_moe_dsa": _MLA_MOE | _SPARSE_INDEX | {"rope_parameters": {"rope_theta": 10000.0}},
-    "gpt2": {"n_ctx": CONTEXT, "n_positions": CONTEXT, "n_embd": 32, "n_head": 4, "n_layer": 4},
+    "glm4_moe_lite": _ALL_HEADS,
+    "glm_moe_dsa": _ALL_HEADS | _SPARSE_INDEX | {"rope_parameters": {"rope_theta": 10000.0}},
+    "gpt2": _ALL_HEADS
+    | {"n_ctx": CONTEXT, "n_positions": CONTEXT, "n_embd": 32, "n_head": 4, "n_layer": 4},
     "gpt_bigcode": {
         "n_positions": CONTEXT,
         "n_embd": 32,
@@ -177,7 +179,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
-    "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.5},
+    "gpt_neox": _ALL_HEADS | {"rotary_emb_base": 10000, "rotary_pct": 0.5},
     "gpt_oss": {"layer_types": WINDOWED},
     "gptj": {"n_positions": CONTEXT, "n_embd": 32, "n_head": 4, "n_layer": 4, "rotary_dim": 4},
     "granite": {
@@ -318,7 +320,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "minimax": {"rotary_dim": 4},
     "ministral3": {"layer_types": WINDOWED, "rope_parameters": _LLAMA_4_SCALING},
-    "mistral4": _MLA_MOE | {"rope_parameters": _LLAMA_4_SCALING},
+    "mistral4": _ALL_HEADS | {"rope_parameters": _LLAMA_4_SCALING},
     "mixtral": {},
     "muse_glimmer": {"layer_types": WINDOWED},
     "nanbeige": {"num_loops": 2},
@@ -440,7 +442,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "talkie": {"num_key_value_heads": 4},
     "telechat3": {},
-    "youtu_llm": _MLA_MOE,
+    "youtu_llm": _ALL_HEADS,
 }
 """What each architecture has beside, or instead of, the usual."""
 
@@ -508,6 +510,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     **{name: {"model_type": name} | USUAL | own for name, own in OWN.items()},
     **{name: {"model_type": name} | own for name, own in NESTED.items()},
 }
+
+
+def own_config(name: str) -> dict[str, Any]:
+    """Its config.json without the usual values that its argument class does not know."""
+    config = ARCHITECTURES[name]
+    if name not in OWN:
+        return config
+    _, arguments = _get_classes(config)
+    known = USUAL.keys() & inspect.signature(arguments).parameters
+    kept = {"model_type", *OWN[name], *known}
+    return {key: value for key, value in config.items() if key in kept}
 
 
 def build_architecture(folder: Path, name: str, seed: int = 0, kind: mx.Dtype = mx.float32) -> Path:

@@ -29,6 +29,8 @@ from mlx_server.engine.protocol import (
     Row,
     Stats,
     Stop,
+    ToEngine,
+    Tokenizer,
     Tokens,
     decode_to_engine,
     frame,
@@ -99,6 +101,7 @@ class ScriptedEngine:
     def __init__(self, fleet: "Fleet", pid: int) -> None:
         self.process = ScriptedProcess(pid)
         self.load: Load | None = None
+        self.tokenizer: bytes | None = None
         self.received: list[Generate | Embed] = []
         self.open: dict[int, Generate | Embed] = {}
         self._fleet = fleet
@@ -161,8 +164,10 @@ class ScriptedEngine:
                     await self._handle(decode_to_engine(body))
         self.process.exit(0)
 
-    async def _handle(self, message: Load | Generate | Embed | Abort | Stop) -> None:
+    async def _handle(self, message: ToEngine) -> None:
         match message:
+            case Tokenizer(content=content):
+                self.tokenizer = content
             case Load():
                 self.load = message
                 await self._load(message)
@@ -297,6 +302,7 @@ class NoTexts:
 
     def __init__(self) -> None:
         self.open_texts = 0
+        self.tokenizer: bytes | None = None
 
     async def open(self, path: Path, name: str, trust_remote_code: bool) -> "NoText":
         self.open_texts += 1
@@ -309,6 +315,7 @@ class NoTexts:
 class NoText:
     def __init__(self, texts: NoTexts) -> None:
         self._texts = texts
+        self.tokenizer = texts.tokenizer
 
     def close(self) -> None:
         self._texts.open_texts -= 1

@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from mlx_lm.utils import MODEL_REMAPPING
 
 from mlx_server.errors import BadRequest, ModelNotFound
 from mlx_server.models.store.catalog import Catalog
 from mlx_server.models.store.demo import DEMO
+from mlx_server.models.store.families import RENAMED, family_fault
 from mlx_server.models.store.sources import ModelSources
+from tests.support.architectures import ARCHITECTURES
 from tests.support.store import COMMIT, OLDER, ids, make_model, make_snapshot, sources_in
 
 
@@ -57,14 +62,12 @@ def test_an_entry_tells_type_size_context_and_place(sources: ModelSources) -> No
         ({"text_config": {"max_position_embeddings": 8}}, 8),
         ({"n_positions": 1024}, 1024),
         ({"max_position_embeddings": None, "n_ctx": 77}, 77),
-        ({"max_position_embeddings": "many"}, None),
-        ({"max_position_embeddings": True}, None),
-        ({"text_config": None}, None),
-        ({}, None),
+        ({"text_config": None}, 2048),
+        ({"model_type": "afm7"}, 4096),
     ],
 )
-def test_the_context_length_is_found_or_unknown(
-    sources: ModelSources, config: dict[str, object], expected: int | None
+def test_the_context_length_is_that_with_which_the_model_will_be_served(
+    sources: ModelSources, config: dict[str, object], expected: int
 ) -> None:
     make_model(sources.models_folder / "one", **config)
     assert Catalog(sources).find("one").context_length == expected
@@ -115,6 +118,86 @@ def test_a_model_with_a_missing_shard_is_never_listed(sources: ModelSources) -> 
     assert ids(sources) == []
     (folder / "model-2.safetensors").write_bytes(b"2")
     assert ids(sources) == ["sharded"]
+
+
+@pytest.mark.parametrize(
+    ("present", "named", "lacks"),
+    [
+        (["model-00001-of-00002"], None, "model-00002-of-00002.safetensors$"),
+        (["model-00002-of-00009"], None, "model-00001.*, model-00003.*, model-00004.* and 5 more$"),
+        (["model-1"], ["model-1", "model-2"], "model-2.safetensors, which its model.*index.json"),
+        ([], ["model-1"], "model-1.safetensors, which its model.safetensors.index.json names$"),
+        ([], None, "no model"),
+    ],
+)
+def test_missing_shards_are_named(
+    sources: ModelSources, present: list[str], named: list[str] | None, lacks: str
+) -> None:
+    folder = make_model(sources.models_folder / "one")
+    (folder / "model.safetensors").unlink()
+    for shard in present:
+        (folder / f"{shard}.safetensors").write_bytes(b"1")
+    if named is not None:
+        index = {"weight_map": {shard: f"{shard}.safetensors" for shard in named}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    catalog = Catalog(sources)
+    assert catalog.entries() == []
+    [fault] = catalog.faults().values()
+    assert re.search(lacks, fault)
+    with pytest.raises(ModelNotFound, match=re.escape(fault)):
+        catalog.find("one")
+
+
+def test_an_index_that_was_left_behind_is_passed_over_and_told(
+    sources: ModelSources, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_model(sources.models_folder / "one")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for _ in range(2):
+        assert ids(sources) == ["one"]
+    [told] = caplog.messages
+    assert "stale_index_ignored" in told
+    assert "model=one" in told
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"model_type": kind} for kind in ("whisper", "clip", "t5", "siglip", "wav2vec2", "sam")),
+        *({"model_type": kind} for kind in ("cache", "rope_utils", "../llama", "", "x" * 1000)),
+        {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+    ],
+    ids=lambda config: config["model_type"][:9],
+)
+def test_nothing_that_is_no_language_model_is_listed(
+    sources: ModelSources, config: dict[str, Any]
+) -> None:
+    make_model(sources.models_folder / "good")
+    make_model(sources.models_folder / "other", **config)
+    catalog = Catalog(sources)
+    assert [entry.id for entry in catalog.entries()] == ["good"]
+    with pytest.raises(ModelNotFound, match=r"'other' cannot be used: it(s type| classifies)"):
+        catalog.find("other")
+
+
+def test_every_family_that_mlx_lm_computes_can_be_listed() -> None:
+    assert MODEL_REMAPPING.keys() == RENAMED
+    for config in (*ARCHITECTURES.values(), *({"model_type": kind} for kind in RENAMED)):
+        assert family_fault(config | {"architectures": ["SomeForCausalLM"]}) is None
+    assert family_fault({"model_type": "own", "model_file": "own.py"}) is None
+
+
+def test_a_folder_whose_name_is_no_utf_8_hides_no_other(sources: ModelSources) -> None:
+    make_model(sources.models_folder / "good")
+    make_model(sources.models_folder / "caf\udce9")
+    make_model(sources.models_folder / "org\udce9" / "name")
+    make_model(sources.adapters_folder / "good" / "caf\udce9")
+    catalog = Catalog(sources)
+    assert [entry.id for entry in catalog.entries()] == ["good"]
+    assert not catalog.faults()
+    with pytest.raises(BadRequest, match="UTF-8"):
+        catalog.add(str(sources.models_folder / "caf\udce9"))
 
 
 def test_the_hub_cache_is_listed_by_repo(sources: ModelSources, cache: Path) -> None:
@@ -189,6 +272,13 @@ def test_an_unknown_model_names_close_ones(sources: ModelSources) -> None:
 
 def test_a_hub_name_comes_with_the_command_that_fetches_it(sources: ModelSources) -> None:
     with pytest.raises(ModelNotFound, match="`mlx-server pull org/name`"):
+        Catalog(sources).find("org/name")
+
+
+def test_an_incomplete_download_says_what_it_lacks(sources: ModelSources, cache: Path) -> None:
+    folder = make_snapshot(cache, "org/name", COMMIT)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelNotFound, match=r"has no model.*`mlx-server pull org/name`"):
         Catalog(sources).find("org/name")
 
 

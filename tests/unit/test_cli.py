@@ -179,8 +179,11 @@ def test_a_folder_that_is_no_model_is_reported(environment: dict[str, str], tmp_
 
 def test_the_list_shows_what_can_be_served(environment: dict[str, str], tmp_path: Path) -> None:
     make_model(tmp_path / "home" / "models" / "mine", max_position_embeddings=4096)
-    text = run(environment, "list").stdout
-    assert re.search(r"mine +folder +llama +0\.00 GB +4,096", text)
+    make_model(tmp_path / "home" / "models" / "ears", model_type="whisper")
+    done = run(environment, "list")
+    assert re.search(r"mine +folder +llama +0\.00 GB +4,096", done.stdout)
+    assert "ears" not in done.stdout
+    assert "ears cannot be served: its type, whisper, is none that mlx-lm computes" in done.stderr
 
 
 def test_an_empty_list_tells_what_to_do(environment: dict[str, str]) -> None:

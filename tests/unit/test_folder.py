@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlx_server.errors import ModelLoadFailed
-from mlx_server.models.store.folder import context_length, model_config, read_json, read_object
+from mlx_server.models.store.folder import model_config, read_json, read_object
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"\x00"])
@@ -30,9 +30,3 @@ def test_an_object_is_told_from_other_json(tmp_path: Path, content: str) -> None
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ModelLoadFailed, match="not a JSON object"):
         read_object(tmp_path / "config.json")
-
-
-def test_the_first_usable_context_length_counts() -> None:
-    assert context_length({"n_ctx": 8, "max_position_embeddings": 0}) == 8
-    assert context_length({"text_config": {"seq_length": 4}}) == 4
-    assert context_length({"n_ctx": True, "text_config": [1]}) is None

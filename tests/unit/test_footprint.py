@@ -11,12 +11,20 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_model
+from mlx_lm.utils import (
+    _get_classes,
+    dequantize_model,
+    load_model,
+    quantize_model,
+    save_model,
+)
 
+from mlx_server.dimensions import context_length
 from mlx_server.engine.cache.quant import quantize_cache
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.pool.footprint import read_footprint
+from tests.support.architectures import ARCHITECTURES, own_config
 from tests.support.tiny import build_tiny_model
 
 
@@ -59,6 +67,23 @@ def test_weights_and_caches_are_never_underestimated(tmp_path: Path, family: str
     if family != "gemma":  # whose sliding windows make for a smaller cache
         assert footprint.kv(3000) <= 1.01 * cost.bytes(1, 3000)
     assert footprint.context_length == 3000
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_architectures_caches_have_room(tmp_path: Path, name: str) -> None:
+    config = own_config(name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"some.weight": mx.zeros((1,))})
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(ARCHITECTURES[name]))
+    cache = list(make_prompt_cache(model))
+    model(mx.array([[0]]), cache=cache)
+    cost = KvCost(cache)
+    footprint = read_footprint(tmp_path, True)
+    assert footprint.context_length == context_length(config)
+    assert footprint.kv(0) > 0
+    if name != "falcon_h1":  # beside all its caches, states that at this size are not small
+        assert footprint.kv(2048) >= cost.bytes(1, 2048)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

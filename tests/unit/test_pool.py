@@ -693,3 +693,36 @@ async def test_a_start_fails_for_models_that_can_never_fit(
 ) -> None:
     async with local_pool(tmp_path, models, 0.5 * need, "a") as pool:
         assert "memory" in str(await pool.manager.start_failure())
+
+
+# what a model brings
+
+
+async def test_each_engine_gets_the_tokenizer_that_the_folder_lacks(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, need) as pool:
+        pool.texts.tokenizer = b"{}"
+        async with pool.held("a"):
+            await pool.ask("a")
+            first = pool.engine("a")
+            assert first.tokenizer == b"{}"
+            first.crash()
+            await pool.reaches(lambda: pool.status("a").restarts == 1)
+            await pool.ask("a")
+            assert pool.engine("a") is not first
+            assert pool.engine("a").tokenizer == b"{}"
+
+
+@pytest.mark.parametrize(("on", "expected"), [(True, {"temperature": 0.6}), (False, {})])
+async def test_a_models_own_sampling_can_be_turned_off(
+    tmp_path: Path, need: int, on: bool, expected: dict[str, float]
+) -> None:
+    models = tmp_path / "models"
+    build_tiny_model(models / "a")
+    (models / "a" / "generation_config.json").write_text('{"temperature": 0.6}')
+    async with (
+        local_pool(tmp_path, models, 2 * need, model_sampling=on) as pool,
+        pool.manager.acquire("a") as model,
+    ):
+        assert model.sampling == expected

@@ -20,6 +20,7 @@ from mlx_server.api.openai.parameters import (
     sampling,
     seed,
     stop_strings,
+    unasked,
 )
 from mlx_server.api.openai.prompts import all_tools, chat_prompt
 from mlx_server.api.openai.wire import END_MARK, documented
@@ -91,6 +92,7 @@ def to_inference(body: ChatCompletionRequest, caller: Caller, max_choices: int) 
         prompt=prompt,
         caller=caller,
         sampling=sampling(body),
+        unasked=unasked(body),
         seed=seed(body),
         max_tokens=limit if limit > 0 else None,
         stop=stop_strings(body),

@@ -19,6 +19,7 @@ from mlx_server.api.openai.parameters import (
     sampling,
     seed,
     stop_strings,
+    unasked,
 )
 from mlx_server.api.openai.wire import END_MARK, documented
 from mlx_server.errors import BadRequest
@@ -88,6 +89,7 @@ def to_inference(
             prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
             caller=caller,
             sampling=sampling(body),
+            unasked=unasked(body),
             seed=seed(body),
             max_tokens=_limit(body),
             stop=stop_strings(body),

@@ -13,10 +13,13 @@ from mlx_server.schemas.openai.constraints import (
 LEAST_TEMPERATURE = 2.0**-126
 """The smallest normal float32; devices may flush smaller ones to 0."""
 
+MODELS_OWN = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
+"""What models recommend."""
+
 
 def sampling(body: GenerationRequest) -> Sampling:
     """A `top_p` of 0, or a temperature that is 0 in float32, means greedy."""
-    greedy = body.top_p == 0 or body.temperature < LEAST_TEMPERATURE
+    greedy = _is_greedy(body)
     return Sampling(
         temperature=0.0 if greedy else body.temperature,
         top_p=1.0 if greedy else body.top_p,
@@ -27,6 +30,16 @@ def sampling(body: GenerationRequest) -> Sampling:
         frequency_penalty=body.frequency_penalty,
         logit_bias=body.logit_bias,
     )
+
+
+def unasked(body: GenerationRequest) -> frozenset[str]:
+    """The settings of `sampling` that are left to the model."""
+    asked = {"temperature", "top_p"} if _is_greedy(body) else set()
+    return MODELS_OWN - body.model_fields_set - asked
+
+
+def _is_greedy(body: GenerationRequest) -> bool:
+    return body.top_p == 0 or body.temperature < LEAST_TEMPERATURE
 
 
 def stop_strings(body: GenerationRequest) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_server.dimensions import context_length
 from mlx_server.engine.embedding.encoder import Encoder, EncoderArgs
 from mlx_server.engine.embedding.pooling import pool
 from mlx_server.engine.memory import DeviceMemory
@@ -17,7 +18,6 @@ from mlx_server.engine.run.weights import (
     ModelError,
     as_computed,
     body_classes,
-    context_length,
     load_weights,
     read_weights,
 )
@@ -76,7 +76,6 @@ def _classes(config: dict[str, Any]) -> tuple[type, type]:
 
 
 def _context_length(model: Any, config: dict[str, Any], cap: int | None) -> int:
-    if not isinstance(model, Encoder):
-        return context_length(config, cap)
-    own = model.args.context_length
-    return min(own, cap) if cap else own
+    encoder = isinstance(model, Encoder)
+    own: int = model.args.context_length if encoder else context_length(config)
+    return min(own, cap or own)

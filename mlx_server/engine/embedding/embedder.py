@@ -81,6 +81,9 @@ class Embedder:
     def abort(self, ids: Sequence[int]) -> None:
         self._queue.remove(ids)
 
+    def take_tokenizer(self, content: bytes) -> None:
+        """Nothing here is bound to a grammar."""
+
     def turn(self) -> Iterator[Tokens | Begun]:
         self.memory.wiring.wake()
         self._pass = self._queue.next_pass(self._budget.tokens)

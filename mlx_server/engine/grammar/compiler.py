@@ -21,6 +21,7 @@ class GrammarCompiler:
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._folder = folder
+        self._tokenizer: bytes | None = None
         self._vocab_size = vocab_size
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
         self._vocabulary: Future[Vocabulary] | None = None
@@ -39,19 +40,26 @@ class GrammarCompiler:
         """Read the vocabulary, which holds Python's lock, while nobody waits."""
         self._read_vocabulary()
 
+    def take_tokenizer(self, content: bytes) -> None:
+        """As tokenizer.json, instead of the folder's. Call before the first grammar."""
+        self._tokenizer = content
+        self._vocabulary = None  # it may have been prepared from the folder
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _read_vocabulary(self) -> "Future[Vocabulary]":
         if self._vocabulary is None:
-            self._vocabulary = self._threads.submit(_vocabulary, self._folder, self._vocab_size)
+            self._vocabulary = self._threads.submit(
+                _vocabulary, self._folder, self._vocab_size, self._tokenizer
+            )
         return self._vocabulary
 
 
-def _vocabulary(folder: Path, size: int) -> "Vocabulary":
+def _vocabulary(folder: Path, size: int, tokenizer: bytes | None) -> "Vocabulary":
     from mlx_server.engine.grammar.grammar import Vocabulary
 
-    return Vocabulary(folder, size)
+    return Vocabulary(folder, size, tokenizer)
 
 
 def _compile(vocabulary: "Future[Vocabulary]", text: str) -> "Grammar":

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
+from mlx_server.dimensions import text_part
 from mlx_server.engine.protocol import MOST_ROW_ITEMS, MOST_STEP_ITEMS
+from mlx_server.tokenizer_json import NAME, for_grammars
 
 Words = npt.NDArray[np.uint32]
 Ids = npt.NDArray[np.intp]
@@ -38,20 +39,18 @@ class GrammarError(ValueError):
 class Vocabulary:
     """A model's tokens; a mask of them has `width` words, `known` is the mask of all."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        """`size` is the width of the model's logits. Raises GrammarError.
+    def __init__(self, folder: Path, size: int, tokenizer: bytes | None = None) -> None:
+        """`size` is the width of the model's logits, `tokenizer` replaces the folder's.
 
-        Holds Python's lock throughout: 0.3 s for 50,000 tokens.
+        Raises GrammarError. Holds Python's lock throughout: 0.3 s for 50,000 tokens.
         """
         self.size = size
         self.ends = [token for token in _own_ends(folder) if token < size]
         try:
-            content = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            self.tokens = _tokens(content, size, self.ends[:1])
-        except FileNotFoundError as error:
-            raise GrammarError("a constraint needs the model's tokenizer.json") from error
+            content = for_grammars(tokenizer or (folder / NAME).read_bytes())
+            self.tokens = _tokens(content.decode(), size, self.ends[:1])
         except (OSError, ValueError) as error:
-            raise GrammarError(f"the model's tokenizer.json cannot be used: {error}") from error
+            raise GrammarError(f"the model's tokenizer cannot be used: {error}") from error
         self.width = -(-self.tokens.vocab_size // WORD)
         self.known = _words(np.arange(self.width * WORD) < size)
 
@@ -80,13 +79,19 @@ def _tokens(content: str, size: int, ends: list[int]) -> LLTokenizer:
 
 
 def _own_ends(folder: Path) -> list[int]:
+    """Of both configs; a broken one names none."""
     ends: set[int] = set()
     for name in ("config.json", "generation_config.json"):
-        path = folder / name
-        config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        for settings in (config, config.get("text_config") or {}):
+        try:
+            config = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        parts = (config, text_part(config)) if isinstance(config, dict) else ()
+        for settings in parts:
             named = settings.get("eos_token_id")
-            ends |= {named} if isinstance(named, int) else set(named or ())
+            ends |= {
+                one for one in (named if isinstance(named, list) else [named]) if type(one) is int
+            }
     return sorted(ends)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_server.dimensions import context_length
 from mlx_server.engine.cache.layout import Cache, KvLayout
 from mlx_server.engine.cache.quant import CannotQuantize, check_support, quantize_cache
 from mlx_server.engine.memory import DeviceMemory, device_name
@@ -20,7 +21,6 @@ from mlx_server.engine.run.weights import (
     ModelError,
     apply_adapter,
     as_computed,
-    context_length,
     load_weights,
     read_weights,
 )
@@ -50,7 +50,8 @@ class Backend:
         if adapter_path is not None:
             self.model = apply_adapter(self.model, adapter_path)
         self.model_type = str(config.get("model_type", "unknown"))
-        self.context_length = context_length(config, options.context_length)
+        own = context_length(config)
+        self.context_length = min(own, options.context_length or own)
         self.model, self.dequantized = as_computed(self.model, options, memory)
         self.kv_bits = _usable_kv_bits(self.model, options)
         self.weights_bytes = read_weights(self.model)

@@ -3,11 +3,13 @@
 Nothing here imports mlx before it is called: `leave_out_text_side` comes first.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,21 @@ def leave_out_text_side() -> None:
     except ImportError:
         for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
             del sys.modules[name]
+
+
+def leave_out_generation_config() -> None:
+    """Have mlx-lm read config.json alone.
+
+    What else it would read are stop tokens, which are the front's, and a broken
+    generation_config.json would end the load.
+    """
+    from mlx_lm import utils
+
+    def load_config(model_path: Path) -> Any:
+        content = (model_path / "config.json").read_text(encoding="utf-8")
+        return utils._decode_tagged_floats(json.loads(content))
+
+    utils.load_config = load_config
 
 
 def use_device_kernels() -> Callable[[], None]:

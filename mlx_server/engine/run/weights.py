@@ -1,6 +1,7 @@
 """Loading a model folder."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from mlx_lm.utils import (
 
 from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions
+from mlx_server.engine.run.patches import leave_out_generation_config
 
-DEFAULT_CONTEXT = 4096
 FLOAT32_BYTES = 4
+EXTRA = re.compile(r"Received \d+ parameters not in model: \n(?P<names>.*)\.", re.DOTALL)
+MISSING = re.compile(r"Missing \d+ parameters: \n(?P<names>.*)\.", re.DOTALL)
+ENCODER = re.compile(r"(^|[._])(vision|visual|audio|image|vit|mm|multi_modal)[._]")
+SHOWN = 3
 
 Classes = Callable[[dict[str, Any]], tuple[type, type]]
 """From config.json to the classes of a model and of its arguments."""
@@ -33,6 +38,7 @@ def load_weights(
     path: Path, options: LoadOptions, classes: Classes = _get_classes
 ) -> tuple[Any, dict[str, Any]]:
     """The model, its weights not read yet, and its config. Raises ModelError."""
+    leave_out_generation_config()
     try:
         model, config = load_model(
             path,
@@ -40,13 +46,30 @@ def load_weights(
             get_model_classes=classes,
             trust_remote_code=options.trust_remote_code,
         )
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"config.json is not valid JSON: {error}") from error
     except FileNotFoundError as error:
         raise ModelError(f"a file is missing: {error}") from error
+    except SystemExit as error:  # olmo's way of asking for a package
+        raise ModelError("its architecture needs a Python package that is not installed") from error
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise ModelError(f"{type(error).__name__}: {error}") from error
+        raise ModelError(_in_short(error)) from error
     return model, config
+
+
+def _in_short(error: Exception) -> str:
+    """MLX names each of a thousand tensors that do not fit."""
+    if (extra := EXTRA.fullmatch(str(error))) is not None:
+        names = extra["names"].split(",\n")
+        whose = "of a picture or sound encoder, " if any(map(ENCODER.search, names)) else ""
+        return (
+            f"its weights hold {len(names)} tensors {whose}for which its model_type has no place, "
+            f"such as {', '.join(names[:SHOWN])}"
+        )
+    if (missing := MISSING.fullmatch(str(error))) is not None:
+        names = missing["names"].split(",\n")
+        return f"its weights lack {len(names)} tensors, such as {', '.join(names[:SHOWN])}"
+    return f"{type(error).__name__}: {error}"
 
 
 def apply_adapter(model: Any, path: Path) -> Any:
@@ -112,13 +135,3 @@ def body_classes(config: dict[str, Any]) -> tuple[type, type]:
             return {name: w for name, w in weights.items() if not name.startswith("lm_head.")}
 
     return Body, arguments
-
-
-def context_length(config: dict[str, Any], cap: int | None) -> int:
-    """In tokens, up to `cap`."""
-    own = int(_from_config(config, "max_position_embeddings") or DEFAULT_CONTEXT)
-    return min(own, cap) if cap else own
-
-
-def _from_config(config: dict[str, Any], name: str) -> Any:
-    return config.get(name) or (config.get("text_config") or {}).get(name)

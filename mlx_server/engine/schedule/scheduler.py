@@ -109,6 +109,9 @@ class Scheduler:
         self.waiting.remove(frozenset(ids))
         self._drop += ids
 
+    def take_tokenizer(self, content: bytes) -> None:
+        self.runner.grammars.take_tokenizer(content)
+
     def turn(self) -> Iterator[Tokens | Begun | Failed]:
         """One decode step and at most one chunk of prefill; yields what comes out of each."""
         started = time.perf_counter()

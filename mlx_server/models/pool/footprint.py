@@ -7,6 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_server.dimensions import (
+    HEAD,
+    HEADS,
+    INNER_WIDTH,
+    KV_HEADS,
+    LAYERS,
+    LOOPS,
+    VOCABULARY,
+    WIDTH,
+    Config,
+    context_length,
+    families,
+    number,
+    text_part,
+)
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.store.folder import WEIGHTS, read_config
 from mlx_server.models.store.lora import WEIGHTS as ADAPTER_WEIGHTS
@@ -40,6 +55,20 @@ UNFUSED_KEYS = 512
 """Tokens up to which attention may materialize its scores."""
 FULL_ATTENTION = ("full_attention", "attention")
 """Layer types with a growing KV cache."""
+WIDE_HEAD = ("global_head_dim", "swa_head_dim")
+"""Of some layers."""
+LATENTS = frozenset(
+    {
+        *("bailing_hybrid", "bailing_moe_v3", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"),
+        *("glm_moe_dsa", "joyai_llm_flash", "kimi_k2", "kimi_k25", "kimi_k3", "kimi_linear"),
+        *("kimi_vl", "longcat_flash", "longcat_flash_ngram", "mistral4"),
+    }
+)
+"""Families with multi-head latent attention whose caches hold what keys and values are made of."""
+EXPANDED_LATENTS = frozenset({"deepseek_v2", "minicpm3", "youtu_llm"})
+"""Those whose caches hold keys and values."""
+TWO_CACHES = frozenset({"longcat_flash", "longcat_flash_ngram"})
+"""In each layer."""
 LARGEST_HEADER = 100_000_000
 HEADER = struct.Struct("<Q")
 KV_STEP = 256
@@ -84,15 +113,15 @@ def read_footprint(
     parameters = _parameters(tensors, config) + sum(tensor.elements for tensor in added)
     weights = parameters * FLOAT32_BYTES if float32 else stored
     wide = sum(tensor.bytes for tensor in tensors if tensor.dtype == "F32") > stored / 2
-    number = FLOAT32_BYTES if float32 or wide else KV_BYTES
+    size = FLOAT32_BYTES if float32 or wide else KV_BYTES
+    width = number(config, WIDTH)
     return Footprint(
         float32=float32,
         weights=weights,
-        kv_per_token=_kv_bytes_per_token(config, number, kv_bits),
-        context_length=_number(config, "max_position_embeddings", 4096),
-        vocabulary=_number(config, "vocab_size", 0),
-        activations_per_token=number
-        * (8 * _number(config, "hidden_size", 0) + 4 * _number(config, "intermediate_size", 0)),
+        kv_per_token=_kv_bytes_per_token(config, size, kv_bits),
+        context_length=context_length(config),
+        vocabulary=number(config, VOCABULARY),
+        activations_per_token=size * (8 * width + 4 * number(config, INNER_WIDTH, 4 * width)),
     )
 
 
@@ -102,7 +131,7 @@ def read_embedding_footprint(path: Path, float32: bool, longest: int | None) -> 
     """
     plain = read_footprint(path, float32)
     context = min(plain.context_length, longest or plain.context_length)
-    heads = _number(read_config(path), "num_attention_heads", 1)
+    heads = number(read_config(path), HEADS, 1)
     scores = SCORE_COPIES * FLOAT32_BYTES * heads * min(context, UNFUSED_KEYS)
     return replace(
         plain,
@@ -171,39 +200,43 @@ def _parameters(tensors: list[_Tensor], config: dict[str, Any]) -> int:
     return total
 
 
-def _number(config: dict[str, Any], name: str, default: int) -> int:
-    """From the configuration, or its text part (multimodal models)."""
-    value = config.get(name)
-    if value is None and isinstance(text := config.get("text_config"), dict):
-        value = text.get(name)
-    if isinstance(value, list):
-        value = max((size for size in value if isinstance(size, int)), default=None)
-    return value if isinstance(value, int) and value >= 0 else default
-
-
-def _kv_bytes_per_token(config: dict[str, Any], number: int, kv_bits: int | None) -> int:
-    """For all layers; some families' cheaper caches are overestimated. `number`: bytes of an
+def _kv_bytes_per_token(config: Config, size: int, kv_bits: int | None) -> int:
+    """For all layers; some families' cheaper caches are overestimated. `size`: bytes of an
     unquantized number.
     """
-    layers = _number(config, "num_hidden_layers", 0)
-    heads = max(1, _number(config, "num_attention_heads", 1))
-    kv_heads = _number(config, "num_key_value_heads", heads)
-    head_dim = _number(config, "head_dim", _number(config, "hidden_size", 0) // heads)
-    plain = 2 * kv_heads * head_dim * number
-    group = next((size for size in KV_GROUP_SIZES if head_dim % size == 0), None)
+    layers = number(config, LAYERS) * max(1, number(config, LOOPS, 1))
+    layers *= 2 if TWO_CACHES.intersection(families(config)) else 1
+    if (latent := _latent_numbers(config)) is not None:
+        return layers * latent * size
+    heads = max(1, number(config, HEADS, 1))
+    kv_heads = number(config, KV_HEADS, heads)
+    head_dim = max(number(config, HEAD, number(config, WIDTH) // heads), number(config, WIDE_HEAD))
+    plain = 2 * kv_heads * head_dim * size
+    group = next((group for group in KV_GROUP_SIZES if head_dim % group == 0), None)
     if kv_bits is None or group is None:
         return layers * plain
     groups = 2 * kv_heads * head_dim // group
-    quantized = groups * (group * kv_bits // 8 + 2 * number)  # with a scale and a bias
+    quantized = groups * (group * kv_bits // 8 + 2 * size)  # with a scale and a bias
     growing = _growing_layers(config, layers)
     return growing * quantized + (layers - growing) * plain
 
 
-def _growing_layers(config: dict[str, Any], layers: int) -> int:
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        kinds = part.get("layer_types")
-        if isinstance(kinds, list):
-            return min(layers, sum(kind in FULL_ATTENTION for kind in kinds))
-    pattern = _number(config, "sliding_window_pattern", 0)
+def _latent_numbers(config: Config) -> int | None:
+    """Numbers per token and layer of multi-head latent attention; None of any other."""
+    kinds = families(config)
+    positions = number(config, ("qk_rope_head_dim",))
+    if LATENTS.intersection(kinds):
+        index = number(config, ("index_head_dim",))
+        return number(config, ("kv_lora_rank",)) + positions + 2 * index
+    if EXPANDED_LATENTS.intersection(kinds):
+        keys = number(config, ("qk_nope_head_dim",)) + positions
+        return number(config, HEADS, 1) * (keys + number(config, ("v_head_dim",), keys))
+    return None
+
+
+def _growing_layers(config: Config, layers: int) -> int:
+    kinds = text_part(config).get("layer_types")
+    if isinstance(kinds, list):
+        return min(layers, sum(kind in FULL_ATTENTION for kind in kinds))
+    pattern = number(config, ("sliding_window_pattern",))
     return layers // pattern if pattern else layers

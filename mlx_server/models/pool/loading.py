@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from mlx_server.events import event
 from mlx_server.models.pool.needs import LoadPlan
 from mlx_server.models.pool.resumable import ResumableEngine
 from mlx_server.models.pool.supervisor import EngineSupervisor
+from mlx_server.models.store.generation import own_sampling
 from mlx_server.models.store.locks import ModelLock
 from mlx_server.models.text.client import ModelText, TextProcess
 from mlx_server.telemetry import load_span
@@ -34,6 +35,8 @@ class LoadedModel:
     supervisor: EngineSupervisor
     text: ModelText
     facts: Ready
+    sampling: Mapping[str, float]
+    """Recommended where a request says nothing, by `Sampling`'s names."""
     lock: ModelLock
 
     def close(self) -> None:
@@ -48,10 +51,12 @@ class ModelLoader:
     hang_timeout: float
     texts: TextProcess
     start_engine: StartEngine
+    model_sampling: bool
 
     async def load(self, plan: LoadPlan) -> LoadedModel:
         """Leaves nothing behind on failure or cancellation."""
         model_id = plan.entry.id
+        sampling = await asyncio.to_thread(own_sampling, plan.path) if self.model_sampling else {}
         with load_span(model_id) as span:
             lock = ModelLock(self.home, plan.path)
             try:
@@ -60,13 +65,14 @@ class ModelLoader:
             except BaseException:
                 lock.release()
                 raise
+            _prepare(process, text, plan)
             facts = process.ready
             assert facts is not None
             span.loaded(device=facts.device, weights_bytes=facts.weights_bytes)
         engine = ResumableEngine(model_id)
-        start = partial(self._start_engine, plan)
+        start = partial(self._start_prepared, plan, text)
         supervisor = EngineSupervisor(process, engine, start, self.hang_timeout)
-        return LoadedModel(model_id, engine, supervisor, text, facts, lock)
+        return LoadedModel(model_id, engine, supervisor, text, facts, sampling, lock)
 
     def failure(self, error: Exception, model_id: str) -> ServerError:
         match error:
@@ -95,6 +101,13 @@ class ModelLoader:
                 await process.stop()
             raise
 
+    async def _start_prepared(
+        self, plan: LoadPlan, text: ModelText, kv_share: float
+    ) -> EngineClient:
+        process = await self._start_engine(plan, kv_share)
+        _prepare(process, text, plan)
+        return process
+
     async def _start_engine(self, plan: LoadPlan, kv_share: float) -> EngineClient:
         options = msgspec.structs.replace(
             plan.options,
@@ -108,3 +121,8 @@ class ModelLoader:
             return await self.start_engine(
                 entry.id, plan.path, options, entry.adapter_path, plan.embedding
             )
+
+
+def _prepare(process: EngineClient, text: ModelText, plan: LoadPlan) -> None:
+    if text.tokenizer is not None and plan.embedding is None:
+        process.give_tokenizer(text.tokenizer)

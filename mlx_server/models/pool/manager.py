@@ -55,6 +55,7 @@ class ModelPoolManager:
             hang_timeout=settings.hang_timeout,
             texts=self._texts,
             start_engine=start_engine,
+            model_sampling=settings.model_sampling,
         )
         self._slots: dict[str, Slot] = {}
         self._arranger = Arranger(self._slots, self._planner, loader, settings.swap_interval)

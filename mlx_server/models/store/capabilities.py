@@ -1,6 +1,5 @@
 """What a model's files say it can do."""
 
-import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,10 +7,14 @@ from pathlib import Path
 
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.store.catalog import ModelEntry
-from mlx_server.models.store.folder import read_json
+from mlx_server.models.store.chat_template import FILES, read_template
 
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-"""The first one with a template counts."""
+TOKENIZER = "tokenizer.json"
+DECODER = re.compile(rb'"decoder"\s*:\s*(?:null|\{\s*"type"\s*:\s*"(\w+)")')
+DECODER_WITHIN = 1 << 22
+"""Bytes of tokenizer.json, whose vocabulary comes last."""
+UNBOUND = (None, b"BPEDecoder", b"CTC", b"WordPiece")
+"""Decoders that grammars cannot follow token by token."""
 TOOLS = re.compile(r"\btools\b")
 THINKING = ("<think>", "<longcat_think>", "<|think:start|>", "<|channel>thought", "[THINK]")
 
@@ -35,16 +38,17 @@ def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
     if entry.path is None:
         return None
     try:
-        mtimes = tuple(_mtime_ns(entry.path / name) for name in TEMPLATE_FILES)
+        mtimes = tuple(_mtime_ns(entry.path / name) for name in FILES)
         template = _template(entry.path, mtimes)
-    except (OSError, UnicodeDecodeError, ModelLoadFailed):
+        bound = _can_be_bound(entry.path, _mtime_ns(entry.path / TOKENIZER))
+    except (OSError, ModelLoadFailed):
         return None
     return FileCapabilities(
         chat=bool(template),
         tools=bool(template),
         native_tools=TOOLS.search(template) is not None,
         reasoning=any(mark in template for mark in THINKING),
-        structured_output=True,
+        structured_output=bound,
         embeddings=False,
     )
 
@@ -56,14 +60,17 @@ def _mtime_ns(file: Path) -> int:
 @lru_cache(maxsize=256)
 def _template(path: Path, mtimes: tuple[int, ...]) -> str:
     """`mtimes` invalidates the cache."""
-    return next(filter(None, (_template_in(path / name) for name in TEMPLATE_FILES)), "")
+    for name in FILES:
+        if found := read_template(path / name):
+            return found if isinstance(found, str) else "\n".join(found.values())
+    return ""
 
 
-def _template_in(file: Path) -> str:
-    if not file.is_file():
-        return ""
-    if file.suffix == ".jinja":
-        return file.read_text(encoding="utf-8")
-    content = read_json(file)
-    template = (content.get("chat_template") if isinstance(content, dict) else None) or ""
-    return template if isinstance(template, str) else json.dumps(template)
+@lru_cache(maxsize=256)
+def _can_be_bound(path: Path, mtime_ns: int) -> bool:
+    """`mtime_ns` invalidates the cache."""
+    if not mtime_ns:  # it will be made from other files, with a decoder that serves
+        return True
+    with (path / TOKENIZER).open("rb") as file:
+        found = DECODER.search(file.read(DECODER_WITHIN))
+    return found is None or found[1] not in UNBOUND

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_server.dimensions import context_length
 from mlx_server.errors import BadRequest, ModelLoadFailed, ModelNotFound
 from mlx_server.models.store.demo import PACKAGED
 from mlx_server.models.store.embedding_files import is_embedding_model, max_seq_length
 from mlx_server.models.store.folder import (
-    context_length,
     folder_fault,
+    is_text,
     model_config,
     subfolders,
 )
@@ -52,7 +53,7 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """At `time` (monotonic); `faults`: why adapters cannot be served."""
+    """At `time` (monotonic); `faults`: why others cannot be served, by name."""
 
     time: float
     entries: tuple[ModelEntry, ...]
@@ -72,6 +73,11 @@ class Catalog:
     def entries(self) -> list[ModelEntry]:
         """Each servable model once, by id."""
         return list(self._scan().entries)
+
+    def faults(self) -> dict[str, str]:
+        """Why what looks like a model cannot be served, by name."""
+        scan = self._scan()
+        return {name: why for name, why in sorted(scan.faults.items()) if name not in scan.names}
 
     def find(self, model_id: str) -> ModelEntry:
         """Never treats `model_id` as a path. Raises ModelNotFound with close matches."""
@@ -103,6 +109,8 @@ class Catalog:
             raise BadRequest(f"cannot use {name}: {error}") from error
         if not os.path.isdir(path):
             return cached_commit(name)
+        if not is_text(str(path)):
+            raise BadRequest(f"the name of {str(path)!r} is no UTF-8, so no request could spell it")
         if fault := folder_fault(path):
             raise BadRequest(f"{name} is not an MLX model folder: {fault}")
         return path.resolve()
@@ -122,8 +130,9 @@ class Catalog:
             return self._last
 
     def _read_disk(self) -> _Scan:
-        names = self._base_models()
-        variants, faults = self._adapter_entries(names)
+        names, faults = self._base_models()
+        variants, adapter_faults = self._adapter_entries(names)
+        faults |= adapter_faults
         names = variants | names
         for alias in self.sources.aliases:
             target = names.get(self._resolve_alias(alias))
@@ -135,29 +144,33 @@ class Catalog:
         listed = tuple(entries[key] for key in sorted(entries))
         return _Scan(time.monotonic(), listed, names, faults)
 
-    def _base_models(self) -> dict[str, ModelEntry]:
+    def _base_models(self) -> tuple[dict[str, ModelEntry], dict[str, str]]:
         found: dict[Path, ModelEntry] = {}
+        faults: dict[str, str] = {}
         taken: set[str] = set()
-        for entry in self._candidates():
-            place = (entry.path or Path()).resolve()
+        for name, folder, source, aliases in self._candidates():
+            entry = _entry(folder, name, source, aliases)
+            if isinstance(entry, str):
+                faults.setdefault(name, entry)
+                continue
+            place = folder.resolve()
             if place in found:
                 found[place] = _with_aliases(found[place], (entry.id, *entry.aliases))
             elif entry.id not in taken:
                 found[place] = entry
             taken.add(entry.id)
         names = {name: entry for entry in found.values() for name in entry.aliases}
-        return names | {entry.id: entry for entry in found.values()}
+        return names | {entry.id: entry for entry in found.values()}, faults
 
-    def _candidates(self) -> Iterator[ModelEntry]:
+    def _candidates(self) -> Iterator[tuple[str, Path, Source, tuple[str, ...]]]:
         for name, (folder, names) in self._added.items():
-            aliases = tuple(other for other in names if other != name)
-            yield from _entry(folder, name, "command line", aliases)
+            yield name, folder, "command line", tuple(other for other in names if other != name)
         for parent in (self.sources.models_folder, *self.sources.model_dirs):
             for name, folder in _model_folders(parent):
                 packaged = name in PACKAGED and parent == self.sources.models_folder
-                yield from _entry(folder, name, "package" if packaged else "folder")
+                yield name, folder, "package" if packaged else "folder", ()
         for name, folder in cached_models():
-            yield from _entry(folder, name, "hub")
+            yield name, folder, "hub", ()
 
     def _adapter_entries(
         self, bases: dict[str, ModelEntry]
@@ -185,32 +198,34 @@ class Catalog:
     def _not_found(self, model_id: str, scan: _Scan) -> str:
         target = self._resolve_alias(model_id)
         shown = model_id[:SHOWN_CHARACTERS]
-        if target in scan.faults:
-            return f"The adapter {shown!r} cannot be used: {scan.faults[target]}."
-        if target in PACKAGED:
-            return f"The model {shown!r} is not here yet: run `mlx-server pull {target}` first."
+        fetching = f"`mlx-server pull {target}`"
+        if target in PACKAGED and target not in scan.faults:
+            return f"The model {shown!r} is not here yet: run {fetching} first."
         message = f"There is no model {shown!r}."
-        if close := difflib.get_close_matches(shown, scan.names, n=3, cutoff=0.5):
+        if target in scan.faults:
+            message = f"The model {shown!r} cannot be used: {scan.faults[target]}."
+        elif close := difflib.get_close_matches(shown, scan.names, n=3, cutoff=0.5):
             message += f" Close: {', '.join(close)}."
-        if is_repo_id(target):
-            message += f" To fetch it: `mlx-server pull {target}`."
+        is_adapter = "@" in target and target in scan.faults
+        if is_repo_id(target) and not is_adapter:
+            message += f" To fetch it: {fetching}."
         return message
 
 
-def _entry(
-    folder: Path, name: str, source: Source, aliases: tuple[str, ...] = ()
-) -> Iterator[ModelEntry]:
+def _entry(folder: Path, name: str, source: Source, aliases: tuple[str, ...]) -> ModelEntry | str:
+    """Or why it cannot be served."""
     config = model_config(folder)
-    if config is None or folder_fault(folder) is not None:
-        return
-    embeds = is_embedding_model(folder, config)
+    if fault := folder_fault(folder):
+        return fault
     try:
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         created = int((folder / "config.json").stat().st_mtime)
     except OSError:
-        # Removed during the scan.
-        return
-    yield ModelEntry(
+        config = None
+    if config is None:
+        return "it was removed just now"
+    embeds = is_embedding_model(folder, config)
+    return ModelEntry(
         id=name,
         path=folder,
         source=source,

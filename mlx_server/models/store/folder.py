@@ -1,48 +1,33 @@
 """A model folder's JSON files and completeness."""
 
 import json
+import logging
 import os
+import re
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mlx_server.errors import ModelLoadFailed
+from mlx_server.events import event
+from mlx_server.models.store.families import family_fault
 
 PARTIAL = ".partial"
 """Suffix of an incomplete folder, which is never served."""
 WEIGHTS = "model*.safetensors"
-INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+INDEX = f"{WHOLE}.index.json"
+SHARD = re.compile(r"(?P<stem>model.*)-[0-9]{5}-of-(?P<count>[0-9]{5})\.safetensors")
+MOST_SHARDS = 1000
 MAX_REASON = 500
-CONTEXT_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "max_sequence_length",
-    "seq_length",
-    "n_ctx",
-)
-TEXT_PARTS = ("text_config", "llm_config", "language_config")
+
+log = logging.getLogger("mlx_server.store")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Raises ModelLoadFailed."""
     return read_object(path / "config.json")
-
-
-def read_optional_config(path: Path) -> dict[str, Any]:
-    """generation_config.json or {}. Raises ModelLoadFailed."""
-    file = path / "generation_config.json"
-    return read_object(file) if file.exists() else {}
-
-
-def eos_token_ids(folder: Path) -> frozenset[int]:
-    """From both configs. Raises ModelLoadFailed."""
-    config = read_config(folder)
-    ids: list[Any] = []
-    for settings in (config, config.get("text_config") or {}, read_optional_config(folder)):
-        named = settings.get("eos_token_id")
-        ids += named if isinstance(named, list) else [named]
-    return frozenset(i for i in ids if isinstance(i, int))
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -79,18 +64,52 @@ def folder_fault(folder: Path) -> str | None:
     """Why it cannot be served; None if it can."""
     if folder.name.endswith(PARTIAL):
         return "it is an unfinished download"
-    if model_config(folder) is None:
+    config = model_config(folder)
+    if config is None:
         return "it has no readable config.json with a model_type"
-    index = folder / INDEX
+    if fault := family_fault(config):
+        return fault
     try:
-        if index.is_file():
-            missing = [shard for shard in _shards(index) if not (folder / shard).is_file()]
-            return f"it lacks {', '.join(missing[:3])}" if missing else None
-        if not any(file.is_file() for file in folder.glob(WEIGHTS)):
-            return f"it has no {WEIGHTS} file"
+        return _weights_fault(folder)
     except (OSError, ModelLoadFailed) as error:
         return f"its weights cannot be read ({error})"
-    return None
+
+
+def _weights_fault(folder: Path) -> str | None:
+    """Raises OSError, ModelLoadFailed."""
+    files = {file.name for file in folder.glob(WEIGHTS) if file.is_file()}
+    index = folder / INDEX
+    if index.is_file():
+        named = _shards(index)
+        missing = [shard for shard in named if not (folder / shard).is_file()]
+        if len(missing) == len(named) and WHOLE in files:
+            _warn_of_index(index)
+        elif missing:
+            return f"it lacks {_some(missing)}, which its {INDEX} names"
+    elif missing := sorted(_counted(files) - files):
+        return f"it lacks {_some(missing)}"
+    return None if files else f"it has no {WEIGHTS} file"
+
+
+def _counted(files: Iterable[str]) -> set[str]:
+    """All names of the series that some of `files` are of."""
+    series = (match for file in files if (match := SHARD.fullmatch(file)))
+    return {
+        f"{match['stem']}-{number:05}-of-{match['count']}.safetensors"
+        for match in series
+        for number in range(1, min(int(match["count"]), MOST_SHARDS) + 1)
+    }
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+@lru_cache(maxsize=256)
+def _warn_of_index(index: Path) -> None:
+    """Once."""
+    log.warning(event("stale_index_ignored", model=index.parent.name, used=WHOLE))
 
 
 def _shards(index: Path) -> tuple[str, ...]:
@@ -106,15 +125,8 @@ def _read_shards(index: Path, mtime_ns: int) -> tuple[str, ...]:
     return tuple(sorted(set(shards.values())))
 
 
-def context_length(config: dict[str, Any]) -> int | None:
-    """In tokens."""
-    parts = [config, *(config[key] for key in TEXT_PARTS if isinstance(config.get(key), dict))]
-    values = (part.get(key) for part in parts for key in CONTEXT_KEYS)
-    return next((value for value in values if type(value) is int and value > 0), None)
-
-
 def subfolders(parent: Path) -> list[Path]:
-    """Complete and visible ones; none if `parent` is unreadable."""
+    """Complete and visible ones, with names of text; none if `parent` is unreadable."""
     try:
         # os.path.isdir is False, where Path.is_dir raises, for a link into a closed folder.
         return sorted(
@@ -123,6 +135,18 @@ def subfolders(parent: Path) -> list[Path]:
             if not child.name.startswith(".")
             and not child.name.endswith(PARTIAL)
             and os.path.isdir(child)
+            and is_text(str(child))
         )
     except OSError:
         return []
+
+
+@lru_cache(maxsize=4096)
+def is_text(path: str) -> bool:
+    """False for names that are no UTF-8: no request could spell them."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        log.warning(event("folder_passed_over", path=path, reason="its name is no UTF-8"))
+        return False
+    return True

@@ -27,14 +27,16 @@ def repo_folder(repo: str) -> Path:
 
 
 def cached_models() -> Iterator[tuple[str, Path]]:
-    """Complete snapshots as `org/name` (main) or `org/name@ref`."""
+    """Complete snapshots as `org/name` (main) or `org/name@ref`; an incomplete main one if there is
+    no other.
+    """
     for repo in subfolders(cache_folder()):
         kind, *parts = repo.name.split("--")
         if kind != "models" or not 1 <= len(parts) <= 2:
             continue
         name = "/".join(parts)
         refs = _refs(repo)
-        main = refs.pop("main", None) or _newest_complete(repo)
+        main = refs.pop("main", None) or _newest(repo)
         if main is not None:
             yield name, main
         for ref, snapshot in sorted(refs.items()):
@@ -66,10 +68,12 @@ def _refs(repo: Path) -> dict[str, Path]:
     return found
 
 
-def _newest_complete(repo: Path) -> Path | None:
-    complete = [path for path in subfolders(repo / "snapshots") if folder_fault(path) is None]
+def _newest(repo: Path) -> Path | None:
+    """The newest complete snapshot, else the newest."""
+    snapshots = subfolders(repo / "snapshots")
+    complete = [path for path in snapshots if folder_fault(path) is None]
     try:
-        return max(complete, key=os.path.getmtime, default=None)
+        return max(complete or snapshots, key=os.path.getmtime, default=None)
     except OSError:
         # Cleared meanwhile.
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_server.errors import ModelLoadFailed
-from mlx_server.models.store.folder import read_object
+from mlx_server.models.store.folder import is_text, read_object
 from mlx_server.models.store.sources import ModelSources
 
 CONFIG = "adapter_config.json"
@@ -51,7 +51,7 @@ def find_adapters(sources: ModelSources) -> Iterator[LoraAdapter]:
     root = sources.adapters_folder
     for place, folders, files in os.walk(root, followlinks=True):
         parts = Path(place).relative_to(root).parts
-        is_adapter = len(parts) in DEPTHS and bool(files)
+        is_adapter = len(parts) in DEPTHS and bool(files) and is_text(place)
         if is_adapter:
             yield LoraAdapter("/".join(parts[:-1]), parts[-1], Path(place))
         # A link may lead back up.

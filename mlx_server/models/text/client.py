@@ -145,6 +145,7 @@ class ModelText:
             self._model = model
             self.stop_tokens = frozenset(opened.stop_tokens)
             self.syntax = opened.syntax
+            self.tokenizer = opened.tokenizer
             self._tokens = opened.tokens
 
     def close(self) -> None:

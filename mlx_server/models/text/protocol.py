@@ -65,6 +65,8 @@ class Opened(msgspec.Struct, frozen=True, tag="opened"):
     stop_tokens: list[int]
     syntax: Syntax
     tokens: TokenTable
+    tokenizer: bytes | None = None
+    """As tokenizer.json, for grammars, where the folder has none that serves."""
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):

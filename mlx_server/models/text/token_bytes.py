@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from mlx_server.tokenizer_json import decoder_steps, replacements, treats_each_token_alone
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -20,12 +21,12 @@ class TokenBytes:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._known = {token: b"" for token, details in added.items() if details.special}
-        steps = list(_steps(tokenizer))
+        steps = decoder_steps(decoder_of(tokenizer))
         kinds = [step["type"] for step in steps]
         self._byte_level = kinds == ["ByteLevel"]
         self._byte_fallback = "ByteFallback" in kinds
-        self._replacements = [_replacement(step) for step in steps if _replaces(step)]
-        self._by_itself = self._byte_level or (bool(kinds) and _treats_each_token_alone(steps))
+        self._replacements = replacements(steps)
+        self._by_itself = self._byte_level or (bool(kinds) and treats_each_token_alone(steps))
         self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
 
     def __call__(self, token: int) -> bytes:
@@ -53,39 +54,10 @@ class TokenBytes:
         return after.removeprefix(before).encode()
 
 
-def _steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    if tokenizer.decoder is None:
-        return
-    pending = [json.loads(tokenizer.decoder.__getstate__())]
-    while pending:
-        step = pending.pop(0)
-        if step["type"] == "Sequence":
-            pending = step["decoders"] + pending
-        else:
-            yield step
-
-
-def _replaces(step: dict[str, Any]) -> bool:
-    return step["type"] == "Metaspace" or (
-        step["type"] == "Replace" and "String" in step["pattern"]
-    )
-
-
-def _replacement(step: dict[str, Any]) -> tuple[str, str]:
-    if step["type"] == "Metaspace":
-        return step["replacement"], " "
-    return step["pattern"]["String"], step["content"]
-
-
-def _treats_each_token_alone(steps: list[dict[str, Any]]) -> bool:
-    """Apart from stripping the whole text's ends."""
-    fused = False
-    for step in steps:
-        fused = fused or step["type"] == "Fuse"
-        known = step["type"] in ("ByteFallback", "Fuse") or _replaces(step)
-        if not known and not (fused and step["type"] == "Strip"):
-            return False
-    return True
+def decoder_of(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """As tokenizer.json has it."""
+    decoder = tokenizer.decoder
+    return None if decoder is None else json.loads(decoder.__getstate__())
 
 
 def _byte_alphabet() -> dict[str, int]:

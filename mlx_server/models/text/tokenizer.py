@@ -3,16 +3,17 @@
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from mlx_server.errors import ContextLengthExceeded, ModelLoadFailed
-from mlx_server.models.store.folder import one_line
-from mlx_server.models.text.token_bytes import TokenBytes
+from mlx_server.models.store.chat_template import OF_PROCESSOR, read_template
+from mlx_server.models.store.folder import one_line, read_config
+from mlx_server.models.text.token_bytes import TokenBytes, decoder_of
+from mlx_server.tokenizer_json import AddedToken, read_parts
 
-MLX_LM_SETTINGS = {"chat_template_type", "tool_parser_type"}
-"""Only mlx-lm's own loader understands these."""
 LONG_TOKEN = 8
 """Characters per token of `limit` above which length is checked first."""
 PART = 1 << 16
@@ -103,6 +104,16 @@ class TextTokenizer:
         return False
 
 
+def is_stored(tokenizer: Tokenizer, folder: Path) -> bool:
+    """Whether the folder's tokenizer.json has the tokens of `tokenizer`, for grammars."""
+    stored = read_parts(folder)
+    if stored is None:
+        return False
+    known = tokenizer.get_added_tokens_decoder()
+    added = {AddedToken(id_, token.content, token.special) for id_, token in known.items()}
+    return added == set(stored.added_tokens) and decoder_of(tokenizer) == stored.decoder
+
+
 def import_tokenizers() -> Any:
     """mlx-lm's `tokenizer_utils`. Import in the main thread first: importing takes seconds and
     leaves MLX's state in its thread, and a thread that ends during interpreter shutdown aborts
@@ -132,22 +143,49 @@ def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
 
 
 def _load_wrapper(tokenizer_utils: Any, path: Path, trust_remote_code: bool) -> Any:
-    """`tokenizer_utils.load`, but reads tokenizer.json once, not twice: 0.1 s under the GIL for a
-    vocabulary of 50,000.
+    """`tokenizer_utils.load`, but reads tokenizer.json once, not twice (0.1 s under the GIL for a
+    vocabulary of 50,000), the model's sizes not at all, and chat_template.json too.
     """
     from transformers import AutoTokenizer
 
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    if MLX_LM_SETTINGS & tokenizer.init_kwargs.keys():
-        return tokenizer_utils.load(path, options)
-    parser_name = tokenizer_utils._infer_tool_parser(tokenizer)
-    if parser_name is None:
-        return tokenizer_utils.TokenizerWrapper(tokenizer)
-    parser = importlib.import_module(f"mlx_lm.tool_parsers.{parser_name}")
-    return tokenizer_utils.TokenizerWrapper(
-        tokenizer,
-        tool_parser=parser.parse_tool_call,
-        tool_call_start=parser.tool_call_start,
-        tool_call_end=parser.tool_call_end,
+    tokenizer = AutoTokenizer.from_pretrained(
+        path,
+        config=_bare_config(read_config(path)),
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
     )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = read_template(path / OF_PROCESSOR)
+    settings = tokenizer.init_kwargs
+    options = {}
+    if kind := settings.get("chat_template_type"):
+        module = _module("chat_templates", kind)
+        options["chat_template"] = getattr(module, "apply_chat_template", None)
+    if kind := settings.get("tool_parser_type") or tokenizer_utils._infer_tool_parser(tokenizer):
+        module = _module("tool_parsers", kind)
+        options["tool_parser"] = module.parse_tool_call
+        options["tool_call_start"] = module.tool_call_start
+        options["tool_call_end"] = module.tool_call_end
+    return tokenizer_utils.TokenizerWrapper(tokenizer, **options)
+
+
+def _module(package: str, name: str) -> ModuleType:
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is none of mlx-lm's {package}")
+    return importlib.import_module(f"mlx_lm.{package}.{name}")
+
+
+def _bare_config(config: dict[str, Any]) -> Any:
+    """What the choice of a tokenizer's class asks of a model's configuration. That itself is not
+    made: its class may refuse a model that mlx-lm computes.
+    """
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    try:
+        kind = CONFIG_MAPPING[config.get("model_type")]  # which has no `get` of its own
+    except KeyError:
+        kind = PretrainedConfig
+    bare = kind.__new__(kind)
+    names = ("model_type", "tokenizer_class", "model_name")
+    vars(bare).update({name: config[name] for name in names if isinstance(config.get(name), str)})
+    return bare

@@ -37,7 +37,7 @@ from mlx_server.models.text.protocol import (
     TokenTable,
     decode_request,
 )
-from mlx_server.models.text.tokenizer import TextTokenizer, import_tokenizers
+from mlx_server.models.text.tokenizer import TextTokenizer, import_tokenizers, is_stored
 from mlx_server.schemas.internal import ChatPrompt, Prompt, TextPrompt
 
 THREADS = 4
@@ -115,13 +115,16 @@ class TextWorker:
                 raise TypeError(f"{type(question).__name__} has no answer")
 
     def _open(self, model: int, question: Open) -> Opened:
-        adapter = load_adapter(Path(question.path), question.name, question.trust_remote_code)
+        path = Path(question.path)
+        adapter = load_adapter(path, question.name, question.trust_remote_code)
         self._adapters[model] = adapter
         self._unprepared.append(adapter)
+        backend = adapter.tokenizer.backend
         return Opened(
             stop_tokens=sorted(adapter.stop_tokens),
             syntax=adapter.syntax,
             tokens=token_table(adapter.tokenizer),
+            tokenizer=None if is_stored(backend, path) else backend.to_str().encode(),
         )
 
 

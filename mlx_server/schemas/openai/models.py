@@ -14,6 +14,16 @@ class ModelCapabilities(ResponseObject):
     embeddings: bool
 
 
+class ModelSampling(ResponseObject):
+    """What a request that says nothing is sampled with."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
 class Model(ResponseObject):
     """Everything after `owned_by` is this server's own."""
 
@@ -26,6 +36,7 @@ class Model(ResponseObject):
     context_length: int | None
     model_type: str | None
     aliases: list[str]
+    default_sampling: ModelSampling
     capabilities: ModelCapabilities | None
 
 

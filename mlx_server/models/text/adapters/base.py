@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from mlx_server.models.store.folder import eos_token_ids
+from mlx_server.models.store.generation import eos_token_ids
 from mlx_server.models.text.call_parsing import parse_calls
 from mlx_server.models.text.grammars.builder import GrammarBuilder
 from mlx_server.models.text.grammars.checker import GrammarChecker

@@ -22,6 +22,7 @@ from mlx_server.models.text.grammars.json_schema import (
 )
 from mlx_server.models.text.grammars.parts import Grammar, json_grammar
 from mlx_server.models.text.special_tokens import SpecialTokens
+from mlx_server.tokenizer_json import for_grammars
 
 LIMITS = LLParserLimits(
     verbose_errors=False, max_items_in_row=MOST_ROW_ITEMS, step_max_items=MOST_STEP_ITEMS
@@ -114,7 +115,8 @@ class GrammarChecker:
             if self._loaded is None:
                 try:
                     self._loaded = LLTokenizer(
-                        self._tokenizer.to_str(), eos_token=self._stop_tokens or None
+                        for_grammars(self._tokenizer.to_str().encode()).decode(),
+                        eos_token=self._stop_tokens or None,
                     )
                 except BaseException as error:
                     # llguidance raises anything for unknown tokenizers, and panics.

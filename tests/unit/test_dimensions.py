@@ -1,0 +1,146 @@
+"""What is read of config.json, for each architecture of mlx-lm: its own names, its own defaults."""
+
+import dataclasses
+import importlib
+import pkgutil
+from typing import Any
+
+import mlx_lm.models
+import pytest
+from mlx_lm.utils import MODEL_REMAPPING
+from transformers import CONFIG_MAPPING
+
+from mlx_server import dimensions
+from mlx_server.dimensions import (
+    CONTEXT,
+    FAMILY_CONTEXT,
+    NO_LIMIT,
+    OWN_CONTEXT,
+    RECURRENT,
+    STRETCHED_CONTEXT,
+    UNKNOWN_CONTEXT,
+    context_length,
+    number,
+)
+from tests.support.architectures import ARCHITECTURES, LAYERS, VOCAB_SIZE, own_config
+from tests.support.architectures import CONTEXT as TOLD
+
+UNTOLD = frozenset({"afm7", "gear", "hunyuan", "nanbeige"})
+"""Families of which neither mlx-lm nor transformers says how long a text may be."""
+
+
+def test_gpt_2s_names_are_known() -> None:
+    assert context_length({"model_type": "gpt2", "n_ctx": 1024, "n_positions": 1024}) == 1024
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_context_is_found_under_each_architectures_own_name(name: str) -> None:
+    config = own_config(name)
+    named = (*CONTEXT, *OWN_CONTEXT.values())
+    told = any(key in part for part in (config, config.get("text_config", {})) for key in named)
+    expected = TOLD if told else FAMILY_CONTEXT.get(name.removesuffix("_text"), UNKNOWN_CONTEXT)
+    assert context_length(config) == (NO_LIMIT if name in RECURRENT else expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_heads_and_vocabulary_are_found_under_each_architectures_own_name(name: str) -> None:
+    config = own_config(name)
+    halves = 2 if name.startswith("longcat") else 1
+    assert number(config, dimensions.LAYERS) == LAYERS // halves
+    assert number(config, dimensions.VOCABULARY) == VOCAB_SIZE
+    assert number(config, dimensions.WIDTH) == (96 if name.startswith("lille") else 32)
+    assert number(config, dimensions.HEADS, 4) == (8 if name == "mamba2" else 4)
+
+
+def families() -> dict[str, Any]:
+    """The argument class of each family that mlx-lm computes; olmo's needs another package."""
+    names = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)} - {"olmo"}
+    modules = {name: importlib.import_module(f"mlx_lm.models.{name}") for name in names}
+    found = {name: module.ModelArgs for name, module in modules.items() if hasattr(module, "Model")}
+    return found | {name: found[home] for name, home in MODEL_REMAPPING.items() if home in found}
+
+
+def test_each_family_whose_config_may_leave_the_context_out_has_a_default() -> None:
+    for name, arguments in families().items():
+        fields = dataclasses.fields(arguments)
+        required = {one.name for one in fields if one.default is dataclasses.MISSING}
+        known = {name.removesuffix("_text"), MODEL_REMAPPING.get(name, name)}
+        told = required & {*CONTEXT, OWN_CONTEXT.get(name)} or known & RECURRENT
+        assert told or known & (FAMILY_CONTEXT.keys() | UNTOLD), name
+
+
+def test_defaults_are_those_that_transformers_leaves_out_of_a_config() -> None:
+    compared = 0
+    for family, length in FAMILY_CONTEXT.items():
+        if family in CONFIG_MAPPING and family not in STRETCHED_CONTEXT:
+            config = CONFIG_MAPPING[family]().to_dict()
+            if "text_config" in config or any(config.get(name) for name in CONTEXT):
+                assert context_length(config) == length, family
+                compared += 1
+    assert compared > 60
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"text_config": {"model_type": "gemma3_text"}, "model_type": "gemma3"}, 32768),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+            },
+            131072,
+        ),
+        ({"model_type": "gemma3_text", "max_position_embeddings": 32768}, 32768),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, 131072),
+        ({"model_type": "llava", "text_config": {"model_type": "qwen2"}}, 32768),
+        ({"model_type": "internvl_chat", "llm_config": {"max_position_embeddings": 7}}, 7),
+        ({"text_config": {"max_position_embeddings": 8}, "max_position_embeddings": 9}, 8),
+        ({"text_config": {}, "max_position_embeddings": 9}, 9),
+    ],
+)
+def test_a_multimodal_models_text_part_counts(config: dict[str, Any], expected: int) -> None:
+    assert context_length(config) == expected
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_scaling": YARN | {"type": "yarn"}}, 131072),
+        ({"rope_scaling": YARN | {"rope_type": "yarn"}}, 131072),
+        ({"rope_parameters": YARN | {"rope_type": "yarn"}}, 131072),
+        ({"rope_parameters": {"full_attention": YARN | {"rope_type": "yarn"}}}, 131072),
+        ({"rope_scaling": YARN | {"rope_type": "yarn", "factor": 1.0}}, 40960),
+        ({"rope_scaling": YARN | {"rope_type": "llama3"}}, 40960),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 40960),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 40960),
+        ({"rope_scaling": YARN | {"rope_type": "yarn", "factor": float("inf")}}, 40960),
+        ({"rope_scaling": None}, 40960),
+    ],
+)
+def test_yarn_stretches_the_context_where_the_length_beside_it_was_left(
+    rope: dict[str, Any], expected: int
+) -> None:
+    config = {"model_type": "qwen3", "max_position_embeddings": 40960} | rope
+    assert context_length(config) == expected
+
+
+def test_of_two_lengths_the_shorter_counts() -> None:
+    config = {"model_type": "qwen", "max_position_embeddings": 32768, "seq_length": 8192}
+    assert context_length(config) == 8192
+
+
+@pytest.mark.parametrize("odd", [None, "many", True, 0, -1, [], {}, 1e30, 10**30])
+def test_what_is_no_length_is_passed_over(odd: object) -> None:
+    assert context_length({"max_position_embeddings": odd, "n_ctx": 8}) == 8
+    assert context_length({"max_position_embeddings": odd}) == UNKNOWN_CONTEXT
+    assert context_length({"text_config": odd, "model_type": odd}) == UNKNOWN_CONTEXT
+    assert number({"n_layer": odd, "n_layers": 3}, ("n_layer", "n_layers")) in (0, 3, 10**30)
+
+
+def test_recurrent_models_have_no_limit() -> None:
+    for family in RECURRENT:
+        assert context_length({"model_type": family, "max_position_embeddings": 2048}) == NO_LIMIT
