@@ -28,7 +28,7 @@ BAD: list[tuple[str, Any]] = [
     (CHAT, {"messages": "none"}),
     (CHAT, {"messages": [{"role": "user", "content": "x"}], "temperature": -1}),
     (TEXT, {"prompt": [10**9]}),
-    (TEXT, {"prompt": "x", "max_tokens": 10**12}),
+    (TEXT, {"prompt": "x", "top_p": 7}),
     (TEXT, "this is no object"),
 ]
 

@@ -1,5 +1,6 @@
 """Weights wired on a Mac: once, alone, not for ever. MLX is watched; no Mac is needed."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def let_rest(work: Scheduler | Embedder) -> None:
 
 
 def test_weights_are_wired_once_when_nothing_else_is_there(tiny_model: Path, wired: Wired) -> None:
+    gc.collect()  # what earlier tests left must not go meanwhile
     before = mx.get_active_memory()
     work, ready = loaded(tiny_model, GIB)
     assert isinstance(work, Scheduler)
