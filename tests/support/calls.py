@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import load_adapter
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import KINDS, tiny_tokenizer
 
 START, END = "[assistant]", "[end]"
 FRAME = (
@@ -36,13 +36,14 @@ PYTHON = f"{{{{ c.name }}}}({PAIRS}{{{{ k }}}}={PYTHON_VALUE}{COMMA}{DONE})"
 @dataclass(frozen=True)
 class Written:
     """`hint` comes with the tools, `calls` after an assistant's text. `parallel`: of several calls
-    all are written.
+    all are written. `family`: of tiny models, whose kind of tokenizer it is.
     """
 
     calls: str
     tokens: tuple[str, ...] = ()
     hint: str = ""
     parallel: bool = True
+    family: str = "generic"
 
 
 def _each(call: str, between: str = "") -> str:
@@ -78,7 +79,7 @@ def _braces(start: str, end: str, escape: str) -> Written:
     text = f"{{{{ {escape!r} + v + {escape!r} if v is string else {other} }}}}"
     pair = f"{{{{ k }}}}:{text}{{{{ ',' if not loop.last else '' }}}}"
     inside = "{{ c.name + '{' }}" + _pairs(pair) + "{{ '}' }}"
-    return Written(_each(f"{start}call:{inside}{end}"), (start, end, escape))
+    return Written(_each(f"{start}call:{inside}{end}"), (start, end, escape), family="gemma")
 
 
 DEEPSEEK_TOKENS = tuple(
@@ -110,7 +111,7 @@ WRITTEN = {
     "phi": Written(f"<|tool_call|>{LIST}<|/tool_call|>", ("<|tool_call|>", "<|/tool_call|>")),
     "functools": Written(f"functools{LIST}"),
     "granite": Written(f"<|tool_call|>{LIST}", ("<|tool_call|>",), hint="<|start_of_role|>"),
-    "mistral": Written(f"[TOOL_CALLS]{LIST}", ("[TOOL_CALLS]",)),
+    "mistral": Written(f"[TOOL_CALLS]{LIST}", ("[TOOL_CALLS]",), family="mistral"),
     "nemotron": Written(f"<TOOLCALL>{LIST}</TOOLCALL>"),
     "tool-calls": Written(f"<tool_calls>{LIST}</tool_calls>"),
     "minimax-m1": Written(
@@ -273,11 +274,13 @@ WRITTEN = {
 def calling_adapter(folder: Path, style: str) -> Adapter:
     written = WRITTEN[style]
     template = FRAME.replace("HINT", written.hint).replace("CALLS", written.calls)
-    tokenizer = Tokenizer.from_str(tiny_tokenizer("generic").to_str())
+    tokenizer = Tokenizer.from_str(tiny_tokenizer(written.family).to_str())
     tokenizer.add_special_tokens(list(written.tokens))
-    config = {"eos_token": "<|endoftext|>", "chat_template": template}
+    end = KINDS[written.family].eos[0]
+    config = {"eos_token": end, "chat_template": template}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text('{"model_type": "any", "eos_token_id": 0}')
+    model = {"model_type": "any", "eos_token_id": tokenizer.token_to_id(end)}
+    (folder / "config.json").write_text(json.dumps(model))
     return load_adapter(folder, "tiny")

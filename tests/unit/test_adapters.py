@@ -340,6 +340,23 @@ def test_the_template_tells_how_calls_are_written(load: Load, shown: str, style:
 
 
 @pytest.mark.parametrize(
+    ("tokens", "style"),
+    [
+        (["<|tool_call_start|>", "<|tool_call_end|>"], "lfm2"),
+        (["｜DSML｜"], "deepseek-markup"),
+        ([], "generic"),
+    ],
+)
+def test_the_vocabulary_tells_how_calls_are_written(
+    load: Load, tokens: list[str], style: str
+) -> None:
+    template = "{#- tools -#}{{ messages[0].content }}"
+    adapter = load("generic", template=template, extra_tokens=tokens)
+    assert adapter.style is not None
+    assert adapter.style.name == style
+
+
+@pytest.mark.parametrize(
     ("shown", "markers"),
     [
         ("<think></think>", Reasoning("<think>", "</think>")),
@@ -349,6 +366,7 @@ def test_the_template_tells_how_calls_are_written(load: Load, shown: str, style:
             Reasoning("<|START_THINKING|>", "<|END_THINKING|>"),
         ),
         ("<|inner_prefix|><|inner_suffix|>", Reasoning("<|inner_prefix|>", "<|inner_suffix|>")),
+        ("an AI math expert developed by Microsoft", Reasoning("<think>", "</think>")),
         ("<think>", None),
         ("", None),
     ],

@@ -42,6 +42,9 @@ HARD: dict[str, Any] = {
             "additionalProperties": False,
         },
         "level": {"$ref": "#/$defs/level"},
+        "day": {"type": "string", "format": "date"},
+        "code": {"type": "string", "pattern": "^[a-z<]{2}", "maxLength": 4},
+        "word": {"type": "string", "pattern": "(b|c)$", "maxLength": 4},
     },
     "required": ["text", "where"],
     "$defs": {"level": {"enum": ["low", "high]", 3]}},
@@ -53,9 +56,11 @@ def tool(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+EXACT = {"type": "object", "properties": {"code": {"type": "string", "pattern": "^[A-Z]/\\d$"}}}
 TOOLS = [tool("forecast", FORECAST), tool("stop_it", None), tool("put", HARD)]
 USE = ToolUse(TOOLS)
-ROME = {"city": "Rome {it}, \"<b>'s\n", "days": 3, "unit": "C", "exact": True, "hours": [1, 20]}
+CITY = "Rome {it}, \"<b>'s ```json functools[\\\n"
+ROME = {"city": CITY, "days": 3, "unit": "C", "exact": True, "hours": [1, 20]}
 ONE = [("forecast", ROME)]
 TWO = [*ONE, ("stop_it", {})]
 
@@ -156,6 +161,13 @@ def test_what_a_forced_model_says_at_random_is_valid_calls(adapter: Adapter) -> 
                 assert problem is None, f"{text}: {problem}"
 
 
+def test_texts_can_be_held_to_a_pattern(style: str, adapter: Adapter) -> None:
+    tools = [tool("put", EXACT)]
+    grammar = adapter.prepare(user("Hi", use=ToolUse(tools, "required")), None).grammar
+    assert accepts(adapter, grammar, written(adapter, [("put", {"code": "A/1"})]))
+    assert not accepts(adapter, grammar, written(adapter, [("put", {"code": "A/11"})]))
+
+
 def said_at_random(adapter: Adapter, grammar: str | None, drawn: random.Random) -> str:
     """After a while, ends texts and the answer as soon as they may."""
     assert grammar is not None
@@ -221,6 +233,8 @@ BARE = {
     '"parameters": {"city": "Rome", "days": 3}}]',
     "command-r": 'Action: ```json\n[{"parameters": {"city": "Rome", "days": 3}, '
     '"tool_name": "forecast"}]\n```',
+    "phi": 'functools[{"name": "forecast", "arguments": {"city": "Rome", "days": "3"}}]',
+    "mistral": '[TOOL_CALLS]forecast{"city": "Rome", "days": 3}',
     "function-gemma": "<start_function_call>call:forecast{city:Rome,days:<escape>3<escape>}"
     "<end_function_call>",
     "apertus": '<|tools_prefix|>[{"forecast": {"city": "Rome", "days": "3"}}]<|tools_suffix|>',

@@ -22,6 +22,7 @@ FORECAST: dict[str, Any] = {
     "required": ["city", "days"],
 }
 EXACT = {"city": {"type": "string", "pattern": "^[A-Z]+$"}}
+OPEN = {"properties": EXACT, "required": ["city"], "additionalProperties": {"type": "integer"}}
 
 
 def tool(name: str, parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def test_what_a_notation_cannot_say_is_called_in_json(
     adapters: dict[str, Adapter], family: str
 ) -> None:
     adapter = adapters[family]
-    tools = [tool("forecast", {"properties": EXACT, "required": ["city"]})]
+    tools = [tool("forecast", OPEN)]
     grammar = adapter.prepare(required(tools), None).grammar
     syntax = adapter.syntax.calls
     assert syntax is not None

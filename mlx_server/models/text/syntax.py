@@ -77,7 +77,8 @@ Notation = JsonArguments | TaggedArguments | PythonArguments | BracedArguments
 @dataclass(frozen=True, slots=True)
 class CallStyle:
     """`syntax.start`, `opening`, calls joined by `between`, `closing`, `syntax.end`. A call is
-    `before_name`, name, `before_arguments`, arguments, `after_arguments`; these may hold SLOTS.
+    `before_name`, name, `before_arguments`, arguments, `after_arguments`. SLOTS may stand in what
+    comes before others.
     """
 
     name: str
@@ -115,8 +116,8 @@ class CallStyle:
         )
 
 
-SLOTS = {"{index}": "[0-9]{1,2}", "{id}": "[A-Za-z0-9]{9}"}
-"""What a call's own number or name is written with."""
+SLOTS = {"{index}": "[0-9]{1,2}", "{id}": "[A-Za-z0-9]{9}", "{space}": " ?"}
+"""Patterns of what differs: a call's own number or name, SentencePiece's space after a marker."""
 
 
 class Thinking(Enum):

@@ -51,5 +51,7 @@ class BlockScan:
 
 
 def _is_escaped(text: str, start: int, position: int) -> bool:
-    before = text[start:position]
-    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+    backslashes = 0
+    while position - backslashes > start and text[position - backslashes - 1] == "\\":
+        backslashes += 1
+    return backslashes % 2 == 1

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from llguidance import regex_to_lark
+
 from mlx_server.models.text.grammars.lark import Lark, quoted, text_without
 from mlx_server.models.text.syntax import (
     BracedArguments,
@@ -20,6 +22,11 @@ WORD = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 ANY_WORD = "/[A-Za-z_][A-Za-z0-9_]*/"
 ANY_OBJECT = {"type": "object"}
 MAX_REFERENCES = 16
+TEXT_KEYS = frozenset({"type", "minLength", "maxLength", "pattern", "allOf"})
+ANYTHING = "(?s:.*)"
+SIMPLE_PARTS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
+GROUP = re.compile(r"\((?:\?:)?[^()^$]*\)")
+"""Groups without anchors or groups."""
 
 
 class Unwritable(Exception):
@@ -77,9 +84,7 @@ class _Tagged:
             if any(end in text or tags.start in text for text in schema["enum"]):
                 raise Unwritable
             return f"{_choices(schema)} {lark.exactly(tags.end)}"
-        text = text_without(end, tags.start)
-        if limits := _length(schema):
-            text = f"{limits} & {text}"
+        text = " & ".join([*_limits(schema), text_without(end, tags.start)])
         return lark.text_until(tags.end, text)
 
 
@@ -147,8 +152,8 @@ class _Braced:
                 raise Unwritable
             inside = _choices(schema)
         else:
-            limits, text = _length(schema), text_without(self._escape)
-            inside = lark.rule("TEXT", f"{limits} & {text}" if limits else text)
+            limits = [*_limits(schema), text_without(self._escape)]
+            inside = lark.rule("TEXT", " & ".join(limits))
         return lark.rule("escaped", f"{mark} {inside} {mark}")
 
 
@@ -191,7 +196,8 @@ def _parted(schema: Any, root: Any) -> tuple[list[dict[str, Any]], Any]:
             if rest := [one for one in branch["enum"] if not isinstance(one, str)]:
                 others.append({"enum": rest})
         elif kinds == "string":
-            if not branch.keys() <= {"type", "minLength", "maxLength"}:
+            inner = branch.get("allOf", [])
+            if not branch.keys() <= TEXT_KEYS or any(one.keys() != {"pattern"} for one in inner):
                 raise Unwritable
             texts.append(branch)
         elif kinds is None:
@@ -263,8 +269,24 @@ def _choices(schema: dict[str, Any]) -> str:
     return f"({' | '.join(json.dumps(text, ensure_ascii=False) for text in schema['enum'])})"
 
 
-def _length(schema: dict[str, Any]) -> str:
+def _limits(schema: dict[str, Any]) -> list[str]:
+    """Terminals for a text's length and patterns. Raises Unwritable."""
     least, most = schema.get("minLength", 0), schema.get("maxLength")
-    if not least and most is None:
-        return ""
-    return f"/(?s:.{{{least},{'' if most is None else most}}})/"
+    limits = [schema, *schema.get("allOf", [])]
+    patterns = [one["pattern"] for one in limits if "pattern" in one]
+    terminals = [f"/{regex_to_lark(_whole(pattern), 'dw')}/" for pattern in patterns]
+    if least or most is not None:
+        terminals.append(f"/(?s:.{{{least},{'' if most is None else most}}})/")
+    return terminals
+
+
+def _whole(pattern: str) -> str:
+    """A pattern for the whole of texts in which `pattern` is found. Raises Unwritable."""
+    bare = SIMPLE_PARTS.sub("", pattern)
+    while GROUP.search(bare):
+        bare = GROUP.sub("", bare)
+    start, end = bare.startswith("^"), bare.endswith("$")
+    if set("^$|()") & set(bare[int(start) : len(bare) - int(end)]):
+        raise Unwritable
+    body = pattern[int(start) : len(pattern) - int(end)]
+    return f"{'' if start else ANYTHING}(?:{body}){'' if end else ANYTHING}"

@@ -96,7 +96,7 @@ def _calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
         common, between, ending = lark.factored(style.between, ending)
         again = f"({common} {between} {one}){{0,{MAX_CALLS - 1}}}"
         listed = f"{one} {again} {common} {ending}"
-    return lark.rule("listed", f"{lark.exactly(style.opening)} {listed}")
+    return lark.rule("listed", f"{_slotted(lark, style.opening)} {listed}")
 
 
 def _call(lark: Lark, style: CallStyle, use: ToolUse, index: int) -> str:

@@ -15,7 +15,7 @@ from mlx_server.models.text.syntax import CallStyle, PythonArguments
 
 NAME_KEYS = ("name", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args")
-FENCES = re.compile(r"\s*```(?:json|python|tool_code)?\s*|\s*```\s*")
+FENCES = re.compile(r"\A```[a-z_]*\s|\s*```\Z")
 SEPARATORS = " \t\r\n,;"
 GAP = re.compile(r"[\s,;]*")
 LIST_GAP = re.compile(r"[\s,;\[\]]*")
@@ -33,8 +33,9 @@ def parse_calls(
     be JSON, since grammars fall back to it; `parser` is mlx-lm's, for what no style reads.
     """
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    text = text.strip()
     for mark in style.ignored if style else ():
-        text = text.replace(mark, " ")
+        text = text.removeprefix(mark).removesuffix(mark).strip()
     calls = _json_calls(text, schemas)
     if calls is None and (own := _headed_style(style, parser)):
         calls = _headed_calls(text, own)
@@ -58,7 +59,7 @@ def _json_calls(text: str, schemas: dict[str, Any]) -> list[Read] | None:
     """None if `text` is not JSON; empty if any is no call."""
     decoder = json.JSONDecoder(strict=False, parse_float=finite)
     found: list[Any] = []
-    rest = FENCES.sub("\n", text).strip(SEPARATORS)
+    rest = FENCES.sub("", text).strip(SEPARATORS)
     while rest:
         try:
             value, end = decoder.raw_decode(rest)

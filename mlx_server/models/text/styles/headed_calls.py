@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mlx_server.models.text.styles.json_calls import MISTRAL_HEADER
 from mlx_server.models.text.syntax import (
     BracedArguments,
     CallStyle,
@@ -10,7 +11,6 @@ from mlx_server.models.text.syntax import (
 )
 
 QUOTES = ('"', '"')
-WORD = r"(?P<name>[\w.:/-]+)"
 
 MISTRAL_HEADERS = CallStyle(
     name="mistral-headers",
@@ -19,7 +19,7 @@ MISTRAL_HEADERS = CallStyle(
     before_arguments="[ARGS]",
     after_arguments="",
     between="[TOOL_CALLS]",
-    header=rf"(?:\[TOOL_CALLS\]\s*)?{WORD}\s*(?:\[CALL_ID\]\s*\w*\s*)?\[ARGS\]",
+    header=MISTRAL_HEADER,
     signs=("[TOOL_CALLS]", "[ARGS]"),
 )
 MISTRAL_IDS = replace(

@@ -4,6 +4,11 @@ from dataclasses import replace
 
 from mlx_server.models.text.syntax import CallStyle, CallSyntax
 
+MISTRAL_HEADER = (
+    r"(?:\[TOOL_CALLS\]\s*)?(?P<name>[\w.:/-]+)\s*"
+    r"(?:(?:\[CALL_ID\]\s*\w*\s*)?\[ARGS\]|(?=\{))"
+)
+
 
 def json_style(
     name: str,
@@ -74,14 +79,22 @@ XLAM = replace(
     list_style("xlam", "", "", "in a single JSON array"),
     syntax=CallSyntax("", "", json=True, anywhere=True),
 )
-PHI = list_style("phi", "<|tool_call|>", "<|/tool_call|>", "<|tool_call|>")
+PHI = replace(
+    list_style("phi", "<|tool_call|>", "<|/tool_call|>", "<|tool_call|>"),
+    syntax=CallSyntax("<|tool_call|>", "<|/tool_call|>", json=True, bare=("functools[",)),
+    ignored=("functools",),
+)
 PHI_TOOLS = replace(PHI, signs=("<|tool|>",))
 FUNCTOOLS = list_style("functools", "functools", "", "functools[")
 GRANITE = replace(
     list_style("granite", "<|tool_call|>", "", "<|tool_call|>", "<|start_of_role|>"),
     syntax=CallSyntax("<|tool_call|>", "", json=True, others=("<tool_call>",)),
 )
-MISTRAL = list_style("mistral", "[TOOL_CALLS]", "", "[TOOL_CALLS]")
+MISTRAL = replace(
+    list_style("mistral", "[TOOL_CALLS]", "", "[TOOL_CALLS]"),
+    opening="{space}[",
+    header=MISTRAL_HEADER,
+)
 NEMOTRON = list_style("nemotron", "<TOOLCALL>", "</TOOLCALL>", "<TOOLCALL>")
 TOOL_CALLS = list_style("tool-calls", "<tool_calls>", "</tool_calls>", "<tool_calls>")
 """Hunyuan A13B, Jamba and Apriel."""

@@ -17,6 +17,8 @@ KNOWN = (
     Reasoning("<|think|>", "<|end|><|begin|>assistant"),
     Reasoning("◁think▷", "◁/think▷"),
 )
+BY_WORDS = {"an AI math expert developed by Microsoft": KNOWN[0]}
+"""What templates say whose marks are neither in them nor in the vocabulary."""
 PARTS = {
     "<|channel>thought": ("<|channel>", "<channel|>"),
     "<|open|>think<|sep|>": ("<|open|>", "<|close|>", "<|sep|>"),
@@ -33,4 +35,4 @@ def find_reasoning(vocabulary: Container[str], template: str) -> Reasoning | Non
     for known in KNOWN:
         if known.start not in PARTS and known.start in template and known.end in template:
             return known
-    return None
+    return next((marks for words, marks in BY_WORDS.items() if words in template), None)
