@@ -323,6 +323,8 @@ def test_a_schema_of_arguments_that_cannot_be_kept_is_refused_by_its_place(
         ('{"name": "f", "parameters": {"a": 1}}', [("f", '{"a": 1}')]),
         ('{"name": "f", "arguments": "{\\"a\\": 1}"}', [("f", '{"a": 1}')]),
         ('{"name": "f"}', [("f", "{}")]),
+        ('{"name": "f", "arguments": {"a": "\\ud83e"}}', [("f", '{"a": "\ufffd"}')]),
+        ('```json\n{"name": "f", "arguments": {"a": "```"}}\n```', [("f", '{"a": "```"}')]),
         ('[{"name": "f"}, {"name": "g", "arguments": {}}]', [("f", "{}"), ("g", "{}")]),
         ('{"name": "f"}; {"name": "g"}', [("f", "{}"), ("g", "{}")]),
         ('{"type": "function", "function": {"name": "f"}}', [("f", "{}")]),

@@ -16,6 +16,7 @@ from mlx_server.models.text.syntax import CallStyle, PythonArguments
 NAME_KEYS = ("name", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args")
 FENCES = re.compile(r"\A```[a-z_]*\s|\s*```\Z")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SEPARATORS = " \t\r\n,;"
 GAP = re.compile(r"[\s,;]*")
 LIST_GAP = re.compile(r"[\s,;\[\]]*")
@@ -52,7 +53,7 @@ def _headed_style(style: CallStyle | None, parser: Parser | None) -> CallStyle |
 
 
 def _written(name: str, arguments: dict[str, Any]) -> tuple[str, str]:
-    return name, json.dumps(arguments, ensure_ascii=False)
+    return name, LONE_SURROGATE.sub("\ufffd", json.dumps(arguments, ensure_ascii=False))
 
 
 def _json_calls(text: str, schemas: dict[str, Any]) -> list[Read] | None:
