@@ -9,10 +9,18 @@ from mlx_server.schemas.internal import ToolUse
 THINK = Reasoning("<think>", "</think>")
 HERMES = CallSyntax("<tool_call>", "</tool_call>", json=True)
 MISTRAL = CallSyntax("[TOOL_CALLS]", "", json=True)
-LLAMA = CallSyntax("<|python_tag|>", "", json=True, arguments="parameters")
+LLAMA = CallSyntax("<|python_tag|>", "", json=True, anywhere=True)
 OTHER = CallSyntax("<call>", "</call>", json=False)
 ENDLESS = CallSyntax("[CALL]", "", json=False)
-SYNTAXES = [HERMES, MISTRAL, LLAMA, OTHER, ENDLESS]
+SHIELDED = CallSyntax(
+    *("<call>", "</call>"),
+    json=False,
+    others=("<calls>",),
+    bare=("<add>",),
+    shields=(("<a>", "</a>"), ('"', '"')),
+)
+PYTHONIC = CallSyntax("", "", json=True, others=("[CALL]",), anywhere=True, pythonic=True)
+SYNTAXES = [HERMES, MISTRAL, LLAMA, OTHER, ENDLESS, SHIELDED, PYTHONIC]
 
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
@@ -24,6 +32,7 @@ ONE = ToolUse(TOOLS, parallel=False)
 
 def parse(text: str) -> list[tuple[str, str]]:
     """The calls in blocks that are not JSON as expected: `add(a=1); weather(city="X")`."""
+    text = text.strip().removeprefix("[").removesuffix("]")
     pattern = r"(\w+)\((?:(\w+)=([^)]*))?\)"
     if not re.fullmatch(rf"\s*{pattern}(; {pattern})*\s*", text):
         return []

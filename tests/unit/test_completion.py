@@ -23,6 +23,8 @@ from tests.support.outputs import (
     MISTRAL,
     ONE,
     OTHER,
+    PYTHONIC,
+    SHIELDED,
     SYNTAXES,
     THINK,
     USE,
@@ -97,6 +99,7 @@ PARTS = [
     *(f"[TOOL_CALLS][{CALL}]", "<call>add(a=1); add()</call>", "<think>Hm.</think>"),
     *('{"name": "add", "arguments": ', '{"name": "add", "parameters": ', '{"name": "drop", '),
     *('{"a": 1}', '{"b": {"c": ["}", "</tool_call>"]}}', "{", "}", "[", "]", ",", '"', "\\", ":"),
+    *("<calls>", "<add>", "<a>", "</a>", '"', "[add(", "[add(a=1)]", "[drop(", 'add(a="</call>")'),
     *('"id": "x1"', "<", "<t", "</t", "[T", "<th", "hello", " ", "\n", "日", " " * 150),
 ]
 SIZES = st.lists(st.integers(0, 6), max_size=60)
@@ -280,6 +283,21 @@ def test_markers_stay_in_the_text_when_no_tool_may_be_called() -> None:
     assert read("<think>Hm.</think>" + said, use=None).text == said
 
 
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [
+        (LLAMA, 'I look.\n\n{"name": "add", "parameters": {"a": 1}}'),
+        (LLAMA, 'I look. [{"type": "function", "name": "add", "parameters": {"a": 1}}]'),
+        (PYTHONIC, "I look.\n[add(a=1)]"),
+        (SHIELDED, "I look. <calls>add(a=1)"),
+    ],
+)
+def test_calls_after_text_need_no_marker_of_the_usual_kind(calls: CallSyntax, said: str) -> None:
+    for pieces in ([said], list(said)):
+        result = read(pieces, calls=calls)
+        assert (result.text, [name for name, _ in result.calls]) == ("I look.", ["add"])
+
+
 def test_text_that_begins_no_marker_is_not_held_back() -> None:
     reader = OutputReader(Syntax(THINK, HERMES), USE, thinking=False)
     assert reader.push("a <") == [Piece(Kind.TEXT, "a", 1)]
@@ -308,8 +326,9 @@ def test_text_that_begins_no_marker_is_not_held_back() -> None:
         (MISTRAL, "[TOOL_CALLS]"),
         (MISTRAL, '[TOOL_CALLS] [{"name": "drop", "arguments": {}}]'),
         (LLAMA, '{"answer": 42}'),
-        (LLAMA, '\n[1, 2, {"name": "add", "parameters": {}}]'),
-        (LLAMA, 'So: {"name": "add", "parameters": {}}'),
+        (LLAMA, 'So: {"name": "drop", "parameters": {}}'),
+        (HERMES, 'So: {"name": "add", "arguments": {}}'),
+        (HERMES, '{"name": "add"}'),
         (OTHER, "a <call>add[a=1]</call> b"),
         (OTHER, "a <call>add(a=1); drop()</call> b"),
         (OTHER, "a <call>add(a=1)<call>"),
@@ -363,10 +382,13 @@ def test_half_a_call_is_no_call() -> None:
         '<tool_call>{"name": "add", "arguments": {"a": "' + "\\" * 200_001,
         '<tool_call>{"name": "add", "arguments": {}}' + " ,;" * 60_000,
         '<tool_call>{"name": "add", "arguments": ' + '{"a":' * 40_000,
+        *("{[" * 60_000, '{"id": "' * 20_000, '{"id": "x", ' * 10_000, "[add" * 30_000),
+        *("<add>" + '"\\' * 60_000, "<add>" + '"' * 60_000, "<call><a>" + "</" * 60_000),
     ],
-    ids=range(8),
+    ids=range(15),
 )
-def test_whatever_a_model_says_is_read_in_linear_time(flood: str) -> None:
+@pytest.mark.parametrize("calls", [HERMES, SHIELDED, PYTHONIC], ids=["json", "tags", "python"])
+def test_whatever_a_model_says_is_read_in_linear_time(calls: CallSyntax, flood: str) -> None:
     started = time.process_time()
-    read(re.findall(".{1,3}", flood))
+    read(re.findall(".{1,3}", flood), calls=calls)
     assert time.process_time() - started < 10

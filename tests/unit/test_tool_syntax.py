@@ -22,6 +22,7 @@ FORECAST: dict[str, Any] = {
     "required": ["city", "days"],
 }
 EXACT = {"city": {"type": "string", "pattern": "^[A-Z]+$"}}
+OPEN = {"properties": EXACT, "required": ["city"], "additionalProperties": {"type": "integer"}}
 
 
 def tool(name: str, parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def test_what_a_notation_cannot_say_is_called_in_json(
     adapters: dict[str, Adapter], family: str
 ) -> None:
     adapter = adapters[family]
-    tools = [tool("forecast", {"properties": EXACT, "required": ["city"]})]
+    tools = [tool("forecast", OPEN)]
     grammar = adapter.prepare(required(tools), None).grammar
     syntax = adapter.syntax.calls
     assert syntax is not None
@@ -224,9 +225,8 @@ def test_what_a_notation_cannot_say_is_called_in_json(
     assert adapter.parse_calls(call % "ROME", tools) == [("forecast", '{"city": "ROME"}')]
 
 
-@pytest.mark.parametrize("shown", ["<|tool_call_start|>", "<arg_key>", "<minimax:tool_call>"])
-def test_any_syntax_that_mlx_lm_reads_can_be_forced(tmp_path: Path, shown: str) -> None:
-    template = f"{{#- tools {shown} -#}}{{{{ messages[0].content }}}}"
+def test_what_only_mlx_lm_reads_is_forced_in_json(tmp_path: Path) -> None:
+    template = "{#- tools <atem:function_calls> -#}{{ messages[0].content }}"
     adapter = tiny_adapter(tmp_path / "tiny", "generic", template=template)
     syntax = adapter.syntax.calls
     assert syntax is not None
@@ -323,6 +323,8 @@ def test_a_schema_of_arguments_that_cannot_be_kept_is_refused_by_its_place(
         ('{"name": "f", "parameters": {"a": 1}}', [("f", '{"a": 1}')]),
         ('{"name": "f", "arguments": "{\\"a\\": 1}"}', [("f", '{"a": 1}')]),
         ('{"name": "f"}', [("f", "{}")]),
+        ('{"name": "f", "arguments": {"a": "\\ud83e"}}', [("f", '{"a": "\ufffd"}')]),
+        ('```json\n{"name": "f", "arguments": {"a": "```"}}\n```', [("f", '{"a": "```"}')]),
         ('[{"name": "f"}, {"name": "g", "arguments": {}}]', [("f", "{}"), ("g", "{}")]),
         ('{"name": "f"}; {"name": "g"}', [("f", "{}"), ("g", "{}")]),
         ('{"type": "function", "function": {"name": "f"}}', [("f", "{}")]),

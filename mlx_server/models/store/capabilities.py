@@ -8,6 +8,7 @@ from pathlib import Path
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.store.chat_template import FILES, read_template
+from mlx_server.models.text.styles.thinking import KNOWN
 
 TOKENIZER = "tokenizer.json"
 DECODER = re.compile(rb'"decoder"\s*:\s*(?:null|\{\s*"type"\s*:\s*"(\w+)")')
@@ -16,7 +17,6 @@ DECODER_WITHIN = 1 << 22
 UNBOUND = (None, b"BPEDecoder", b"CTC", b"WordPiece")
 """Decoders that grammars cannot follow token by token."""
 TOOLS = re.compile(r"\btools\b")
-THINKING = ("<think>", "<longcat_think>", "<|think:start|>", "<|channel>thought", "[THINK]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
         chat=bool(template),
         tools=bool(template),
         native_tools=TOOLS.search(template) is not None,
-        reasoning=any(mark in template for mark in THINKING),
+        reasoning=any(marks.start in template for marks in KNOWN),
         structured_output=bound,
         embeddings=False,
     )

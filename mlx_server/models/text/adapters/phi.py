@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from mlx_server.models.text.adapters.base import Adapter
-from mlx_server.models.text.syntax import PHI
+from mlx_server.models.text.styles.json_calls import PHI
 from mlx_server.models.text.tool_prompts import arguments_text
 from mlx_server.schemas.internal import ChatPrompt
 
@@ -21,7 +21,7 @@ class PhiAdapter(Adapter):
     end_of_turn = ("<|end|>", "<|im_end|>", "<|endoftext|>")
 
     def _for_template(self, prompt: ChatPrompt) -> ChatPrompt:
-        if self.style is not PHI:
+        if self.style is None or self.style.name != PHI.name:
             return super()._for_template(prompt)
         messages = [_with_plain_calls(message) for message in prompt.messages]
         if prompt.tools:
