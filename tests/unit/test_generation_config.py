@@ -82,7 +82,7 @@ def test_a_change_of_the_file_is_seen(tmp_path: Path) -> None:
         ({"top_p": 0}, {"top_k", "min_p", "repetition_penalty"}),
         ({"top_p": 1.0}, set(RECOMMENDED) - {"top_p"}),
     ],
-    ids=str,
+    ids=lambda value: ",".join(sorted(value)),
 )
 def test_what_a_request_says_is_not_left_to_the_model(
     asked: dict[str, Any], left: set[str]

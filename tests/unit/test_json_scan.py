@@ -59,20 +59,20 @@ def test_what_may_begin_the_marker_is_not_certain() -> None:
     assert scan.push("<b") == (len("<b"), False)
 
 
-HEADER = ' [ {"name": "a\\u0064d", "args": {'
+HEADER = ' [ {"name": "a\\u0064d", "arguments": {'
 
 
 def test_a_header_is_found_as_soon_as_it_is_whole() -> None:
     for length in range(len(HEADER)):
-        assert find_header(HEADER[:length], "args") is None
-    assert find_header(HEADER + '"x": 1}}', "args") == ("add", len(HEADER) - 1)
+        assert find_header(HEADER[:length]) is None
+    assert find_header(HEADER + '"x": 1}}') == ("add", len(HEADER) - 1)
 
 
 @pytest.mark.parametrize(
     "text",
     ["x", "{}", "[[", '{"args"', '{"name": 1', '{"name": "a"}', '{"name": "a", "other"',
-     '{"name": "a", "args": [', '{"name": "a", "args": "'],
+     '{"name": "a", "arguments": [', '{"name": "a", "arguments": "'],
 )  # fmt: skip
 def test_another_key_or_value_is_no_header(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
-        find_header(text, "args")
+        find_header(text)

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 
 from mlx_server.models.text.names import spell
-from mlx_server.models.text.syntax import (
+from mlx_server.models.text.styles.headed_calls import (
     FUNCTION_GEMMA,
     GEMMA,
-    HERMES,
     KIMI,
     MISTRAL_HEADERS,
-    QWEN_CODER,
-    CallStyle,
 )
+from mlx_server.models.text.styles.json_calls import HERMES
+from mlx_server.models.text.styles.tagged_calls import QWEN_CODER
+from mlx_server.models.text.syntax import CallStyle
 from mlx_server.schemas.internal import ChatPrompt, TextPrompt, ToolUse
 
 STYLES = [HERMES, QWEN_CODER, GEMMA, FUNCTION_GEMMA, MISTRAL_HEADERS, KIMI]
@@ -53,7 +53,7 @@ def shown(style: CallStyle, *names: str) -> tuple[ChatPrompt, dict[str, str]]:
         (KIMI, "catalog.get-entity"),
         (GEMMA, "get-entity"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_a_name_that_can_be_spelled_passes_through(style: CallStyle, name: str) -> None:
     sent = ChatPrompt([], [tool(name)])

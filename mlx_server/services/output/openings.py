@@ -42,7 +42,9 @@ class Openings:
 
     def find(self, text: str) -> tuple[int, Opening, str] | None:
         match = self._pattern.search(text)
-        return None if match is None else (match.start(), self._kinds[match[0]], match[0])
+        if match is None or self.may_come(text[match.start() :]):
+            return None
+        return match.start(), self._kinds[match[0]], match[0]
 
     def held(self, text: str) -> int:
         """How many characters at the end could begin one."""
