@@ -396,12 +396,18 @@ def test_the_effort_of_thinking_is_the_templates_to_read() -> None:
         return chat_prompt(**fields).template_kwargs
 
     assert variables() == {}
-    assert variables(reasoning_effort="low") == {"reasoning_effort": "low"}
+    assert variables(reasoning_effort="minimal") == {"reasoning_effort": "minimal"}
+    assert variables(reasoning_effort="low") == {
+        "reasoning_effort": "low",
+        "enable_thinking": True,
+    }
     assert variables(reasoning_effort="none") == {
         "reasoning_effort": "none",
         "enable_thinking": False,
     }
-    assert variables(thinking_budget=0) == {"enable_thinking": False}
+    assert variables(thinking_budget=0) == {"thinking_budget": 0, "enable_thinking": False}
+    assert variables(thinking_budget=-1) == {}
+    assert variables(thinking_budget=9) == {"thinking_budget": 9}
     own = {"enable_thinking": True, "reasoning_effort": "high", "x": 1}
     assert variables(reasoning_effort="none", chat_template_kwargs=own) == own
 

@@ -38,11 +38,16 @@ def chat_prompt(messages: Sequence[Message], options: PromptOptions) -> ChatProm
 
 
 def _template_kwargs(options: PromptOptions) -> dict[str, Any]:
+    effort, budget = options.reasoning_effort, options.thinking_budget
     variables: dict[str, Any] = {}
-    if options.reasoning_effort is not None:
-        variables["reasoning_effort"] = options.reasoning_effort
-    if options.reasoning_effort == "none" or options.thinking_budget == 0:
+    if effort is not None:
+        variables["reasoning_effort"] = effort
+    if budget is not None and budget != NO_LIMIT:
+        variables["thinking_budget"] = budget
+    if effort == "none" or budget == 0:
         variables["enable_thinking"] = False
+    elif effort not in (None, "minimal"):
+        variables["enable_thinking"] = True
     return variables | options.chat_template_kwargs
 
 
