@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import ChatPrompt, ToolUse
 from mlx_server.schemas.openai.chat import NO_LIMIT, PromptOptions
@@ -88,20 +90,27 @@ def _calls(message: Message) -> list[dict[str, Any]]:
 
 
 def _call(function: FunctionCall, call_id: str) -> dict[str, Any]:
-    arguments = _object_or_text(function.arguments)
     return {
         "id": call_id,
         "type": "function",
-        "function": {"name": function.name, "arguments": arguments},
+        "function": {"name": function.name, "arguments": _arguments(function.arguments)},
     }
 
 
-def _object_or_text(text: str) -> Any:
+def _arguments(given: str | dict[str, Any]) -> dict[str, Any]:
+    """Templates want an object. What is none, since a model or a limit cut it off, becomes the one
+    value of an object, lest the whole conversation be refused from then on.
+    """
+    if isinstance(given, dict):
+        return given
+    if not given.strip():
+        return {}
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
+        value = json.loads(given)
+        msgspec.msgpack.encode(value)
+    except (ValueError, OverflowError, RecursionError):
+        return {"arguments": given}
+    return value if isinstance(value, dict) else {"arguments": given}
 
 
 # tools

@@ -30,9 +30,9 @@ RESERVED_KWARGS = frozenset(
         "truncation",
     }
 )
+PROBE = "probe"
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 JINJA_ONLY = frozenset({"reasoning_effort", "thinking_budget"})
-PROBE = "a probe of the system role"
 
 
 class ChatTemplate:
@@ -68,7 +68,7 @@ class ChatTemplate:
         """Raises BadRequest when the template fails."""
         try:
             rendered = self._apply(
-                prompt.messages,
+                _in_parts(prompt.messages) if self._wants_parts else prompt.messages,
                 tools=prompt.tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=prompt.continue_final,
@@ -87,13 +87,18 @@ class ChatTemplate:
         return _text_after(self.render(prompt, add_generation_prompt=False), rendered)
 
     @cached_property
-    def has_system_role(self) -> bool:
-        """False if the template refuses or drops system messages."""
-        messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "Hello"}]
+    def _wants_parts(self) -> bool:
+        """Templates of vision models may drop or refuse content that is no list of parts."""
+        messages = [{"role": "user", "content": PROBE}]
+        made = (self._try(one) for one in (messages, _in_parts(messages)))
+        return [PROBE in text for text in made] == [False, True]
+
+    def _try(self, messages: list[dict[str, Any]]) -> str:
         try:
-            return PROBE in self.render(ChatPrompt(messages), add_generation_prompt=True)
-        except BadRequest:
-            return False
+            return self._apply(messages, tools=None, add_generation_prompt=True)
+        except Exception:  # noqa: BLE001
+            # As in `render`.
+            return ""
 
 
 def _renderer(wrapper: Any) -> Callable[..., str]:
@@ -120,6 +125,15 @@ def _apply_function(
 ) -> str:
     known = {name: value for name, value in options.items() if name not in JINJA_ONLY}
     return function(messages, **known)
+
+
+def _in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
 def _ends_with_assistant_text(messages: list[dict[str, Any]]) -> bool:
