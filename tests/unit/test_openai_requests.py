@@ -166,6 +166,7 @@ def test_an_empty_last_assistant_message_is_no_beginning() -> None:
     prompt = messages_of(HELLO[0], {"role": "assistant", "content": ""})
     assert not prompt.continue_final
     assert [message["role"] for message in prompt.messages] == ["user"]
+    assert not messages_of({"role": "assistant", "content": None}).continue_final
 
 
 def test_a_tool_round_trip_reaches_the_template() -> None:

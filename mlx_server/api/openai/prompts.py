@@ -20,15 +20,15 @@ from mlx_server.schemas.openai.tools import (
 )
 
 OLD_CALL_ID = "call00000"
-"""Legacy `functions` calls have no id; some templates demand nine letters or digits."""
+"""Legacy `functions` calls have no id."""
 
 
 def chat_prompt(messages: Sequence[Message], options: PromptOptions) -> ChatPrompt:
     """A final assistant message begins the answer. Raises BadRequest."""
     last = messages[-1]
     opens = last.role == "assistant" and not _calls(last)
-    if opens and not _text(last) and len(messages) > 1:
-        messages, opens = messages[:-1], False
+    if opens and not _text(last):
+        messages, opens = messages[:-1] or messages, False
     return ChatPrompt(
         messages=[template_message(message) for message in messages],
         tools=[_template_tool(tool) for tool in all_tools(options)] or None,
