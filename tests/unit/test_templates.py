@@ -288,11 +288,9 @@ def test_calls_that_a_template_does_not_show_are_told_in_the_answer(
 ) -> None:
     text = rendered(adapters[name], SHAPES["a call done with"], tools=TOOLS)
     told = text[text.index("uone") : text.index("rone")]
-    assert '"fone"' in told
-    assert '{"city": "argfone"}' in told
     style = adapters[name].style
     assert style is not None
-    assert style.syntax.start in told
+    assert told.index(style.syntax.start) < told.index("fone") < told.index("argfone")
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-r1", "deepseek-v3.1", "gemma3", "phi4"])
