@@ -9,7 +9,7 @@ from mlx_server.schemas.internal import ToolUse
 THINK = Reasoning("<think>", "</think>")
 HERMES = CallSyntax("<tool_call>", "</tool_call>", json=True)
 MISTRAL = CallSyntax("[TOOL_CALLS]", "", json=True)
-LLAMA = CallSyntax("<|python_tag|>", "", json=True, arguments="parameters")
+LLAMA = CallSyntax("<|python_tag|>", "", json=True, anywhere=True)
 OTHER = CallSyntax("<call>", "</call>", json=False)
 ENDLESS = CallSyntax("[CALL]", "", json=False)
 SYNTAXES = [HERMES, MISTRAL, LLAMA, OTHER, ENDLESS]

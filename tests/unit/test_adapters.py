@@ -324,7 +324,7 @@ def test_a_template_shows_system_messages_or_is_known_not_to(load: Load, family:
         ("tools <|tool|>", "phi"),
         ("tools <|python_tag|>", "llama"),
         ("tools <|tool_calls_section_begin|>", "kimi"),
-        ("tools <arg_key>", "glm47"),
+        ("tools <arg_key>", "glm"),
         ("tools", "generic"),
         ("<tool_call>", "generic"),
         ("", "generic"),
@@ -338,12 +338,41 @@ def test_the_template_tells_how_calls_are_written(load: Load, shown: str, style:
 
 @pytest.mark.parametrize(
     ("shown", "markers"),
-    [("<think></think>", Reasoning("<think>", "</think>")), ("<think>", None), ("", None)],
+    [
+        ("<think></think>", Reasoning("<think>", "</think>")),
+        ("<seed:think></seed:think>", Reasoning("<seed:think>", "</seed:think>")),
+        (
+            "<|START_THINKING|><|END_THINKING|>",
+            Reasoning("<|START_THINKING|>", "<|END_THINKING|>"),
+        ),
+        ("<|inner_prefix|><|inner_suffix|>", Reasoning("<|inner_prefix|>", "<|inner_suffix|>")),
+        ("<think>", None),
+        ("", None),
+    ],
 )
 def test_the_template_tells_how_a_model_thinks(
     load: Load, shown: str, markers: Reasoning | None
 ) -> None:
     adapter = load("generic", template=f"{{#- {shown} -#}}{{{{ messages[0].content }}}}")
+    assert adapter.syntax.reasoning == markers
+
+
+@pytest.mark.parametrize(
+    ("tokens", "markers"),
+    [
+        (["<|channel>", "<channel|>"], Reasoning("<|channel>thought", "<channel|>")),
+        (
+            ["<|think|>", "<|end|>", "<|begin|>"],
+            Reasoning("<|think|>", "<|end|><|begin|>assistant"),
+        ),
+        (["<seed:think>", "</seed:think>"], Reasoning("<seed:think>", "</seed:think>")),
+        (["<|think|>"], None),
+    ],
+)
+def test_the_vocabulary_tells_how_a_model_thinks(
+    load: Load, tokens: list[str], markers: Reasoning | None
+) -> None:
+    adapter = load("generic", extra_tokens=tokens)
     assert adapter.syntax.reasoning == markers
 
 

@@ -9,7 +9,7 @@ import pytest
 from mlx_server.models.store.capabilities import read_capabilities
 from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.text.adapters.registry import load_adapter
-from mlx_server.models.text.syntax import GENERIC
+from mlx_server.models.text.styles.json_calls import GENERIC
 from tests.support.tiny import FAMILIES, build_tiny_model
 
 THINKS = "{% if enable_thinking %}<think>{% endif %}</think>{{ messages[0]['content'] }}"

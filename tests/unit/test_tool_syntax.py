@@ -224,9 +224,8 @@ def test_what_a_notation_cannot_say_is_called_in_json(
     assert adapter.parse_calls(call % "ROME", tools) == [("forecast", '{"city": "ROME"}')]
 
 
-@pytest.mark.parametrize("shown", ["<|tool_call_start|>", "<arg_key>", "<minimax:tool_call>"])
-def test_any_syntax_that_mlx_lm_reads_can_be_forced(tmp_path: Path, shown: str) -> None:
-    template = f"{{#- tools {shown} -#}}{{{{ messages[0].content }}}}"
+def test_what_only_mlx_lm_reads_is_forced_in_json(tmp_path: Path) -> None:
+    template = "{#- tools <atem:function_calls> -#}{{ messages[0].content }}"
     adapter = tiny_adapter(tmp_path / "tiny", "generic", template=template)
     syntax = adapter.syntax.calls
     assert syntax is not None

@@ -9,11 +9,11 @@ from pathlib import Path
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.store.folder import read_json
+from mlx_server.models.text.styles.thinking import KNOWN
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 """The first one with a template counts."""
 TOOLS = re.compile(r"\btools\b")
-THINKING = ("<think>", "<longcat_think>", "<|think:start|>", "<|channel>thought", "[THINK]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
         chat=bool(template),
         tools=bool(template),
         native_tools=TOOLS.search(template) is not None,
-        reasoning=any(mark in template for mark in THINKING),
+        reasoning=any(marks.start in template for marks in KNOWN),
         structured_output=True,
         embeddings=False,
     )

@@ -16,6 +16,11 @@ class SpecialTokens:
         found = (token for text in texts for token in self._pattern.findall(text))
         return {self._ids[token]: token for token in found}
 
+    def cut(self, text: str, length: int) -> int:
+        """The longest start of `text`, up to `length`, that ends within no token."""
+        within = (m for m in self._pattern.finditer(text) if m.start() < length < m.end())
+        return min((match.start() for match in within), default=length)
+
     def split(self, text: str) -> Iterator[str | int]:
         position = 0
         for match in self._pattern.finditer(text):

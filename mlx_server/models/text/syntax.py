@@ -1,9 +1,7 @@
-"""How models write thinking and tool calls; `grammars/` is built from this."""
+"""What a syntax of thinking and tool calls consists of; `styles/` has each family's."""
 
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,14 +12,24 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class CallSyntax:
-    """Markers around one or several calls; an `end` of "" is the answer's end. `json`: objects with
-    `name` before `arguments`, which stream. Others are parsed once complete.
+    """Where calls are in the text. A `start` of "": calls have no marker; an `end` of "": they last
+    to the answer's end. `json`: objects with a name before the arguments, which stream. Others are
+    parsed once complete.
     """
 
     start: str
     end: str
     json: bool
-    arguments: str = "arguments"
+    others: tuple[str, ...] = ()
+    """More start markers."""
+    bare: tuple[str, ...] = ()
+    """What a call begins with whose start marker is missing."""
+    anywhere: bool = False
+    """JSON calls need no marker, not even after text."""
+    pythonic: bool = False
+    """Nor does `[name(`."""
+    shields: tuple[tuple[str, str], ...] = ()
+    """What values stand between that may hold `end`; within quotes a backslash escapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +40,44 @@ class Syntax:
     """Special tokens that readers need, though they have no bytes."""
 
 
-ArgumentNotation = Literal["json", "qwen-xml", "gemma", "function-gemma"]
+@dataclass(frozen=True, slots=True)
+class JsonArguments:
+    """A JSON object."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedArguments:
+    """`start`, key, `middle`, value, `end` for each argument: texts as they are, others as JSON.
+    `key` is a pattern of all up to the value; its group `kind` tells texts ("true") from others.
+    """
+
+    start: str
+    middle: str
+    end: str
+    key: str
+    middle_json: str | None = None
+    """`middle` before values that are no texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PythonArguments:
+    """`(key=value, ...)`; values are JSON or Python."""
+
+
+@dataclass(frozen=True, slots=True)
+class BracedArguments:
+    """`{key:value,...}` with texts between two `escape`."""
+
+    escape: str
+
+
+Notation = JsonArguments | TaggedArguments | PythonArguments | BracedArguments
 
 
 @dataclass(frozen=True, slots=True)
 class CallStyle:
     """`syntax.start`, `opening`, calls joined by `between`, `closing`, `syntax.end`. A call is
-    `before_name`, name, `before_arguments`, arguments, `after_arguments`.
+    `before_name`, name, `before_arguments`, arguments, `after_arguments`; these may hold SLOTS.
     """
 
     name: str
@@ -50,141 +89,34 @@ class CallStyle:
     between: str | None = None
     """None: one call per answer."""
     closing: str = ""
-    marks: tuple[str, ...] = ()
-    notation: ArgumentNotation = "json"
+    notation: Notation = JsonArguments()
+    header: str = ""
+    """A pattern of all before the arguments, with the group `name`. Empty: calls are JSON."""
+    ignored: tuple[str, ...] = ()
+    """Markers that say nothing within calls."""
+    signs: tuple[str, ...] = ()
+    """Texts in the templates of the models that write so."""
+    tokens: tuple[str, ...] = ()
+    """Likewise, in their vocabularies."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is fixed, for finding special tokens in it."""
+        syntax, notation = self.syntax, self.notation
+        written: tuple[str, ...] = ()
+        if isinstance(notation, TaggedArguments):
+            written = (notation.start, notation.middle, notation.end)
+        elif isinstance(notation, BracedArguments):
+            written = (notation.escape,)
+        return (
+            *(syntax.start, syntax.end, *syntax.others, *syntax.bare, *self.ignored),
+            *(self.opening, self.before_name, self.before_arguments, self.after_arguments),
+            *(self.between or "", self.closing, *written),
+        )
 
 
-def json_style(name: str, syntax: CallSyntax, opening: str = "", closing: str = "") -> CallStyle:
-    """Each call between its own markers."""
-    return CallStyle(
-        name=name,
-        syntax=syntax,
-        before_name='{"name": "',
-        before_arguments=f'", "{syntax.arguments}": ',
-        after_arguments="}",
-        opening=opening,
-        between=f"{closing}{syntax.end}{syntax.start}{opening}" if syntax.end else None,
-        closing=closing,
-    )
-
-
-def _json_list_style(name: str, syntax: CallSyntax) -> CallStyle:
-    return replace(json_style(name, syntax, "[", "]"), between=", ")
-
-
-HERMES = replace(
-    json_style("hermes", CallSyntax("<tool_call>", "</tool_call>", json=True), "\n", "\n"),
-    between="\n</tool_call>\n<tool_call>\n",
-)
-GENERIC = replace(HERMES, name="generic")
-"""For templates without tools: the prompt describes this style."""
-LLAMA = json_style("llama", CallSyntax("<|python_tag|>", "", json=True, arguments="parameters"))
-PHI = _json_list_style("phi", CallSyntax("<|tool_call|>", "<|/tool_call|>", json=True))
-MISTRAL = _json_list_style("mistral", CallSyntax("[TOOL_CALLS]", "", json=True))
-MISTRAL_HEADERS = CallStyle(
-    name="mistral-headers",
-    syntax=CallSyntax("[TOOL_CALLS]", "", json=False),
-    before_name="",
-    before_arguments="[ARGS]",
-    after_arguments="",
-    between="[TOOL_CALLS]",
-    marks=("[ARGS]",),
-)
-QWEN_CODER = CallStyle(
-    name="qwen-coder",
-    syntax=CallSyntax("<tool_call>", "</tool_call>", json=False),
-    before_name="<function=",
-    before_arguments=">\n",
-    after_arguments="</function>",
-    opening="\n",
-    between="\n</tool_call>\n<tool_call>\n",
-    closing="\n",
-    notation="qwen-xml",
-)
-GEMMA = CallStyle(
-    name="gemma",
-    syntax=CallSyntax("<|tool_call>", "<tool_call|>", json=False),
-    before_name="call:",
-    before_arguments="",
-    after_arguments="",
-    between="<tool_call|><|tool_call>",
-    marks=('<|"|>',),
-    notation="gemma",
-)
-FUNCTION_GEMMA = CallStyle(
-    name="function-gemma",
-    syntax=CallSyntax("<start_function_call>", "<end_function_call>", json=False),
-    before_name="call:",
-    before_arguments="",
-    after_arguments="",
-    between="<end_function_call><start_function_call>",
-    marks=("<escape>",),
-    notation="function-gemma",
-)
-KIMI = CallStyle(
-    name="kimi",
-    syntax=CallSyntax("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", json=False),
-    before_name="<|tool_call_begin|>functions.",
-    before_arguments=":0<|tool_call_argument_begin|>",
-    after_arguments="<|tool_call_end|>",
-    between="",
-    marks=("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
-)
-STYLES = {
-    "json_tools": HERMES,
-    "mistral": MISTRAL,
-    "qwen3_coder": QWEN_CODER,
-    "gemma4": GEMMA,
-    "function_gemma": FUNCTION_GEMMA,
-    "kimi_k2": KIMI,
-}
-"""By mlx-lm parser name."""
-TOOLS = re.compile(r"\btools\b")
-KNOWN_REASONING = (Reasoning("<think>", "</think>"), Reasoning("[THINK]", "[/THINK]"))
-
-
-def find_call_style(wrapper: Any, template: str, fallback: CallStyle | None) -> CallStyle | None:
-    """None without a chat template. `wrapper` is mlx-lm's; `fallback` is for templates that render
-    tools but no calls.
-    """
-    if not wrapper.has_chat_template:
-        return None
-    if template and not TOOLS.search(template):
-        return GENERIC
-    return _mlx_lm_style(wrapper, template) or _template_style(template) or fallback or GENERIC
-
-
-def _mlx_lm_style(wrapper: Any, template: str) -> CallStyle | None:
-    if wrapper.tool_parser is None:
-        return None
-    parser = wrapper.tool_parser.__module__.rpartition(".")[2]
-    if parser == "mistral" and "[ARGS]" in template:
-        return MISTRAL_HEADERS
-    if parser in STYLES:
-        return STYLES[parser]
-    # mlx-lm parses the notation; grammars write JSON.
-    start, end = wrapper.tool_call_start or "", wrapper.tool_call_end or ""
-    return json_style(parser, CallSyntax(start, end, json=False))
-
-
-def _template_style(template: str) -> CallStyle | None:
-    if "<|tool_call|>" in template or "<|tool|>" in template:
-        return PHI
-    if "<tool_call>" in template:
-        return HERMES
-    if "<|python_tag|>" in template or '"parameters": ' in template:
-        return LLAMA
-    return None
-
-
-def find_reasoning(wrapper: Any, template: str) -> Reasoning | None:
-    if wrapper.has_thinking:
-        return Reasoning(wrapper.think_start, wrapper.think_end)
-    vocab = wrapper.get_vocab()
-    for known in KNOWN_REASONING:
-        if all(marker in vocab or marker in template for marker in (known.start, known.end)):
-            return known
-    return None
+SLOTS = {"{index}": "[0-9]{1,2}", "{id}": "[A-Za-z0-9]{9}"}
+"""What a call's own number or name is written with."""
 
 
 class Thinking(Enum):

@@ -1,10 +1,10 @@
 """Tools, calls and results in words, for templates that do not show them."""
 
 import json
-from functools import partial
 from typing import Any
 
-from mlx_server.models.text.syntax import GENERIC, CallStyle
+from mlx_server.models.text.styles.writing import write_calls
+from mlx_server.models.text.syntax import CallStyle
 
 INSTRUCTIONS = """\
 You can call functions to help with the user's request. These are their descriptions, one JSON \
@@ -71,33 +71,5 @@ def describe_tools(
     return [{**messages[0], "content": "\n\n".join(filter(None, parts))}, *messages[1:]]
 
 
-def write_calls(functions: list[dict[str, Any]], style: CallStyle | None) -> str:
-    """In a style whose arguments are JSON, or else in the generic one."""
-    style = style if style is not None and style.notation == "json" else GENERIC
-    calls = list(map(partial(_written, style), functions))
-    if style.between is not None:
-        calls = [style.between.join(calls)]
-    begin, end = style.syntax.start + style.opening, style.closing + style.syntax.end
-    return "\n".join(f"{begin}{one}{end}" for one in calls)
-
-
-def arguments_text(function: dict[str, Any]) -> str:
-    """As JSON; clients send a string or an object."""
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        return arguments.strip() or "{}"
-    return json.dumps(arguments or {}, ensure_ascii=False)
-
-
 def _joined(messages: list[dict[str, Any]]) -> dict[str, Any]:
     return {**messages[0], "content": "\n".join(str(one.get("content")) for one in messages)}
-
-
-def _written(style: CallStyle, function: dict[str, Any]) -> str:
-    name = str(function.get("name") or "")
-    if style.before_name.endswith('"'):
-        name = json.dumps(name, ensure_ascii=False)[1:-1]
-    return (
-        f"{style.before_name}{name}{style.before_arguments}{arguments_text(function)}"
-        f"{style.after_arguments}"
-    )

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from mlx_server.engine.protocol import FinishReason
 from mlx_server.models.text.syntax import Syntax
 from mlx_server.schemas.internal import ToolUse
-from mlx_server.services.output.pieces import Kind, Piece, PieceBuffer, overlap
+from mlx_server.services.output.openings import Opening, Openings
+from mlx_server.services.output.pieces import Kind, Piece, PieceBuffer
 from mlx_server.services.output.reasoning import ReasoningReader
 from mlx_server.services.output.tool_calls import CallReader
 
@@ -24,6 +25,7 @@ class OutputReader:
         """All allowed calls have come."""
         self._reasoning = syntax.reasoning
         self._call_syntax = None if use is None else syntax.calls
+        self._openings = None if self._call_syntax is None else Openings(self._call_syntax)
         self._use = use
         self._buffer = PieceBuffer()
         self._block: ReasoningReader | CallReader | None = None
@@ -94,37 +96,36 @@ class OutputReader:
                 self._buffer.hide(space + len(self._reasoning.start))
                 self._block = ReasoningReader(self._buffer, self._reasoning.end)
                 return True
-            markers = [part.start for part in (self._reasoning, self._call_syntax) if part]
-            if any(marker != text and marker.startswith(text) for marker in markers):
+            if not text or self._marker_may_come(text):
                 return False
-            if self._is_bare_call(text):
-                return self._open_calls(space)
+            found = self._openings.at_start(text) if self._openings else None
+            if found is not None:
+                return self._open_calls(space, *found)
         self._at_start = False
         return True
 
-    def _is_bare_call(self, text: str) -> bool:
-        """JSON calls that last to the end often lack the start marker."""
-        syntax = self._call_syntax
-        if syntax is None or syntax.end or not syntax.json:
-            return False
-        return text[0] in "{[" and not text.startswith(syntax.start)
+    def _marker_may_come(self, text: str) -> bool:
+        start = self._reasoning.start if self._reasoning else ""
+        if start != text and start.startswith(text):
+            return True
+        return self._openings is not None and self._openings.may_come(text)
 
     def _read_text(self) -> bool:
         buffer, text = self._buffer, self._buffer.text
-        if self._call_syntax is None:
+        if self._openings is None:
             buffer.cut(Kind.TEXT, len(text))
             return False
-        marker = self._call_syntax.start
-        found = text.find(marker)
-        end = found if found >= 0 else len(text) - overlap(text, marker)
+        found = self._openings.find(text)
+        end = len(text) - self._openings.held(text) if found is None else found[0]
         space = min(end - len(text[:end].rstrip()), MAX_SPACE)
         buffer.cut(Kind.TEXT, end - space)
-        return found >= 0 and self._open_calls(space + len(marker))
+        return found is not None and self._open_calls(space, *found[1:])
 
-    def _open_calls(self, length: int) -> bool:
+    def _open_calls(self, space: int, kind: Opening, opening: str) -> bool:
         assert self._call_syntax is not None
         assert self._use is not None
         buffer = self._buffer
-        opening, buffer.text = buffer.text[:length], buffer.text[length:]
-        self._block = CallReader(buffer, self._call_syntax, self._use, opening)
+        length = space + (len(opening) if kind is Opening.MARKER else 0)
+        hidden, buffer.text = buffer.text[:length], buffer.text[length:]
+        self._block = CallReader(buffer, self._call_syntax, self._use, hidden, kind)
         return True

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from mlx_server.engine.protocol import FinishReason
 from mlx_server.models.text.syntax import CallSyntax
 from mlx_server.schemas.internal import ToolUse
+from mlx_server.services.output.block_scan import BlockScan
 from mlx_server.services.output.json_scan import ObjectScan, find_header, match_length
+from mlx_server.services.output.openings import Opening
 from mlx_server.services.output.pieces import Kind, Piece, PieceBuffer
 
 MAX_HEADER = 1000
 """Characters before arguments, and between calls."""
 
 SEPARATORS = re.compile(r"[\s,;\]]*")
+WORD = re.compile(r"[\w-]+")
+PYTHON_CALL = re.compile(r"\[\s*([\w.-]*)")
 LIST_END = re.compile(r"\s*\]?\s*")
 EXTRA_KEY = re.compile(r',\s{0,99}"')
 EXTRA_KEY_BEGUN = re.compile(r",\s{0,99}")
@@ -25,7 +29,14 @@ class CallReader:
     preceding white space.
     """
 
-    def __init__(self, buffer: PieceBuffer, syntax: CallSyntax, use: ToolUse, opening: str) -> None:
+    def __init__(
+        self,
+        buffer: PieceBuffer,
+        syntax: CallSyntax,
+        use: ToolUse,
+        opening: str,
+        kind: Opening = Opening.MARKER,
+    ) -> None:
         self.ended = False
         self.calls = 0
         self.unparsed: str | None = None
@@ -37,7 +48,13 @@ class CallReader:
         self._collected: list[str] = []
         self._closing = ""
         self._scan = ObjectScan(syntax.end)
-        self._state = self._read_header if syntax.json else self._collect
+        self._block_scan = BlockScan(syntax)
+        self._kind = kind
+        self._state = self._read_header
+        if kind is Opening.BARE or (kind is Opening.MARKER and not syntax.json):
+            self._state = self._collect
+        elif kind is Opening.SHAPE and syntax.pythonic:
+            self._state = self._read_shape
 
     def read(self) -> None:
         while not self.ended and self.unparsed is None and self._state():
@@ -45,10 +62,11 @@ class CallReader:
 
     def finish(self, reason: FinishReason) -> None:
         buffer = self._buffer
-        if self._state in (self._read_header, self._collect):
+        if self._state in (self._read_shape, self._read_header, self._collect):
+            unlike = self._kind is Opening.SHAPE and self._state != self._collect
             self._collected.append(buffer.text)
             buffer.text = ""
-            if reason == "stop":
+            if reason == "stop" and (self._syntax.anywhere or not unlike):
                 self.unparsed = "".join(self._collected)
             else:  # half a call may look whole
                 self._give_back()
@@ -76,10 +94,20 @@ class CallReader:
 
     # States; each returns whether the next can read at once.
 
+    def _read_shape(self) -> bool:
+        """`[name(`, or else JSON."""
+        text = self._buffer.text
+        match = PYTHON_CALL.match(text)
+        if match is not None and match.end() == len(text) and self._may_be_name(match[1]):
+            return False
+        called = match is not None and match[1] in self._names and text[match.end()] == "("
+        self._state = self._collect if called else self._read_header
+        return True
+
     def _read_header(self) -> bool:
         buffer = self._buffer
         try:
-            found = find_header(buffer.text, self._syntax.arguments)
+            found = find_header(buffer.text)
         except ValueError:
             return self._read_unexpected()
         if found is None and len(buffer.text) <= MAX_HEADER:
@@ -96,16 +124,26 @@ class CallReader:
         return True
 
     def _read_unexpected(self) -> bool:
-        """Other JSON may be a call; the rest is text."""
+        """After a marker, other JSON may be a call, or Python with a tool's name; the rest is
+        text.
+        """
         buffer = self._buffer
-        if self._opening.strip() and buffer.text.lstrip().startswith(("{", "[")):
-            self._state = self._collect
-            return True
+        if self._opening.strip():
+            text = buffer.text.lstrip()
+            word = WORD.match(text)
+            if word is not None and word.end() == len(text) and self._may_be_name(text):
+                return False
+            if text.startswith(("{", "[")) or (word and word[0] in self._names):
+                self._state = self._collect
+                return True
         # Another block may begin after the marker or a bare call's first character.
         buffer.text = self._opening + buffer.text
         buffer.cut(Kind.TEXT, len(self._opening) or 1)
         self.ended = True
         return False
+
+    def _may_be_name(self, text: str) -> bool:
+        return any(name.startswith(text) for name in self._names)
 
     def _read_arguments(self) -> bool:
         length, complete = self._scan.push(self._buffer.text)
@@ -160,15 +198,14 @@ class CallReader:
 
     def _collect(self) -> bool:
         buffer, end_marker = self._buffer, self._syntax.end
-        found = buffer.text.find(end_marker) if end_marker else -1
-        if found >= 0:
-            self._collected.append(buffer.text[:found])
-            self._closing = end_marker
-            buffer.text = buffer.text[found + len(end_marker) :]
-            self.unparsed = "".join(self._collected)
-        elif (certain := len(buffer.text) - max(len(end_marker) - 1, 0)) > 0:
+        certain, ended = self._block_scan.push(buffer.text)
+        if certain:
             self._collected.append(buffer.text[:certain])
             buffer.text = buffer.text[certain:]
+        if ended:
+            self._closing = end_marker
+            buffer.text = buffer.text[len(end_marker) :]
+            self.unparsed = "".join(self._collected)
         return False
 
     @property

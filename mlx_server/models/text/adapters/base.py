@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlx_server.models.store.folder import eos_token_ids
-from mlx_server.models.text.call_parsing import parse_calls
 from mlx_server.models.text.conversations.fitting import Fitting
 from mlx_server.models.text.grammars.builder import GrammarBuilder
 from mlx_server.models.text.grammars.checker import GrammarChecker
+from mlx_server.models.text.parsing.calls import parse_calls
 from mlx_server.models.text.protocol import Prepared
 from mlx_server.models.text.special_tokens import SpecialTokens
+from mlx_server.models.text.styles.finding import find_call_style, mlx_lm_style
+from mlx_server.models.text.styles.thinking import find_reasoning
 from mlx_server.models.text.syntax import (
     CallStyle,
     Reasoning,
     Syntax,
     Thinking,
-    find_call_style,
-    find_reasoning,
     thinking_after,
 )
 from mlx_server.models.text.template import ChatTemplate
@@ -48,7 +48,7 @@ class Adapter:
         self._call_parser = wrapper.tool_parser
         self.style = self._find_style(wrapper)
         self._fitting = Fitting(self.template, self.style)
-        reasoning = find_reasoning(wrapper, self.template.source)
+        reasoning = find_reasoning(wrapper.get_vocab(), self.template.source)
         self.syntax = self._find_syntax(reasoning)
         self._checker = GrammarChecker(self.tokenizer.backend, self.stop_tokens)
         self._grammars = GrammarBuilder(self._checker, reasoning, self.style)
@@ -72,7 +72,7 @@ class Adapter:
 
     def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
         """(name, JSON arguments) of the calls between the markers; none if garbled."""
-        return parse_calls(text, tools, self._call_parser)
+        return parse_calls(text, tools, self.style, self._call_parser)
 
     def _prepare_chat(self, prompt: ChatPrompt, constraint: Constraint | None) -> Prepared:
         self.template.check(prompt)
@@ -108,12 +108,17 @@ class Adapter:
     def _find_style(self, wrapper: Any) -> CallStyle | None:
         style = self.call_style
         known = style and self.tokenizer.token_id(style.syntax.start) is not None
-        return find_call_style(wrapper, self.template.source, style if known else None)
+        return find_call_style(
+            wrapper.get_vocab(),
+            self.template.source if wrapper.has_chat_template else None,
+            lambda: mlx_lm_style(wrapper),
+            style if known else None,
+        )
 
     def _find_syntax(self, reasoning: Reasoning | None) -> Syntax:
         marks = [reasoning.start, reasoning.end] if reasoning else []
         if self.style is not None:
-            marks += [self.style.syntax.start, self.style.syntax.end, *self.style.marks]
+            marks += self.style.texts
         return Syntax(
             reasoning=reasoning,
             calls=self.style.syntax if self.style else None,

@@ -3,7 +3,7 @@
 import re
 
 from mlx_server.models.text.adapters.base import Adapter
-from mlx_server.models.text.syntax import LLAMA
+from mlx_server.models.text.styles.json_calls import LLAMA
 
 
 class LlamaAdapter(Adapter):

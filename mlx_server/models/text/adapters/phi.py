@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from mlx_server.models.text.adapters.base import Adapter
-from mlx_server.models.text.syntax import PHI
+from mlx_server.models.text.styles.json_calls import PHI
 from mlx_server.schemas.internal import ChatPrompt
 
 
@@ -20,7 +20,7 @@ class PhiAdapter(Adapter):
     end_of_turn = ("<|end|>", "<|im_end|>", "<|endoftext|>")
 
     def _for_template(self, prompt: ChatPrompt) -> ChatPrompt:
-        if self.style is not PHI or not prompt.tools:
+        if self.style is None or self.style.name != PHI.name or not prompt.tools:
             return prompt
         messages = _with_tools(prompt.messages, prompt.tools)
         return msgspec.structs.replace(prompt, messages=messages, tools=None)

@@ -18,7 +18,8 @@ from mlx_server.models.text.conversations.repairs import (
     tell_stray_results,
 )
 from mlx_server.models.text.conversations.traits import Traits
-from mlx_server.models.text.syntax import GENERIC, CallStyle
+from mlx_server.models.text.styles.json_calls import GENERIC
+from mlx_server.models.text.syntax import CallStyle
 from mlx_server.models.text.template import ChatTemplate
 from mlx_server.models.text.tool_prompts import calls_message, describe_tools, plain_messages
 from mlx_server.schemas.internal import ChatPrompt

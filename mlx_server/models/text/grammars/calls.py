@@ -1,34 +1,65 @@
 """Grammars of tool calls."""
 
+import re
 from typing import Any
 
-from mlx_server.models.text.grammars.arguments import Unwritable, arguments, json_arguments
+from mlx_server.models.text.grammars.arguments import Unwritable, arguments
 from mlx_server.models.text.grammars.json_schema import Unkept, child_place, strict_schema
 from mlx_server.models.text.grammars.lark import Lark, text_without
-from mlx_server.models.text.syntax import CallStyle, json_style
+from mlx_server.models.text.styles.json_calls import json_style
+from mlx_server.models.text.syntax import SLOTS, CallStyle, CallSyntax
 from mlx_server.schemas.internal import ToolUse
 
 MAX_CALLS = 16
+JSON_CALL = r'\s*\[?\s*\{\s*"(name|tool_name|tool_call_id|type|id)"'
+PYTHON_CALL = r"\[\s*[A-Za-z0-9_.\-]+\("
+SLOT = re.compile("(" + "|".join(map(re.escape, SLOTS)) + ")")
 OPEN_KEYWORDS = frozenset({"$ref", "allOf", "anyOf", "oneOf", "patternProperties"})
 """These allow properties beyond `properties`."""
 
 
 def forced_calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
     """Raises Unkept."""
-    return lark.rule("calls", f"{lark.exactly(style.syntax.start)} {_calls(lark, style, use)}")
+    start = lark.exactly(style.syntax.start)
+    if style.syntax.anywhere and start:
+        start = f"({start})?"
+    return lark.rule("calls", f"{start} {_calls(lark, style, use)}")
 
 
 def optional_calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
     """Any text; whatever begins like a call must be one. Raises Unkept."""
-    start = style.syntax.start
+    syntax = style.syntax
     calls = _calls(lark, style, use)
-    if style.syntax.json and not style.syntax.end:
-        # Calls without a start marker are recognised too; they end the answer.
-        text = lark.rule("TALK", f"{text_without(start)} & ~/\\s*[\\[{{](?s:.*)/")
-        return lark.rule("talk", f"{calls} | {text} ({lark.exactly(start)} {calls})?")
-    call = lark.rule("said", f"{lark.text_until(start)} {calls}")
+    unmarked = (*syntax.others, *syntax.bare)
+    text = " & ".join([text_without(*unmarked), *map(_never, _shapes(syntax))])
+    if not syntax.end:
+        # Calls last to the answer's end. Of JSON the marker is often missing.
+        unmarked_calls = ""
+        if syntax.json or not syntax.start:
+            text = f"{text} & ~/\\s*[\\[{{](?s:.*)/"
+            unmarked_calls = f"{calls} | "
+        if not syntax.start:
+            return lark.rule("talk", f"{unmarked_calls}{lark.rule('TALK', text)}")
+        said = lark.rule("TALK", f"{text} & {text_without(syntax.start)}")
+        marked = f"{lark.text_until(syntax.start, text)} {calls}"
+        return lark.rule("talk", f"{unmarked_calls}{said} | {marked}")
+    call = lark.rule("said", f"{lark.text_until(syntax.start, text)} {calls}")
     again = f"{{0,{MAX_CALLS}}}" if use.parallel else "?"
-    return lark.rule("talk", f"{call}{again} {lark.text_without(start)}")
+    last = lark.rule("TALK", f"{text} & {text_without(syntax.start)}")
+    return lark.rule("talk", f"{call}{again} {last}")
+
+
+def _shapes(syntax: CallSyntax) -> list[str]:
+    """Patterns of what begins a call without any marker."""
+    before = "(?s:.*)" if syntax.anywhere else ""
+    shapes = [before + JSON_CALL]
+    if syntax.pythonic:
+        shapes.append("(?s:.*)" + PYTHON_CALL)
+    return shapes
+
+
+def _never(shape: str) -> str:
+    return f"~/{shape}(?s:.*)/"
 
 
 def parameters_place(index: int) -> str:
@@ -57,11 +88,15 @@ def arguments_schema(use: ToolUse, index: int) -> Any:
 def _calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
     calls = [_call(lark, style, use, index) for index in range(len(use.tools))]
     one = lark.rule("one_call", " | ".join(calls))
-    several = one
-    if use.parallel and use.choice != "named" and style.between is not None:
-        several = f"{one} ({lark.exactly(style.between)} {one}){{0,{MAX_CALLS - 1}}}"
-    ending = lark.exactly(style.closing + style.syntax.end)
-    return lark.rule("listed", f"{lark.exactly(style.opening)} {several} {ending}")
+    ending = style.closing + style.syntax.end
+    if not use.parallel or use.choice == "named" or style.between is None:
+        listed = f"{one} {lark.exactly(ending)}"
+    else:
+        # A lexeme must not begin another that may stand in its place.
+        common, between, ending = lark.factored(style.between, ending)
+        again = f"({common} {between} {one}){{0,{MAX_CALLS - 1}}}"
+        listed = f"{one} {again} {common} {ending}"
+    return lark.rule("listed", f"{lark.exactly(style.opening)} {listed}")
 
 
 def _call(lark: Lark, style: CallStyle, use: ToolUse, index: int) -> str:
@@ -70,8 +105,14 @@ def _call(lark: Lark, style: CallStyle, use: ToolUse, index: int) -> str:
         symbol = arguments(lark, style.notation, schema)
     except Unwritable:
         # Any style's calls may be JSON.
-        style = json_style(style.name, style.syntax)
-        symbol = json_arguments(lark, schema)
+        style = json_style(style.name, "", "")
+        symbol = lark.schema(schema)
     name = use.tools[index]["function"]["name"]
-    before = lark.exactly(style.before_name + name + style.before_arguments)
+    before = f"{_slotted(lark, style.before_name)} {lark.exactly(name)}"
+    before = f"{before} {_slotted(lark, style.before_arguments)}"
     return lark.rule("call", f"{before} {symbol} {lark.exactly(style.after_arguments)}")
+
+
+def _slotted(lark: Lark, text: str) -> str:
+    parts = SLOT.split(text)
+    return " ".join(f"/{SLOTS[part]}/" if part in SLOTS else lark.exactly(part) for part in parts)

@@ -33,6 +33,14 @@ class Lark:
         pieces = self._special.split(text)
         return " ".join(quoted(one) if isinstance(one, str) else f"<[{one}]>" for one in pieces)
 
+    def factored(self, one: str, other: str) -> tuple[str, str, str]:
+        """What both begin with, and the rest of each."""
+        length = min(len(one), len(other))
+        while one[:length] != other[:length]:
+            length -= 1
+        length = min(self._special.cut(text, length) for text in (one, other))
+        return self.exactly(one[:length]), self.exactly(one[length:]), self.exactly(other[length:])
+
     def special_token(self, marker: str) -> int | None:
         return next(iter(self._special.find(marker)), None)
 
@@ -40,10 +48,15 @@ class Lark:
         """Also excludes other tokenizations of `marker`."""
         return self.rule("TEXT", text_without(marker))
 
-    def text_until(self, marker: str) -> str:
-        if self.special_token(marker) is None:
-            return self.rule("until", f"{ANY_TEXT} {quoted(marker)}", "[lazy]")
-        return self.rule("until", f"{self.text_without(marker)} {self.exactly(marker)}")
+    def text_until(self, marker: str, text: str = ANY_TEXT) -> str:
+        """`text` is a terminal for what may be said before `marker`."""
+        first = next(self._special.split(marker), "")
+        if isinstance(first, int):
+            before = self.rule("TEXT", f"{text} & {text_without(marker)}")
+            return self.rule("until", f"{before} {self.exactly(marker)}")
+        before = text if text == ANY_TEXT else self.rule("TEXT", text)
+        until = self.rule("until", f"{before} {quoted(first)}", "[lazy]")
+        return f"{until} {self.exactly(marker[len(first) :])}"
 
     def tokens_until(self, marker: str, limit: int) -> str:
         """At most `limit` tokens before `marker`, which must hold a special token."""
