@@ -359,12 +359,10 @@ CHAT_SHAPES: dict[str, dict[str, Any]] = {
     "a tool call without name": message(
         role="assistant", tool_calls=[{**CALL, "function": {"arguments": "{}"}}]
     ),
-    "a tool call's arguments as object": message(
-        role="assistant", tool_calls=[{**CALL, "function": {"name": "f", "arguments": {}}}]
+    "a tool call's arguments as list": message(
+        role="assistant", tool_calls=[{**CALL, "function": {"name": "f", "arguments": []}}]
     ),
     "tool calls as object": message(role="assistant", tool_calls=CALL),
-    "an assistant who says nothing": {"messages": [*HELLO, {"role": "assistant"}]},
-    "an assistant who calls nothing": message(role="assistant", content=None, tool_calls=[]),
     "a name as list": message(name=["x"]),
     "messages as object": {"messages": {"role": "user", "content": "x"}},
     "messages in messages": {"messages": [HELLO]},

@@ -26,6 +26,8 @@ from tokenizers import (
     trainers,
 )
 
+from tests.support.templates import PUBLISHED, Published
+
 VOCAB_SIZE = 512
 FAMILY_TEMPLATE = "the family's own"
 
@@ -47,7 +49,7 @@ class Family:
     architecture: dict[str, Any]
     make_tokenizer: Callable[["Family", tuple[str, ...]], Tokenizer]
     special_tokens: tuple[str, ...]
-    template: str
+    template: str | list[dict[str, str]]
     eos: tuple[str, ...]
     """End-of-sequence tokens: the first is the tokenizer's, all are generation_config.json's."""
     bos: str | None = None
@@ -706,4 +708,18 @@ VARIANTS = {
 }
 """Families once more, as later models of theirs speak."""
 
-KINDS = FAMILIES | VARIANTS
+
+def _published(one: Published) -> Family:
+    return Family(
+        architecture={"model_type": "llama"},
+        make_tokenizer=_byte_level,
+        special_tokens=one.special,
+        template=one.chat_template,
+        eos=one.special[:1],
+        bos=one.bos,
+        plain_tokens=one.plain,
+    )
+
+
+KINDS = {name: _published(one) for name, one in PUBLISHED.items()} | FAMILIES | VARIANTS
+"""Also the published templates of `tests.support.templates`, on Llama's architecture."""

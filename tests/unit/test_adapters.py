@@ -196,10 +196,7 @@ def test_template_options_cannot_replace_the_template_or_its_inputs(
 @pytest.mark.parametrize(
     ("family", "messages", "reason"),
     [
-        ("gemma", [system("Be brief."), user("Hi")], "System role not supported"),
-        ("gemma", [user("Hi"), user("Hello?")], "must alternate"),
-        ("mistral", [user("Hi"), user("Hello?")], "must alternate"),
-        ("mistral", [assistant("Hi")], "must alternate"),
+        ("gemma", [{"role": "judge", "content": "Guilty."}], "must alternate"),
         ("phi", [{"role": "user"}], "content"),
         ("llama", [{"content": "Hi"}], "role"),
         ("phi", [{"role": "user", "content": {"a": 1}}], "concatenate"),
@@ -311,7 +308,7 @@ def test_the_syntax_is_found_in_the_files(
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral-headers", "gemma-tools"])
 def test_a_template_shows_system_messages_or_is_known_not_to(load: Load, family: str) -> None:
-    assert load(family).template.has_system_role is (family != "gemma")
+    assert load(family)._fitting.plain.shows_system is (family != "gemma")
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,7 @@ def test_an_empty_last_assistant_message_is_no_beginning() -> None:
     prompt = messages_of(HELLO[0], {"role": "assistant", "content": ""})
     assert not prompt.continue_final
     assert [message["role"] for message in prompt.messages] == ["user"]
+    assert not messages_of({"role": "assistant", "content": None}).continue_final
 
 
 def test_a_tool_round_trip_reaches_the_template() -> None:
@@ -227,10 +228,48 @@ def test_a_round_trip_of_functions_reaches_the_template_as_one_of_tools() -> Non
     assert result["tool_call_id"] == made["id"]
 
 
-def test_arguments_that_are_no_object_stay_text() -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{oops"}}
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ({"a": 1}, {"a": 1}),
+        ("", {}),
+        (" \n", {}),
+        (None, {}),
+        ('{"a": "Eur', {"arguments": '{"a": "Eur'}),
+        ("[1]", {"arguments": "[1]"}),
+        ("null", {"arguments": "null"}),
+        (f'{{"a": {2**70}}}', {"arguments": f'{{"a": {2**70}}}'}),
+        ('{"a": "\\ud800"}', {"arguments": '{"a": "\\ud800"}'}),
+        ('{"a":' * 9999, {"arguments": '{"a":' * 9999}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_arguments_in_the_history_are_an_object_whatever_was_written(
+    arguments: object, wanted: dict[str, Any]
+) -> None:
+    function = {"name": "f", "arguments": arguments}
+    call = {"id": "c1", "type": "function", "function": function}
     prompt = messages_of(HELLO[0], {"role": "assistant", "tool_calls": [call]}, HELLO[0])
-    assert prompt.messages[1]["tool_calls"][0]["function"]["arguments"] == "{oops"
+    assert prompt.messages[1]["tool_calls"][0]["function"]["arguments"] == wanted
+    prompt = messages_of(HELLO[0], {"role": "assistant", "function_call": function}, HELLO[0])
+    assert prompt.messages[1]["tool_calls"][0]["function"]["arguments"] == wanted
+
+
+@pytest.mark.parametrize("said", [{"content": None}, {}, {"content": "", "tool_calls": []}])
+def test_an_answer_that_is_all_thinking_is_taken_back(said: dict[str, Any]) -> None:
+    thought = {"role": "assistant", "reasoning_content": "Hm.", **said}
+    prompt = messages_of(HELLO[0], thought, HELLO[0])
+    assert prompt.messages[1] == {"role": "assistant", "content": "", "reasoning_content": "Hm."}
+    assert not messages_of(HELLO[0], thought).continue_final
+
+
+def test_thoughts_come_back_by_either_name() -> None:
+    for name in ("reasoning_content", "reasoning"):
+        thought = {"role": "assistant", "content": "Well.", name: "Hm."}
+        assert messages_of(HELLO[0], thought, HELLO[0]).messages[1]["reasoning_content"] == "Hm."
+    unknown = {"role": "assistant", "content": "Well.", "reasoning": {"text": "Hm."}}
+    assert "reasoning_content" not in messages_of(HELLO[0], unknown, HELLO[0]).messages[1]
 
 
 # tools
@@ -429,12 +468,18 @@ def test_the_effort_of_thinking_is_the_templates_to_read() -> None:
         return chat_prompt(**fields).template_kwargs
 
     assert variables() == {}
-    assert variables(reasoning_effort="low") == {"reasoning_effort": "low"}
+    assert variables(reasoning_effort="minimal") == {"reasoning_effort": "minimal"}
+    assert variables(reasoning_effort="low") == {
+        "reasoning_effort": "low",
+        "enable_thinking": True,
+    }
     assert variables(reasoning_effort="none") == {
         "reasoning_effort": "none",
         "enable_thinking": False,
     }
-    assert variables(thinking_budget=0) == {"enable_thinking": False}
+    assert variables(thinking_budget=0) == {"thinking_budget": 0, "enable_thinking": False}
+    assert variables(thinking_budget=-1) == {}
+    assert variables(thinking_budget=9) == {"thinking_budget": 9}
     own = {"enable_thinking": True, "reasoning_effort": "high", "x": 1}
     assert variables(reasoning_effort="none", chat_template_kwargs=own) == own
 

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import ChatPrompt, ToolUse
 from mlx_server.schemas.openai.chat import NO_LIMIT, PromptOptions
@@ -18,15 +20,15 @@ from mlx_server.schemas.openai.tools import (
 )
 
 OLD_CALL_ID = "call00000"
-"""Legacy `functions` calls have no id; some templates demand nine letters or digits."""
+"""Legacy `functions` calls have no id."""
 
 
 def chat_prompt(messages: Sequence[Message], options: PromptOptions) -> ChatPrompt:
     """A final assistant message begins the answer. Raises BadRequest."""
     last = messages[-1]
     opens = last.role == "assistant" and not _calls(last)
-    if opens and not _text(last) and len(messages) > 1:
-        messages, opens = messages[:-1], False
+    if opens and not _text(last):
+        messages, opens = messages[:-1] or messages, False
     return ChatPrompt(
         messages=[template_message(message) for message in messages],
         tools=[_template_tool(tool) for tool in all_tools(options)] or None,
@@ -38,11 +40,16 @@ def chat_prompt(messages: Sequence[Message], options: PromptOptions) -> ChatProm
 
 
 def _template_kwargs(options: PromptOptions) -> dict[str, Any]:
+    effort, budget = options.reasoning_effort, options.thinking_budget
     variables: dict[str, Any] = {}
-    if options.reasoning_effort is not None:
-        variables["reasoning_effort"] = options.reasoning_effort
-    if options.reasoning_effort == "none" or options.thinking_budget == 0:
+    if effort is not None:
+        variables["reasoning_effort"] = effort
+    if budget is not None and budget != NO_LIMIT:
+        variables["thinking_budget"] = budget
+    if effort == "none" or budget == 0:
         variables["enable_thinking"] = False
+    elif effort not in (None, "minimal"):
+        variables["enable_thinking"] = True
     return variables | options.chat_template_kwargs
 
 
@@ -83,20 +90,27 @@ def _calls(message: Message) -> list[dict[str, Any]]:
 
 
 def _call(function: FunctionCall, call_id: str) -> dict[str, Any]:
-    arguments = _object_or_text(function.arguments)
     return {
         "id": call_id,
         "type": "function",
-        "function": {"name": function.name, "arguments": arguments},
+        "function": {"name": function.name, "arguments": _arguments(function.arguments)},
     }
 
 
-def _object_or_text(text: str) -> Any:
+def _arguments(given: str | dict[str, Any]) -> dict[str, Any]:
+    """Templates want an object. What is none, since a model or a limit cut it off, becomes the one
+    value of an object, lest the whole conversation be refused from then on.
+    """
+    if isinstance(given, dict):
+        return given
+    if not given.strip():
+        return {}
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
+        value = json.loads(given)
+        msgspec.msgpack.encode(value)
+    except (ValueError, OverflowError, RecursionError):
+        return {"arguments": given}
+    return value if isinstance(value, dict) else {"arguments": given}
 
 
 # tools

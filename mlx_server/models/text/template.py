@@ -1,6 +1,7 @@
 """Renders chat templates."""
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 from mlx_server.errors import BadRequest
@@ -29,7 +30,9 @@ RESERVED_KWARGS = frozenset(
         "truncation",
     }
 )
-PROBE = "a probe of the system role"
+PROBE = "probe"
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+JINJA_ONLY = frozenset({"reasoning_effort", "thinking_budget"})
 
 
 class ChatTemplate:
@@ -37,6 +40,7 @@ class ChatTemplate:
 
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
+        self._apply = _renderer(wrapper)
         template = wrapper.chat_template
         texts = template.values() if isinstance(template, dict) else [template or ""]
         self.source = "\n".join(map(str, texts))
@@ -63,12 +67,11 @@ class ChatTemplate:
     def render(self, prompt: ChatPrompt, *, add_generation_prompt: bool) -> str:
         """Raises BadRequest when the template fails."""
         try:
-            rendered: str = self._wrapper.apply_chat_template(
-                prompt.messages,
+            rendered = self._apply(
+                _in_parts(prompt.messages) if self._wants_parts else prompt.messages,
                 tools=prompt.tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=prompt.continue_final,
-                tokenize=False,
                 **prompt.template_kwargs,
             )
         except Exception as error:
@@ -84,13 +87,53 @@ class ChatTemplate:
         return _text_after(self.render(prompt, add_generation_prompt=False), rendered)
 
     @cached_property
-    def has_system_role(self) -> bool:
-        """False if the template refuses or drops system messages."""
-        messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "Hello"}]
+    def _wants_parts(self) -> bool:
+        """Templates of vision models may drop or refuse content that is no list of parts."""
+        messages = [{"role": "user", "content": PROBE}]
+        made = (self._try(one) for one in (messages, _in_parts(messages)))
+        return [PROBE in text for text in made] == [False, True]
+
+    def _try(self, messages: list[dict[str, Any]]) -> str:
         try:
-            return PROBE in self.render(ChatPrompt(messages), add_generation_prompt=True)
-        except BadRequest:
-            return False
+            return self._apply(messages, tools=None, add_generation_prompt=True)
+        except Exception:  # noqa: BLE001
+            # As in `render`.
+            return ""
+
+
+def _renderer(wrapper: Any) -> Callable[..., str]:
+    """Without mlx-lm's wrapper, which asks templates for thinking unasked. Models without a Jinja
+    template bring a function, which knows no variables but `enable_thinking`.
+    """
+    function = wrapper._chat_template
+    if function is None:
+        return partial(_apply_jinja, wrapper._tokenizer)
+    return partial(_apply_function, function)
+
+
+def _apply_jinja(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    # The two names that templates have for the switch of thinking stand for each other.
+    for one, other in (THINKING_SWITCHES, THINKING_SWITCHES[::-1]):
+        if one in options:
+            options.setdefault(other, options[one])
+    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return rendered
+
+
+def _apply_function(
+    function: Callable[..., str], messages: list[dict[str, Any]], **options: Any
+) -> str:
+    known = {name: value for name, value in options.items() if name not in JINJA_ONLY}
+    return function(messages, **known)
+
+
+def _in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
 def _ends_with_assistant_text(messages: list[dict[str, Any]]) -> bool:

@@ -63,7 +63,7 @@ class PromptOptions(RequestObject):
     reasoning_effort: ReasoningEffort | None = Field(
         None,
         description="Passed to the chat template, as far as it knows it; `none` also sets its "
-        "`enable_thinking` to false.",
+        "`enable_thinking` to false, `low` and more to true.",
     )
     thinking_budget: int | None = Field(
         None,

@@ -47,8 +47,10 @@ class ContentPart(RequestObject):
 
 
 class FunctionCall(RequestObject):
+    """`arguments` are JSON, whole or not; some clients send the object itself."""
+
     name: str
-    arguments: str = "{}"
+    arguments: str | dict[str, Any] = "{}"
 
 
 class ToolCall(RequestObject):
@@ -82,14 +84,7 @@ class Message(RequestObject):
                     tool_calls=NO_CALLS,
                     function_call={"type": "null"},
                 ),
-                having(["content"], role={"const": "assistant"}),
-                having(["refusal"], role={"const": "assistant"}),
-                having(["function_call"], role={"const": "assistant"}),
-                having(
-                    ["tool_calls"],
-                    role={"const": "assistant"},
-                    tool_calls={"type": "array", "minItems": 1},
-                ),
+                having([], role={"const": "assistant"}),
             ]
         }
     )
@@ -103,6 +98,14 @@ class Message(RequestObject):
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_reasoning(cls, data: Any) -> Any:
+        """Some servers say `reasoning`, and clients send back what they got."""
+        if not isinstance(data, dict) or not isinstance(data.get("reasoning"), str):
+            return data
+        return {"reasoning_content": data["reasoning"], **data}
+
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
         if self.role == "tool" and self.tool_call_id is None:
@@ -112,8 +115,8 @@ class Message(RequestObject):
         calls = self.tool_calls or self.function_call
         if calls and self.role != "assistant":
             raise ValueError(f"a message of role '{self.role}' cannot have tool calls")
-        optional = self.role == "assistant" and (calls or self.refusal is not None)
-        if self.content is None and not optional:
+        # An answer that is all thinking has neither content nor calls.
+        if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role '{self.role}' must have `content`")
         return self
 

@@ -4,16 +4,14 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-import msgspec
-
 from mlx_server.models.store.generation import eos_token_ids
+from mlx_server.models.text.conversations.fitting import Fitting
 from mlx_server.models.text.grammars.builder import GrammarBuilder
 from mlx_server.models.text.grammars.checker import GrammarChecker
 from mlx_server.models.text.parsing.calls import parse_calls
 from mlx_server.models.text.protocol import Prepared
 from mlx_server.models.text.special_tokens import SpecialTokens
 from mlx_server.models.text.styles.finding import find_call_style, mlx_lm_style
-from mlx_server.models.text.styles.json_calls import GENERIC
 from mlx_server.models.text.styles.thinking import find_reasoning
 from mlx_server.models.text.syntax import (
     CallStyle,
@@ -24,7 +22,6 @@ from mlx_server.models.text.syntax import (
 )
 from mlx_server.models.text.template import ChatTemplate
 from mlx_server.models.text.tokenizer import TextTokenizer, load_tokenizer
-from mlx_server.models.text.tool_prompts import describe_tools, plain_messages
 from mlx_server.schemas.internal import ChatPrompt, Constraint, Prompt, TextPrompt, TokenPrompt
 
 
@@ -50,6 +47,7 @@ class Adapter:
         self.template = ChatTemplate(wrapper)
         self._call_parser = wrapper.tool_parser
         self.style = self._find_style(wrapper)
+        self._fitting = Fitting(self.template, self.style)
         reasoning = find_reasoning(wrapper.get_vocab(), self.template.source)
         self.syntax = self._find_syntax(reasoning)
         self._checker = GrammarChecker(self.tokenizer.backend, self.stop_tokens)
@@ -78,8 +76,7 @@ class Adapter:
 
     def _prepare_chat(self, prompt: ChatPrompt, constraint: Constraint | None) -> Prepared:
         self.template.check(prompt)
-        shown = self._for_template(prompt)
-        text = self.template.render(shown, add_generation_prompt=not prompt.continue_final)
+        shown, text = self._fitting.render(self._for_template(prompt))
         thinking = self._thinking_after(shown, text)
         return Prepared(
             tokens=self.tokenizer.encode_bare(text),
@@ -88,12 +85,8 @@ class Adapter:
         )
 
     def _for_template(self, prompt: ChatPrompt) -> ChatPrompt:
-        if self.style is not GENERIC:
-            return prompt
-        messages = plain_messages(prompt.messages)
-        if prompt.tools:
-            messages = describe_tools(messages, prompt.tools, self.template.has_system_role)
-        return msgspec.structs.replace(prompt, messages=messages, tools=None)
+        """What a family needs that cannot be found by rendering."""
+        return prompt
 
     def _thinking_after(self, prompt: ChatPrompt, rendered: str) -> Thinking:
         reasoning = self.syntax.reasoning

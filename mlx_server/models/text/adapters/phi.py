@@ -8,12 +8,11 @@ import msgspec
 
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.styles.json_calls import PHI
-from mlx_server.models.text.tool_prompts import arguments_text
 from mlx_server.schemas.internal import ChatPrompt
 
 
 class PhiAdapter(Adapter):
-    """Templates take tools from the system message, and show no calls."""
+    """Templates take tools from the system message."""
 
     family = "phi"
     model_types = re.compile(r"^phi")
@@ -21,12 +20,10 @@ class PhiAdapter(Adapter):
     end_of_turn = ("<|end|>", "<|im_end|>", "<|endoftext|>")
 
     def _for_template(self, prompt: ChatPrompt) -> ChatPrompt:
-        if self.style is None or self.style.name != PHI.name:
-            return super()._for_template(prompt)
-        messages = [_with_plain_calls(message) for message in prompt.messages]
-        if prompt.tools:
-            messages = _with_tools(messages, prompt.tools)
-        return msgspec.structs.replace(prompt, messages=messages)
+        if self.style is None or self.style.name != PHI.name or not prompt.tools:
+            return prompt
+        messages = _with_tools(prompt.messages, prompt.tools)
+        return msgspec.structs.replace(prompt, messages=messages, tools=None)
 
 
 def _with_tools(
@@ -37,16 +34,3 @@ def _with_tools(
     if messages and messages[0].get("role") == "system":
         return [messages[0] | shown, *messages[1:]]
     return [{"role": "system", "content": "", **shown}, *messages]
-
-
-def _with_plain_calls(message: dict[str, Any]) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    functions = (call.get("function") or {} for call in calls)
-    objects = ", ".join(
-        f'{{"name": {json.dumps(one.get("name"))}, "arguments": {arguments_text(one)}}}'
-        for one in functions
-    )
-    text = f"{message.get('content') or ''}{PHI.syntax.start}[{objects}]{PHI.syntax.end}"
-    return {"role": "assistant", "content": text}
