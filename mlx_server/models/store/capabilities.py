@@ -13,7 +13,14 @@ from mlx_server.models.store.folder import read_json
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 """The first one with a template counts."""
 TOOLS = re.compile(r"\btools\b")
-THINKING = ("<think>", "<longcat_think>", "<|think:start|>", "<|channel>thought", "[THINK]")
+THINKING = (
+    "<think>",
+    "<longcat_think>",
+    "<|think:start|>",
+    "<|channel>thought",
+    "<|channel|>analysis",
+    "[THINK]",
+)
 
 
 @dataclass(frozen=True, slots=True)

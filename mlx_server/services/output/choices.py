@@ -21,6 +21,7 @@ from mlx_server.schemas.internal import (
     Usage,
 )
 from mlx_server.services.output.alignment import TokenAligner
+from mlx_server.services.output.channels import ChannelReader
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.pieces import Kind, Piece
 from mlx_server.services.output.text import (
@@ -91,7 +92,7 @@ class ParsedChoice:
         self,
         index: int,
         text_side: TextSide,
-        reader: OutputReader,
+        reader: OutputReader | ChannelReader,
         use: ToolUse | None,
         stops: tuple[str, ...],
         prompt_tokens: int,
@@ -140,8 +141,11 @@ class ParsedChoice:
         return text
 
     async def _emit_unparsed(self) -> None:
-        while not self._text.stopped and (block := self._reader.unparsed) is not None:
-            self._emit(self._reader.parsed(await self._parse(block)))
+        reader = self._reader
+        if isinstance(reader, ChannelReader):
+            return
+        while not self._text.stopped and (block := reader.unparsed) is not None:
+            self._emit(reader.parsed(await self._parse(block)))
 
     async def _parse(self, block: str) -> list[tuple[str, str]]:
         try:
@@ -155,7 +159,7 @@ class ParsedChoice:
         for piece in pieces:
             if self._text.stopped:
                 return
-            self._aligner.add_piece(piece.kind, piece.width)
+            self._aligner.add_piece(piece)
             self._emit_piece(piece)
 
     def _emit_piece(self, piece: Piece) -> None:
