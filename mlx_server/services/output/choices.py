@@ -24,6 +24,7 @@ from mlx_server.services.output.alignment import TokenAligner
 from mlx_server.services.output.channels import ChannelReader
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.pieces import Kind, Piece
+from mlx_server.services.output.repeats import RepeatFilter
 from mlx_server.services.output.text import (
     AlignedText,
     TokenDecoder,
@@ -105,6 +106,8 @@ class ParsedChoice:
         self._vocabulary = VisibleVocabulary(text_side)
         self._reader = reader
         self._tools = [] if use is None else use.tools
+        forced = use is not None and use.choice == "required"
+        self._repeats = RepeatFilter() if forced else None
         self._decoder = TokenDecoder(text_side.visible_bytes)
         self._decoded = 0
         self._text = TruncatedText(stops)
@@ -125,7 +128,7 @@ class ParsedChoice:
             self._emit(self._reader.push(self._decode(token, entry)))
             if self._reader.unparsed is not None:
                 await self._emit_unparsed()
-            if self._text.stopped or self._reader.done:
+            if self._text.stopped or self._reader.done or self._repeats_itself:
                 return self._finish("stop")
         if row.finish is not None:
             self._emit(self._reader.finish(row.finish))
@@ -155,7 +158,14 @@ class ParsedChoice:
             log.warning(event("tool_calls_unparsed", error=error.code or type(error).__name__))
             return []
 
+    @property
+    def _repeats_itself(self) -> bool:
+        return self._repeats is not None and self._repeats.repeated
+
     def _emit(self, pieces: Sequence[Piece]) -> None:
+        self._tell(pieces if self._repeats is None else self._repeats.push(pieces))
+
+    def _tell(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             if self._text.stopped:
                 return
@@ -180,6 +190,8 @@ class ParsedChoice:
             self._events.append(TextDelta(self.index, text, entries))
 
     def _finish(self, reason: FinishReason) -> list[Event]:
+        if self._repeats is not None:
+            self._tell(self._repeats.end_call())
         if not self._text.stopped:
             self._aligner.finish()
             self._emit_text(*self._text.flush())
