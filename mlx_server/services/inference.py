@@ -16,6 +16,7 @@ from mlx_server.models.pool.stream import RowStream
 from mlx_server.models.text.client import ModelText
 from mlx_server.models.text.names import spell
 from mlx_server.models.text.protocol import Prepared
+from mlx_server.models.text.syntax import Thinking
 from mlx_server.schemas.internal import (
     ChatPrompt,
     Event,
@@ -24,6 +25,7 @@ from mlx_server.schemas.internal import (
     PromptScored,
 )
 from mlx_server.services.backpressure import Backpressure, check_priority
+from mlx_server.services.output.channels import ChannelReader
 from mlx_server.services.output.choices import ParsedChoice, PlainChoice
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.text import prompt_logprobs
@@ -226,7 +228,12 @@ def _choice(
     names: Mapping[str, str],
 ) -> PlainChoice | ParsedChoice:
     chat = request.prompt if isinstance(request.prompt, ChatPrompt) else None
-    if chat is None or (text.syntax.reasoning is None and chat.use is None):
+    syntax = text.syntax
+    if chat is None or not (syntax.reasoning or syntax.channels or chat.use):
         return PlainChoice(index, text, request.stop, len(prompt.tokens))
-    reader = OutputReader(text.syntax, chat.use, thinking=prompt.thinking)
+    reader: OutputReader | ChannelReader
+    if syntax.channels:
+        reader = ChannelReader(chat.use, prompt.thinking)
+    else:
+        reader = OutputReader(syntax, chat.use, thinking=prompt.thinking is Thinking.OPEN)
     return ParsedChoice(index, text, reader, chat.use, request.stop, len(prompt.tokens), names)

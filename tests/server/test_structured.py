@@ -24,6 +24,12 @@ PERSON: dict[str, Any] = {
     "additionalProperties": False,
 }
 KEEPER = {"type": "function", "function": {"name": "keep", "parameters": PERSON, "strict": True}}
+CHAIN: dict[str, Any] = {
+    "type": "object",
+    "properties": {"next": {"anyOf": [{"enum": [*range(10)]}, {"$ref": "#"}]}},
+    "required": ["next"],
+    "additionalProperties": False,
+}
 TIMER = {"type": "function", "function": {"name": "wait"}}
 WILD: dict[str, Any] = {"model": MODEL, "temperature": 1, "max_tokens": 200, "n": 4}
 """At this temperature a random model says every token as likely as another."""
@@ -47,6 +53,10 @@ BOUND: dict[str, tuple[dict[str, Any], Any]] = {
             }
         },
         is_person,
+    ),
+    "a recursive schema": (
+        {"guided_json": CHAIN},
+        lambda text: Draft202012Validator(CHAIN).is_valid(json.loads(text)),
     ),
     "an expression": ({"guided_regex": r"[0-9]{2,4}(é|🦙)"}, matches("[0-9]{2,4}(é|🦙)")),
     "a choice": ({"guided_choice": ["yes", "no", "yes, but"]}, matches("yes(, but)?|no")),
@@ -174,6 +184,10 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a schema that nothing matches": ({"guided_json": {"allOf": [False]}}, "guided_json"),
     "a schema of an unknown type": ({"guided_json": {"type": "wizard"}}, "guided_json"),
+    "a recursion without a way out": (
+        {"guided_json": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}},
+        "guided_json",
+    ),
     "a reference to nothing": ({"guided_json": {"$ref": "#/$defs/a"}}, "guided_json"),
     "a reference elsewhere": ({"guided_json": {"$ref": "http://127.0.0.1:1/a"}}, "guided_json"),
     "half an expression": ({"guided_regex": "(a"}, "guided_regex"),

@@ -218,6 +218,29 @@ async def test_one_call_alone_is_forced_where_there_may_be_one(
     assert [len(one.calls) for one in reply.choices] == [1] * 4
 
 
+async def test_a_forced_answer_ends_with_the_first_call_that_it_repeats(
+    client: httpx.AsyncClient,
+) -> None:
+    ping = {"type": "function", "function": {"name": "ping"}}
+    for model in ("hermes", "qwen-coder"):
+        reply = await both(client, wild(model, tools=[ping], tool_choice="required"))
+        for one in reply.choices:
+            assert one.told == (
+                None,
+                one.reasoning,
+                [{"name": "ping", "arguments": "{}"}],
+                "tool_calls",
+            )
+
+
+async def test_parallel_calls_are_few_and_all_different(client: httpx.AsyncClient) -> None:
+    reply = await both(client, wild("mistral", tools=TOOLS[1:], tool_choice="required"))
+    for one in reply.choices:
+        calls = [call["arguments"] for call in one.calls]
+        assert one.reason == "tool_calls"
+        assert 1 <= len(calls) == len(set(calls)) <= 16
+
+
 async def test_calls_are_whole_and_valid_though_their_engine_was_killed_amid_them(
     server: Server, client: httpx.AsyncClient
 ) -> None:

@@ -26,6 +26,7 @@ from tokenizers import (
     trainers,
 )
 
+from tests.support import harmony
 from tests.support.templates import PUBLISHED, Published
 
 VOCAB_SIZE = 512
@@ -254,7 +255,7 @@ def _scripted_weights(config: dict[str, Any], script: list[int]) -> dict[str, mx
     """
     weights = _weights_of(config)
     for name, weight in weights.items():
-        if weight.ndim == 2 or name.endswith("bias"):
+        if weight.ndim >= 2 or name.endswith("bias"):
             weights[name] = mx.zeros_like(weight)
     embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
     embedding[:, 0] = 1
@@ -702,6 +703,20 @@ VARIANTS = {
             "<end_function_call>",
             "<escape>",
         ),
+    ),
+    "gpt-oss": Family(
+        architecture={
+            "model_type": "gpt_oss",
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_theta": 150000.0,
+        },
+        make_tokenizer=_byte_level,
+        special_tokens=harmony.SPECIAL_TOKENS,
+        template=harmony.TEMPLATE,
+        eos=("<|return|>", "<|call|>", "<|endoftext|>"),
     ),
     "qwen-coder": _variant("qwen", QWEN_CODER_TEMPLATE),
     "qwen-thinking": _variant("qwen", OPEN_THINKING_TEMPLATE),

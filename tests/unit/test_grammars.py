@@ -10,6 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 from mlx_server.errors import BadRequest
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import load_adapter
+from mlx_server.models.text.syntax import Thinking
 from mlx_server.schemas.internal import ChatPrompt, Constraint, TextPrompt
 from tests.support.tiny import build_tiny_model
 
@@ -324,7 +325,7 @@ def test_a_constraint_binds_the_answer_and_not_the_thinking(
 ) -> None:
     adapter, (start, end) = thinkers[family], MARKERS[family]
     prepared = adapter.prepare(user("Hi"), YES)
-    assert not prepared.thinking
+    assert prepared.thinking is Thinking.POSSIBLE
     assert accepts(adapter, prepared.grammar, start, "Is it? {no}", end, "\n\n", "yes")
     assert accepts(adapter, prepared.grammar, "yes")
     assert not accepts(adapter, prepared.grammar, start, "Hm", end, "no")
@@ -343,7 +344,7 @@ def test_a_spelled_end_of_thinking_does_not_slip_past_the_constraint(
 def test_a_block_that_the_template_opens_is_open(thinkers: dict[str, Adapter]) -> None:
     adapter = thinkers["qwen-thinking"]
     prepared = adapter.prepare(user("What does </think> mean?"), YES)
-    assert prepared.thinking
+    assert prepared.thinking is Thinking.OPEN
     assert accepts(adapter, prepared.grammar, "Hm", "</think>", "\n\n", "yes")
     assert not accepts(adapter, prepared.grammar, "yes")
 
@@ -355,17 +356,21 @@ def test_thinking_that_the_template_closes_is_over(
     adapter = thinkers[family]
     prompt = user("What does <think> mean?", template_kwargs={"enable_thinking": False})
     prepared = adapter.prepare(prompt, YES)
-    assert not prepared.thinking
+    assert prepared.thinking is Thinking.DONE
     assert accepts(adapter, prepared.grammar, "yes")
     assert not Speaker(adapter, prepared.grammar).says("<think>")
 
 
 @pytest.mark.parametrize(
     ("said", "thinking"),
-    [("<think>\nHm", True), ("<think>\nHm</think>\n\nYes", False), ("Yes", False)],
+    [
+        ("<think>\nHm", Thinking.OPEN),
+        ("<think>\nHm</think>\n\nYes", Thinking.DONE),
+        ("Yes", Thinking.DONE),
+    ],
 )
 def test_a_continued_answer_says_itself_whether_it_thinks(
-    thinkers: dict[str, Adapter], said: str, thinking: bool
+    thinkers: dict[str, Adapter], said: str, thinking: Thinking
 ) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
     prepared = thinkers["qwen"].prepare(ChatPrompt(messages, continue_final=True), None)
@@ -388,7 +393,7 @@ def test_a_budget_ends_the_thinking_and_nothing_else(
     speaker = Speaker(adapter, prepared.grammar)
     reasoning = adapter.syntax.reasoning
     assert reasoning is not None
-    if not prepared.thinking:
+    if prepared.thinking is not Thinking.OPEN:
         assert speaker.says(reasoning.start)
     assert all(speaker.says("x") for _ in range(budget))
     assert speaker.allowed() == {adapter.tokenizer.token_id(reasoning.end)}

@@ -17,6 +17,7 @@ DECODER_WITHIN = 1 << 22
 UNBOUND = (None, b"BPEDecoder", b"CTC", b"WordPiece")
 """Decoders that grammars cannot follow token by token."""
 TOOLS = re.compile(r"\btools\b")
+THINKING = ("<|channel|>analysis", *(marks.start for marks in KNOWN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
         chat=bool(template),
         tools=bool(template),
         native_tools=TOOLS.search(template) is not None,
-        reasoning=any(marks.start in template for marks in KNOWN),
+        reasoning=any(mark in template for mark in THINKING),
         structured_output=bound,
         embeddings=False,
     )

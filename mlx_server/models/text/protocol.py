@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_server.models.text.syntax import Syntax
+from mlx_server.models.text.syntax import Syntax, Thinking
 from mlx_server.schemas.internal import Constraint, Prompt
 
 SPAN = struct.Struct("=II")
@@ -73,7 +73,7 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     tokens: list[int]
     grammar: str | None = None
     """Of the whole completion, thinking included."""
-    thinking: bool = False
+    thinking: Thinking = Thinking.DONE
 
 
 class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):

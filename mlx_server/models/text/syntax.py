@@ -46,6 +46,8 @@ class CallSyntax:
 class Syntax:
     reasoning: Reasoning | None = None
     calls: CallSyntax | None = None
+    channels: bool = False
+    """Instead of both: answers are messages in `channels`."""
     visible: dict[int, str] = field(default_factory=dict)
     """Special tokens that readers need, though they have no bytes."""
 

@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from mlx_server.schemas.internal import TokenLogprob
-from mlx_server.services.output.pieces import Kind
+from mlx_server.services.output.pieces import Kind, Piece
 from mlx_server.services.output.text import TruncatedText
 
 
@@ -33,10 +33,17 @@ class TokenAligner:
         """A token without characters belongs to what follows it."""
         self._tokens.append(_Token(start, end, entry))
 
-    def add_piece(self, kind: Kind, width: int) -> None:
+    def add_piece(self, piece: Piece) -> None:
         """Call before adding the piece to `text`."""
-        if not width:
-            return
+        if piece.width:
+            self._pass(piece.kind, piece.width)
+        if piece.kind is Kind.TEXT:
+            self._text_length += len(piece.text)
+
+    def finish(self) -> None:
+        self._pass(self._last_kind, 1)
+
+    def _pass(self, kind: Kind, width: int) -> None:
         begin, end = self._position, self._position + width
         self._position, self._last_kind = end, kind
         while self._tokens and self._tokens[0].start < end:
@@ -52,8 +59,3 @@ class TokenAligner:
             if token.end > end:
                 break
             self._tokens.popleft()
-        if kind is Kind.TEXT:
-            self._text_length += width
-
-    def finish(self) -> None:
-        self.add_piece(self._last_kind, 1)

@@ -21,8 +21,10 @@ from mlx_server.schemas.internal import (
     Usage,
 )
 from mlx_server.services.output.alignment import TokenAligner
+from mlx_server.services.output.channels import ChannelReader
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.pieces import Kind, Piece
+from mlx_server.services.output.repeats import RepeatFilter
 from mlx_server.services.output.text import (
     AlignedText,
     TokenDecoder,
@@ -91,7 +93,7 @@ class ParsedChoice:
         self,
         index: int,
         text_side: TextSide,
-        reader: OutputReader,
+        reader: OutputReader | ChannelReader,
         use: ToolUse | None,
         stops: tuple[str, ...],
         prompt_tokens: int,
@@ -107,6 +109,8 @@ class ParsedChoice:
         self._vocabulary = VisibleVocabulary(text_side)
         self._reader = reader
         self._tools = [] if use is None else use.tools
+        forced = use is not None and use.choice == "required"
+        self._repeats = RepeatFilter() if forced else None
         self._decoder = TokenDecoder(text_side.visible_bytes)
         self._decoded = 0
         self._text = TruncatedText(stops)
@@ -127,7 +131,7 @@ class ParsedChoice:
             self._emit(self._reader.push(self._decode(token, entry)))
             if self._reader.unparsed is not None:
                 await self._emit_unparsed()
-            if self._text.stopped or self._reader.done:
+            if self._text.stopped or self._reader.done or self._repeats_itself:
                 return self._finish("stop")
         if row.finish is not None:
             self._emit(self._reader.finish(row.finish))
@@ -143,8 +147,11 @@ class ParsedChoice:
         return text
 
     async def _emit_unparsed(self) -> None:
-        while not self._text.stopped and (block := self._reader.unparsed) is not None:
-            self._emit(self._reader.parsed(await self._parse(block)))
+        reader = self._reader
+        if isinstance(reader, ChannelReader):
+            return
+        while not self._text.stopped and (block := reader.unparsed) is not None:
+            self._emit(reader.parsed(await self._parse(block)))
 
     async def _parse(self, block: str) -> list[tuple[str, str]]:
         try:
@@ -154,11 +161,18 @@ class ParsedChoice:
             log.warning(event("tool_calls_unparsed", error=error.code or type(error).__name__))
             return []
 
+    @property
+    def _repeats_itself(self) -> bool:
+        return self._repeats is not None and self._repeats.repeated
+
     def _emit(self, pieces: Sequence[Piece]) -> None:
+        self._tell(pieces if self._repeats is None else self._repeats.push(pieces))
+
+    def _tell(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             if self._text.stopped:
                 return
-            self._aligner.add_piece(piece.kind, piece.width)
+            self._aligner.add_piece(piece)
             self._emit_piece(piece)
 
     def _emit_piece(self, piece: Piece) -> None:
@@ -180,6 +194,8 @@ class ParsedChoice:
             self._events.append(TextDelta(self.index, text, entries))
 
     def _finish(self, reason: FinishReason) -> list[Event]:
+        if self._repeats is not None:
+            self._tell(self._repeats.end_call())
         if not self._text.stopped:
             self._aligner.finish()
             self._emit_text(*self._text.flush())

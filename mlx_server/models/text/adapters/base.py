@@ -51,7 +51,7 @@ class Adapter:
         reasoning = find_reasoning(wrapper.get_vocab(), self.template.source)
         self.syntax = self._find_syntax(reasoning)
         self._checker = GrammarChecker(self.tokenizer.backend, self.stop_tokens)
-        self._grammars = GrammarBuilder(self._checker, reasoning, self.style)
+        self._grammars = self._find_grammars(reasoning)
 
     def prepare(self, prompt: Prompt, constraint: Constraint | None) -> Prepared:
         """Raises BadRequest without a chat template, when the template refuses the messages, or for
@@ -81,7 +81,7 @@ class Adapter:
         return Prepared(
             tokens=self.tokenizer.encode_bare(text),
             grammar=self._grammars.chat(prompt, constraint, thinking),
-            thinking=thinking is Thinking.OPEN,
+            thinking=thinking,
         )
 
     def _for_template(self, prompt: ChatPrompt) -> ChatPrompt:
@@ -124,3 +124,6 @@ class Adapter:
             calls=self.style.syntax if self.style else None,
             visible=SpecialTokens(self.tokenizer.special_tokens()).find(*marks),
         )
+
+    def _find_grammars(self, reasoning: Reasoning | None) -> GrammarBuilder:
+        return GrammarBuilder(self._checker, reasoning, self.style)

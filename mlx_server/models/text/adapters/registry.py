@@ -7,6 +7,7 @@ from mlx_server.models.store.folder import read_config
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.gemma import GemmaAdapter
 from mlx_server.models.text.adapters.generic import GenericAdapter
+from mlx_server.models.text.adapters.gpt_oss import GptOssAdapter
 from mlx_server.models.text.adapters.llama import LlamaAdapter
 from mlx_server.models.text.adapters.mistral import MistralAdapter
 from mlx_server.models.text.adapters.phi import PhiAdapter
@@ -18,6 +19,7 @@ FAMILIES: tuple[type[Adapter], ...] = (
     MistralAdapter,
     GemmaAdapter,
     PhiAdapter,
+    GptOssAdapter,
 )
 
 

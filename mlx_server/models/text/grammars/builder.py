@@ -32,7 +32,7 @@ class GrammarBuilder:
     def completion(self, constraint: Constraint) -> str:
         """Raises BadRequest."""
         lark = self._lark(constraint.param)
-        return self._checked(lark.source(_constrained(lark, constraint)), constraint, None)
+        return self._checked(lark.source(constrained_answer(lark, constraint)), constraint, None)
 
     def chat(
         self, prompt: ChatPrompt, constraint: Constraint | None, thinking: Thinking
@@ -45,14 +45,24 @@ class GrammarBuilder:
             return None
         param = constraint.param if constraint else "tools" if calls_bound else "thinking_budget"
         lark = self._lark(param)
-        start = self._with_thinking(lark, thinking, self._answer(lark, use, constraint), budget)
+        start = self._start(lark, use, constraint, thinking, budget)
         return self._checked(lark.source(start), constraint, use)
+
+    def _start(
+        self,
+        lark: Lark,
+        use: ToolUse | None,
+        constraint: Constraint | None,
+        thinking: Thinking,
+        budget: int | None,
+    ) -> str:
+        return self._with_thinking(lark, thinking, self._answer(lark, use, constraint), budget)
 
     def _answer(self, lark: Lark, use: ToolUse | None, constraint: Constraint | None) -> str | None:
         if use is not None and use.choice != "auto":
             return self._calls(lark, forced_calls, use)
         if constraint is not None:
-            answer = _constrained(lark, constraint)
+            answer = constrained_answer(lark, constraint)
             if use is None:
                 return answer
             return lark.rule("either", f"{self._calls(lark, forced_calls, use)} | {answer}")
@@ -67,7 +77,7 @@ class GrammarBuilder:
             assert answer is not None
             return answer
         assert self._reasoning is not None
-        with _refusing("thinking_budget"):
+        with refusing("thinking_budget"):
             if answer is not None:
                 return bound_answer(lark, self._reasoning, thinking, answer, budget)
             assert budget is not None
@@ -75,15 +85,15 @@ class GrammarBuilder:
 
     def _calls(self, lark: Lark, write: WriteCalls, use: ToolUse) -> str:
         assert self._style is not None  # without one there is no chat template
-        with _refusing("tools"):
+        with refusing("tools"):
             return write(lark, self._style, use)
 
     def _lark(self, param: str) -> Lark:
-        with _refusing(param):
+        with refusing(param):
             return Lark(self._checker.special_tokens())
 
     def _checked(self, grammar: str, constraint: Constraint | None, use: ToolUse | None) -> str:
-        with _refusing(constraint.param if constraint else "tools"):
+        with refusing(constraint.param if constraint else "tools"):
             if constraint is not None:
                 self._checker.check_patterns(constraint_grammar(constraint))
             error = self._checker.error_in(grammar)
@@ -91,7 +101,7 @@ class GrammarBuilder:
                 return grammar
             if constraint is not None:
                 self._checker.check(constraint_grammar(constraint))
-        with _refusing("tools"):
+        with refusing("tools"):
             if use is not None:
                 self._check_arguments(use)
         raise BadRequest(f"This request cannot be kept to: {error}.")
@@ -109,13 +119,14 @@ def _has_strict_tools(use: ToolUse) -> bool:
     return any(tool["function"].get("strict") for tool in use.tools)
 
 
-def _constrained(lark: Lark, constraint: Constraint) -> str:
-    with _refusing(constraint.param):
+def constrained_answer(lark: Lark, constraint: Constraint) -> str:
+    with refusing(constraint.param):
         return lark.part(constraint_grammar(constraint))
 
 
 @contextmanager
-def _refusing(param: str) -> Iterator[None]:
+def refusing(param: str) -> Iterator[None]:
+    """Raises BadRequest for what is Unkept."""
     try:
         yield
     except Unkept as error:

@@ -4,8 +4,9 @@ import re
 from typing import Any
 
 from mlx_server.models.text.grammars.arguments import Unwritable, arguments
-from mlx_server.models.text.grammars.json_schema import Unkept, child_place, strict_schema
+from mlx_server.models.text.grammars.json_schema import Unkept, child_place
 from mlx_server.models.text.grammars.lark import Lark, text_without
+from mlx_server.models.text.grammars.recursion import ending_schema
 from mlx_server.models.text.styles.json_calls import json_style
 from mlx_server.models.text.syntax import SLOTS, CallStyle, CallSyntax
 from mlx_server.schemas.internal import ToolUse
@@ -80,7 +81,7 @@ def arguments_schema(use: ToolUse, index: int) -> Any:
     if "properties" in parameters and not OPEN_KEYWORDS & parameters.keys():
         parameters.setdefault("additionalProperties", False)
     try:
-        return strict_schema(parameters)
+        return ending_schema(parameters)
     except Unkept as error:
         raise Unkept(child_place(place, error.place), error.reason) from error
 

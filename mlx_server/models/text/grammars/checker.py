@@ -29,6 +29,8 @@ LIMITS = LLParserLimits(
 )
 MAX_REASON = 300
 CACHED = 512
+MAX_FORCED = 100_000
+"""Tokens, at which llguidance stops counting."""
 MAX_SEARCH = 64
 """Schemas compiled to find a faulty one."""
 SHOWN_LINES = re.compile(r"^ *([0-9]+ \|.*|\^)$", re.MULTILINE)
@@ -136,6 +138,8 @@ def _compile_error(grammar: str, tokenizer: LLTokenizer) -> str:
         return _reason(matcher.get_error())
     if matcher.is_stopped() and not matcher.is_accepting():
         return "nothing can match it"
+    if len(matcher.compute_ff_tokens()) > MAX_FORCED:
+        return "what it must begin with has no end"
     return ""
 
 

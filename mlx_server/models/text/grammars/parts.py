@@ -7,7 +7,8 @@ from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from mlx_server.models.store.folder import one_line
-from mlx_server.models.text.grammars.json_schema import Unkept, strict_schema
+from mlx_server.models.text.grammars.json_schema import Unkept
+from mlx_server.models.text.grammars.recursion import ending_schema
 from mlx_server.schemas.internal import Constraint
 
 JSON_OPTIONS = {
@@ -41,7 +42,7 @@ def constraint_grammar(constraint: Constraint) -> Grammar:
     match constraint.kind:
         case "json_schema":
             _check_length(json.dumps(value))
-            return json_grammar(strict_schema(value))
+            return json_grammar(ending_schema(value))
         case "json_object":
             return json_grammar({"type": "object"})
         case "regex":
