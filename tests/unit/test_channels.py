@@ -335,7 +335,7 @@ class Texts:
 
 async def test_log_probabilities_are_those_of_the_texts_tokens(tmp_path: Path) -> None:
     texts = Texts(tmp_path)
-    choice = ParsedChoice(0, texts, ChannelReader(USE, Thinking.POSSIBLE), USE, ("stop",), 1)
+    choice = ParsedChoice(0, texts, ChannelReader(USE, Thinking.POSSIBLE), USE, ("stop",), 1, {})
     preamble = "<|channel|>commentary<|message|>I look, 日.<|end|><|start|>assistant"
     said = f"{THOUGHT}{preamble}{FINAL}It is {{this}}; stop there"
     events: list[Event] = []
@@ -355,7 +355,7 @@ async def test_log_probabilities_are_those_of_the_texts_tokens(tmp_path: Path) -
 
 async def test_a_call_is_told_as_one_by_the_end_of_the_answer(tmp_path: Path) -> None:
     texts = Texts(tmp_path)
-    choice = ParsedChoice(0, texts, ChannelReader(USE, Thinking.POSSIBLE), USE, (), 1)
+    choice = ParsedChoice(0, texts, ChannelReader(USE, Thinking.POSSIBLE), USE, (), 1, {})
     said = f"{THOUGHT}<|channel|>commentary to=functions.add <|constrain|>json<|message|>{ADD}"
     end = token_id(texts.tokenizer.backend, "<|call|>")
     events = await choice.take(row([*texts.tokenizer.encode_bare(said), end], "stop"))

@@ -19,7 +19,7 @@ def write_calls(functions: list[dict[str, Any]], style: CallStyle | None) -> str
     calls = [_written(style, function, index) for index, function in enumerate(functions)]
     if style.between is not None:
         calls = [style.between.join(calls)]
-    begin, end = style.syntax.start + style.opening, style.closing + style.syntax.end
+    begin, end = style.syntax.start + _filled(style.opening), style.closing + style.syntax.end
     return "\n".join(f"{begin}{one}{end}" for one in calls)
 
 
@@ -28,10 +28,16 @@ def _written(style: CallStyle, function: dict[str, Any], index: int) -> str:
     if style.before_name.endswith('"'):
         name = json.dumps(name, ensure_ascii=False)[1:-1]
     before, between, after = (
-        part.replace("{index}", str(index)).replace("{id}", f"{index:09}")
+        _filled(part, index)
         for part in (style.before_name, style.before_arguments, style.after_arguments)
     )
     return f"{before}{name}{between}{_arguments(style, _object(function))}{after}"
+
+
+def _filled(part: str, index: int = 0) -> str:
+    """With its slots filled in."""
+    part = part.replace("{index}", str(index)).replace("{id}", f"{index:09}")
+    return part.replace("{space}", "")
 
 
 def _object(function: dict[str, Any]) -> dict[str, Any]:
