@@ -289,7 +289,6 @@ def configure(**values: object) -> Callable[[Path], None]:
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "truncated"),
     "speechless": (without_tokenizer, "tokenizer"),
-    "unknown": (configure(model_type="no_such_type"), "no_such_type"),
     "lying-width": (configure(intermediate_size=96), "shape"),
     "lying-depth": (configure(num_hidden_layers=3), "parameters"),
     "lying-heads": (configure(num_attention_heads=0), "zero"),

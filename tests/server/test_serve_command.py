@@ -98,7 +98,7 @@ def test_without_a_home_to_write_a_model_is_served(
 def test_it_ends_with_the_reason_when_no_model_named_can_be_loaded(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    models = [make_model(tmp_path / name, model_type=name) for name in ("odd", "strange")]
+    models = [make_model(tmp_path / name) for name in ("odd", "strange")]
     flags = [flag for model in models for flag in ("--model", str(model))]
     with server(environment, "--port", "0", *flags) as process:
         assert process.wait(timeout=60) == 1
