@@ -290,7 +290,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "truncated"),
     "speechless": (without_tokenizer, "tokenizer"),
     "lying-width": (configure(intermediate_size=96), "shape"),
-    "lying-depth": (configure(num_hidden_layers=3), "parameters"),
+    "lying-depth": (configure(num_hidden_layers=3), "lack"),
     "lying-heads": (configure(num_attention_heads=0), "zero"),
 }
 
