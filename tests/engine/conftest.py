@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_server.engine import loading
 from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling
 from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model
@@ -15,6 +16,12 @@ from tests.support.tiny import build_tiny_model
 StartEngine = Callable[..., AbstractAsyncContextManager[DirectEngine]]
 
 GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(autouse=True)
+def _own_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is loaded in this process must not lower the priority of later tests."""
+    monkeypatch.setattr(loading, "give_way", lambda: None)
 
 
 @pytest.fixture(scope="session")

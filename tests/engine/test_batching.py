@@ -159,7 +159,7 @@ def test_rounding_is_not_taken_for_a_mistake(tmp_path: Path, kind: mx.Dtype) -> 
 
 def test_the_engine_says_how_requests_share_passes_and_why(tmp_path: Path) -> None:
     folder = build_architecture(tmp_path / "jamba", "jamba")
-    work, ready = load(Load(str(folder), LoadOptions()))
+    work, ready = load(Load(str(folder), LoadOptions(openblas="off")))
     try:
         assert ready.batching is not None
         assert (ready.batching.decode, ready.batching.prefill) == (Sharing.ANY, Sharing.EQUAL)
