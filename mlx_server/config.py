@@ -290,6 +290,10 @@ class Settings(BaseSettings):
         return parse_seconds(self.keep_alive_by_model.get(model_id, self.keep_alive))
 
     @property
+    def caches_prefixes(self) -> bool:
+        return parse_bytes(self.prefix_cache, 1 << 40) > 0
+
+    @property
     def models_folder(self) -> Path:
         return self.home / "models"
 

@@ -45,15 +45,18 @@ def _reason(problem: Mapping[str, Any]) -> str:
 
 def _field_path(problem: Mapping[str, Any], body: Any) -> list[str | int]:
     """The path in `body`; Pydantic's also names union branches."""
+    loc = problem["loc"]
+    if loc[0] in ("query", "path"):
+        return list(loc[1:])
     path: list[str | int] = []
     here = body
-    loc = problem["loc"]
-    for step in loc[1:] if loc[:1] == ("body",) else loc:
+    steps = loc[1:] if loc[:1] == ("body",) else loc
+    for number, step in enumerate(steps, start=1):
         inside = (isinstance(here, dict) and step in here) or (
             isinstance(here, list) and isinstance(step, int) and step < len(here)
         )
         if inside:
             here = here[step]
-        if inside or (problem["type"] == "missing" and step == loc[-1]):
+        if inside or (problem["type"] == "missing" and number == len(steps)):
             path.append(step)
     return path

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
-from mlx_server.schemas.objects import NonEmpty, Refusal, RequestObject, never
-from mlx_server.schemas.openai.common import GenerationRequest, Name
+from mlx_server.schemas.objects import Name, NonEmpty, Refusal, RequestObject, never
+from mlx_server.schemas.openai.common import GenerationRequest
 from mlx_server.schemas.sizes import MAX_CHARACTERS, Schema, check_size
 
 MAX_CHOICES = 10_000
