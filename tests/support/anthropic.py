@@ -10,6 +10,7 @@ import httpx
 from anthropic.types import Message, RawMessageStreamEvent
 from anthropic.types.shared import ErrorResponse
 from pydantic import TypeAdapter
+from pydantic_core import from_json
 
 from mlx_server.api.anthropic import messages
 from mlx_server.schemas.anthropic.requests import MessagesRequest
@@ -32,7 +33,7 @@ TOOLS = [WEATHER, CLOCK]
 WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}
 
 
-def body_of(model: str = "m", **fields: Any) -> dict[str, Any]:
+def body_of(model: str = "m", /, **fields: Any) -> dict[str, Any]:
     """A request that greets."""
     return {"model": model, "max_tokens": 100, "messages": HELLO} | fields
 
@@ -125,7 +126,7 @@ class Events:
                         key = "input" if key == "partial_json" else key
                         blocks[-1][key] += value
             elif body["type"] == "content_block_stop" and blocks[-1]["type"] == "tool_use":
-                blocks[-1]["input"] = json.loads(blocks[-1]["input"] or "{}")
+                blocks[-1]["input"] = from_json(blocks[-1]["input"] or "{}", allow_partial=True)
         return blocks
 
 

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import anthropic
+import httpx2
 import pytest
 from anthropic.types import Message
 
@@ -10,7 +12,7 @@ from mlx_server.api.anthropic.answering import Answering
 from mlx_server.api.anthropic.answers import MessageAnswer
 from mlx_server.api.anthropic.signatures import digest, held, holding
 from mlx_server.api.anthropic.streams import MessageStream
-from mlx_server.api.anthropic.wire import error_body
+from mlx_server.api.anthropic.wire import WIRE, error_body, error_event
 from mlx_server.api.generation import Accepted
 from mlx_server.api.http.wire import Failure
 from mlx_server.schemas.internal import (
@@ -22,7 +24,7 @@ from mlx_server.schemas.internal import (
     ToolCallStart,
     Usage,
 )
-from tests.support.anthropic import Events, alike, request
+from tests.support.anthropic import HELLO, Events, alike, request
 
 USAGE = Usage(prompt_tokens=50, completion_tokens=20, cached_tokens=32, reasoning_tokens=4)
 THOUGHT: list[Event] = [ReasoningDelta(0, "Let me "), ReasoningDelta(0, "see.")]
@@ -158,3 +160,24 @@ def test_every_status_has_its_kind_of_error(status: int, kind: str) -> None:
         "error": {"type": kind, "message": "No.", "details": {"error_code": "a_code"}},
         "request_id": "req_1",
     }
+
+
+def test_an_error_in_a_stream_is_raised_by_the_sdk() -> None:
+    """Ours, in the middle of what the SDK reads."""
+    stream = MessageStream(Answering(Accepted("m"), request(), marked=False))
+    failure = Failure(503, "any", "engine_failed", "The engine ended.", None, "req_1")
+    events = [*stream.begin(), *stream.feed(0, CALLS[2]), error_event(failure)]
+    sent = b"".join(WIRE.frame(one, number) for number, one in enumerate(events))
+    transport = httpx2.MockTransport(
+        lambda asked: httpx2.Response(
+            200, content=sent, headers={"content-type": WIRE.media_type, "request-id": "req_1"}
+        )
+    )
+    with anthropic.Anthropic(
+        api_key="a", max_retries=0, http_client=anthropic.DefaultHttpxClient(transport=transport)
+    ) as client:
+        asked: dict[str, Any] = {"model": "m", "max_tokens": 9, "messages": HELLO}
+        with client.messages.stream(**asked) as read, pytest.raises(anthropic.APIError) as raised:
+            read.until_done()
+    assert "The engine ended." in str(raised.value)
+    assert raised.value.body == json.loads(error_body(failure))

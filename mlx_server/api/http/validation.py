@@ -48,15 +48,24 @@ def _field_path(problem: Mapping[str, Any], body: Any) -> list[str | int]:
     loc = problem["loc"]
     if loc[0] in ("query", "path"):
         return list(loc[1:])
-    path: list[str | int] = []
-    here = body
     steps = loc[1:] if loc[:1] == ("body",) else loc
-    for number, step in enumerate(steps, start=1):
-        inside = (isinstance(here, dict) and step in here) or (
-            isinstance(here, list) and isinstance(step, int) and step < len(here)
-        )
-        if inside:
-            here = here[step]
-        if inside or (problem["type"] == "missing" and number == len(steps)):
-            path.append(step)
-    return path
+    return _longest_path(steps, body, problem["type"] == "missing")
+
+
+def _longest_path(steps: Sequence[str | int], here: Any, missing: bool) -> list[str | int]:
+    """A branch may be called like a field that is beside it."""
+    if not steps:
+        return []
+    step, rest = steps[0], steps[1:]
+    if missing and not rest:
+        return [step]
+    around = _longest_path(rest, here, missing)
+    if not _holds(here, step):
+        return around
+    return max([step, *_longest_path(rest, here[step], missing)], around, key=len)
+
+
+def _holds(here: Any, step: str | int) -> bool:
+    if isinstance(here, dict):
+        return step in here
+    return isinstance(here, list) and isinstance(step, int) and step < len(here)
