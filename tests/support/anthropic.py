@@ -144,9 +144,11 @@ def _word(body: dict[str, Any]) -> str:
 # over HTTP
 
 
-async def read_events(client: httpx.AsyncClient, body: dict[str, Any]) -> Events:
-    """Read a stream to its end, whether it ends well or with an error."""
-    events = Events()
+async def read_events(
+    client: httpx.AsyncClient, body: dict[str, Any], into: Events | None = None
+) -> Events:
+    """Read a stream to its end, well or with an error; it can be looked at in `into` meanwhile."""
+    events = Events() if into is None else into
     async with client.stream("POST", MESSAGES, json=body | {"stream": True}) as response:
         assert response.status_code == 200, await response.aread()
         assert response.headers["content-type"].startswith("text/event-stream")
