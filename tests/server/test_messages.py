@@ -29,6 +29,7 @@ from tests.support.server import CHAT, Server, serving
 from tests.support.tiny import build_scripted_model, build_tiny_model
 
 RANDOM, SCRIPTED = "random", "scripted"
+ALIAS = "claude-random"
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
 SCRIPT = f"<think>Shall I?</think>I will look.{CALL}"
 LOOSE = [WEATHER | {"strict": False}, CLOCK, WEB_SEARCH]
@@ -44,7 +45,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     build_tiny_model(home / "models" / RANDOM, "qwen3", context=CONTEXT)
     build_scripted_model(home / "models" / SCRIPTED, SCRIPT, family="qwen3")
     flags = ("--model", RANDOM, "--model", SCRIPTED)
-    with serving(home, *flags, ping_interval=PING, max_body_bytes=1 << 20) as server:
+    with serving(
+        home, *flags, ping_interval=PING, max_body_bytes=1 << 20, aliases={ALIAS: RANDOM}
+    ) as server:
         yield server
 
 
@@ -223,15 +226,17 @@ async def test_an_agent_whose_head_changes_prefills_only_what_is_new(
 async def test_models_are_told_in_the_shape_that_is_asked_for(client: httpx.AsyncClient) -> None:
     ours = (await client.get("/v1/models", headers=VERSION)).json()
     theirs = (await client.get("/v1/models")).json()
-    assert [one["id"] for one in ours["data"]] == [one["id"] for one in theirs["data"]]
+    ids = [one["id"] for one in ours["data"]]
+    assert ids == [RANDOM, ALIAS, SCRIPTED]
+    assert [one["id"] for one in theirs["data"]] == [RANDOM, SCRIPTED]
     assert theirs["object"] == "list"
-    assert (ours["has_more"], ours["first_id"]) == (False, ours["data"][0]["id"])
-    first, second = (one["id"] for one in ours["data"])
+    assert (ours["has_more"], ours["first_id"], ours["last_id"]) == (False, RANDOM, SCRIPTED)
+    assert ours["data"][1] == ours["data"][0] | {"id": ALIAS}
     pages = {
-        "?limit=1": ([first], True),
-        f"?after_id={first}": ([second], False),
-        f"?before_id={second}&limit=1": ([first], False),
-        f"?after_id={second}": ([], False),
+        "?limit=1": ([RANDOM], True),
+        f"?after_id={RANDOM}": ([ALIAS, SCRIPTED], False),
+        f"?before_id={SCRIPTED}&limit=1": ([ALIAS], True),
+        f"?after_id={SCRIPTED}": ([], False),
     }
     for query, expected in pages.items():
         page = (await client.get(f"/v1/models{query}", headers=VERSION)).json()
@@ -239,7 +244,8 @@ async def test_models_are_told_in_the_shape_that_is_asked_for(client: httpx.Asyn
     for query in ("?limit=0", "?limit=many", "?after_id=none", "?after_id=a&before_id=b"):
         assert_refused(await client.get(f"/v1/models{query}", headers=VERSION), 400)
     one = await client.get(f"/v1/models/{RANDOM}", headers=VERSION)
-    assert one.json() == ours["data"][0]
+    aliased = await client.get(f"/v1/models/{ALIAS}", headers=VERSION)
+    assert one.json() == aliased.json() == ours["data"][0]
     assert "request-id" in one.headers
     absent = await client.get("/v1/models/no/such", headers=VERSION)
     assert "no/such" in assert_refused(absent, 404, "not_found_error")
@@ -319,7 +325,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "thinking without thinking": (said([{"type": "thinking"}], "assistant"), "thinking"),
     "call by the system": (said([{"type": "tool_use"}], "system"), "tool_use"),
     "bad cache_control": (
-        said([{"type": "text", "text": "a", "cache_control": {"type": "eternal"}}]),
+        said([{"type": "text", "text": "a", "cache_control": "ephemeral"}]),
         "cache_control",
     ),
     "system as number": ({"system": 5}, "system"),

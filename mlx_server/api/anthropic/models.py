@@ -26,6 +26,8 @@ from mlx_server.schemas.anthropic.models import (
     ThinkingTypes,
 )
 
+Named = tuple[str, ModelEntry]
+
 # The description can tell of one protocol at a path.
 router = APIRouter(
     prefix="/v1/models",
@@ -43,12 +45,12 @@ async def list_models(
     after_id: str | None = None,
     before_id: str | None = None,
 ) -> Response:
-    """A page of the models that can be served."""
+    """A page of the models that can be served, by all their names."""
 
     def listed() -> bytes:
-        entries = catalog.entries()
-        chosen, more = page(entries, limit, after_id, before_id)
-        data = [_info(entry, settings) for entry in chosen]
+        names = [named for entry in catalog.entries() for named in _names(entry)]
+        chosen, more = page(names, limit, after_id, before_id)
+        data = [_info(name, entry, settings) for name, entry in chosen]
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return ModelPage(data=data, has_more=more, first_id=first, last_id=last).to_json()
 
@@ -60,42 +62,49 @@ async def get_model(model_id: str, catalog: CatalogDep, settings: SettingsDep) -
     """One model, by id or alias."""
 
     def found() -> bytes:
-        return _info(catalog.find(model_id), settings).to_json()
+        entry = catalog.find(model_id)
+        return _info(entry.id, entry, settings).to_json()
 
     return Response(await asyncio.to_thread(found), media_type="application/json")
 
 
+def _names(entry: ModelEntry) -> list[Named]:
+    # Programs list only models whose names they know, so aliases matter; a pattern is no name.
+    aliases = (alias for alias in entry.aliases if "*" not in alias)
+    return [(name, entry) for name in (entry.id, *aliases)]
+
+
 def page(
-    entries: Sequence[ModelEntry], limit: int, after_id: str | None, before_id: str | None
-) -> tuple[Sequence[ModelEntry], bool]:
+    names: Sequence[Named], limit: int, after_id: str | None, before_id: str | None
+) -> tuple[Sequence[Named], bool]:
     """Those behind `after_id`, or right before `before_id`, and whether more follow there. Raises
     BadRequest for an id that is not listed.
     """
     if after_id is not None and before_id is not None:
         raise BadRequest("Give one of `after_id` and `before_id`.", param="before_id")
     if before_id is not None:
-        left = entries[: _place(entries, before_id, "before_id")]
+        left = names[: _place(names, before_id, "before_id")]
         return left[max(0, len(left) - limit) :], len(left) > limit
-    start = 0 if after_id is None else _place(entries, after_id, "after_id") + 1
-    left = entries[start:]
+    start = 0 if after_id is None else _place(names, after_id, "after_id") + 1
+    left = names[start:]
     return left[:limit], len(left) > limit
 
 
-def _place(entries: Sequence[ModelEntry], model_id: str, param: str) -> int:
-    for index, entry in enumerate(entries):
-        if entry.id == model_id:
+def _place(names: Sequence[Named], model_id: str, param: str) -> int:
+    for index, (name, _) in enumerate(names):
+        if name == model_id:
             return index
     raise BadRequest(f"`{param}` is not in the list of models.", param=param)
 
 
-def _info(entry: ModelEntry, settings: Settings) -> ModelInfo:
+def _info(name: str, entry: ModelEntry, settings: Settings) -> ModelInfo:
     lengths = (entry.context_length, settings.context_length)
     context = min((one for one in lengths if one is not None), default=None)
     created = datetime.fromtimestamp(entry.created, UTC)
     found = read_capabilities(entry)
     return ModelInfo(
         type="model",
-        id=entry.id,
+        id=name,
         display_name=entry.id,
         created_at=created.strftime("%Y-%m-%dT%H:%M:%SZ"),
         lifecycle="active",

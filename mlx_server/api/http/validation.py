@@ -62,7 +62,7 @@ def _longest_path(steps: Sequence[str | int], here: Any, missing: bool) -> list[
     around = _longest_path(rest, here, missing)
     if not _holds(here, step):
         return around
-    return max([step, *_longest_path(rest, here[step], missing)], around, key=len)
+    return max(around, [step, *_longest_path(rest, here[step], missing)], key=len)
 
 
 def _holds(here: Any, step: str | int) -> bool:

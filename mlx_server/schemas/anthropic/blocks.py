@@ -10,9 +10,8 @@ TEXT_ONLY = ("image", "container_upload", "browser_state")
 """Known blocks without a text."""
 
 
-class CacheControl(RequestObject):
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] = "5m"
+CacheControl = dict[str, Any]
+"""Changes nothing but how usage is told, so whatever it says is taken."""
 
 
 class Block(RequestObject):
