@@ -1,7 +1,10 @@
 """Tools in the form of chat templates."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
+
+import msgspec
 
 from mlx_server.errors import BadRequest
 
@@ -18,6 +21,17 @@ def function_tool(
     # Templates read both.
     schema = {"type": "object", **parameters} if parameters else NO_PARAMETERS
     return {"type": "function", "function": function | {"parameters": schema} | more}
+
+
+def call_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Of a call in a conversation. Where the text process cannot be given them, as integers beyond
+    64 bits, they become the one value of an object, lest the conversation be refused from then on.
+    """
+    try:
+        msgspec.msgpack.encode(given)
+    except (OverflowError, RecursionError, ValueError):
+        return {"arguments": json.dumps(given, ensure_ascii=False)}
+    return given
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -220,6 +220,55 @@ async def test_an_agent_whose_head_changes_prefills_only_what_is_new(
     assert min(shares) >= 0.95
 
 
+async def test_a_request_as_a_coding_agent_sends_it_is_answered(client: httpx.AsyncClient) -> None:
+    marked: dict[str, Any] = {"cache_control": {"type": "ephemeral", "ttl": "1h", "scope": "org"}}
+    reminder = "<system-reminder>\nToday's date is 2026-11-26.\n</system-reminder>"
+    used = {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"file_path": "/a"}}
+    result = {"tool_use_id": "toolu_1", "type": "tool_result", "content": [], "is_error": False}
+    thought = {"type": "thinking", "thinking": "", "signature": "EqQBCkYIBRgCKkD"}
+    body = body_of(
+        SCRIPTED,
+        system=[
+            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.9; cch=0;"},
+            {"type": "text", "text": "You are an agent.", **marked},
+        ],
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": reminder}, {"type": "text", "text": "Go."}],
+            },
+            {"role": "assistant", "content": [thought, used | {"caller": {"type": "direct"}}]},
+            {"role": "user", "content": [result | marked]},
+            {"role": "system", "content": "<total_tokens>9 tokens left</total_tokens>"},
+        ],
+        tools=[
+            {
+                "name": "Read",
+                "description": "Reads a file.",
+                "eager_input_streaming": True,
+                "defer_loading": False,
+                "input_schema": {
+                    "$schema": "https://json-schema.org/draft/2020-12/schema",
+                    "type": "object",
+                    "properties": {"file_path": {"type": "string"}},
+                    "required": ["file_path"],
+                    "additionalProperties": False,
+                },
+            },
+            WEB_SEARCH,
+        ],
+        temperature=1,
+        metadata={"user_id": "{}"},
+        thinking={"type": "adaptive"},
+        output_config={"effort": "medium"},
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        max_tokens=32000,
+    )
+    message = (await read_events(client, body)).message
+    assert [block.type for block in message.content] == ["thinking", "text"]
+    assert (message.usage.cache_creation_input_tokens or 0) > 0
+
+
 # models and headers
 
 

@@ -121,6 +121,13 @@ def test_thinking_that_was_left_out_comes_back_with_its_signature() -> None:
     assert answer == said("assistant", "Yes.")
 
 
+def test_a_call_with_a_number_out_of_range_is_told_as_text() -> None:
+    call = {"type": "tool_use", "id": "a", "name": "clock", "input": {"at": 2**70}}
+    (_, answer) = written(*HELLO, said("assistant", [call]))
+    function = answer["tool_calls"][0]["function"]
+    assert function["arguments"] == {"arguments": json.dumps(call["input"])}
+
+
 def test_documents_and_search_results_are_told_in_words() -> None:
     source = {"type": "text", "media_type": "text/plain", "data": "Rain."}
     blocks: Blocks = [

@@ -1,6 +1,7 @@
 """What an answer says of itself, whole or streamed."""
 
 from dataclasses import dataclass
+from typing import Literal
 from uuid import uuid4
 
 from mlx_server.api.anthropic.signatures import digest, holding
@@ -10,6 +11,8 @@ from mlx_server.schemas.anthropic.requests import MessagesRequest
 from mlx_server.schemas.anthropic.responses import AnswerBlock, ContextManagement, Message
 from mlx_server.schemas.internal import Finished, Usage
 
+Kind = Literal["text", "thinking", "tool_use"]
+"""Of blocks."""
 NO_EDITS = ContextManagement(applied_edits=[])
 
 

@@ -1,11 +1,11 @@
 """Answers that are not streamed."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from pydantic_core import from_json
 
-from mlx_server.api.anthropic.answering import Answering, call_id
+from mlx_server.api.anthropic.answering import Answering, Kind, call_id
 from mlx_server.schemas.anthropic.responses import (
     AnswerBlock,
     AnswerText,
@@ -21,8 +21,6 @@ from mlx_server.schemas.internal import (
     ToolCallStart,
     Usage,
 )
-
-Kind = Literal["text", "thinking", "tool_use"]
 
 
 @dataclass(slots=True)

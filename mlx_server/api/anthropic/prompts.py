@@ -7,7 +7,7 @@ from typing import Any
 from mlx_server.api.anthropic.choices import tool_use
 from mlx_server.api.anthropic.signatures import held
 from mlx_server.api.anthropic.texts import Definition, joined, plain, text_of
-from mlx_server.api.tools import check_names, function_tool
+from mlx_server.api.tools import call_arguments, check_names, function_tool
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.anthropic.blocks import (
     AssistantBlock,
@@ -127,7 +127,7 @@ def _assistant(content: Sequence[AssistantBlock] | str) -> Written:
 
 
 def _call(block: ToolUseBlock) -> Written:
-    function = {"name": block.name, "arguments": block.input}
+    function = {"name": block.name, "arguments": call_arguments(block.input)}
     return {"id": block.id, "type": "function", "function": function}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from mlx_server.api.anthropic.answering import NO_EDITS, Answering, call_id
+from mlx_server.api.anthropic.answering import NO_EDITS, Answering, Kind, call_id
 from mlx_server.api.anthropic.usage import delta_usage, stop_reason
 from mlx_server.api.anthropic.wire import PING
 from mlx_server.api.chunk_template import ChunkTemplate
@@ -37,8 +37,6 @@ from mlx_server.schemas.internal import (
     Usage,
 )
 from mlx_server.schemas.internal import TextDelta as Text
-
-Kind = Literal["text", "thinking", "tool_use"]
 
 
 class MessageStream:

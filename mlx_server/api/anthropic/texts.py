@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from mlx_server.schemas.anthropic.blocks import (
-    Block,
     CompactionBlock,
     DocumentBlock,
     SearchResultBlock,
@@ -46,7 +45,7 @@ def _document(block: DocumentBlock) -> str:
     return source.content if isinstance(source.content, str) else plain(source.content)
 
 
-def plain(content: str | Iterable[Block | object], definition: Definition = lambda _: None) -> str:
+def plain(content: str | Iterable[object], definition: Definition = lambda name: None) -> str:
     if isinstance(content, str):
         return content
     texts = (text_of(block, definition) for block in content)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_server.api.tools import check_names, function_tool
+from mlx_server.api.tools import call_arguments, check_names, function_tool
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import ChatPrompt, ToolUse
 from mlx_server.schemas.openai.chat import NO_LIMIT, PromptOptions
@@ -102,7 +102,7 @@ def _arguments(given: str | dict[str, Any]) -> dict[str, Any]:
     value of an object, lest the whole conversation be refused from then on.
     """
     if isinstance(given, dict):
-        return given
+        return call_arguments(given)
     if not given.strip():
         return {}
     try:
