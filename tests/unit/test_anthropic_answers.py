@@ -1,6 +1,7 @@
 """Anthropic's answers and streams, from internal events."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import anthropic
@@ -14,6 +15,7 @@ from mlx_server.api.anthropic.signatures import digest, held, holding
 from mlx_server.api.anthropic.streams import MessageStream
 from mlx_server.api.anthropic.wire import WIRE, error_body, error_event
 from mlx_server.api.generation import Accepted
+from mlx_server.api.http.limits import Window
 from mlx_server.api.http.wire import Failure
 from mlx_server.schemas.internal import (
     Event,
@@ -181,3 +183,15 @@ def test_an_error_in_a_stream_is_raised_by_the_sdk() -> None:
             read.until_done()
     assert "The engine ended." in str(raised.value)
     assert raised.value.body == json.loads(error_body(failure))
+
+
+def test_rate_limits_are_told_as_anthropic_does() -> None:
+    window = Window(limit=10, before=0, left_of_before=0.0, now=4, left_of_now=30.0)
+    headers = {name.decode(): value.decode() for name, value in WIRE.rate_headers("tokens", window)}
+    reset = datetime.fromisoformat(headers.pop("anthropic-ratelimit-tokens-reset"))
+    assert 80 < (reset - datetime.now(UTC)).total_seconds() <= 90
+    assert headers == {
+        "anthropic-ratelimit-tokens-limit": "10",
+        "anthropic-ratelimit-tokens-remaining": "6",
+    }
+    assert headers.keys() < set(WIRE.exposed_headers)
