@@ -188,6 +188,11 @@ class Settings(BaseSettings):
         description="How much of a model's KV memory may cache prefixes for requests that begin "
         "alike: a share or bytes; `0` caches nothing. Running requests come first.",
     )
+    stable_prompts: bool = Field(
+        True,
+        description="Leave out of conversations, or move behind what stays, what programs change "
+        "in the head of every request: see `docs/caching.md`.",
+    )
     disk_cache: str = Field(
         "8GB",
         pattern=SIZE_OR_OFF,
@@ -288,6 +293,10 @@ class Settings(BaseSettings):
     def keep_alive_of(self, model_id: str) -> float | None:
         """Seconds; None for ever."""
         return parse_seconds(self.keep_alive_by_model.get(model_id, self.keep_alive))
+
+    @property
+    def caches_prefixes(self) -> bool:
+        return parse_bytes(self.prefix_cache, 1 << 40) > 0
 
     @property
     def models_folder(self) -> Path:

@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from mlx_server import __version__
 from mlx_server.api import description, health, metrics
 from mlx_server.api.admin import ADMIN
+from mlx_server.api.anthropic.routes import ANTHROPIC
 from mlx_server.api.http import failures
 from mlx_server.api.http.body_limit import BodyLimit
 from mlx_server.api.http.context import RequestContext
@@ -36,7 +37,8 @@ from mlx_server.telemetry import Metrics, setup_tracing, untraced
 # FastAPI's own request spans: one per request, none per chunk, no bodies or arguments.
 REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)
 
-PROTOCOLS = (OPENAI, ADMIN)
+# Before OpenAI, which takes what remains of the paths that they share.
+PROTOCOLS = (ANTHROPIC, OPENAI, ADMIN)
 OTHERS = ApiProtocol(
     wire=OPENAI.wire, routers=(health.router, metrics.router, description.router), prefixes=()
 )

@@ -174,6 +174,8 @@ class Finished:
     choice: int
     reason: Literal["stop", "length", "tool_calls"]
     usage: Usage
+    stop: str | None = None
+    """The stop string that ended it."""
 
 
 Event = PromptScored | TextDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | Finished

@@ -167,13 +167,14 @@ def _check_length(length: int, request: InferenceRequest, model: LoadedModel) ->
     least = 0 if request.max_tokens == 0 else 1
     if length + least > context:
         raise ContextLengthExceeded(
-            f"This model's context holds {context} tokens, and the prompt has {length}.",
+            # Agents find the numbers by this wording.
+            f"The prompt is too long: {length} tokens > {context} maximum of this model's context.",
             param=param,
         )
     if length + least > longest:
         raise BadRequest(
-            f"A prompt of {length} tokens can never fit: the KV cache of "
-            f"{model.facts.kv_limit:,} bytes holds {longest} tokens of one request.",
+            f"The prompt is too long: {length} tokens > {longest} maximum of one request in the "
+            f"KV cache of {model.facts.kv_limit:,} bytes.",
             param=param,
             code="insufficient_memory",
         )

@@ -102,7 +102,7 @@ class _Frames:
     def ping_interval(self) -> float:
         """Seconds; 0 for no pings."""
         silent = self._settings.ping == "none" or not self._wire.ping
-        return 0 if silent else self._settings.ping_interval
+        return 0 if silent else min(self._settings.ping_interval, self._wire.longest_silence)
 
     def ping(self) -> bytes:
         if self._settings.ping == "chunk" and self._idle is not None:

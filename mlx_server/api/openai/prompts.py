@@ -6,13 +6,13 @@ from typing import Any
 
 import msgspec
 
+from mlx_server.api.tools import call_arguments, check_names, function_tool
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import ChatPrompt, ToolUse
 from mlx_server.schemas.openai.chat import NO_LIMIT, PromptOptions
 from mlx_server.schemas.openai.messages import ContentPart, FunctionCall, Message
 from mlx_server.schemas.openai.tools import (
     AllowedToolChoice,
-    FunctionDefinition,
     FunctionName,
     NamedTool,
     Tool,
@@ -102,7 +102,7 @@ def _arguments(given: str | dict[str, Any]) -> dict[str, Any]:
     value of an object, lest the whole conversation be refused from then on.
     """
     if isinstance(given, dict):
-        return given
+        return call_arguments(given)
     if not given.strip():
         return {}
     try:
@@ -121,21 +121,15 @@ def all_tools(options: PromptOptions) -> list[Tool]:
 
 
 def _template_tool(tool: Tool) -> dict[str, Any]:
-    return {"type": "function", "function": _template_function(tool.function)}
+    function = tool.function
+    return function_tool(function.name, function.description, function.parameters)
 
 
 def _callable_tool(tool: Tool) -> dict[str, Any]:
-    function = _template_function(tool.function) | {"strict": tool.function.strict}
-    return {"type": "function", "function": function}
-
-
-def _template_function(function: FunctionDefinition) -> dict[str, Any]:
-    written: dict[str, Any] = {"name": function.name}
-    if function.description is not None:
-        written["description"] = function.description
-    # Templates read both; no parameters means an empty object.
-    bare = {"type": "object"} if function.parameters else {"type": "object", "properties": {}}
-    return written | {"parameters": bare | function.parameters}
+    function = tool.function
+    return function_tool(
+        function.name, function.description, function.parameters, strict=function.strict
+    )
 
 
 def _tool_use(options: PromptOptions) -> ToolUse | None:
@@ -148,7 +142,7 @@ def _tool_use(options: PromptOptions) -> ToolUse | None:
 
 
 def _chosen(tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> ToolUse | None:
-    _check_names(tools)
+    check_names(tool.function.name for tool in tools)
     if choice == "none" or (choice == "auto" and not tools):
         return None
     if not tools:
@@ -171,12 +165,3 @@ def _only(tools: Sequence[Tool], names: Sequence[str]) -> list[Tool]:
         if name not in known:
             raise BadRequest(f"There is no tool '{name[:64]}' to choose.", param="tool_choice")
     return [tool for tool in tools if tool.function.name in names]
-
-
-def _check_names(tools: Sequence[Tool]) -> None:
-    seen: set[str] = set()
-    for tool in tools:
-        name = tool.function.name
-        if name in seen:
-            raise BadRequest(f"There are two tools of the name '{name}'.", param="tools")
-        seen.add(name)

@@ -47,7 +47,7 @@ class ModelPoolManager:
         self.settings = settings
         self.catalog = catalog
         self._find_device = find_device
-        self._texts = texts or TextProcess(settings.prompt_timeout)
+        self._texts = texts or TextProcess(settings.prompt_timeout, settings.stable_prompts)
         self._planner = MemoryPlanner(settings.kv_cache)
         loader = ModelLoader(
             home=settings.home,

@@ -13,6 +13,7 @@ from mlx_server.engine.protocol import FrameReader, frame
 from mlx_server.engine.spawn import Child, next_line, spawn
 from mlx_server.errors import BadRequest, ServerError, Unavailable
 from mlx_server.events import event
+from mlx_server.models.text.conversations.volatile import settled
 from mlx_server.models.text.protocol import (
     Answer,
     Close,
@@ -31,7 +32,7 @@ from mlx_server.models.text.protocol import (
     Tokenized,
     decode_reply,
 )
-from mlx_server.schemas.internal import Constraint, Prompt, TokenPrompt
+from mlx_server.schemas.internal import ChatPrompt, Constraint, Prompt, TokenPrompt
 
 RECEIVE_BYTES = 1 << 18
 ENDED = "The process that prepares prompts ended; ask again."
@@ -50,9 +51,11 @@ class TextProcess:
     pending requests fail and the next one restarts it.
     """
 
-    def __init__(self, request_seconds: float) -> None:
+    def __init__(self, request_seconds: float, stable_prompts: bool = False) -> None:
         self.request_seconds = request_seconds
         """Per template or tokenizer run."""
+        self.stable_prompts = stable_prompts
+        """Whether what changes with every request is taken out of the way."""
         self.child: Child | None = None
         self._starting = asyncio.Lock()
         self._ids = itertools.count()
@@ -159,6 +162,8 @@ class ModelText:
         """
         if isinstance(prompt, TokenPrompt) and constraint is None:
             return Prepared(prompt.ids)
+        if isinstance(prompt, ChatPrompt) and self._process.stable_prompts:
+            prompt = settled(prompt)
         return await self._ask(Prepare(prompt, constraint, limit), Prepared)
 
     async def tokenize_all(self, texts: list[str], limit: int) -> list[list[int]]:

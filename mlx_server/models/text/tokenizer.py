@@ -66,10 +66,10 @@ class TextTokenizer:
         """Raises ContextLengthExceeded for far more than `limit` tokens, without tokenizing all of
         `text`. A text that passes may still be too long.
         """
-        if len(text) > limit * LONG_TOKEN and self._certainly_exceeds(text, limit):
+        if len(text) > limit * LONG_TOKEN and (count := self._certain_count(text, limit)) > limit:
             raise ContextLengthExceeded(
-                f"This model's context holds {limit} tokens; your text of {len(text)} characters "
-                "has more.",
+                f"The prompt is too long: more than {count} tokens > {limit} maximum of this "
+                "model's context.",
                 param=param,
             )
 
@@ -95,13 +95,14 @@ class TextTokenizer:
         whole: list[int] = self.backend.encode("a", add_special_tokens=True).ids
         return whole[: whole.index(bare[0])] if bare else []
 
-    def _certainly_exceeds(self, text: str, limit: int) -> bool:
+    def _certain_count(self, text: str, limit: int) -> int:
+        """No more tokens than `text` has; counted until there are more than `limit`."""
         count = 0
         for start in range(0, len(text), PART):
             count += max(0, len(self.encode_bare(text[start : start + PART])) - PART_SLACK)
             if count > limit:
-                return True
-        return False
+                break
+        return count
 
 
 def is_stored(tokenizer: Tokenizer, folder: Path) -> bool:
