@@ -69,7 +69,9 @@ class Settings(BaseSettings):
         default_factory=list, description="Further folders whose sub-folders are MLX models."
     )
     aliases: dict[str, str] = Field(
-        default_factory=dict, description="Other names for models: alias to id."
+        default_factory=dict,
+        description="Other names for models: alias to id. `*` in an alias is any text, such as "
+        "`claude-*`, and the longest one counts; `default` is also for requests without a model.",
     )
     adapters: dict[str, UserPath] = Field(
         default_factory=dict,

@@ -21,6 +21,7 @@ from mlx_server.api.http.limits import RateLimits
 from mlx_server.api.http.openapi import any_error, documented
 from mlx_server.api.http.stopping import Stopping
 from mlx_server.api.http.wire import ApiProtocol, Wires
+from mlx_server.api.ollama.routes import OLLAMA
 from mlx_server.api.openai.routes import OPENAI
 from mlx_server.config import Settings
 from mlx_server.events import setup_logging
@@ -38,7 +39,7 @@ from mlx_server.telemetry import Metrics, setup_tracing, untraced
 REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)
 
 # Before OpenAI, which takes what remains of the paths that they share.
-PROTOCOLS = (ANTHROPIC, OPENAI, ADMIN)
+PROTOCOLS = (ANTHROPIC, OLLAMA, OPENAI, ADMIN)
 OTHERS = ApiProtocol(
     wire=OPENAI.wire, routers=(health.router, metrics.router, description.router), prefixes=()
 )

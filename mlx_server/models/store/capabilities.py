@@ -39,8 +39,7 @@ def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
     if entry.path is None:
         return None
     try:
-        mtimes = tuple(_mtime_ns(entry.path / name) for name in FILES)
-        template = _template(entry.path, mtimes)
+        template = chat_template(entry.path)
         bound = _can_be_bound(entry.path, _mtime_ns(entry.path / TOKENIZER))
     except (OSError, ModelLoadFailed):
         return None
@@ -52,6 +51,11 @@ def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
         structured_output=bound,
         embeddings=False,
     )
+
+
+def chat_template(path: Path) -> str:
+    """Empty without one. Raises OSError, ModelLoadFailed."""
+    return _template(path, tuple(_mtime_ns(path / name) for name in FILES))
 
 
 def _mtime_ns(file: Path) -> int:

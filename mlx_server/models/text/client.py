@@ -28,6 +28,7 @@ from mlx_server.models.text.protocol import (
     Refused,
     Request,
     Tokenize,
+    TokenizeCut,
     Tokenized,
     decode_reply,
 )
@@ -164,6 +165,10 @@ class ModelText:
     async def tokenize_all(self, texts: list[str], limit: int) -> list[list[int]]:
         """With special tokens added. Raises ContextLengthExceeded likewise."""
         return (await self._ask(Tokenize(texts, limit), Tokenized)).tokens
+
+    async def tokenize_cut(self, texts: list[str], limit: int) -> list[list[int]]:
+        """With special tokens added; the ends of texts beyond `limit` tokens are left out."""
+        return (await self._ask(TokenizeCut(texts, limit), Tokenized)).tokens
 
     async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
         """(name, JSON arguments) of the calls in `text`; none if garbled."""

@@ -36,6 +36,13 @@ class Tokenize(msgspec.Struct, frozen=True, tag="tokenize"):
     limit: int
 
 
+class TokenizeCut(msgspec.Struct, frozen=True, tag="tokenize_cut"):
+    """With special tokens added, and no more than `limit` in all."""
+
+    texts: list[str]
+    limit: int
+
+
 class ParseCalls(msgspec.Struct, frozen=True, tag="parse_calls"):
     text: str
     tools: list[dict[str, Any]]
@@ -99,7 +106,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     code: str | None = None
 
 
-Question = Open | Prepare | Tokenize | ParseCalls | Decode
+Question = Open | Prepare | Tokenize | TokenizeCut | ParseCalls | Decode
 Answer = Opened | Prepared | Tokenized | Parsed | Decoded
 
 

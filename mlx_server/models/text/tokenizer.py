@@ -16,6 +16,8 @@ from mlx_server.tokenizer_json import AddedToken, read_parts
 
 LONG_TOKEN = 8
 """Characters per token of `limit` above which length is checked first."""
+LONGEST_TOKEN = 128
+"""Characters. Texts have far shorter ones, a few of blanks aside."""
 PART = 1 << 16
 """Characters."""
 PART_SLACK = 256
@@ -60,6 +62,17 @@ class TextTokenizer:
             batch = list(texts[start : start + BATCH])
             encoded = self.backend.encode_batch_fast(batch, add_special_tokens=True)
             tokens += [one.ids for one in encoded]
+        return tokens
+
+    def encode_cut(self, texts: Sequence[str], limit: int) -> list[list[int]]:
+        """With special tokens added; ends that would exceed `limit` tokens are left out."""
+        room = max(0, limit - self.backend.num_special_tokens_to_add(is_pair=False))
+        tokens: list[list[int]] = []
+        for start in range(0, len(texts), BATCH):
+            batch = [text[: limit * LONGEST_TOKEN] for text in texts[start : start + BATCH]]
+            for encoding in self.backend.encode_batch(batch, add_special_tokens=False):
+                encoding.truncate(room)
+                tokens.append(self.backend.post_process(encoding).ids)
         return tokens
 
     def check_length(self, text: str, limit: int, param: str) -> None:

@@ -33,6 +33,7 @@ from mlx_server.models.text.protocol import (
     Reply,
     Request,
     Tokenize,
+    TokenizeCut,
     Tokenized,
     TokenTable,
     decode_request,
@@ -107,6 +108,8 @@ class TextWorker:
                 return adapter.prepare(prompt, constraint)
             case Tokenize(texts=texts, limit=limit):
                 return Tokenized(adapter.tokenizer.encode_complete(texts, limit))
+            case TokenizeCut(texts=texts, limit=limit):
+                return Tokenized(adapter.tokenizer.encode_cut(texts, limit))
             case ParseCalls(text=text, tools=tools):
                 return Parsed(adapter.parse_calls(text, tools))
             case Decode(tokens=tokens):
