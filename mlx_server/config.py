@@ -59,6 +59,13 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    ollama_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="A second port to listen on, for programs that look for Ollama there: 11434; 0 "
+        "takes a free one.",
+    )
     models: list[str] = Field(
         default_factory=list, description="Models to load at start: ids, aliases or paths."
     )

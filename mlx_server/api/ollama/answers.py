@@ -21,11 +21,11 @@ from mlx_server.schemas.internal import TokenLogprob as Entry
 from mlx_server.schemas.ollama.common import (
     AnswerMessage,
     AnswerPart,
-    CalledFunction,
     CallMade,
     ChatResponse,
     GenerateResponse,
     Logprob,
+    MadeFunction,
     TokenLogprob,
 )
 
@@ -168,7 +168,7 @@ class Calls:
         self._arguments.clear()
         if start is None or arguments is None:
             return []
-        function = CalledFunction(index=start.call, name=start.name, arguments=arguments)
+        function = MadeFunction(index=start.call, name=start.name, arguments=arguments)
         return [Part(calls=[CallMade(id=start.id, function=function)])]
 
 

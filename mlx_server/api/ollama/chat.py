@@ -28,9 +28,9 @@ from mlx_server.schemas.internal import InferenceRequest
 from mlx_server.schemas.ollama.chat import ChatRequest, GenerateRequest
 from mlx_server.schemas.ollama.common import (
     ChatResponse,
-    ErrorBody,
     GenerateResponse,
     GenerationRequest,
+    OllamaError,
 )
 from mlx_server.services import residence
 from mlx_server.services.inference import InferenceService
@@ -43,7 +43,7 @@ ERRORS = documented(400, 401, 403, 404, 413, 429, 500, 503, 504)
 @router.post(
     "/chat",
     response_model=ChatResponse,
-    responses=ERRORS | json_lines([ChatResponse, ErrorBody]),
+    responses=ERRORS | json_lines([ChatResponse, OllamaError]),
 )
 async def chat(
     body: ChatRequest, caller: CallerDep, service: ServiceDep, pool: PoolDep, metrics: MetricsDep
@@ -58,7 +58,7 @@ async def chat(
 @router.post(
     "/generate",
     response_model=GenerateResponse,
-    responses=ERRORS | json_lines([GenerateResponse, ErrorBody]),
+    responses=ERRORS | json_lines([GenerateResponse, OllamaError]),
 )
 async def generate(
     body: GenerateRequest,

@@ -16,11 +16,11 @@ from mlx_server.models.pool.status import ModelStatus
 from mlx_server.models.store.catalog import LATEST, Catalog, ModelEntry
 from mlx_server.models.store.patterns import is_pattern
 from mlx_server.schemas.ollama.models import (
-    Model,
-    ModelList,
+    LocalModel,
+    LocalModels,
+    ModelShow,
     RunningModel,
     RunningModels,
-    ShowRequest,
     ShowResponse,
     Version,
 )
@@ -51,7 +51,7 @@ async def version() -> Response:
     return Response(Version(version=API_VERSION).to_json(), media_type="application/json")
 
 
-@router.get("/tags", response_model=ModelList, responses=documented(400, 401, 403, 413))
+@router.get("/tags", response_model=LocalModels, responses=documented(400, 401, 403, 413))
 async def tags(catalog: CatalogDep, settings: SettingsDep) -> Response:
     """Every model that can be served, by each of its names."""
 
@@ -62,13 +62,13 @@ async def tags(catalog: CatalogDep, settings: SettingsDep) -> Response:
             for entry in entries
             for name in _names(entry)
         ]
-        return ModelList(models=models).to_json()
+        return LocalModels(models=models).to_json()
 
     return Response(await asyncio.to_thread(listed), media_type="application/json")
 
 
 @router.post("/show", response_model=ShowResponse, responses=documented(400, 401, 403, 404, 413))
-async def show(body: ShowRequest, catalog: CatalogDep, settings: SettingsDep) -> Response:
+async def show(body: ModelShow, catalog: CatalogDep, settings: SettingsDep) -> Response:
     """One model's capabilities, sizes and template."""
 
     def found() -> bytes:
@@ -100,8 +100,8 @@ def _names(entry: ModelEntry) -> list[str]:
     return list(dict.fromkeys(tagged(name) for name in names))
 
 
-def _model(name: str, described: Description) -> Model:
-    return Model(
+def _model(name: str, described: Description) -> LocalModel:
+    return LocalModel(
         name=name,
         model=name,
         modified_at=described.modified_at,

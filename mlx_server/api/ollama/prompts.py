@@ -15,7 +15,7 @@ from mlx_server.schemas.internal import (
     TextPrompt,
     ToolUse,
 )
-from mlx_server.schemas.ollama.chat import ChatRequest, GenerateRequest, Message, Tool, ToolCall
+from mlx_server.schemas.ollama.chat import ChatRequest, GenerateRequest, Turn, TurnCall, TurnTool
 from mlx_server.schemas.ollama.common import GenerationRequest, Options, Think
 
 ANY_SEED = -1
@@ -119,12 +119,12 @@ def _conversation(body: ChatRequest) -> ChatPrompt:
     )
 
 
-def _template_tool(tool: Tool) -> dict[str, Any]:
+def _template_tool(tool: TurnTool) -> dict[str, Any]:
     function = tool.function
     return function_tool(function.name, function.description, function.parameters)
 
 
-def _template_messages(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
+def _template_messages(messages: Sequence[Turn]) -> Iterator[dict[str, Any]]:
     calls = _CallIds()
     for message in messages:
         written: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -147,12 +147,12 @@ class _CallIds:
         self._open: list[tuple[str, str]] = []
         """(tool, id) of calls without a result."""
 
-    def made(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    def made(self, calls: Sequence[TurnCall]) -> list[dict[str, Any]]:
         written = [self._call(call) for call in calls]
         self._open = [(one["function"]["name"], one["id"]) for one in written]
         return written
 
-    def answered(self, result: Message) -> str:
+    def answered(self, result: Turn) -> str:
         if result.tool_call_id is not None:
             named = [one for one in self._open if one[1] == result.tool_call_id]
         else:
@@ -162,7 +162,7 @@ class _CallIds:
             return named[0][1]
         return self._next() if result.tool_call_id is None else result.tool_call_id
 
-    def _call(self, call: ToolCall) -> dict[str, Any]:
+    def _call(self, call: TurnCall) -> dict[str, Any]:
         function = {"name": call.function.name, "arguments": call.function.arguments}
         return {"id": call.id or self._next(), "type": "function", "function": function}
 

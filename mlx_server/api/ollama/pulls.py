@@ -25,8 +25,8 @@ from mlx_server.models.store.catalog import LATEST
 from mlx_server.models.store.pulls import PullManager
 from mlx_server.models.store.removal import plan_removal, remove
 from mlx_server.models.store.transfer import Progress
-from mlx_server.schemas.ollama.common import ErrorBody
-from mlx_server.schemas.ollama.models import DeleteRequest, PullProgress, PullRequest
+from mlx_server.schemas.ollama.common import OllamaError
+from mlx_server.schemas.ollama.models import ModelDelete, ModelPull, PullProgress
 
 SUCCESS = PullProgress(status="success")
 
@@ -39,9 +39,9 @@ refused = APIRouter(prefix="/api", dependencies=[Depends(authenticated)], includ
 @router.post(
     "/pull",
     response_model=PullProgress,
-    responses=documented(400, 401, 403, 404, 413, 503) | json_lines([PullProgress, ErrorBody]),
+    responses=documented(400, 401, 403, 404, 413, 503) | json_lines([PullProgress, OllamaError]),
 )
-async def pull(body: PullRequest, pulls: PullsDep) -> Response:
+async def pull(body: ModelPull, pulls: PullsDep) -> Response:
     """Fetch a model, and tell of the progress."""
     name = body.model.removesuffix(LATEST)
     if body.stream:
@@ -60,7 +60,7 @@ async def pull(body: PullRequest, pulls: PullsDep) -> Response:
 @router.delete(
     "/delete", response_class=Response, responses=documented(400, 401, 403, 404, 413, 503)
 )
-async def delete(body: DeleteRequest, catalog: CatalogDep, settings: SettingsDep) -> Response:
+async def delete(body: ModelDelete, catalog: CatalogDep, settings: SettingsDep) -> Response:
     """Remove a model from the disk, unless a server has it loaded."""
     entry = await asyncio.to_thread(catalog.find, body.model)
     removal = await asyncio.to_thread(plan_removal, entry, settings.models_folder)

@@ -4,13 +4,13 @@ from functools import partial
 
 from mlx_server.api.http import openapi
 from mlx_server.api.http.wire import Failure, StreamEvent, Wire, json_line
-from mlx_server.schemas.ollama.common import ErrorBody
+from mlx_server.schemas.ollama.common import OllamaError
 
-documented = partial(openapi.documented, ErrorBody)
+documented = partial(openapi.documented, OllamaError)
 
 
 def error_body(failure: Failure) -> bytes:
-    return ErrorBody(error=failure.message).to_json()
+    return OllamaError(error=failure.message).to_json()
 
 
 def error_event(failure: Failure) -> StreamEvent:
@@ -18,7 +18,7 @@ def error_event(failure: Failure) -> StreamEvent:
 
 
 WIRE = Wire(
-    error_model=ErrorBody,
+    error_model=OllamaError,
     error_body=error_body,
     error_event=error_event,
     frame=json_line,

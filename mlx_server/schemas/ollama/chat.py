@@ -21,24 +21,24 @@ def _lower(role: Any) -> Any:
 Role = Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(_lower)]
 
 
-class FunctionCall(RequestObject):
+class TurnFunction(RequestObject):
     name: str
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-class ToolCall(RequestObject):
+class TurnCall(RequestObject):
     id: str | None = None
-    function: FunctionCall
+    function: TurnFunction
 
 
-class Message(RequestObject):
+class Turn(RequestObject):
     unsupported: ClassVar[Mapping[str, Refusal]] = {"images": NO_IMAGES}
 
     role: Role
     content: str = ""
     thinking: str = ""
     tool_calls: Annotated[
-        list[ToolCall], Field(default_factory=list, max_length=MAX_CALLS, fail_fast=True)
+        list[TurnCall], Field(default_factory=list, max_length=MAX_CALLS, fail_fast=True)
     ]
     tool_name: str | None = None
     tool_call_id: str | None = None
@@ -50,7 +50,7 @@ class Message(RequestObject):
         return self
 
 
-class Function(RequestObject):
+class ToolFunction(RequestObject):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -62,18 +62,18 @@ class Function(RequestObject):
         return self
 
 
-class Tool(RequestObject):
+class TurnTool(RequestObject):
     type: Literal["function"] = "function"
-    function: Function
+    function: ToolFunction
 
 
 Tools = Annotated[
-    list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(check_size)
+    list[TurnTool], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(check_size)
 ]
 
 
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)] = Field(
+    messages: Annotated[list[Turn], Field(max_length=MAX_MESSAGES, fail_fast=True)] = Field(
         default_factory=list,
         description="Text only. A last message of the assistant is the beginning of the answer. "
         "None: the model is loaded, or unloaded with a `keep_alive` of 0.",

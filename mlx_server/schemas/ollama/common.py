@@ -88,7 +88,7 @@ class Logprob(TokenLogprob):
     top_logprobs: list[TokenLogprob]
 
 
-class CalledFunction(ResponseObject):
+class MadeFunction(ResponseObject):
     index: int
     name: str
     arguments: dict[str, Any]
@@ -96,7 +96,7 @@ class CalledFunction(ResponseObject):
 
 class CallMade(ResponseObject):
     id: str
-    function: CalledFunction
+    function: MadeFunction
 
 
 class AnswerMessage(ResponseObject):
@@ -131,5 +131,5 @@ class GenerateResponse(AnswerPart):
     thinking: str | None = None
 
 
-class ErrorBody(ResponseObject):
+class OllamaError(ResponseObject):
     error: str

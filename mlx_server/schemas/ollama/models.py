@@ -16,16 +16,16 @@ class NameRequest(RequestObject):
     model: Named
 
 
-class ShowRequest(NameRequest):
+class ModelShow(NameRequest):
     verbose: bool = Field(False, description="Accepted; there is no more to tell.")
 
 
-class PullRequest(NameRequest):
+class ModelPull(NameRequest):
     stream: bool = True
     insecure: bool = Field(False, description="Accepted, and not used.")
 
 
-class DeleteRequest(NameRequest): ...
+class ModelDelete(NameRequest): ...
 
 
 class Details(ResponseObject):
@@ -37,7 +37,7 @@ class Details(ResponseObject):
     quantization_level: str
 
 
-class Model(ResponseObject):
+class LocalModel(ResponseObject):
     name: str
     model: str
     modified_at: str
@@ -48,8 +48,8 @@ class Model(ResponseObject):
     context_length: int | None
 
 
-class ModelList(ResponseObject):
-    models: list[Model]
+class LocalModels(ResponseObject):
+    models: list[LocalModel]
 
 
 class RunningModel(ResponseObject):
