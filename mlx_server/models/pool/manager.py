@@ -29,7 +29,7 @@ from mlx_server.models.store.catalog import Catalog, ModelEntry
 from mlx_server.models.store.embedding_files import MODULES
 from mlx_server.models.text.client import TextProcess
 
-Purpose = Literal["generate", "embed", "any"]
+Purpose = Literal["generate", "embed", "rank", "any"]
 DEFAULT = "default"
 """The alias for requests that name no model."""
 
@@ -243,9 +243,10 @@ def _model_meant(slots: Collection[Slot], purpose: Purpose, aliases: Collection[
     """What a request without a name means: the alias `default`, or the one model that can be meant;
     of those that embed if no other is there, or the purpose says so. Raises BadRequest.
     """
-    if DEFAULT in aliases and purpose != "embed":
+    encodes = purpose in ("embed", "rank")
+    if DEFAULT in aliases and not encodes:
         return DEFAULT
-    ids = [] if purpose == "embed" else _present(slots, embeds=False)
+    ids = [] if encodes else _present(slots, embeds=False)
     if not ids and purpose != "generate":
         ids = _present(slots, embeds=True)
     if len(ids) == 1:
@@ -270,7 +271,13 @@ def _check_purpose(entry: ModelEntry, purpose: Purpose) -> None:
             param="model",
             code="model_cannot_generate",
         )
-    if purpose == "embed" and not entry.embeds:
+    if purpose == "embed" and entry.reranks:
+        raise BadRequest(
+            f"The model `{entry.id}` scores pairs of texts; use it with /v1/rerank.",
+            param="model",
+            code="model_cannot_embed",
+        )
+    if purpose in ("embed", "rank") and not entry.embeds:
         raise BadRequest(
             f"The model `{entry.id}` generates text and was not made for embeddings: "
             f"its folder has no {MODULES}, as embedding models have.",

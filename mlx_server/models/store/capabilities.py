@@ -30,12 +30,15 @@ class FileCapabilities:
     reasoning: bool
     structured_output: bool
     embeddings: bool
+    rerank: bool
 
 
 def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
     """None for unreadable files."""
     if entry.embeds:
-        return FileCapabilities(False, False, False, False, False, embeddings=True)
+        return FileCapabilities(
+            *(False, False, False, False, False), embeddings=not entry.reranks, rerank=True
+        )
     if entry.path is None:
         return None
     try:
@@ -50,6 +53,7 @@ def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
         reasoning=any(mark in template for mark in THINKING),
         structured_output=bound,
         embeddings=False,
+        rerank=False,
     )
 
 

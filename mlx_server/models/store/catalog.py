@@ -15,7 +15,11 @@ from typing import Any, Literal
 from mlx_server.dimensions import context_length
 from mlx_server.errors import BadRequest, ModelLoadFailed, ModelNotFound
 from mlx_server.models.store.demo import PACKAGED
-from mlx_server.models.store.embedding_files import is_embedding_model, max_seq_length
+from mlx_server.models.store.embedding_files import (
+    is_cross_encoder,
+    is_embedding_model,
+    max_seq_length,
+)
 from mlx_server.models.store.folder import (
     folder_fault,
     is_text,
@@ -41,7 +45,7 @@ Source = Literal["folder", "hub", "package", "command line", "adapter"]
 class ModelEntry:
     """`path` is an MLX folder, None until pulled; `size` is bytes on disk, `created` seconds since
     the epoch; `adapter_path` a LoRA adapter for `path`; `embeds`: makes vectors and cannot
-    generate.
+    generate; `reranks`: of these, scores pairs of texts and nothing else.
     """
 
     id: str
@@ -54,6 +58,7 @@ class ModelEntry:
     context_length: int | None = None
     adapter_path: Path | None = None
     embeds: bool = False
+    reranks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +250,7 @@ def _entry(folder: Path, name: str, source: Source, aliases: tuple[str, ...]) ->
         model_type=config["model_type"],
         context_length=_max_text_length(folder, config) if embeds else context_length(config),
         embeds=embeds,
+        reranks=is_cross_encoder(config),
     )
 
 

@@ -35,6 +35,7 @@ from mlx_server.models.text.protocol import (
     Tokenize,
     TokenizeCut,
     Tokenized,
+    TokenizePairs,
     TokenTable,
     decode_request,
 )
@@ -110,6 +111,9 @@ class TextWorker:
                 return Tokenized(adapter.tokenizer.encode_complete(texts, limit))
             case TokenizeCut(texts=texts, limit=limit):
                 return Tokenized(adapter.tokenizer.encode_cut(texts, limit))
+            case TokenizePairs(first=first, texts=texts, limit=limit):
+                pairs = adapter.tokenizer.encode_pairs(first, texts, limit)
+                return Tokenized([ids for ids, _ in pairs], [second for _, second in pairs])
             case ParseCalls(text=text, tools=tools):
                 return Parsed(adapter.parse_calls(text, tools))
             case Decode(tokens=tokens):
