@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_server.engine.protocol import ENCODERS, Embedding, PoolingMode
 from mlx_server.errors import ModelLoadFailed
-from mlx_server.models.store.folder import read_config, read_json
+from mlx_server.models.store.folder import model_config, read_json
 
 MODULES = "modules.json"
 LENGTHS = "sentence_*_config.json"
@@ -57,7 +57,7 @@ def read_embedding(folder: Path) -> EmbeddingFiles:
     """Raises ModelLoadFailed for unsupported models. Without `modules.json`: the mean over tokens,
     normalized.
     """
-    if is_cross_encoder(read_config(folder)):
+    if is_cross_encoder(model_config(folder) or {}):
         return EmbeddingFiles(Embedding([], normalize=False, scores=True), max_seq_length(folder))
     if not (folder / MODULES).is_file():
         return EmbeddingFiles(Embedding(["mean"], normalize=True), max_seq_length(folder))
