@@ -21,7 +21,9 @@ from mlx_server.api.http.limits import RateLimits
 from mlx_server.api.http.openapi import any_error, documented
 from mlx_server.api.http.stopping import Stopping
 from mlx_server.api.http.wire import ApiProtocol, Wires
+from mlx_server.api.ollama.routes import OLLAMA
 from mlx_server.api.openai.routes import OPENAI
+from mlx_server.api.rerank.routes import RERANK
 from mlx_server.config import Settings
 from mlx_server.events import setup_logging
 from mlx_server.keys import KeyRing, warn_if_exposed
@@ -38,7 +40,7 @@ from mlx_server.telemetry import Metrics, setup_tracing, untraced
 REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)
 
 # Before OpenAI, which takes what remains of the paths that they share.
-PROTOCOLS = (ANTHROPIC, OPENAI, ADMIN)
+PROTOCOLS = (ANTHROPIC, OLLAMA, RERANK, OPENAI, ADMIN)
 OTHERS = ApiProtocol(
     wire=OPENAI.wire, routers=(health.router, metrics.router, description.router), prefixes=()
 )

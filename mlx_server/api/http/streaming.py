@@ -101,13 +101,12 @@ class _Frames:
     @property
     def ping_interval(self) -> float:
         """Seconds; 0 for no pings."""
-        silent = self._settings.ping == "none" or not self._wire.ping
+        silent = self._settings.ping == "none" or not (self._wire.ping or self._idle)
         return 0 if silent else min(self._settings.ping_interval, self._wire.longest_silence)
 
     def ping(self) -> bytes:
-        if self._settings.ping == "chunk" and self._idle is not None:
-            return self._framed(self._idle())
-        return self._wire.ping
+        asked = self._settings.ping == "chunk" or not self._wire.ping
+        return self._framed(self._idle()) if asked and self._idle is not None else self._wire.ping
 
     def join(self, events: Iterable[StreamEvent]) -> bytes:
         return b"".join([self._framed(event) for event in events])

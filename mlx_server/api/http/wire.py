@@ -49,7 +49,9 @@ class Wire:
     frame: Callable[[StreamEvent, int], bytes]
     """Encodes an event, given its number from 0."""
     ping: bytes
-    """Sent at intervals to keep silent streams open."""
+    """Sent at intervals to keep silent streams open. Empty where the format has no comments: then
+    streams send events that say nothing.
+    """
     longest_silence: float = math.inf
     """Seconds between pings, where settings allow for more."""
     end: bytes = b""
@@ -105,6 +107,11 @@ def _is_below(path: str, prefix: str) -> bool:
 def wire_of(scope: Scope) -> Wire:
     """Set by `RequestContext`."""
     return cast(Wire, scope["state"]["wire"])
+
+
+def json_line(event: StreamEvent, number: int) -> bytes:
+    """https://github.com/ndjson/ndjson-spec"""
+    return event.data + b"\n"
 
 
 def server_sent(event: StreamEvent, number: int) -> bytes:

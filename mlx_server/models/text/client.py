@@ -29,7 +29,9 @@ from mlx_server.models.text.protocol import (
     Refused,
     Request,
     Tokenize,
+    TokenizeCut,
     Tokenized,
+    TokenizePairs,
     decode_reply,
 )
 from mlx_server.schemas.internal import ChatPrompt, Constraint, Prompt, TokenPrompt
@@ -169,6 +171,14 @@ class ModelText:
     async def tokenize_all(self, texts: list[str], limit: int) -> list[list[int]]:
         """With special tokens added. Raises ContextLengthExceeded likewise."""
         return (await self._ask(Tokenize(texts, limit), Tokenized)).tokens
+
+    async def tokenize_cut(self, texts: list[str], limit: int) -> list[list[int]]:
+        """With special tokens added; the ends of texts beyond `limit` tokens are left out."""
+        return (await self._ask(TokenizeCut(texts, limit), Tokenized)).tokens
+
+    async def tokenize_pairs(self, first: str, texts: list[str], limit: int) -> Tokenized:
+        """`first` with each of `texts`; the ends of both are left out as far as `limit` demands."""
+        return await self._ask(TokenizePairs(first, texts, limit), Tokenized)
 
     async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
         """(name, JSON arguments) of the calls in `text`; none if garbled."""

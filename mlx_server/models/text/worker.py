@@ -33,7 +33,9 @@ from mlx_server.models.text.protocol import (
     Reply,
     Request,
     Tokenize,
+    TokenizeCut,
     Tokenized,
+    TokenizePairs,
     TokenTable,
     decode_request,
 )
@@ -107,6 +109,11 @@ class TextWorker:
                 return adapter.prepare(prompt, constraint)
             case Tokenize(texts=texts, limit=limit):
                 return Tokenized(adapter.tokenizer.encode_complete(texts, limit))
+            case TokenizeCut(texts=texts, limit=limit):
+                return Tokenized(adapter.tokenizer.encode_cut(texts, limit))
+            case TokenizePairs(first=first, texts=texts, limit=limit):
+                pairs = adapter.tokenizer.encode_pairs(first, texts, limit)
+                return Tokenized([ids for ids, _ in pairs], [second for _, second in pairs])
             case ParseCalls(text=text, tools=tools):
                 return Parsed(adapter.parse_calls(text, tools))
             case Decode(tokens=tokens):
