@@ -140,10 +140,10 @@ class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):
 
     id: int
     texts: list[list[int]]
-    seconds: list[int] = []
     dimensions: int | None = None
     caller: str = ""
     priority: int = 0
+    seconds: list[int] = []
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
