@@ -65,6 +65,7 @@ def test_the_time_of_the_day_goes_behind_what_stays(line: str) -> None:
         ANSWER,
         RESULT | {"content": told},
     ]
+    assert of(system(line), USER) == [USER | {"content": f"Hello\n\n<system>\n{line}\n</system>"}]
     begun = of(first, USER, ANSWER)
     assert begun[1:] == [USER | {"content": f"Hello\n\n<system>\n{line}\n</system>"}, ANSWER]
 
@@ -96,5 +97,5 @@ def test_what_others_than_the_system_say_stays_as_it_is() -> None:
 
 def test_a_long_system_prompt_takes_no_time() -> None:
     started = time.perf_counter()
-    of(system("current " * 100_000 + "now " * 100_000 + "\n" * 100_000), USER)
+    of(system("current " * 100_000 + "now " * 100_000 + "\n" * 100_000 + " " * 500_000), USER)
     assert time.perf_counter() - started < 2

@@ -13,7 +13,6 @@ from mlx_server.engine.protocol import FrameReader, frame
 from mlx_server.engine.spawn import Child, next_line, spawn
 from mlx_server.errors import BadRequest, ServerError, Unavailable
 from mlx_server.events import event
-from mlx_server.models.text.conversations.volatile import settled
 from mlx_server.models.text.protocol import (
     Answer,
     Close,
@@ -34,7 +33,7 @@ from mlx_server.models.text.protocol import (
     TokenizePairs,
     decode_reply,
 )
-from mlx_server.schemas.internal import ChatPrompt, Constraint, Prompt, TokenPrompt
+from mlx_server.schemas.internal import Constraint, Prompt, TokenPrompt
 
 RECEIVE_BYTES = 1 << 18
 ENDED = "The process that prepares prompts ended; ask again."
@@ -164,9 +163,8 @@ class ModelText:
         """
         if isinstance(prompt, TokenPrompt) and constraint is None:
             return Prepared(prompt.ids)
-        if isinstance(prompt, ChatPrompt) and self._process.stable_prompts:
-            prompt = settled(prompt)
-        return await self._ask(Prepare(prompt, constraint, limit), Prepared)
+        stable = self._process.stable_prompts
+        return await self._ask(Prepare(prompt, constraint, limit, stable), Prepared)
 
     async def tokenize_all(self, texts: list[str], limit: int) -> list[list[int]]:
         """With special tokens added. Raises ContextLengthExceeded likewise."""

@@ -27,6 +27,8 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     constraint: Constraint | None
     limit: int
     """In tokens; more may be refused."""
+    stable: bool = False
+    """What changes with every request is taken out of the way."""
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag="tokenize"):

@@ -14,16 +14,16 @@ from mlx_server.schemas.internal import ChatPrompt
 Message = dict[str, Any]
 Messages = list[Message]
 
-BILLING = re.compile(r"\A(?:\s*x-[a-z-]{1,40}-billing-header:[^\n]*(?:\n|\Z))+", re.IGNORECASE)
+BILLING = re.compile(r"\A(?:\s{0,20}x-[a-z-]{1,40}-billing-header:[^\n]*(?:\n|\Z))+", re.IGNORECASE)
 """Lines that begin a system prompt, for those who bill."""
 BUDGET = re.compile(
-    r"^[ \t]*<total_tokens>[^<\n]{1,80}</total_tokens>[ \t]*(?:\n|\Z)", re.MULTILINE
+    r"^[ \t]{0,20}<total_tokens>[^<\n]{1,80}</total_tokens>[ \t]{0,20}(?:\n|\Z)", re.MULTILINE
 )
 """What is left of another service's budget."""
 CLOCK = re.compile(
     r"""
-    ^[ \t]*(?:[-*\#>•]+[ \t]*)?[*_<]{0,3}
-    (?:(?:the|it|today|now)[ \t]+(?:is[ \t]+)?)?
+    ^[ \t]{0,20}(?:[-*\#>•]{1,3}[ \t]{0,3})?[*_<]{0,3}
+    (?:(?:the|it|today|now)[ \t]{1,3}(?:is[ \t]{1,3})?)?
     (?:(?:current|local|present|today's)[ \t_-]{0,3}){0,2}
     (?:now|date|time|day|timestamp|today)
     (?![^\n]{0,20}(?:zone|format|example))
@@ -60,10 +60,11 @@ def _with_clocks_last(messages: Messages) -> Messages:
     last = _last_answered(messages)
     if not lines or last is None:
         return messages
-    moved = [{**one, "content": CLOCK.sub("", str(one.get("content")))} for one in leading]
+    left = [{**one, "content": CLOCK.sub("", str(one.get("content")))} for one in leading]
+    kept = [one for one in left if one["content"].strip()]
     told = MOVED.format(lines="\n".join(lines))
     target = {**messages[last], "content": f"{messages[last].get('content') or ''}\n\n{told}"}
-    return [*moved, *messages[len(leading) : last], target, *messages[last + 1 :]]
+    return [*kept, *messages[len(leading) : last], target, *messages[last + 1 :]]
 
 
 def _last_answered(messages: Sequence[Message]) -> int | None:
