@@ -14,7 +14,7 @@ from tests.support.rehearsal import Play, build_rehearsed_model
 from tests.support.server import Server
 
 REQUEST = re.compile(r"event=request .*?method=(\S+) path=(\S+) status=(\d+)")
-PROGRAM_SECONDS = 240
+PROGRAM_SECONDS = 600
 Request = tuple[str, str, int]
 KEPT = ("LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_CERT_FILE")
 

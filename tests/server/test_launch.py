@@ -18,7 +18,7 @@ import pytest
 from tests.server.conftest import MODEL
 from tests.support.server import CHAT, Server, chat
 
-LAUNCH = [sys.executable, "-m", "mlx_server", "launch", "llm"]
+LAUNCH = [sys.executable, "-P", "-m", "mlx_server", "launch", "llm"]
 SECONDS = 60.0
 MARK = "TEST_LAUNCH"
 
@@ -40,6 +40,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
     program.parent.mkdir()
     program.write_text(PROGRAM.format(python=sys.executable))
     program.chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "random.py").write_text("raise ImportError('the user has a module of this name')")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     return os.environ | {
@@ -58,6 +61,7 @@ def launched(
     """The process, and what the program in it says it was given."""
     process = subprocess.Popen(
         [*LAUNCH, *arguments],
+        cwd=Path(environment[MARK]) / "work",
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -98,7 +102,7 @@ def assert_clean(environment: dict[str, str]) -> None:
         time.sleep(0.05)
 
 
-def test_a_program_gets_a_server_of_its_own_and_its_exit_code_is_passed_on(
+def test_a_program_gets_a_server_of_its_own_and_leaves_nothing_even_when_it_is_killed(
     environment: dict[str, str], tiny_model: Path
 ) -> None:
     with launched(environment, "--model", str(tiny_model)) as (process, given):
@@ -107,26 +111,19 @@ def test_a_program_gets_a_server_of_its_own_and_its_exit_code_is_passed_on(
         base = entry["api_base"].removesuffix("/v1")
         answer = httpx.post(base + CHAT, json=chat(MODEL, max_tokens=2), trust_env=False)
         assert answer.status_code == 200
-        # The program is the process that was started: a signal needs no passing on.
-        assert given["pid"] == process.pid
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(SECONDS) == 23
-        assert_clean(environment)
-
-
-def test_a_killed_program_leaves_nothing(environment: dict[str, str], tiny_model: Path) -> None:
-    with launched(environment, "--model", str(tiny_model)) as (process, _):
         process.kill()
         process.wait(SECONDS)
         assert_clean(environment)
 
 
-def test_a_server_that_runs_is_used_and_left_running(
+def test_a_server_that_runs_is_used_and_left_running_and_signals_are_the_programs(
     environment: dict[str, str], server: Server
 ) -> None:
     environment["MLX_SERVER_PORT"] = server.url.rpartition(":")[2]
     with launched(environment) as (process, given):
         assert models_told(given)[0]["api_base"] == f"{server.url}/v1"
+        # The program is the process that was started: a signal needs no passing on.
+        assert given["pid"] == process.pid
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 23
         assert_clean(environment)

@@ -85,6 +85,8 @@ def start_keeper(folder: Path, server: list[str]) -> None:
     """It lives for as long as this process, whatever program that becomes."""
     subprocess.Popen(
         [sys.executable, "-m", f"{__package__}.keeper", str(os.getpid()), str(folder), *server],
+        # Modules of the folder that the user works in are none of ours.
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
