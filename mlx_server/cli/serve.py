@@ -91,7 +91,7 @@ def _serve(settings: "Settings") -> None:
         more = bind(settings.host, settings.ollama_port, addresses)
         settings = settings.model_copy(update={"ollama_port": more[0].getsockname()[1]})
         sockets += more
-    _run(settings, _catalog_with_models(settings), sockets)
+    _run(settings, catalog_with_models(settings), sockets)
 
 
 def _require_key(settings: "Settings", addresses: list[Address]) -> None:
@@ -109,7 +109,8 @@ def _require_key(settings: "Settings", addresses: list[Address]) -> None:
     )
 
 
-def _catalog_with_models(settings: "Settings") -> "Catalog":
+def catalog_with_models(settings: "Settings") -> "Catalog":
+    """Fetches those of `settings.models` that are not here."""
     from mlx_server.models.store.catalog import Catalog
     from mlx_server.models.store.fetch import can_fetch
     from mlx_server.models.store.sources import ModelSources
