@@ -37,6 +37,7 @@ async def spawn(module: str) -> Child:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",
                 "-m",
                 module,
                 str(child.fileno()),

@@ -18,6 +18,7 @@ from mlx_lm.utils import load_model
 from mlx_server.engine import spawn
 from mlx_server.engine.protocol import HEADER, LoadOptions, Row, Sampling
 from mlx_server.errors import EngineFailed, ModelLoadFailed
+from mlx_server.models.pool.device import find_device
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
 from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model
@@ -292,3 +293,12 @@ async def test_a_folder_that_cannot_be_loaded_says_why(
     with pytest.raises(ModelLoadFailed, match=f"(?i){says}"):
         await DirectEngine.start("tiny", path, LoadOptions())
     assert set(psutil.Process().children(recursive=True)) <= children
+
+
+async def test_what_lies_in_the_folder_that_a_server_is_started_in_is_no_module_of_its_engines(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('of the user')")
+    monkeypatch.chdir(tmp_path)
+    async with started(tiny_model):
+        assert (await find_device()).name

@@ -15,6 +15,7 @@ async def find_device() -> Device:
     """Raises Unavailable if MLX cannot be imported or used."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",
         "-m",
         "mlx_server.engine.probe",
         stdin=asyncio.subprocess.DEVNULL,

@@ -108,7 +108,7 @@ def _pip_command(package: Package, staging: Path) -> list[str]:
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--progress-bar", "off"]
     options += ["--no-input", "--disable-pip-version-check", "--quiet"]
     options += ["--dest", str(staging), "--requirement", str(requirements)]
-    return [sys.executable, "-m", "pip", "download", *options]
+    return [sys.executable, "-P", "-m", "pip", "download", *options]
 
 
 def _report_growth(

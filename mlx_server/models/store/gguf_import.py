@@ -96,7 +96,7 @@ def _origin(source: Path, bits: int | None) -> dict[str, Any]:
 def _run_conversion(source: Path, folder: Path, bits: int | None) -> None:
     wanted = [] if bits is None else [str(bits)]
     done = subprocess.run(
-        [sys.executable, "-m", gguf.__name__, str(source), str(folder), *wanted],
+        [sys.executable, "-P", "-m", gguf.__name__, str(source), str(folder), *wanted],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
