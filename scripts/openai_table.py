@@ -11,11 +11,13 @@ from pydantic.fields import FieldInfo
 from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
 from mlx_server.schemas.openai.completions import CompletionRequest
+from mlx_server.schemas.openai.responses.requests import ResponseRequest
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "openai.md"
 REQUESTS: dict[str, type[RequestObject]] = {
     "chat completions": ChatCompletionRequest,
     "completions": CompletionRequest,
+    "responses": ResponseRequest,
 }
 HONOURED, TOLERATED, REFUSED = "honoured", "tolerated", "refused"
 

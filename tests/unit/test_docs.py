@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
 
 from mlx_server.config import Settings
 from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
 from mlx_server.schemas.openai.completions import CompletionRequest
+from mlx_server.schemas.openai.responses.requests import ResponseRequest
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -41,6 +43,7 @@ def test_the_tables_of_openais_parameters_are_fresh() -> None:
     [
         (ChatCompletionRequest, chat_params.CompletionCreateParamsStreaming),
         (CompletionRequest, text_params.CompletionCreateParamsStreaming),
+        (ResponseRequest, response_params.ResponseCreateParamsBase),
     ],
 )
 def test_every_parameter_that_openai_knows_has_one_fate(

@@ -49,6 +49,8 @@ class Wire:
     """Encodes an event, given its number from 0."""
     ping: bytes
     """Sent at intervals to keep silent streams open."""
+    idle_events: bool = False
+    """Silent streams repeat an event without content instead, since clients count events."""
     end: bytes = b""
     """Follows the last event of a successful stream."""
     media_type: str = "text/event-stream; charset=utf-8"
