@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS items (
     record TEXT NOT NULL REFERENCES records ON DELETE CASCADE, position INTEGER NOT NULL,
     id TEXT NOT NULL, output INTEGER NOT NULL, body BLOB NOT NULL,
     PRIMARY KEY (record, position)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS records_by_use ON records (used);
+CREATE INDEX IF NOT EXISTS records_by_use ON records (used, size);
 CREATE INDEX IF NOT EXISTS items_by_id ON items (id);
 """
 
@@ -87,9 +87,11 @@ class Records:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="records")
 
     async def close(self) -> None:
-        if self._connection is not None:
-            await self._run(lambda connection: connection.close())
-            self._connection = None
+        def work() -> None:
+            if self._connection is not None:
+                self._connection.close()
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, work)
         self._thread.shutdown(wait=False)
 
     async def keep(
@@ -238,10 +240,8 @@ class Records:
 
 def _connect(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Transactions are begun and ended in words; `close` may come from another thread.
-    connection = sqlite3.connect(
-        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-    )
+    # Transactions are begun and ended in words.
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         with closing(connection.executescript(TABLES)):
             return connection

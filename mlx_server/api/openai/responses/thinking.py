@@ -4,7 +4,7 @@ import hmac
 import os
 import secrets
 import zlib
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64decode, urlsafe_b64encode
 from binascii import Error as NotBase64
 from contextlib import suppress
 from hashlib import sha256
@@ -37,7 +37,7 @@ class Sealer:
             "The encrypted content could not be verified.", code="invalid_encrypted_content"
         )
         try:
-            raw = urlsafe_b64decode(sealed.removeprefix(MARK).encode())
+            raw = b64decode(sealed.removeprefix(MARK).encode(), b"-_", validate=True)
         except (NotBase64, ValueError):
             raise refusal from None
         seal, data = raw[:SEAL_BYTES], raw[SEAL_BYTES:]

@@ -30,6 +30,7 @@ def chat_request(
         "tool_choice": box.choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning.effort,
+        "thinking_budget": body.thinking_budget,
         "response_format": _format(body.text),
         "chat_template_kwargs": _variables(body),
         **{name: getattr(body, name) for name in SAMPLING & body.model_fields_set},

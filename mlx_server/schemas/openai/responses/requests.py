@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.objects import INT64_MAX, Refusal, RequestObject, empty, never
-from mlx_server.schemas.openai.chat import ReasoningEffort
+from mlx_server.schemas.objects import INT32_MAX, INT64_MAX, Refusal, RequestObject, empty, never
+from mlx_server.schemas.openai.chat import NO_LIMIT, ReasoningEffort
 from mlx_server.schemas.openai.common import GenerationRequest, ModelChoice, Name
 from mlx_server.schemas.openai.constraints import Schema
 from mlx_server.schemas.openai.responses.items import Items
@@ -88,6 +88,9 @@ class InputOptions(RequestObject):
     text: TextOptions = Field(default_factory=TextOptions)
     truncation: Literal["auto", "disabled"] = Field(
         "disabled", description="`auto` leaves out the oldest items of what does not fit."
+    )
+    thinking_budget: int | None = Field(
+        None, ge=NO_LIMIT, le=INT32_MAX, description="As in chat completions."
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the model's chat template."
