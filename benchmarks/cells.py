@@ -19,13 +19,13 @@ from benchmarks.client import (
     GREEDY,
     Answer,
     Endpoint,
-    Message,
     Request,
     ask,
     ask_all,
     user,
     wait_for,
 )
+from benchmarks.dialects import CHAT, MESSAGES, Dialect, Message
 from benchmarks.measures import RATE, Figures, Outcome, percentile, throughput
 from benchmarks.prompts import Texts, distinct_prompts
 from benchmarks.servers import Bench, Job, Running, Server, in_process
@@ -39,6 +39,7 @@ LONG_PROMPT_TOKENS, LONG_ANSWER_TOKENS = 4000, 8
 STREAM_TOKENS, STREAM_TOKENS_BEFORE = 400, 40
 SAMPLERS, SAMPLERS_PROMPT_TOKENS = 32, 40
 FRONT_STREAMS, FRONT_TOKENS = 16, 128
+FRONT_DIALECTS = (CHAT, MESSAGES)
 
 
 class Peers(Enum):
@@ -124,9 +125,10 @@ def ask_job(
     max_tokens: int,
     options: dict[str, Any],
     streams: int | None = None,
+    dialect: Dialect = CHAT,
 ) -> list[Answer]:
     """The answers to `prompts`, all asked alike."""
-    requests = [Request([user(prompt)], max_tokens, options) for prompt in prompts]
+    requests = [Request([user(prompt)], max_tokens, options, dialect) for prompt in prompts]
     return wait_for(ask_all(endpoint, requests, streams))
 
 
@@ -292,20 +294,33 @@ def _sampler(index: int) -> dict[str, Any]:
 
 
 def front_cpu(bench: Bench, server: Server, number: int) -> Iterator[Outcome]:
-    """The processor time of the processes between the client and the engine."""
-    options = {**GREEDY, "ignore_eos": True}
-    prompts = distinct_prompts(2 * FRONT_STREAMS, bench.seed)
+    """The processor time of the processes between the client and the engine, by protocol."""
+    streams, count = FRONT_STREAMS, len(FRONT_DIALECTS)
+    prompts = distinct_prompts((1 + count) * streams, bench.seed)
     with server.running(bench) as running:
-        ask_job(running.endpoint, prompts[:FRONT_STREAMS], WARM_UP_TOKENS, options)
-        processes = _processes(running)
-        before = {name: _cpu_seconds(process) for name, process in processes.items()}
-        answers = ask_job(running.endpoint, prompts[FRONT_STREAMS:], FRONT_TOKENS, options)
-        used = {name: _cpu_seconds(one) - before[name] for name, one in processes.items()}
-    figures = throughput(answers, FRONT_TOKENS)
-    shares = {
-        f"{name} CPU µs/token": seconds / figures["tokens"] * 1e6 for name, seconds in used.items()
-    }
-    yield f"{FRONT_STREAMS} streams", shares | {name: figures[name] for name in (RATE, "tokens")}
+        warm_ups, *asked = (prompts[i * streams : (i + 1) * streams] for i in range(1 + count))
+        for dialect in FRONT_DIALECTS:
+            options = {**GREEDY, "ignore_eos": True} if dialect.knows_ignore_eos else GREEDY
+            ask = partial(ask_job, running.endpoint, options=options, dialect=dialect)
+            ask(warm_ups, WARM_UP_TOKENS)
+            answers, used = _used(running, partial(ask, asked.pop(), FRONT_TOKENS))
+            figures = throughput(answers, FRONT_TOKENS)
+            shares = {
+                f"{name} CPU µs/token": seconds / figures["tokens"] * 1e6
+                for name, seconds in used.items()
+            }
+            told = {name: figures[name] for name in (RATE, "tokens")}
+            yield f"{streams} streams, {dialect.name}", shares | told
+
+
+def _used(
+    running: Running, job: Callable[[], list[Answer]]
+) -> tuple[list[Answer], dict[str, float]]:
+    """The answers, and the seconds of processor time of each process meanwhile."""
+    processes = _processes(running)
+    before = {name: _cpu_seconds(process) for name, process in processes.items()}
+    answers = job()
+    return answers, {name: _cpu_seconds(one) - before[name] for name, one in processes.items()}
 
 
 def _processes(running: Running) -> dict[str, psutil.Process]:
@@ -397,9 +412,9 @@ GROUPS = {
     ),
     "front": Group(
         title="CPU of the front",
-        told=f"User and system time of each process during {FRONT_STREAMS} greedy streams of "
-        f"{FRONT_TOKENS} tokens, requests' beginnings and timers included, divided by the tokens "
-        "streamed.",
+        told=f"User and system time of each process during {FRONT_STREAMS} greedy streams of up "
+        f"to {FRONT_TOKENS} tokens in each protocol, requests' beginnings and timers included, "
+        "divided by the tokens streamed.",
         run=front_cpu,
         peers=Peers.NONE,
         targets=[Target("front CPU µs/token", "≤", 150.0)],

@@ -1,4 +1,4 @@
-"""The load generator: streams answers from OpenAI-compatible servers and notes when text comes.
+"""The load generator: streams answers from servers and notes when text comes.
 
 A bare HTTP/1.1 client over asyncio streams, to leave the machine's cores to the servers, which run
 in processes of their own.
@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-Message = dict[str, str]
-"""An OpenAI chat message: `role` and `content`."""
+from benchmarks.dialects import CHAT, Dialect, Message, Tokens
+
 GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0}
 
 T = TypeVar("T")
@@ -34,11 +34,12 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Request:
-    """One chat completion; `options` are further fields of its body."""
+    """One answer to a conversation; `options` are further fields of its body."""
 
     messages: Sequence[Message]
     max_tokens: int
     options: dict[str, Any] = field(default_factory=lambda: GREEDY)
+    dialect: Dialect = CHAT
 
 
 @dataclass(frozen=True)
@@ -95,53 +96,41 @@ async def ask(
     endpoint: Endpoint, request: Request, note: Callable[[int], None] = lambda count: None
 ) -> Answer:
     """One answer; `note` is called with the number of pieces whenever a piece of text came."""
-    body = _body(endpoint.model, request)
+    dialect = request.dialect
+    asked = dialect.body(request.messages, request.max_tokens)
+    body = msgspec.json.encode({"model": endpoint.model} | asked | request.options)
     reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, limit=_LINE_LIMIT)
     arrivals: list[float] = []
     pieces: list[str] = []
-    usage: dict[str, Any] = {}
+    tokens: Tokens | None = None
     try:
         sent = time.perf_counter()
-        writer.write(_head(endpoint, len(body)) + body)
+        writer.write(_head(endpoint, dialect.path, len(body)) + body)
         async for event in _events(reader):
-            if text := _text(event):
+            if text := dialect.text(event):
                 arrivals.append(time.perf_counter())
                 pieces.append(text)
                 note(len(pieces))
-            usage = event.get("usage") or usage
+            tokens = dialect.tokens(event) or tokens
         ended = time.perf_counter()
     finally:
         writer.close()
-    if not arrivals or not usage:
+    if not arrivals or tokens is None:
         raise RuntimeError("the stream ended without text or without usage")
-    details = usage.get("prompt_tokens_details") or {}
     return Answer(
         sent=sent,
         arrivals=arrivals,
         ended=ended,
         text="".join(pieces),
-        prompt_tokens=int(usage["prompt_tokens"]),
-        completion_tokens=int(usage["completion_tokens"]),
-        cached_tokens=int(details.get("cached_tokens") or 0),
+        prompt_tokens=tokens.prompt,
+        completion_tokens=tokens.completion,
+        cached_tokens=tokens.cached,
     )
 
 
-def _body(model: str, request: Request) -> bytes:
-    return msgspec.json.encode(
-        {
-            "model": model,
-            "messages": request.messages,
-            "max_tokens": request.max_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        | request.options
-    )
-
-
-def _head(endpoint: Endpoint, length: int) -> bytes:
+def _head(endpoint: Endpoint, path: str, length: int) -> bytes:
     return (
-        "POST /v1/chat/completions HTTP/1.1\r\n"
+        f"POST {path} HTTP/1.1\r\n"
         f"Host: {endpoint.host}:{endpoint.port}\r\n"
         "Content-Type: application/json\r\n"
         f"Content-Length: {length}\r\n"
@@ -149,15 +138,8 @@ def _head(endpoint: Endpoint, length: int) -> bytes:
     ).encode()
 
 
-def _text(event: dict[str, Any]) -> str:
-    """The text that the chunk carries; the first one of OpenAI's carries only the role."""
-    kinds = ("content", "reasoning_content", "reasoning")
-    deltas = (choice["delta"] for choice in event["choices"])
-    return "".join(next(filter(None, map(delta.get, kinds)), "") for delta in deltas)
-
-
 async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of every server-sent event up to `[DONE]`."""
+    """The JSON of every server-sent event but `[DONE]`."""
     status, chunked = await _response_head(reader)
     if status != 200:
         raise RuntimeError(f"status {status}: {(await reader.read(2000)).decode(errors='replace')}")

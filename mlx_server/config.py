@@ -59,6 +59,13 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    ollama_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="A second port to listen on, for programs that look for Ollama there: 11434; 0 "
+        "takes a free one.",
+    )
     models: list[str] = Field(
         default_factory=list, description="Models to load at start: ids, aliases or paths."
     )
@@ -69,7 +76,9 @@ class Settings(BaseSettings):
         default_factory=list, description="Further folders whose sub-folders are MLX models."
     )
     aliases: dict[str, str] = Field(
-        default_factory=dict, description="Other names for models: alias to id."
+        default_factory=dict,
+        description="Other names for models: alias to id. `*` in an alias is any text, such as "
+        "`claude-*`, and the longest one counts; `default` is also for requests without a model.",
     )
     adapters: dict[str, UserPath] = Field(
         default_factory=dict,
@@ -188,6 +197,11 @@ class Settings(BaseSettings):
         description="How much of a model's KV memory may cache prefixes for requests that begin "
         "alike: a share or bytes; `0` caches nothing. Running requests come first.",
     )
+    stable_prompts: bool = Field(
+        True,
+        description="Leave out of conversations, or move behind what stays, what programs change "
+        "in the head of every request: see `docs/caching.md`.",
+    )
     disk_cache: str = Field(
         "8GB",
         pattern=SIZE_OR_OFF,
@@ -299,6 +313,10 @@ class Settings(BaseSettings):
     def keep_alive_of(self, model_id: str) -> float | None:
         """Seconds; None for ever."""
         return parse_seconds(self.keep_alive_by_model.get(model_id, self.keep_alive))
+
+    @property
+    def caches_prefixes(self) -> bool:
+        return parse_bytes(self.prefix_cache, 1 << 40) > 0
 
     @property
     def models_folder(self) -> Path:

@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from mlx_server import __version__
 from mlx_server.api import description, health, metrics
 from mlx_server.api.admin import ADMIN
+from mlx_server.api.anthropic.routes import ANTHROPIC
 from mlx_server.api.http import failures
 from mlx_server.api.http.body_limit import BodyLimit
 from mlx_server.api.http.context import RequestContext
@@ -20,8 +21,10 @@ from mlx_server.api.http.limits import RateLimits
 from mlx_server.api.http.openapi import any_error, documented
 from mlx_server.api.http.stopping import Stopping
 from mlx_server.api.http.wire import ApiProtocol, Wires
+from mlx_server.api.ollama.routes import OLLAMA
 from mlx_server.api.openai.responses.thinking import Sealer
 from mlx_server.api.openai.routes import OPENAI, RESPONSES
+from mlx_server.api.rerank.routes import RERANK
 from mlx_server.config import Settings
 from mlx_server.events import setup_logging
 from mlx_server.keys import KeyRing, warn_if_exposed
@@ -39,7 +42,8 @@ from mlx_server.units import parse_seconds
 # FastAPI's own request spans: one per request, none per chunk, no bodies or arguments.
 REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)
 
-PROTOCOLS = (OPENAI, RESPONSES, ADMIN)
+# Before OpenAI, which takes what remains of the paths that they share.
+PROTOCOLS = (ANTHROPIC, OLLAMA, RERANK, OPENAI, RESPONSES, ADMIN)
 OTHERS = ApiProtocol(
     wire=OPENAI.wire, routers=(health.router, metrics.router, description.router), prefixes=()
 )

@@ -35,6 +35,8 @@ class Accepted:
     model: str
     """Its id, never an alias."""
     prompts: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    """Of all prompts."""
 
 
 class AnswerFormat(Protocol):
@@ -137,9 +139,11 @@ class Generator:
     async def _accepted(self, generations: Sequence[Generation]) -> Accepted:
         model = generations[0].model
         self.timer.opened(model)
+        tokens = sum(one.prompt_tokens for one in generations)
         if not self.formats.echo:
-            return Accepted(model)
-        return Accepted(model, tuple([await one.prompt_text() for one in generations]))
+            return Accepted(model, prompt_tokens=tokens)
+        texts = [await one.prompt_text() for one in generations]
+        return Accepted(model, tuple(texts), tokens)
 
 
 async def _alone(events: Sequence[StreamEvent]) -> AsyncGenerator[Sequence[StreamEvent], None]:

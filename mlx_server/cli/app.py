@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mlx_server import __version__
+from mlx_server.cli.launch.command import launch
 from mlx_server.cli.model_commands import list_models, pull, rm
 from mlx_server.cli.options import CommandError
 from mlx_server.cli.ps import ps
@@ -26,6 +27,7 @@ app.command()(serve)
 app.command()(pull)
 app.command("list")(list_models)
 app.command()(ps)
+app.command()(launch)
 app.command()(rm)
 
 

@@ -34,7 +34,7 @@ def ps(
     from rich.console import Console
 
     settings = load_settings(config, host=host, port=port)
-    models = _ask(_url(settings.host, settings.port), api_key or _first_key(settings))
+    models = _ask(url_of(settings.host, settings.port), api_key or _first_key(settings))
     present = [model for model in models if model["state"] != "absent"]
     if not present:
         print("No model is loaded.")
@@ -42,7 +42,7 @@ def ps(
     Console().print(_table(present))
 
 
-def _url(host: str, port: int) -> str:
+def url_of(host: str, port: int) -> str:
     host = WILDCARDS.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -28,6 +28,9 @@ def serve(
     ] = None,
     host: Annotated[str | None, Option(help="Address to listen on (default 127.0.0.1).")] = None,
     port: Annotated[int | None, Option(help="Port; 0 takes a free one (default 8000).")] = None,
+    ollama_port: Annotated[
+        int | None, Option(help="A second port, for programs that look for Ollama: 11434.")
+    ] = None,
     api_key: Annotated[
         list[str] | None, Option(metavar="KEY", help="A key that callers must show. Repeatable.")
     ] = None,
@@ -64,6 +67,7 @@ def serve(
         models=model or None,
         host=host,
         port=port,
+        ollama_port=ollama_port,
         api_keys=api_key or None,
         allow_no_key=allow_no_key or None,
         model_dirs=model_dir or None,
@@ -83,7 +87,11 @@ def _serve(settings: "Settings") -> None:
     # Before loading, so that a port in use is reported at once.
     sockets = bind(settings.host, settings.port, addresses)
     settings = settings.model_copy(update={"port": sockets[0].getsockname()[1]})
-    _run(settings, _catalog_with_models(settings), sockets)
+    if settings.ollama_port is not None:
+        more = bind(settings.host, settings.ollama_port, addresses)
+        settings = settings.model_copy(update={"ollama_port": more[0].getsockname()[1]})
+        sockets += more
+    _run(settings, catalog_with_models(settings), sockets)
 
 
 def _require_key(settings: "Settings", addresses: list[Address]) -> None:
@@ -101,7 +109,8 @@ def _require_key(settings: "Settings", addresses: list[Address]) -> None:
     )
 
 
-def _catalog_with_models(settings: "Settings") -> "Catalog":
+def catalog_with_models(settings: "Settings") -> "Catalog":
+    """Fetches those of `settings.models` that are not here."""
     from mlx_server.models.store.catalog import Catalog
     from mlx_server.models.store.fetch import can_fetch
     from mlx_server.models.store.sources import ModelSources
@@ -150,4 +159,6 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
 def _greeting(settings: "Settings") -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     models = ", ".join(settings.models) or "on demand"
-    return f"mlx-server {__version__} answers at http://{host}:{settings.port} (models: {models})"
+    also = f" and as Ollama at port {settings.ollama_port}" if settings.ollama_port else ""
+    place = f"http://{host}:{settings.port}{also}"
+    return f"mlx-server {__version__} answers at {place} (models: {models})"

@@ -77,10 +77,13 @@ PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "l
 
 
 class Embedding(msgspec.Struct, frozen=True):
-    """Vectors of several ways of `pooling` are concatenated; `normalize` scales to length 1."""
+    """Vectors of several ways of `pooling` are concatenated; `normalize` scales to length 1. With
+    `scores` the model judges pairs of texts, and gives one number in place of a vector.
+    """
 
     pooling: list[PoolingMode]
     normalize: bool
+    scores: bool = False
 
 
 # front → engine
@@ -131,7 +134,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
 class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):
     """Make vectors of `texts`, in any order; an empty one has been done by an earlier engine.
 
-    `dimensions` keeps that many numbers, scaled to length 1.
+    `dimensions` keeps that many numbers, scaled to length 1. `seconds`: of pairs, where in each the
+    second text begins.
     """
 
     id: int
@@ -139,6 +143,7 @@ class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):
     dimensions: int | None = None
     caller: str = ""
     priority: int = 0
+    seconds: list[int] = []
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

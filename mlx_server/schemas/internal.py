@@ -132,6 +132,18 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds: until the model was there, from the engine's start on the prompt to the first token,
+    from there to the last, and altogether since the request came.
+    """
+
+    load: float
+    prefill: float
+    decode: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
 class PromptScored:
     """Sent first, once, if `prompt_logprobs` are set."""
 
@@ -175,6 +187,9 @@ class Finished:
     choice: int
     reason: Literal["stop", "length", "tool_calls"]
     usage: Usage
+    stop: str | None = None
+    """The stop string that ended it."""
+    timing: Timing | None = field(default=None, compare=False)
 
 
 Event = PromptScored | TextDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | Finished

@@ -36,6 +36,7 @@ class Refusal:
 
     harmless: Callable[[Any, dict[str, Any]], bool]
     hint: str = "leave it out"
+    code: str = "unsupported_parameter"
 
 
 def never(value: Any, body: dict[str, Any]) -> bool:
@@ -103,11 +104,13 @@ def _refuse(unsupported: Mapping[str, Refusal], body: dict[str, Any]) -> None:
             raise BadRequest(
                 f"`{name}` is not supported by this server: {refusal.hint}.",
                 param=name,
-                code="unsupported_parameter",
+                code=refusal.code,
             )
 
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,256}$")]
+"""Of a tool. Far more than protocols allow: MCP servers and clients' prefixes make odd names."""
 
 
 def _seconds(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Embeddings: texts → tokens → vectors."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -17,12 +18,19 @@ from mlx_server.telemetry import embeddings_span
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRequest:
-    """`dimensions` truncates vectors and normalizes them; None keeps all."""
+    """`dimensions` truncates vectors and normalizes them; None keeps all. `cut` shortens texts to
+    the context.
+    """
 
     model: str
     inputs: list[str] | list[list[int]]
     caller: Caller
+    query: str | None = None
+    """To score the inputs, which are texts, against: a model that judges pairs gives one number for
+    each, any other the vector of the query, then those of the inputs.
+    """
     dimensions: int | None = None
+    cut: bool = False
     priority: int = 0
     keep_alive: float | None = None
     """Seconds; None: per settings."""
@@ -45,21 +53,28 @@ class EmbeddingService:
             span = stack.enter_context(
                 embeddings_span(request.model, len(request.inputs), caller.request_id)
             )
+            asked = time.monotonic()
             model = await stack.enter_async_context(
-                self._pool.acquire(request.model, request.keep_alive, "embed")
+                self._pool.acquire(
+                    request.model,
+                    request.keep_alive,
+                    "embed" if request.query is None else "rank",
+                )
             )
-            texts = await _prepare(request, model)
+            load_seconds = time.monotonic() - asked
+            texts, seconds = await _prepare(request, model)
             self._backpressure.check_queue(model.id, model.engine.in_flight, 1)
             stack.enter_context(self._backpressure.timed(model.id))
             engine_request = Embed(
                 id=0,  # set by the supervisor
                 texts=texts,
+                seconds=seconds,
                 dimensions=request.dimensions,
                 caller=caller.key,
                 priority=request.priority,
             )
             stream = stack.enter_context(model.engine.embed(engine_request, caller.request_id))
-            vectors = Vectors(model, texts, stream)
+            vectors = Vectors(model, texts, stream, load_seconds)
             span.accepted(model.id, vectors.prompt_tokens)
             if caller.charge is not None:
                 stack.push_async_callback(caller.charge, vectors.prompt_tokens)
@@ -68,8 +83,17 @@ class EmbeddingService:
 
 
 class Vectors:
-    def __init__(self, model: LoadedModel, texts: list[list[int]], stream: RowStream) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        texts: list[list[int]],
+        stream: RowStream,
+        load_seconds: float,
+    ) -> None:
         self.model = model.id
+        self.scores = model.scores
+        self.count = len(texts)
+        self.load_seconds = load_seconds
         self.prompt_tokens = sum(map(len, texts))
         self._stream = stream
 
@@ -83,19 +107,29 @@ class Vectors:
                 yield row.vectors
 
 
-async def _prepare(request: EmbeddingRequest, model: LoadedModel) -> list[list[int]]:
+async def _prepare(
+    request: EmbeddingRequest, model: LoadedModel
+) -> tuple[list[list[int]], list[int]]:
+    """Tokens, and where the second texts of pairs begin."""
     context, width = model.facts.context_length, model.facts.width
     if width == 0:  # loaded before its folder changed
         raise BadRequest("This model makes no embeddings.", param="model")
     if request.dimensions is not None and request.dimensions > width:
         raise BadRequest(f"`dimensions` is at most {width} for this model.", param="dimensions")
     texts = [one for one in request.inputs if isinstance(one, str)]
+    if request.query is not None:
+        if model.scores:
+            pairs = await model.text.tokenize_pairs(request.query, texts, context)
+            return pairs.tokens, pairs.seconds
+        texts.insert(0, request.query)
     tokens = [one for one in request.inputs if not isinstance(one, str)]
-    if texts:
+    if texts and request.cut:
+        tokens = await model.text.tokenize_cut(texts, context)
+    elif texts:
         tokens = await model.text.tokenize_all(texts, context)
     for index, text in enumerate(tokens):
         _check(index, text, model)
-    return tokens
+    return tokens, []
 
 
 def _check(index: int, tokens: list[int], model: LoadedModel) -> None:

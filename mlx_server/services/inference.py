@@ -2,9 +2,10 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -23,6 +24,7 @@ from mlx_server.schemas.internal import (
     Finished,
     InferenceRequest,
     PromptScored,
+    Timing,
 )
 from mlx_server.services.backpressure import Backpressure, check_priority
 from mlx_server.services.output.channels import ChannelReader
@@ -52,12 +54,14 @@ class InferenceService:
         first = requests[0]
         check_priority(first.caller, first.priority)
         arrived = asyncio.get_running_loop().time()
+        clock = Clock()
         async with AsyncExitStack() as stack:
             spans = [stack.enter_context(inference_span(request)) for request in requests]
             # Once for all: a second acquisition could deadlock on a model change.
             model = await stack.enter_async_context(
                 self._pool.acquire(first.model, first.keep_alive)
             )
+            clock.loaded()
             spelled = [spell(request.prompt, model.text.syntax.calls) for request in requests]
             requests = [replace(r, prompt=s.prompt) for r, s in zip(requests, spelled, strict=True)]
             prompts = [await _prepare(request, model) for request in requests]
@@ -72,7 +76,9 @@ class InferenceService:
                 choices = _engine_requests(prompt, request, model)
                 stream = model.engine.generate(choices, request.caller.request_id)
                 streams.append(stack.enter_context(stream))
-                generation = Generation(request, model, prompt, stream, span, one.names)
+                generation = Generation(
+                    request, model, prompt, stream, span, one.names, replace(clock)
+                )
                 generations.append(generation)
                 stack.push_async_callback(generation.settle)
             stack.enter_context(self._backpressure.timeouts(streams, arrived, model.id))
@@ -88,6 +94,7 @@ class Generation:
         stream: RowStream,
         span: InferenceSpan,
         names: Mapping[str, str],
+        clock: "Clock",
     ) -> None:
         """`names` are tools' own, by their stand-ins in `request`."""
         self.model = model.id
@@ -97,6 +104,7 @@ class Generation:
         self._tokens = prompt.tokens
         self._stream = stream
         self._span = span
+        self._clock = clock
         self._charge = request.caller.charge
         self._choices = [
             _choice(index, request, prompt, model.text, names) for index in range(request.n)
@@ -142,11 +150,41 @@ class Generation:
 
     def _observe(self, events: list[Event], row: Row) -> None:
         if row.tokens:
+            self._clock.first_token()
             self._span.first_token()
         if events and isinstance(last := events[-1], Finished):
+            events[-1] = replace(last, timing=self._clock.timing(self._stream.begun_at))
             self._span.finished(last)
             if row.finish is None:  # ended by a stop string or a call
                 self._stream.abort(last.choice)
+
+
+@dataclass(slots=True)
+class Clock:
+    """What a request took; monotonic seconds."""
+
+    started_at: float = field(default_factory=time.monotonic)
+    loaded_at: float | None = None
+    token_at: float | None = None
+
+    def loaded(self) -> None:
+        self.loaded_at = time.monotonic()
+
+    def first_token(self) -> None:
+        if self.token_at is None:
+            self.token_at = time.monotonic()
+
+    def timing(self, begun_at: float | None) -> Timing:
+        now = time.monotonic()
+        loaded = self.loaded_at or now
+        begun = begun_at or loaded
+        first = self.token_at or now
+        return Timing(
+            load=loaded - self.started_at,
+            prefill=max(0.0, first - begun),
+            decode=now - first,
+            total=now - self.started_at,
+        )
 
 
 async def _prepare(request: InferenceRequest, model: LoadedModel) -> Prepared:
@@ -167,13 +205,14 @@ def _check_length(length: int, request: InferenceRequest, model: LoadedModel) ->
     least = 0 if request.max_tokens == 0 else 1
     if length + least > context:
         raise ContextLengthExceeded(
-            f"This model's context holds {context} tokens, and the prompt has {length}.",
+            # Agents find the numbers by this wording.
+            f"The prompt is too long: {length} tokens > {context} maximum of this model's context.",
             param=param,
         )
     if length + least > longest:
         raise BadRequest(
-            f"A prompt of {length} tokens can never fit: the KV cache of "
-            f"{model.facts.kv_limit:,} bytes holds {longest} tokens of one request.",
+            f"The prompt is too long: {length} tokens > {longest} maximum of one request in the "
+            f"KV cache of {model.facts.kv_limit:,} bytes.",
             param=param,
             code="insufficient_memory",
         )

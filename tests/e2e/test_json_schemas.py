@@ -76,7 +76,7 @@ async def outcomes(client: httpx.AsyncClient, schemas: list[Any]) -> Counter[str
     return counted
 
 
-@pytest.mark.parametrize("step", [25, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("step", [50, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.timeout(900)
 async def test_every_document_that_ends_validates_and_nothing_reasonable_is_refused(
     http: httpx.AsyncClient, step: int

@@ -38,26 +38,31 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+OFTEN = [
+    ("metal", "llama", "float32", None),
+    ("metal", "qwen", "4 bits", 4),
+    ("metal", "recurrent", "float32", None),
+    ("cuda", "llama", "4 bits", 8),
+    ("cuda", "gemma", "bfloat16", None),
+    ("cuda", "qwen3_moe", "4 bits", None),
+]
+SELDOM = [
+    ("metal", "llama", "float32", 8),
+    ("metal", "llama", "bfloat16", None),
+    ("metal", "gemma", "float32", None),
+    ("metal", "mistral", "8 bits", None),
+    ("metal", "gpt_oss", "float32", None),
+    ("cuda", "llama", "float32", None),
+    ("cuda", "qwen", "bfloat16", 8),
+    ("cuda", "mistral", "4 bits", None),
+    ("cuda", "recurrent", "float32", None),
+    ("cuda", "deepseek_v3", "float32", None),
+]
+
+
 @pytest.mark.parametrize(
     ("device", "kind", "numbers", "kv_bits"),
-    [
-        ("metal", "llama", "float32", None),
-        ("metal", "llama", "float32", 8),
-        ("metal", "llama", "bfloat16", None),
-        ("metal", "qwen", "4 bits", 4),
-        ("metal", "gemma", "float32", None),
-        ("metal", "mistral", "8 bits", None),
-        ("metal", "recurrent", "float32", None),
-        ("metal", "gpt_oss", "float32", None),
-        ("cuda", "llama", "float32", None),
-        ("cuda", "llama", "4 bits", 8),
-        ("cuda", "qwen", "bfloat16", 8),
-        ("cuda", "gemma", "bfloat16", None),
-        ("cuda", "mistral", "4 bits", None),
-        ("cuda", "recurrent", "float32", None),
-        ("cuda", "qwen3_moe", "4 bits", None),
-        ("cuda", "deepseek_v3", "float32", None),
-    ],
+    [*OFTEN, *(pytest.param(*one, marks=pytest.mark.soak) for one in SELDOM)],
 )
 def test_a_device_says_the_tokens_that_a_cpu_says(
     tmp_path: Path,

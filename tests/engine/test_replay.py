@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from mlx_server.engine.cache.prefix import PrefixCache
 from mlx_server.engine.grammar.compiler import GrammarCompiler
@@ -16,17 +17,16 @@ from mlx_server.engine.run.runner import Runner
 from mlx_server.engine.schedule.scheduler import Scheduler
 from tests.support.tiny import build_tiny_model
 
-REQUESTS = 200
 LONG = 8
 """Of them, how many outgrow what admission expects of them."""
 VOCABULARY = 400
 GRAMMAR = "start: /[a-z ]{3,20}/"
 
 
-def requests_of(rng: random.Random) -> Iterator[Generate]:
+def requests_of(rng: random.Random, count: int) -> Iterator[Generate]:
     """Greedy and sampled, short and long, with shared beginnings, grammars, log-probabilities."""
     shared = [[rng.randrange(VOCABULARY) for _ in range(length)] for length in (70, 150)]
-    for id_ in range(REQUESTS):
+    for id_ in range(count):
         length = 20 if id_ < LONG else rng.choice([1, 5, 20, 20, 60, 60, 300])
         prompt = [rng.randrange(VOCABULARY) for _ in range(length)]
         if id_ >= LONG and rng.random() < 0.4:
@@ -64,8 +64,9 @@ def collect(into: dict[int, list[int]], tokens: Tokens) -> None:
         into[row.id] += row.tokens
 
 
-def test_the_plans_of_200_mixed_requests_give_the_same_tokens_on_a_second_runner(
-    tmp_path: Path,
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.soak)])
+def test_the_plans_of_mixed_requests_give_the_same_tokens_on_a_second_runner(
+    tmp_path: Path, count: int
 ) -> None:
     memory = DeviceMemory("50%", None)
     backend = Backend(build_tiny_model(tmp_path / "tiny", context=1024), LoadOptions(), memory)
@@ -81,11 +82,11 @@ def test_the_plans_of_200_mixed_requests_give_the_same_tokens_on_a_second_runner
     scheduler.runner.__class__ = Recorder
     plans = scheduler.runner.plans = []
     rng = random.Random(11)
-    arriving = list(requests_of(rng))
+    arriving = list(requests_of(rng, count))
     told: dict[int, list[int]] = {one.id: [] for one in arriving}
     aborted: set[int] = set()
     while scheduler.busy or arriving:
-        for one in arriving[: rng.randrange(4) if len(arriving) < REQUESTS else LONG]:
+        for one in arriving[: rng.randrange(4) if len(arriving) < count else LONG]:
             assert scheduler.add(one) is None
             arriving.remove(one)
         running = [row.id for row in scheduler.runner.batch.rows if row.id >= LONG]

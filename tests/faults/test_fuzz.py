@@ -21,6 +21,7 @@ from schemathesis.checks import load_all_checks
 from mlx_server.config import Settings
 from mlx_server.main import create_app
 from tests.server.test_errors import assert_refused
+from tests.support import anthropic, ollama, rerank
 from tests.support.bert import build_tiny_bert
 from tests.support.hub import Hub, running
 from tests.support.server import Server, serving
@@ -30,7 +31,7 @@ Operation = APIOperation[Any, Any, Any, Any]
 
 MODEL = "fuzzed"
 UNLOADED = "unloaded"
-REMOVED = "removed"
+REMOVED, REMOVED_TOO = "removed", "removed-too"
 EMBEDDER = "embedder"
 REPO = "tiny/pulled"
 ABSENT, PLAIN = "no/such-model", "none"
@@ -64,12 +65,24 @@ BODY_NAMES = {
     "TokenizeRequest": [MODEL, ABSENT],
     "DetokenizeRequest": [MODEL, ABSENT],
     "EmbeddingRequest": [EMBEDDER, ABSENT],
+    "MessagesRequest": [MODEL, ABSENT],
+    "CountTokensRequest": [MODEL, ABSENT],
+    "ChatRequest": [MODEL, ABSENT],
+    "GenerateRequest": [MODEL, ABSENT],
+    "EmbedRequest": [EMBEDDER, ABSENT],
+    "EmbeddingsRequest": [EMBEDDER, ABSENT],
+    "RerankRequest": [EMBEDDER, ABSENT],
+    "ModelShow": [MODEL, ABSENT],
+    "ModelPull": [REPO, ABSENT],
+    "ModelDelete": [REMOVED_TOO, ABSENT],
 }
 """The same for the field `model` of a body."""
 
 
 LONG = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-GENERATING = {"POST /v1/chat/completions", "POST /v1/completions"}
+GENERATING = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/messages"}
+WIDE = GENERATING | {"POST /tokenize", "POST /api/chat", "POST /api/generate"}
+"""Routes whose bodies have many fields."""
 OPEN = {"GET /health", "GET /ready"}
 """Routes that ask for no key."""
 ROUTES = [
@@ -88,7 +101,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with keys, a model to ask, models to lose, and one to pull."""
     tiny = build_tiny_model(tmp_path_factory.mktemp("tiny") / MODEL, context=CONTEXT)
     home = tmp_path_factory.mktemp("home")
-    for name in (MODEL, UNLOADED, REMOVED):
+    for name in (MODEL, UNLOADED, REMOVED, REMOVED_TOO):
         shutil.copytree(tiny, home / "models" / name)
     build_tiny_bert(home / "models" / EMBEDDER)
     files = {file.name: file.read_bytes() for file in tiny.iterdir()}
@@ -145,23 +158,42 @@ CHECKS = (
 
 
 def error_has_the_shape(ctx: CheckContext, response: Response, case: Case[Any]) -> None:
-    """A refusal is told in OpenAI's shape, and leaks nothing."""
+    """A refusal is told in its protocol's shape, and leaks nothing."""
     if response.status_code >= 400:
         assert response.headers["x-request-id"]
         body = response.json()
+        keys = {"message", "type", "param", "code"}
+        if "/api/" in case.operation.label:
+            body = {"error": {"message": body.pop("error"), **body}}
+            keys = {"message"}
+        if "/rerank" in case.operation.label:
+            assert body["message"] == body.pop("detail")
+            body, keys = {"error": body}, {"message"}
+        if "/messages" in case.operation.label:
+            assert body.pop("type") == "error"
+            assert body.pop("request_id") == response.headers["request-id"][0]
+            assert set(body["error"]) - {"details"} == {"message", "type"}
+            keys = set(body["error"])
         assert list(body) == ["error"]
-        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert set(body["error"]) == keys
         assert 0 < len(body["error"]["message"]) <= 500
         assert b"Traceback" not in response.content
+
+
+def code_of(body: dict[str, Any]) -> Any:
+    error = body["error"]
+    return error["code"] if "code" in error else error["details"]["error_code"]
 
 
 def server_has_not_failed(ctx: CheckContext, response: Response, case: Case[Any]) -> None:
     """Nothing is the server's fault; a model may be unavailable where that is described."""
     if response.status_code >= 500:
         assert response.status_code == 503
-        assert response.json()["error"]["code"] in UNAVAILABLE
-    if response.headers["content-type"][0].startswith("text/event-stream"):
+        if "/api/" not in case.operation.label and "/rerank" not in case.operation.label:
+            assert code_of(response.json()) in UNAVAILABLE
+    if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
         assert b'"server_error"' not in response.content
+        assert b'"api_error"' not in response.content
 
 
 def reaches_its_route(case: Case[Any]) -> bool:
@@ -238,7 +270,7 @@ def test_every_answer_to_requests_made_up_is_as_described(fuzzer: Fuzzer, label:
 @pytest.mark.parametrize("label", LABELS)
 def test_every_answer_at_the_limits_is_as_described(fuzzer: Fuzzer, label: str) -> None:
     # Hundreds for a body with many fields; the soak sends them all.
-    fuzzer.limits(label, 3 if label.startswith("POST /v1/c") or label == "POST /tokenize" else 1)
+    fuzzer.limits(label, 9 if "/messages" in label else 3 if label in WIDE else 1)
 
 
 @pytest.mark.soak
@@ -263,8 +295,15 @@ def test_no_route_is_open_to_those_who_may_not_use_it(server: Server, label: str
         ({"Authorization": f"Basic {ADMIN_KEY}"}, 401),
         ({"x-api-key": USER_KEY[:-1]}, 401),
     ]
-    if path.startswith("/admin"):
+    if path.startswith("/admin") or path in ("/api/pull", "/api/delete"):
         refused.append(({"x-api-key": USER_KEY}, 403))
     for headers, status in refused:
         answer = httpx.request(method, url, headers=httpx.Headers(headers, "latin-1"))
-        assert_refused(answer, status)
+        refusing = assert_refused
+        if "/messages" in path:
+            refusing = anthropic.assert_refused
+        elif path.startswith("/api/"):
+            refusing = ollama.assert_refused
+        elif path.endswith("/rerank"):
+            refusing = rerank.assert_refused
+        refusing(answer, status)

@@ -9,9 +9,12 @@ import pytest
 
 from tests.faults.conftest import TINY
 from tests.support.server import CHAT, TEXT, Server, ask, chat, serving, until
+from tests.support.ties import same
 
 ROOM = 24 << 20
 """Bytes that the engine may still take: enough for steps, too little for long prompts."""
+
+LOOKING = {"ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 2}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits another process, as Linux can")
@@ -20,12 +23,10 @@ async def test_streams_outlive_an_engine_that_gets_no_more_memory(
 ) -> None:
     with serving(tmp_path, "--model", str(tiny), prefix_cache="0", steps_may_fail=True) as server:
         bodies = [
-            chat(TINY, max_tokens=400, ignore_eos=True, seed=i, temperature=i % 2, stream=True)
-            for i in range(8)
+            chat(TINY, max_tokens=400, seed=i, temperature=i % 2, **LOOKING) for i in range(8)
         ]
         async with server.client() as client:
-            undisturbed = await asyncio.gather(*(ask(client, CHAT, body) for body in bodies))
-            expected = [answer.text for answer in undisturbed]
+            expected = await asyncio.gather(*(ask(client, CHAT, body) for body in bodies))
             streams = [asyncio.create_task(ask(client, CHAT, body)) for body in bodies]
             await until(lambda: _running(server, len(bodies)), 30)
             [engine] = server.engines()
@@ -42,9 +43,9 @@ async def test_streams_outlive_an_engine_that_gets_no_more_memory(
                 engine.rlimit(psutil.RLIMIT_AS, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
             answers = await asyncio.gather(*streams)
             statuses = [answer.status_code for answer in await asyncio.gather(*greedy)]
-            assert [answer.text for answer in answers] == expected
+            assert sum(map(same, answers, expected)) <= 1
             assert set(statuses) <= {200, 500}
-            assert (await ask(client, CHAT, bodies[0])).text == expected[0]
+            assert (await ask(client, CHAT, bodies[0])).text == expected[0].text
         assert (await server.idle(TINY, 10))["kv_bytes"] == 0
 
 

@@ -277,6 +277,7 @@ async def test_models(http: httpx.AsyncClient) -> None:
             "reasoning",
             "structured_output",
             "embeddings",
+            "rerank",
         }
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.server import (
     CHAT,
@@ -301,77 +300,6 @@ async def _assert_unchanged(server: Server, before: Footprint) -> None:
     assert after.active == pytest.approx(before.active, rel=0.01, abs=SHAPES)
     assert front <= GROWTH
     assert engine <= GROWTH
-
-
-# loading
-
-
-ROUNDS = 2
-"""What else the machine does only ever adds to the lag, so the best of these counts."""
-
-
-async def test_streams_and_the_event_loop_go_on_while_models_load(
-    tmp_path: Path, model: Path
-) -> None:
-    names = [f"large-{number}" for number in range(2 * ROUNDS)]
-    for name in names:
-        _with_large_vocabulary(build_tiny_model(tmp_path / "models" / name))
-    with serving(tmp_path, "--model", str(model)) as server:
-        for done in range(ROUNDS):
-            ticks, late = await _late_ticks(server, names[2 * done : 2 * done + 2])
-            print(f"{late:.0f} of {ticks:.0f} ticks were over 50 ms late")
-            if late <= 0.01 * ticks:
-                return
-    pytest.fail("the 99th percentile of the event loop's lag is over 50 ms")
-
-
-async def _late_ticks(server: Server, names: list[str]) -> tuple[float, float]:
-    """How many ticks the loop made while it loaded these models, and how many were late."""
-    async with server.client() as client, streams(server, 8) as running:
-        before = await Lag.of(client)
-        for name in names:
-            await ask(client, TEXT, {"model": name, "prompt": [5, 6, 7], "max_tokens": 2})
-        after = await Lag.of(client)
-        assert not any(task.done() for task in running)
-    return after.ticks - before.ticks, after.late - before.late
-
-
-@dataclass(frozen=True)
-class Lag:
-    """The event loop's ticks so far, and those of them over 50 ms late."""
-
-    ticks: float
-    late: float
-
-    @classmethod
-    async def of(cls, client: httpx.AsyncClient) -> "Lag":
-        answer = await client.get("/metrics")
-        samples = {
-            (sample.name.removeprefix("mlx_server_event_loop_lag_"), sample.labels.get("le")): (
-                sample.value
-            )
-            for family in text_string_to_metric_families(answer.text)
-            for sample in family.samples
-        }
-        ticks = samples["seconds_count", None]
-        return cls(ticks, ticks - samples["seconds_bucket", "0.05"])
-
-
-def _with_large_vocabulary(folder: Path, size: int = 49_152) -> None:
-    """Give the tokenizer in `folder` pieces and merges as numerous as those of a large model."""
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
-    free = 1 + max([*vocab.values(), *(token["id"] for token in content["added_tokens"])])
-    pieces = list(vocab)
-    pairs = ((left, right) for left in pieces for right in pieces)
-    while len(vocab) < size:
-        left, right = next(pairs)
-        if left + right not in vocab:
-            vocab[left + right] = free
-            merges.append([left, right])
-            free += 1
-    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 # the text process

@@ -328,8 +328,8 @@ async def test_broken_folders_and_requests_too_large_are_refused_with_what_is_wr
 async def _refuse_what_can_never_fit(client: httpx.AsyncClient) -> None:
     """Of a model that could take it, in caches that cannot."""
     refused = [
-        ("context_length_exceeded", 8192, "holds 8192 tokens"),
-        ("insufficient_memory", 4000, "can never fit"),
+        ("context_length_exceeded", 8192, "8192 tokens > 8192 maximum"),
+        ("insufficient_memory", 4000, "maximum of one request"),
     ]
     for code, tokens, says in refused:
         prompt = {"model": "deep", "prompt": [7] * tokens}

@@ -68,7 +68,7 @@ async def test_a_chat_goes_on_after_a_restart_where_it_was(tmp_path: Path, model
 async def test_mixed_requests_stay_within_the_budget_with_the_cache_full(
     tmp_path: Path, model: Path
 ) -> None:
-    await mixed(tmp_path, model, 80)
+    await mixed(tmp_path, model, 48)
 
 
 @pytest.mark.soak

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.store import make_model
@@ -66,6 +67,32 @@ def test_the_server_starts_without_a_model_and_lists_the_catalog(
             models = json.load(answer)["data"]
             assert answer.headers["Server"] is None
     assert [model["id"] for model in models] == ["mine"]
+
+
+def test_a_second_port_answers_programs_that_look_for_ollama(environment: dict[str, str]) -> None:
+    arguments = ("--port", "0", "--ollama-port", "0", "--api-key", "a-key")
+    with server(environment, *arguments) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://(\S+):(\d+) and as Ollama at port (\d+)", line)
+        assert found, line
+        address = f"http://{found[1]}:{found[3]}"
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            assert answer.read() == b"Ollama is running"
+        for headers, status in (
+            ({}, 401),
+            ({"Authorization": "Bearer a-key"}, 200),
+            ({"Authorization": "Bearer a-key", "Host": "evil.example"}, 400),
+        ):
+            assert httpx.get(f"{address}/api/tags", headers=headers).status_code == status
+        taken = subprocess.run(
+            [*COMMAND, "serve", "--port", "0", "--ollama-port", found[3]],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    assert taken.returncode == 1
+    assert f"port {found[3]}" in taken.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -37,7 +37,6 @@ SMALL: dict[str, Any] = {
     "max_header_bytes": 4096,
     "max_body_bytes": 1024,
     "receive_timeout": PATIENCE,
-    "ping_interval": 0.05,
     "cors_origins": ["http://page.example"],
 }
 
@@ -74,6 +73,7 @@ WIRE = Wire(
     error_event=lambda failure: StreamEvent(_oops(failure), "oops"),
     frame=_line,
     ping=b".\n",
+    longest_silence=0.05,
     end=b"bye\n",
     media_type="application/x-stub",
     headers=_headers,

@@ -194,8 +194,15 @@ def wild(model: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", STYLES)
-@pytest.mark.parametrize("named", [False, True], ids=["required", "named"])
-@pytest.mark.parametrize("rounds", [1, pytest.param(7, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("named", "rounds"),
+    [
+        pytest.param(False, 1, id="required"),
+        pytest.param(True, 1, marks=pytest.mark.soak, id="named"),
+        pytest.param(False, 7, marks=pytest.mark.soak, id="required, often"),
+        pytest.param(True, 7, marks=pytest.mark.soak, id="named, often"),
+    ],
+)
 async def test_a_forced_call_validates_in_each_familys_syntax_whole_and_streamed(
     client: httpx.AsyncClient, model: str, named: bool, rounds: int
 ) -> None:

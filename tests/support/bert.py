@@ -36,8 +36,9 @@ def build_tiny_bert(
     layers: int = 2,
     hidden: int = 32,
     seed: int = 0,
+    scores: bool = False,
 ) -> Path:
-    """Write a random encoder to `folder` and return it.
+    """Write a random encoder to `folder` and return it; with `scores` one that judges pairs.
 
     `pooling` names the ways that are switched on; None leaves sentence-transformers' files out.
     `longest` is the limit that these set to a text.
@@ -59,6 +60,9 @@ def build_tiny_bert(
         "hidden_act": "gelu",
         "pad_token_id": 0,
     }
+    if scores:
+        config |= {"architectures": ["TinyForSequenceClassification"], "id2label": {"0": "L"}}
+        pooling = None
     _write(folder / "config.json", config)
     mx.save_safetensors(
         str(folder / "model.safetensors"), _weights(config, seed), metadata={"format": "pt"}
@@ -82,7 +86,7 @@ def wordpiece() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ends = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
     )
     return tokenizer
 
@@ -141,7 +145,16 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{at}.{name}.weight": shape, f"{at}.{name}.bias": shape[:1]}
         for name in ("attention.output.LayerNorm", "output.LayerNorm"):
             shapes |= {f"{at}.{name}.weight": (width,), f"{at}.{name}.bias": (width,)}
-    return shapes
+    return shapes | (_head_shapes(config) if "architectures" in config else {})
+
+
+def _head_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What a published cross-encoder has on top; BERT's pooler is the first layer of its head."""
+    width = config["hidden_size"]
+    if config["model_type"] == "bert":
+        return {"classifier.weight": (1, width), "classifier.bias": (1,)}
+    dense = {"classifier.dense.weight": (width, width), "classifier.dense.bias": (width,)}
+    return dense | {"classifier.out_proj.weight": (1, width), "classifier.out_proj.bias": (1,)}
 
 
 class ReferenceEncoder:
@@ -156,12 +169,13 @@ class ReferenceEncoder:
         """Numbers in a token's vector."""
         return int(self._config["hidden_size"])
 
-    def states(self, tokens: Sequence[int]) -> Doubles:
+    def states(self, tokens: Sequence[int], kinds: int | Sequence[int] = 0) -> Doubles:
         """The last layer's output (tokens, width)."""
         first = 0 if self._config["model_type"] == "bert" else self._config["pad_token_id"] + 1
         positions = np.arange(first, first + len(tokens))
         x = self._table("word")[list(tokens)] + self._table("position")[positions]
-        x = self._norm(x + self._table("token_type")[0], "embeddings.LayerNorm")
+        types = kinds if isinstance(kinds, int) else list(kinds)
+        x = self._norm(x + self._table("token_type")[types], "embeddings.LayerNorm")
         for layer in range(self._config["num_hidden_layers"]):
             at = f"encoder.layer.{layer}"
             mixed = self._linear(self._attention(x, at), f"{at}.attention.output.dense")
@@ -173,6 +187,16 @@ class ReferenceEncoder:
     def mean(self, tokens: Sequence[int]) -> Doubles:
         """The mean of the tokens' vectors, scaled to length 1."""
         return unit(self.states(tokens).mean(axis=0))
+
+    def score(self, tokens: Sequence[int], kinds: Sequence[int]) -> float:
+        """How well a pair fits, from 0 to 1."""
+        bert = self._config["model_type"] == "bert"
+        dense, out = ("pooler.dense", "classifier")
+        if not bert:
+            dense, out = "classifier.dense", "classifier.out_proj"
+        first = self.states(tokens, kinds)[:1]
+        [[logit]] = self._linear(np.tanh(self._linear(first, dense)), out)
+        return float(1 / (1 + np.exp(-logit)))
 
     def _attention(self, x: Doubles, at: str) -> Doubles:
         heads = self._config["num_attention_heads"]

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ def build_tiny_model(
     chat template out. Special tokens are unlikely, so that an answer rarely ends by itself.
     """
     tokenizer = _tokenizer(family, tuple(extra_tokens), tuple(omit_tokens))
-    _save_text_side(folder, family, tokenizer, template)
-    config = _write_config(folder, family, tokenizer, context, layers, hidden)
-    _save_weights(folder, _random_weights(config, _special_ids(tokenizer), seed))
+    save_text_side(folder, family, tokenizer, template)
+    config = write_config(folder, family, tokenizer, context, layers, hidden)
+    save_weights(folder, _random_weights(config, _special_ids(tokenizer), seed))
     return folder
 
 
@@ -106,12 +107,12 @@ def build_scripted_model(
     """
     tokenizer = _tokenizer(family, tuple(extra_tokens), ())
     pieces = _unrepeated(_pieces(tokenizer, text))
-    tokenizer = _with_pieces(tokenizer, pieces, KINDS[family])
-    _save_text_side(folder, family, tokenizer, template)
+    tokenizer = with_pieces(tokenizer, pieces, KINDS[family])
+    save_text_side(folder, family, tokenizer, template)
     script = [*pieces, stop or KINDS[family].eos[0]]
     hidden = 32 * (len(script) // 32 + 1)
-    config = _write_config(folder, family, tokenizer, context, 2, hidden)
-    _save_weights(
+    config = write_config(folder, family, tokenizer, context, 2, hidden)
+    save_weights(
         folder, _scripted_weights(config, [token_id(tokenizer, piece) for piece in script])
     )
     return folder
@@ -140,7 +141,7 @@ def build_recurrent_model(folder: Path, *, seed: int = 0) -> Path:
     }
     _write_json(folder / "config.json", config)
     mx.random.seed(seed)
-    _save_weights(folder, _weights_of(config))
+    save_weights(folder, _weights_of(config))
     return folder
 
 
@@ -179,7 +180,7 @@ def token_id(tokenizer: Tokenizer, name: str) -> int:
 # files
 
 
-def _save_text_side(folder: Path, family: str, tokenizer: Tokenizer, template: str | None) -> None:
+def save_text_side(folder: Path, family: str, tokenizer: Tokenizer, template: str | None) -> None:
     kind = KINDS[family]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -195,7 +196,7 @@ def _save_text_side(folder: Path, family: str, tokenizer: Tokenizer, template: s
     _write_json(folder / "tokenizer_config.json", config)
 
 
-def _write_config(
+def write_config(
     folder: Path, family: str, tokenizer: Tokenizer, context: int, layers: int, hidden: int
 ) -> dict[str, Any]:
     kind = KINDS[family]
@@ -253,10 +254,7 @@ def _scripted_weights(config: dict[str, Any], script: list[int]) -> dict[str, mx
     The embedding of `script[i]` is the unit vector `i + 1`, that of all other tokens the unit
     vector 0; the output row of `script[i]` is the unit vector `i`, scaled to win clearly.
     """
-    weights = _weights_of(config)
-    for name, weight in weights.items():
-        if weight.ndim >= 2 or name.endswith("bias"):
-            weights[name] = mx.zeros_like(weight)
+    weights = _nothing(config)
     embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
     embedding[:, 0] = 1
     for position, token in enumerate(script):
@@ -267,7 +265,35 @@ def _scripted_weights(config: dict[str, Any], script: list[int]) -> dict[str, mx
     return weights
 
 
-def _save_weights(folder: Path, weights: dict[str, mx.array]) -> None:
+def chained_weights(
+    config: dict[str, Any], chains: list[list[int]], end: int
+) -> dict[str, mx.array]:
+    """Layers that add nothing; the first token of a chain leads to its second, and so on, and the
+    last to `end`, as does every token in none. The dimensions are as in `_scripted_weights`.
+    """
+    weights = _nothing(config)
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    embedding[:, 0] = 1
+    head[end, 0] = 20
+    position = 1
+    for chain in chains:
+        for token, successor in pairwise((*chain, end)):
+            embedding[token, 0] = 0
+            embedding[token, position] = 1
+            head[successor, position] = 20
+            position += 1
+    return weights
+
+
+def _nothing(config: dict[str, Any]) -> dict[str, mx.array]:
+    weights = _weights_of(config)
+    for name, weight in weights.items():
+        if weight.ndim >= 2 or name.endswith("bias"):
+            weights[name] = mx.zeros_like(weight)
+    return weights
+
+
+def save_weights(folder: Path, weights: dict[str, mx.array]) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
@@ -298,7 +324,7 @@ def _is_byte(piece: str) -> bool:
     return piece.startswith("<0x") and len(piece) == len("<0x00>")
 
 
-def _with_pieces(tokenizer: Tokenizer, pieces: list[str], kind: Family) -> Tokenizer:
+def with_pieces(tokenizer: Tokenizer, pieces: list[str], kind: Family) -> Tokenizer:
     """A copy whose vocabulary has all of `pieces`; new ones have no merges that lead to them."""
     content = json.loads(tokenizer.to_str())
     vocab = content["model"]["vocab"]

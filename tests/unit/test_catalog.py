@@ -264,6 +264,27 @@ def test_aliases_name_models(sources: ModelSources) -> None:
             catalog.find(name)
 
 
+def test_patterns_name_models_and_the_longest_counts(sources: ModelSources) -> None:
+    make_model(sources.models_folder / "small")
+    make_model(sources.models_folder / "large")
+    aliases = {"gpt-*": "small", "gpt-*-large*": "large", "*": "gone", "gpt-5": "large"}
+    catalog = Catalog(replace(sources, aliases=aliases))
+    found = {
+        "gpt-4": "small",
+        "gpt-4:latest": "small",
+        "gpt-oss:20b": "small",
+        "gpt-4-large": "large",
+        "gpt-5": "large",
+        "gpt-5:latest": "large",
+        "small:latest": "small",
+    }
+    assert {name: catalog.find(name).id for name in found} == found
+    for name in ("other", "", "small:8b", "gpt", "x" * 5000):
+        with pytest.raises(ModelNotFound):
+            catalog.find(name)
+    assert set(catalog.find("small").aliases) == {"gpt-*"}
+
+
 def test_an_unknown_model_names_close_ones(sources: ModelSources) -> None:
     make_model(sources.models_folder / "llama-tiny")
     with pytest.raises(ModelNotFound, match="llama-tiny"):

@@ -87,7 +87,7 @@ def test_a_mistake_ends_the_process_with_one_line(environment: dict[str, str]) -
 
 def test_help_names_every_command(environment: dict[str, str]) -> None:
     text = run(environment, "--help").stdout
-    assert all(command in text for command in ("serve", "pull", "list", "ps", "rm"))
+    assert all(command in text for command in ("serve", "pull", "list", "ps", "rm", "launch"))
 
 
 def test_help_loads_nothing_heavy() -> None:

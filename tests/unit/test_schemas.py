@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.openai.chat import TOLERATED, UNSUPPORTED, ChatCompletionRequest
 from mlx_server.schemas.openai.completions import CompletionRequest
-from mlx_server.schemas.openai.constraints import MAX_CHARACTERS, MAX_DEPTH, MAX_KEYS, MAX_VALUES
 from mlx_server.schemas.openai.embeddings import EmbeddingRequest
 from mlx_server.schemas.openai.tokens import DetokenizeRequest, TokenizeRequest
 from mlx_server.schemas.openai.tools import MAX_TOOLS
+from mlx_server.schemas.sizes import MAX_CHARACTERS, MAX_DEPTH, MAX_KEYS, MAX_VALUES
 from tests.support.openai import HELLO, chat_request, completion_request, named, translated
 
 

@@ -47,9 +47,11 @@ def test_stops_are_found_however_the_text_is_cut(
         if stopped:
             assert cut is not None
             assert shown == text[:cut]
+            assert matcher.found in stops
+            assert text.startswith(matcher.found, cut)
             return
         assert shown == seen[: len(seen) - longest_beginning(seen, stops)]
-    assert cut is None
+    assert cut is matcher.found is None
     assert shown + matcher.flush() == text
 
 

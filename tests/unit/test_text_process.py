@@ -69,6 +69,22 @@ async def test_the_front_gets_what_the_adapter_prepares(
         assert prepared.grammar or constraint is None
 
 
+async def test_prompts_are_made_stable_where_the_settings_say_so(
+    text: ModelText, folder: Path
+) -> None:
+    changing = {"role": "system", "content": "x-a-billing-header: cch=1;\nBe kind."}
+    settled = ChatPrompt([changing | {"content": "Be kind."}, *user("Hi").messages])
+    prompt = ChatPrompt([changing, *user("Hi").messages])
+    stable = TextProcess(request_seconds=60, stable_prompts=True)
+    try:
+        other = await stable.open(folder, "tiny", trust_remote_code=False)
+        made = await other.prepare(prompt, None, limit=1000)
+    finally:
+        await stable.kill()
+    assert made == await text.prepare(settled, None, limit=1000)
+    assert made != await text.prepare(prompt, None, limit=1000)
+
+
 @pytest.mark.parametrize("prompt", [user("Hi"), TextPrompt("Hi"), TokenPrompt([1, 2, 3])])
 async def test_a_refusal_crosses_the_border_with_its_kind_and_parameter(
     text: ModelText, prompt: Any

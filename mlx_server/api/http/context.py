@@ -46,7 +46,7 @@ class RequestContext:
             return
         state = scope.setdefault("state", {})
         state["request_id"] = _request_id(scope)
-        state["wire"] = self.wires.of(scope["path"])
+        state["wire"] = self.wires.of(scope["path"], scope["headers"])
         started = time.perf_counter()
         status = 0
 

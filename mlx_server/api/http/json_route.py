@@ -9,7 +9,10 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Scope
 
+from mlx_server.api.http.wire import Wire, wire_of
 from mlx_server.errors import BadRequest, NotFound
 
 OFF_LOOP_BYTES = 64 * 1024
@@ -45,6 +48,16 @@ class JsonRoute(APIRoute):
             )
 
         return handle
+
+
+def route_of(wire: Wire) -> type[JsonRoute]:
+    """Routes for paths that protocols share: taken for the requests of one alone."""
+
+    class SharedPathRoute(JsonRoute):
+        def matches(self, scope: Scope) -> tuple[Match, Scope]:
+            return super().matches(scope) if wire_of(scope) is wire else (Match.NONE, {})
+
+    return SharedPathRoute
 
 
 def _declares_json(request: Request) -> bool:

@@ -34,6 +34,12 @@ def event_stream(events: Sequence[type[BaseModel]], marks: Sequence[str] = ()) -
     return {200: {"content": {"text/event-stream": {"itemSchema": event}}}}
 
 
+def json_lines(events: Sequence[type[BaseModel]]) -> Responses:
+    """`responses` of a stream of lines, each JSON of one of `events`."""
+    item = {"anyOf": [_inlined(model) for model in events]}
+    return {200: {"content": {"application/x-ndjson": {"itemSchema": item}}}}
+
+
 def _inlined(model: type[BaseModel]) -> dict[str, Any]:
     """The JSON schema without references, which FastAPI resolves for response models only."""
     schema = model.model_json_schema(mode="serialization")

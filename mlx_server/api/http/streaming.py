@@ -90,7 +90,7 @@ class _Frames:
         self,
         scope: Scope,
         idle: Callable[[], StreamEvent] | None,
-        failed: Callable[[Failure], StreamEvent] | None,
+        failed: Callable[[Failure], StreamEvent] | None = None,
     ) -> None:
         self._scope = scope
         self._wire = wire_of(scope)
@@ -110,14 +110,12 @@ class _Frames:
     @property
     def ping_interval(self) -> float:
         """Seconds; 0 for no pings."""
-        silent = self._settings.ping == "none" or not self._wire.ping
-        return 0 if silent else self._settings.ping_interval
+        silent = self._settings.ping == "none" or not (self._wire.ping or self._idle)
+        return 0 if silent else min(self._settings.ping_interval, self._wire.longest_silence)
 
     def ping(self) -> bytes:
-        asked = self._settings.ping == "chunk" or self._wire.idle_events
-        if asked and self._idle is not None:
-            return self._framed(self._idle())
-        return self._wire.ping
+        asked = self._settings.ping == "chunk" or not self._wire.ping
+        return self._framed(self._idle()) if asked and self._idle is not None else self._wire.ping
 
     def join(self, events: Iterable[StreamEvent]) -> bytes:
         return b"".join([self._framed(event) for event in events])

@@ -45,15 +45,27 @@ def _reason(problem: Mapping[str, Any]) -> str:
 
 def _field_path(problem: Mapping[str, Any], body: Any) -> list[str | int]:
     """The path in `body`; Pydantic's also names union branches."""
-    path: list[str | int] = []
-    here = body
     loc = problem["loc"]
-    for step in loc[1:] if loc[:1] == ("body",) else loc:
-        inside = (isinstance(here, dict) and step in here) or (
-            isinstance(here, list) and isinstance(step, int) and step < len(here)
-        )
-        if inside:
-            here = here[step]
-        if inside or (problem["type"] == "missing" and step == loc[-1]):
-            path.append(step)
-    return path
+    if loc[0] in ("query", "path"):
+        return list(loc[1:])
+    steps = loc[1:] if loc[:1] == ("body",) else loc
+    return _longest_path(steps, body, problem["type"] == "missing")
+
+
+def _longest_path(steps: Sequence[str | int], here: Any, missing: bool) -> list[str | int]:
+    """A branch may be called like a field that is beside it."""
+    if not steps:
+        return []
+    step, rest = steps[0], steps[1:]
+    if missing and not rest:
+        return [step]
+    around = _longest_path(rest, here, missing)
+    if not _holds(here, step):
+        return around
+    return max(around, [step, *_longest_path(rest, here[step], missing)], key=len)
+
+
+def _holds(here: Any, step: str | int) -> bool:
+    if isinstance(here, dict):
+        return step in here
+    return isinstance(here, list) and isinstance(step, int) and step < len(here)

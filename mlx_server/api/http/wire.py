@@ -1,6 +1,7 @@
 """A protocol's routes and envelope."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
@@ -48,9 +49,11 @@ class Wire:
     frame: Callable[[StreamEvent, int], bytes]
     """Encodes an event, given its number from 0."""
     ping: bytes
-    """Sent at intervals to keep silent streams open."""
-    idle_events: bool = False
-    """Silent streams repeat an event without content instead, since clients count events."""
+    """Sent at intervals to keep silent streams open. Empty where the format has no comments or
+    clients count events: then streams send events that say nothing.
+    """
+    longest_silence: float = math.inf
+    """Seconds between pings, where settings allow for more."""
     end: bytes = b""
     """Follows the last event of a successful stream."""
     media_type: str = "text/event-stream; charset=utf-8"
@@ -66,31 +69,49 @@ class ApiProtocol:
     wire: Wire
     routers: tuple[APIRouter, ...]
     prefixes: tuple[str, ...]
+    header: bytes = b""
+    """In lower case. Requests that have it are the protocol's below `shared_prefixes` too."""
+    shared_prefixes: tuple[str, ...] = ()
 
 
 class Wires:
     """Finds the `Wire` of a path before routing; the longest prefix wins."""
 
-    def __init__(self, default: Wire, protocols: Iterable[ApiProtocol]) -> None:
+    def __init__(self, default: Wire, protocols: Sequence[ApiProtocol]) -> None:
         self._default = default
         wires = {prefix: one.wire for one in protocols for prefix in one.prefixes}
         self._by_prefix = sorted(wires.items(), key=lambda pair: len(pair[0]), reverse=True)
+        self._by_header = [
+            (one.header, prefix, one.wire) for one in protocols for prefix in one.shared_prefixes
+        ]
 
     @property
     def exposed_headers(self) -> list[str]:
         wires = [self._default, *(wire for _, wire in self._by_prefix)]
         return list(dict.fromkeys(name for wire in wires for name in wire.exposed_headers))
 
-    def of(self, path: str) -> Wire:
+    def of(self, path: str, headers: HeaderPairs = ()) -> Wire:
+        for header, prefix, wire in self._by_header:
+            if _is_below(path, prefix) and any(name == header for name, _ in headers):
+                return wire
         for prefix, wire in self._by_prefix:
-            if path == prefix or path.startswith(prefix + "/"):
+            if _is_below(path, prefix):
                 return wire
         return self._default
+
+
+def _is_below(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix + "/")
 
 
 def wire_of(scope: Scope) -> Wire:
     """Set by `RequestContext`."""
     return cast(Wire, scope["state"]["wire"])
+
+
+def json_line(event: StreamEvent, number: int) -> bytes:
+    """https://github.com/ndjson/ndjson-spec"""
+    return event.data + b"\n"
 
 
 def server_sent(event: StreamEvent, number: int) -> bytes:

@@ -7,12 +7,13 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from mlx_server.api.chunk_template import ChunkTemplate
 from mlx_server.api.generation import AnswerFormats, Generator
 from mlx_server.api.http.dependencies import CallerDep, MetricsDep, ServiceDep, SettingsDep
 from mlx_server.api.http.json_route import JsonRoute
 from mlx_server.api.http.openapi import event_stream
 from mlx_server.api.http.wire import StreamEvent
-from mlx_server.api.openai.chunks import SYSTEM_FINGERPRINT, ChunkTemplate, Header, usage_body
+from mlx_server.api.openai.chunks import SYSTEM_FINGERPRINT, Header, usage_body
 from mlx_server.api.openai.custom_tools import InputReader
 from mlx_server.api.openai.logprobs import chat_logprobs
 from mlx_server.api.openai.parameters import (

@@ -1,12 +1,9 @@
 """What OpenAI's answers and chunks share."""
 
 import time
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import Self
 from uuid import uuid4
-
-import msgspec
 
 from mlx_server import __version__
 from mlx_server.api.generation import Accepted
@@ -19,8 +16,6 @@ from mlx_server.schemas.openai.common import (
 
 SYSTEM_FINGERPRINT = f"mlx-server-{__version__}"
 
-Key = TypeVar("Key", bound=Hashable)
-
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -31,30 +26,6 @@ class Header:
     @classmethod
     def fresh(cls, id_prefix: str, accepted: Accepted) -> Self:
         return cls(f"{id_prefix}-{uuid4().hex}", int(time.time()), accepted.model)
-
-
-class ChunkTemplate(Generic[Key]):
-    """Writes chunks that differ only in a key (such as a choice's index) and a text; renders one
-    per key in full.
-    """
-
-    _HOLE = "\0"
-
-    def __init__(self, render: Callable[[Key, str], bytes]) -> None:
-        self._render = render
-        self._around: dict[Key, tuple[bytes, bytes]] = {}
-
-    def fill(self, key: Key, text: str) -> bytes:
-        around = self._around.get(key)
-        if around is None:
-            around = self._around[key] = self._split(key)
-        return around[0] + msgspec.json.encode(text) + around[1]
-
-    def _split(self, key: Key) -> tuple[bytes, bytes]:
-        # The last one: no id or name comes after the text.
-        rendered = self._render(key, self._HOLE)
-        before, _, after = rendered.rpartition(msgspec.json.encode(self._HOLE))
-        return before, after
 
 
 def usage_body(usage: Usage) -> CompletionUsage:

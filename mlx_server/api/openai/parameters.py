@@ -1,5 +1,6 @@
 """Parameters shared by chat completions and completions."""
 
+from mlx_server.api.sampling import left_to_model, with_greedy
 from mlx_server.engine.protocol import Sampling
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import Constraint
@@ -10,36 +11,24 @@ from mlx_server.schemas.openai.constraints import (
     StructuredOutputs,
 )
 
-LEAST_TEMPERATURE = 2.0**-126
-"""The smallest normal float32; devices may flush smaller ones to 0."""
-
-MODELS_OWN = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
-"""What models recommend."""
-
 
 def sampling(body: GenerationRequest) -> Sampling:
-    """A `top_p` of 0, or a temperature that is 0 in float32, means greedy."""
-    greedy = _is_greedy(body)
-    return Sampling(
-        temperature=0.0 if greedy else body.temperature,
-        top_p=1.0 if greedy else body.top_p,
-        top_k=max(0, body.top_k),
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=body.logit_bias,
+    return with_greedy(
+        Sampling(
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=max(0, body.top_k),
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=body.logit_bias,
+        )
     )
 
 
 def unasked(body: GenerationRequest) -> frozenset[str]:
-    """The settings of `sampling` that are left to the model."""
-    asked = {"temperature", "top_p"} if _is_greedy(body) else set()
-    return MODELS_OWN - body.model_fields_set - asked
-
-
-def _is_greedy(body: GenerationRequest) -> bool:
-    return body.top_p == 0 or body.temperature < LEAST_TEMPERATURE
+    return left_to_model(sampling(body), body.model_fields_set)
 
 
 def stop_strings(body: GenerationRequest) -> tuple[str, ...]:

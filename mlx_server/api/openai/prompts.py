@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from mlx_server.api.openai.custom_tools import as_function, wrapped
+from mlx_server.api.tools import call_arguments, check_names, function_tool
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import ChatPrompt, ToolUse
 from mlx_server.schemas.openai.chat import NO_LIMIT, PromptOptions
@@ -114,7 +115,7 @@ def _arguments(given: str | dict[str, Any]) -> dict[str, Any]:
     value of an object, lest the whole conversation be refused from then on.
     """
     if isinstance(given, dict):
-        return given
+        return call_arguments(given)
     if not given.strip():
         return {}
     try:
@@ -155,23 +156,20 @@ def _functions(options: PromptOptions) -> list[_Function]:
 
 
 def _template_tool(tool: _Function) -> dict[str, Any]:
-    return {"type": "function", "function": _template_function(tool.function)}
+    function = tool.function
+    return function_tool(function.name, function.description, function.parameters)
 
 
 def _callable_tool(tool: _Function) -> dict[str, Any]:
-    function = _template_function(tool.function) | {"strict": tool.function.strict}
-    if tool.grammar is not None:
-        function["grammar"] = tool.grammar.model_dump()
-    return {"type": "function", "function": function}
-
-
-def _template_function(function: FunctionDefinition) -> dict[str, Any]:
-    written: dict[str, Any] = {"name": function.name}
-    if function.description is not None:
-        written["description"] = function.description
-    # Templates read both; no parameters means an empty object.
-    bare = {"type": "object"} if function.parameters else {"type": "object", "properties": {}}
-    return written | {"parameters": bare | function.parameters}
+    function = tool.function
+    grammar = {} if tool.grammar is None else {"grammar": tool.grammar.model_dump()}
+    return function_tool(
+        function.name,
+        function.description,
+        function.parameters,
+        strict=function.strict,
+        **grammar,
+    )
 
 
 def _tool_use(options: PromptOptions) -> ToolUse | None:
@@ -184,7 +182,7 @@ def _tool_use(options: PromptOptions) -> ToolUse | None:
 
 
 def _chosen(tools: Sequence[_Function], choice: ToolChoice, parallel: bool) -> ToolUse | None:
-    _check_names(tools)
+    check_names(tool.function.name for tool in tools)
     if choice == "none" or (choice == "auto" and not tools):
         return None
     if not tools:
@@ -207,12 +205,3 @@ def _only(tools: Sequence[_Function], names: Sequence[str]) -> list[_Function]:
         if name not in known:
             raise BadRequest(f"There is no tool '{name[:64]}' to choose.", param="tool_choice")
     return [tool for tool in tools if tool.function.name in names]
-
-
-def _check_names(tools: Sequence[_Function]) -> None:
-    seen: set[str] = set()
-    for tool in tools:
-        name = tool.function.name
-        if name in seen:
-            raise BadRequest(f"There are two tools of the name '{name}'.", param="tools")
-        seen.add(name)

@@ -1,4 +1,6 @@
-"""A loaded embedding model: an encoder, or the body of a decoder, and a pooling."""
+"""A loaded embedding model: an encoder, or the body of a decoder, and a pooling; or an encoder that
+scores pairs of texts.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_server.dimensions import context_length
-from mlx_server.engine.embedding.encoder import Encoder, EncoderArgs
+from mlx_server.engine.embedding.encoder import CrossEncoder, Encoder, EncoderArgs
 from mlx_server.engine.embedding.pooling import pool
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import ENCODERS, Embedding, LoadOptions
@@ -38,7 +40,7 @@ class EmbeddingBackend:
     ) -> None:
         self.release = patches.use_device_kernels()
         self._embedding = embedding
-        model, config = load_weights(path, options, _classes)
+        model, config = load_weights(path, options, _scorer if embedding.scores else _classes)
         self.model, self.dequantized = as_computed(model, options, memory)
         self.model.eval()
         self.weights_bytes = read_weights(self.model)
@@ -47,17 +49,24 @@ class EmbeddingBackend:
         self.context_length = _context_length(self.model, config, options.context_length)
         self.width = self.vectors([[0]]).shape[1]
 
-    def vectors(self, texts: Sequence[Sequence[int]]) -> Floats:
-        """(texts, width), computed in one pass. Raises ValueError when some are not finite."""
+    def vectors(self, texts: Sequence[Sequence[int]], seconds: Sequence[int] = ()) -> Floats:
+        """(texts, width), computed in one pass; `seconds` as in `Embed`. Raises ValueError when
+        some are not finite.
+        """
         lengths = [len(text) for text in texts]
         padded = np.zeros((len(texts), max(lengths)), np.int32)
         for row, text in zip(padded, texts, strict=True):
             row[: len(text)] = text
-        states = self.model(mx.array(padded), lengths)
-        pooled = np.array(pool(states, lengths, self._embedding.pooling))
+        pooled = np.array(self._pooled(mx.array(padded), lengths, seconds))
         if not np.isfinite(pooled).all():
             raise ValueError("the model's output is not finite")
         return pooled
+
+    def _pooled(self, tokens: mx.array, lengths: Sequence[int], seconds: Sequence[int]) -> mx.array:
+        if self._embedding.scores:
+            scores: mx.array = self.model.scores(tokens, lengths, seconds or lengths)
+            return scores
+        return pool(self.model(tokens, lengths), lengths, self._embedding.pooling)
 
     def encode(self, vector: Floats, dimensions: int | None) -> bytes:
         """Little-endian float32 of `vector`, or of its first `dimensions` at length 1."""
@@ -65,6 +74,10 @@ class EmbeddingBackend:
         if self._embedding.normalize or dimensions is not None:
             vector = vector / max(float(np.linalg.norm(vector)), SMALLEST_NORM)
         return vector.astype("<f4").tobytes()
+
+
+def _scorer(config: dict[str, Any]) -> tuple[type, type]:
+    return CrossEncoder, EncoderArgs
 
 
 def _classes(config: dict[str, Any]) -> tuple[type, type]:

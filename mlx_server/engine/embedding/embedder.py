@@ -156,6 +156,8 @@ class Embedder:
             return "there is no text"
         if longest > self.model.context_length:
             return f"a text of {longest} tokens exceeds the context of {self.model.context_length}"
+        if request.seconds and len(request.seconds) != len(request.texts):
+            return "the pairs are incomplete"
         if request.dimensions is not None and not 0 < request.dimensions <= self.model.width:
             return f"a vector has {self.model.width} dimensions"
         known = range(self.model.vocab_size)
@@ -166,7 +168,7 @@ class Embedder:
 
     def _compute(self, texts: Pass) -> list[Row]:
         made: dict[int, list[tuple[int, bytes]]] = {id_: [] for id_ in texts.jobs}
-        vectors = self.model.vectors(texts.texts)
+        vectors = self.model.vectors(texts.texts, texts.seconds)
         for (job, index), vector in zip(texts.chosen, vectors, strict=True):
             encoded = self.model.encode(vector, job.request.dimensions)
             made[job.request.id].append((index, encoded))

@@ -40,6 +40,13 @@ RENAMED = (
     (".beta", ".bias"),
     ("layer.", "layers."),
 )
+HEADS = (
+    ("pooler.dense.", "dense."),
+    ("classifier.dense.", "dense."),
+    ("classifier.out_proj.", "score."),
+    ("classifier.", "score."),
+)
+"""A cross-encoder's, of BERT and of RoBERTa."""
 UNUSED = ("pooler.", "cls.", "lm_head.", "position_ids")
 """Heads for other tasks, and a plain range."""
 
@@ -127,12 +134,16 @@ class Encoder(Module):
         self.norm = LayerNorm(args.hidden_size, eps=args.layer_norm_eps)
         self.layers = [Layer(args) for _ in range(args.num_hidden_layers)]
 
-    def __call__(self, tokens: mx.array, lengths: Sequence[int]) -> mx.array:
-        """(rows, tokens, width) from `tokens` (rows, tokens), padded on the right."""
+    def __call__(
+        self, tokens: mx.array, lengths: Sequence[int], kinds: mx.array | None = None
+    ) -> mx.array:
+        """(rows, tokens, width) from `tokens` (rows, tokens), padded on the right. `kinds`: their
+        types, 0 if none are given.
+        """
         longest = tokens.shape[1]
         positions = mx.arange(longest) + self.args.first_position
         x = self.word_embeddings(tokens) + self.position_embeddings(positions)
-        x = self.norm(x + self.token_type_embeddings(mx.array(0)))
+        x = self.norm(x + self.token_type_embeddings(mx.array(0) if kinds is None else kinds))
         mask = None
         if min(lengths) < longest:
             mask = (mx.arange(longest) < mx.array(list(lengths))[:, None])[:, None, None]
@@ -145,6 +156,36 @@ class Encoder(Module):
         """The used weights, renamed."""
         named = ((_name(key), weight) for key, weight in weights.items())
         return {name: weight for name, weight in named if not name.startswith(UNUSED)}
+
+
+class CrossEncoder(Encoder):
+    """Judges pairs of texts by the state of the first token (Nogueira and Cho, 2019)."""
+
+    def __init__(self, args: EncoderArgs) -> None:
+        super().__init__(args)
+        self.dense = Linear(args.hidden_size, args.hidden_size)
+        self.score = Linear(args.hidden_size, 1)
+
+    def scores(self, tokens: mx.array, lengths: Sequence[int], seconds: Sequence[int]) -> mx.array:
+        """(rows, 1) in float32; the second text of row i begins at `seconds[i]`."""
+        kinds = None
+        if self.args.type_vocab_size > 1:
+            begins = mx.array(list(seconds))[:, None]
+            kinds = (mx.arange(tokens.shape[1]) >= begins).astype(mx.int32)
+        first = self(tokens, lengths, kinds)[:, 0]
+        scores: mx.array = self.score(mx.tanh(self.dense(first)))
+        return scores.astype(mx.float32)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        return super().sanitize({_head_name(key): weight for key, weight in weights.items()})
+
+
+def _head_name(key: str) -> str:
+    bare = _name(key)
+    for old, new in HEADS:
+        if bare.startswith(old):
+            return new + bare.removeprefix(old)
+    return key
 
 
 def _name(key: str) -> str:

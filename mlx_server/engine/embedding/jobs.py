@@ -26,6 +26,10 @@ class Job:
         """In tokens."""
         return len(self.request.texts[index])
 
+    def second(self, index: int) -> int:
+        seconds = self.request.seconds
+        return seconds[index] if seconds else self.length(index)
+
 
 class Pass:
     """Texts of up to `budget` tokens, padded to the longest, the first."""
@@ -44,6 +48,11 @@ class Pass:
     @property
     def texts(self) -> list[list[int]]:
         return [job.request.texts[index] for job, index in self.chosen]
+
+    @property
+    def seconds(self) -> list[int]:
+        """Where the second texts of pairs begin; behind the end where there is none."""
+        return [job.second(index) for job, index in self.chosen]
 
     @property
     def jobs(self) -> dict[int, Job]:

@@ -125,6 +125,12 @@ def read_footprint(
     )
 
 
+def parameter_count(path: Path) -> int:
+    """Once dequantized. Raises ModelLoadFailed for damaged files."""
+    tensors = [tensor for file in sorted(path.glob(WEIGHTS)) for tensor in _tensors(file)]
+    return _parameters(tensors, read_config(path))
+
+
 def read_embedding_footprint(path: Path, float32: bool, longest: int | None) -> Footprint:
     """For a model without KV caches and logits; `longest` tokens at once. Raises ModelLoadFailed
     for damaged files.

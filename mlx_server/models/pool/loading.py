@@ -38,6 +38,8 @@ class LoadedModel:
     sampling: Mapping[str, float]
     """Recommended where a request says nothing, by `Sampling`'s names."""
     lock: ModelLock
+    scores: bool = False
+    """Whether it judges pairs of texts."""
 
     def close(self) -> None:
         self.lock.release()
@@ -72,7 +74,8 @@ class ModelLoader:
         engine = ResumableEngine(model_id)
         start = partial(self._start_prepared, plan, text)
         supervisor = EngineSupervisor(process, engine, start, self.hang_timeout)
-        return LoadedModel(model_id, engine, supervisor, text, facts, sampling, lock)
+        scores = plan.embedding is not None and plan.embedding.scores
+        return LoadedModel(model_id, engine, supervisor, text, facts, sampling, lock, scores)
 
     def failure(self, error: Exception, model_id: str) -> ServerError:
         match error:

@@ -29,7 +29,9 @@ from mlx_server.models.store.catalog import Catalog, ModelEntry
 from mlx_server.models.store.embedding_files import MODULES
 from mlx_server.models.text.client import TextProcess
 
-Purpose = Literal["generate", "embed", "any"]
+Purpose = Literal["generate", "embed", "rank", "any"]
+DEFAULT = "default"
+"""The alias for requests that name no model."""
 
 log = logging.getLogger("mlx_server.pool")
 
@@ -47,7 +49,7 @@ class ModelPoolManager:
         self.settings = settings
         self.catalog = catalog
         self._find_device = find_device
-        self._texts = texts or TextProcess(settings.prompt_timeout)
+        self._texts = texts or TextProcess(settings.prompt_timeout, settings.stable_prompts)
         self._planner = MemoryPlanner(settings.kv_cache)
         loader = ModelLoader(
             home=settings.home,
@@ -119,7 +121,8 @@ class ModelPoolManager:
         ModelNotFound, BadRequest for a model that does not serve `purpose`, ModelLoading after
         `settings.load_wait` seconds, ModelLoadFailed, and InsufficientMemory if it can never fit.
         """
-        slot = await self._slot(model_id or _model_meant(self._slots.values(), purpose))
+        named = model_id or _model_meant(self._slots.values(), purpose, self.settings.aliases)
+        slot = await self._slot(named)
         _check_purpose(slot.entry, purpose)
         model = slot.available or await self._wait_for(slot, self.settings.load_wait)
         slot.acquire()
@@ -236,11 +239,14 @@ def _loaded(slots: Collection[Slot], model_id: str) -> Slot | None:
     return next((s for s in usable if model_id in (s.entry.id, *s.entry.aliases)), None)
 
 
-def _model_meant(slots: Collection[Slot], purpose: Purpose) -> str:
-    """The id of the one model that a request without a name can mean; of those that embed if no
-    other is there, or the purpose says so. Raises BadRequest.
+def _model_meant(slots: Collection[Slot], purpose: Purpose, aliases: Collection[str]) -> str:
+    """What a request without a name means: the alias `default`, or the one model that can be meant;
+    of those that embed if no other is there, or the purpose says so. Raises BadRequest.
     """
-    ids = [] if purpose == "embed" else _present(slots, embeds=False)
+    encodes = purpose in ("embed", "rank")
+    if DEFAULT in aliases and not encodes:
+        return DEFAULT
+    ids = [] if encodes else _present(slots, embeds=False)
     if not ids and purpose != "generate":
         ids = _present(slots, embeds=True)
     if len(ids) == 1:
@@ -265,7 +271,13 @@ def _check_purpose(entry: ModelEntry, purpose: Purpose) -> None:
             param="model",
             code="model_cannot_generate",
         )
-    if purpose == "embed" and not entry.embeds:
+    if purpose == "embed" and entry.reranks:
+        raise BadRequest(
+            f"The model `{entry.id}` scores pairs of texts; use it with /v1/rerank.",
+            param="model",
+            code="model_cannot_embed",
+        )
+    if purpose in ("embed", "rank") and not entry.embeds:
         raise BadRequest(
             f"The model `{entry.id}` generates text and was not made for embeddings: "
             f"its folder has no {MODULES}, as embedding models have.",

@@ -1,6 +1,7 @@
 """Rows from an engine to a reader, with backpressure."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import islice
@@ -29,7 +30,7 @@ class RowStream:
     """
 
     def __init__(self, producer: Producer, ids: range) -> None:
-        self.begun = False
+        self.begun_at: float | None = None
         self.ids = ids
         self._producer = producer
         self._open = set(ids)
@@ -38,8 +39,13 @@ class RowStream:
         self._unread = 0
         self._paused = False
 
+    @property
+    def begun(self) -> bool:
+        return self.begun_at is not None
+
     def begin(self) -> None:
-        self.begun = True
+        if self.begun_at is None:
+            self.begun_at = time.monotonic()
 
     def put(self, item: Row | Failed) -> None:
         self._items.append(item)

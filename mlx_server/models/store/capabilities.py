@@ -30,17 +30,19 @@ class FileCapabilities:
     reasoning: bool
     structured_output: bool
     embeddings: bool
+    rerank: bool
 
 
 def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
     """None for unreadable files."""
     if entry.embeds:
-        return FileCapabilities(False, False, False, False, False, embeddings=True)
+        return FileCapabilities(
+            *(False, False, False, False, False), embeddings=not entry.reranks, rerank=True
+        )
     if entry.path is None:
         return None
     try:
-        mtimes = tuple(_mtime_ns(entry.path / name) for name in FILES)
-        template = _template(entry.path, mtimes)
+        template = chat_template(entry.path)
         bound = _can_be_bound(entry.path, _mtime_ns(entry.path / TOKENIZER))
     except (OSError, ModelLoadFailed):
         return None
@@ -51,7 +53,13 @@ def read_capabilities(entry: ModelEntry) -> FileCapabilities | None:
         reasoning=any(mark in template for mark in THINKING),
         structured_output=bound,
         embeddings=False,
+        rerank=False,
     )
+
+
+def chat_template(path: Path) -> str:
+    """Empty without one. Raises OSError, ModelLoadFailed."""
+    return _template(path, tuple(_mtime_ns(path / name) for name in FILES))
 
 
 def _mtime_ns(file: Path) -> int:

@@ -1,4 +1,6 @@
-"""The models in folders and the hub cache, with aliases and adapters."""
+"""The models in folders and the hub cache, with aliases and adapters. The one place that knows
+what a name in a request means.
+"""
 
 import difflib
 import os
@@ -13,7 +15,11 @@ from typing import Any, Literal
 from mlx_server.dimensions import context_length
 from mlx_server.errors import BadRequest, ModelLoadFailed, ModelNotFound
 from mlx_server.models.store.demo import PACKAGED
-from mlx_server.models.store.embedding_files import is_embedding_model, max_seq_length
+from mlx_server.models.store.embedding_files import (
+    is_cross_encoder,
+    is_embedding_model,
+    max_seq_length,
+)
 from mlx_server.models.store.folder import (
     folder_fault,
     is_text,
@@ -23,11 +29,14 @@ from mlx_server.models.store.folder import (
 from mlx_server.models.store.gguf_import import import_into
 from mlx_server.models.store.hub_cache import cached_commit, cached_models, is_repo_id
 from mlx_server.models.store.lora import LoraAdapter, find_adapters
+from mlx_server.models.store.patterns import matching
 from mlx_server.models.store.sources import ModelSources
 
 SCAN_SECONDS = 1.0
 """How long a disk scan is reused."""
 SHOWN_CHARACTERS = 200
+LATEST = ":latest"
+"""What Ollama's clients put behind names without a tag."""
 
 Source = Literal["folder", "hub", "package", "command line", "adapter"]
 
@@ -36,7 +45,7 @@ Source = Literal["folder", "hub", "package", "command line", "adapter"]
 class ModelEntry:
     """`path` is an MLX folder, None until pulled; `size` is bytes on disk, `created` seconds since
     the epoch; `adapter_path` a LoRA adapter for `path`; `embeds`: makes vectors and cannot
-    generate.
+    generate; `reranks`: of these, scores pairs of texts and nothing else.
     """
 
     id: str
@@ -49,6 +58,7 @@ class ModelEntry:
     context_length: int | None = None
     adapter_path: Path | None = None
     embeds: bool = False
+    reranks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +90,16 @@ class Catalog:
         return {name: why for name, why in sorted(scan.faults.items()) if name not in scan.names}
 
     def find(self, model_id: str) -> ModelEntry:
-        """Never treats `model_id` as a path. Raises ModelNotFound with close matches."""
+        """By id, alias, or pattern among the aliases, each with or without `:latest`. Never treats
+        `model_id` as a path. Raises ModelNotFound with close matches.
+        """
         scan = self._scan()
-        if model_id in scan.names:
-            return scan.names[model_id]
-        raise ModelNotFound(self._not_found(model_id, scan), param="model")
+        bare = model_id.removesuffix(LATEST)
+        pattern = matching(bare, self.sources.aliases)
+        for name in filter(None, (model_id, bare, pattern)):
+            if name in scan.names:
+                return scan.names[name]
+        raise ModelNotFound(self._not_found(model_id, pattern or bare, scan), param="model")
 
     def add(self, name: str) -> ModelEntry:
         """Resolve an id, an alias, or the operator's path (folder or GGUF file), which `find` then
@@ -195,8 +210,8 @@ class Catalog:
             name = aliases[name]
         return name
 
-    def _not_found(self, model_id: str, scan: _Scan) -> str:
-        target = self._resolve_alias(model_id)
+    def _not_found(self, model_id: str, name: str, scan: _Scan) -> str:
+        target = self._resolve_alias(name)
         shown = model_id[:SHOWN_CHARACTERS]
         fetching = f"`mlx-server pull {target}`"
         if target in PACKAGED and target not in scan.faults:
@@ -235,6 +250,7 @@ def _entry(folder: Path, name: str, source: Source, aliases: tuple[str, ...]) ->
         model_type=config["model_type"],
         context_length=_max_text_length(folder, config) if embeds else context_length(config),
         embeds=embeds,
+        reranks=is_cross_encoder(config),
     )
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from mlx_server.engine.protocol import ENCODERS, Embedding, PoolingMode
 from mlx_server.errors import ModelLoadFailed
-from mlx_server.models.store.folder import read_json
+from mlx_server.models.store.folder import model_config, read_json
 
 MODULES = "modules.json"
 LENGTHS = "sentence_*_config.json"
+SCORING = "ForSequenceClassification"
 HARMLESS = frozenset({"Transformer", "Dropout"})
 """Without effect here."""
 MODES: dict[str, PoolingMode] = {
@@ -43,10 +44,21 @@ def is_embedding_model(folder: Path, config: dict[str, Any]) -> bool:
     return config.get("model_type") in ENCODERS or os.path.isfile(folder / MODULES)
 
 
+def is_cross_encoder(config: dict[str, Any]) -> bool:
+    """Whether it judges pairs of texts with one number."""
+    kinds, labels = config.get("architectures"), config.get("id2label")
+    if config.get("model_type") not in ENCODERS or not isinstance(kinds, list):
+        return False
+    count = len(labels) if isinstance(labels, dict) else config.get("num_labels")
+    return count == 1 and any(str(kind).endswith(SCORING) for kind in kinds)
+
+
 def read_embedding(folder: Path) -> EmbeddingFiles:
     """Raises ModelLoadFailed for unsupported models. Without `modules.json`: the mean over tokens,
     normalized.
     """
+    if is_cross_encoder(model_config(folder) or {}):
+        return EmbeddingFiles(Embedding([], normalize=False, scores=True), max_seq_length(folder))
     if not (folder / MODULES).is_file():
         return EmbeddingFiles(Embedding(["mean"], normalize=True), max_seq_length(folder))
     pooling: list[PoolingMode] = []

@@ -28,7 +28,9 @@ from mlx_server.models.text.protocol import (
     Refused,
     Request,
     Tokenize,
+    TokenizeCut,
     Tokenized,
+    TokenizePairs,
     decode_reply,
 )
 from mlx_server.schemas.internal import Constraint, Prompt, TokenPrompt
@@ -50,9 +52,11 @@ class TextProcess:
     pending requests fail and the next one restarts it.
     """
 
-    def __init__(self, request_seconds: float) -> None:
+    def __init__(self, request_seconds: float, stable_prompts: bool = False) -> None:
         self.request_seconds = request_seconds
         """Per template or tokenizer run."""
+        self.stable_prompts = stable_prompts
+        """Whether what changes with every request is taken out of the way."""
         self.child: Child | None = None
         self._starting = asyncio.Lock()
         self._ids = itertools.count()
@@ -159,11 +163,20 @@ class ModelText:
         """
         if isinstance(prompt, TokenPrompt) and constraint is None:
             return Prepared(prompt.ids)
-        return await self._ask(Prepare(prompt, constraint, limit), Prepared)
+        stable = self._process.stable_prompts
+        return await self._ask(Prepare(prompt, constraint, limit, stable), Prepared)
 
     async def tokenize_all(self, texts: list[str], limit: int) -> list[list[int]]:
         """With special tokens added. Raises ContextLengthExceeded likewise."""
         return (await self._ask(Tokenize(texts, limit), Tokenized)).tokens
+
+    async def tokenize_cut(self, texts: list[str], limit: int) -> list[list[int]]:
+        """With special tokens added; the ends of texts beyond `limit` tokens are left out."""
+        return (await self._ask(TokenizeCut(texts, limit), Tokenized)).tokens
+
+    async def tokenize_pairs(self, first: str, texts: list[str], limit: int) -> Tokenized:
+        """`first` with each of `texts`; the ends of both are left out as far as `limit` demands."""
+        return await self._ask(TokenizePairs(first, texts, limit), Tokenized)
 
     async def parse_calls(self, text: str, tools: list[dict[str, Any]]) -> list[tuple[str, str]]:
         """(name, JSON arguments) of the calls in `text`; none if garbled."""

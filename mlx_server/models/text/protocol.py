@@ -27,11 +27,28 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     constraint: Constraint | None
     limit: int
     """In tokens; more may be refused."""
+    stable: bool = False
+    """What changes with every request is taken out of the way."""
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag="tokenize"):
     """With special tokens added."""
 
+    texts: list[str]
+    limit: int
+
+
+class TokenizeCut(msgspec.Struct, frozen=True, tag="tokenize_cut"):
+    """With special tokens added, and no more than `limit` in all."""
+
+    texts: list[str]
+    limit: int
+
+
+class TokenizePairs(msgspec.Struct, frozen=True, tag="tokenize_pairs"):
+    """`first` with each of `texts`, with special tokens added, and no more than `limit` in all."""
+
+    first: str
     texts: list[str]
     limit: int
 
@@ -78,6 +95,8 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
 
 class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
     tokens: list[list[int]]
+    seconds: list[int] = []
+    """Of pairs: where in each the second text begins, by the tokens' types."""
 
 
 class Parsed(msgspec.Struct, frozen=True, tag="parsed"):
@@ -99,7 +118,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     code: str | None = None
 
 
-Question = Open | Prepare | Tokenize | ParseCalls | Decode
+Question = Open | Prepare | Tokenize | TokenizeCut | TokenizePairs | ParseCalls | Decode
 Answer = Opened | Prepared | Tokenized | Parsed | Decoded
 
 

@@ -16,6 +16,8 @@ from mlx_server.tokenizer_json import AddedToken, read_parts
 
 LONG_TOKEN = 8
 """Characters per token of `limit` above which length is checked first."""
+LONGEST_TOKEN = 128
+"""Characters. Texts have far shorter ones, a few of blanks aside."""
 PART = 1 << 16
 """Characters."""
 PART_SLACK = 256
@@ -62,14 +64,45 @@ class TextTokenizer:
             tokens += [one.ids for one in encoded]
         return tokens
 
+    def encode_cut(self, texts: Sequence[str], limit: int) -> list[list[int]]:
+        """With special tokens added; ends that would exceed `limit` tokens are left out."""
+        room = max(0, limit - self.backend.num_special_tokens_to_add(is_pair=False))
+        tokens: list[list[int]] = []
+        for start in range(0, len(texts), BATCH):
+            batch = [text[: limit * LONGEST_TOKEN] for text in texts[start : start + BATCH]]
+            for encoding in self.backend.encode_batch(batch, add_special_tokens=False):
+                encoding.truncate(room)
+                tokens.append(self.backend.post_process(encoding).ids)
+        return tokens
+
+    def encode_pairs(
+        self, first: str, texts: Sequence[str], limit: int
+    ) -> list[tuple[list[int], int]]:
+        """`first` with each of `texts`, special tokens added, and where the second begins. The ends
+        of texts are left out that would exceed `limit` tokens, and of `first` half of them.
+        """
+        room = max(0, limit - self.backend.num_special_tokens_to_add(is_pair=True))
+        most = limit * LONGEST_TOKEN
+        [head] = self.backend.encode_batch([first[:most]], add_special_tokens=False)
+        head.truncate(room // 2)
+        pairs: list[tuple[list[int], int]] = []
+        for start in range(0, len(texts), BATCH):
+            batch = [text[:most] for text in texts[start : start + BATCH]]
+            for encoding in self.backend.encode_batch(batch, add_special_tokens=False):
+                encoding.truncate(room - len(head))
+                pair = self.backend.post_process(head, encoding)
+                kinds = pair.type_ids
+                pairs.append((pair.ids, kinds.index(1) if 1 in kinds else len(kinds)))
+        return pairs
+
     def check_length(self, text: str, limit: int, param: str) -> None:
         """Raises ContextLengthExceeded for far more than `limit` tokens, without tokenizing all of
         `text`. A text that passes may still be too long.
         """
-        if len(text) > limit * LONG_TOKEN and self._certainly_exceeds(text, limit):
+        if len(text) > limit * LONG_TOKEN and (count := self._certain_count(text, limit)) > limit:
             raise ContextLengthExceeded(
-                f"This model's context holds {limit} tokens; your text of {len(text)} characters "
-                "has more.",
+                f"The prompt is too long: more than {count} tokens > {limit} maximum of this "
+                "model's context.",
                 param=param,
             )
 
@@ -95,13 +128,14 @@ class TextTokenizer:
         whole: list[int] = self.backend.encode("a", add_special_tokens=True).ids
         return whole[: whole.index(bare[0])] if bare else []
 
-    def _certainly_exceeds(self, text: str, limit: int) -> bool:
+    def _certain_count(self, text: str, limit: int) -> int:
+        """No more tokens than `text` has; counted until there are more than `limit`."""
         count = 0
         for start in range(0, len(text), PART):
             count += max(0, len(self.encode_bare(text[start : start + PART])) - PART_SLACK)
             if count > limit:
-                return True
-        return False
+                break
+        return count
 
 
 def is_stored(tokenizer: Tokenizer, folder: Path) -> bool:

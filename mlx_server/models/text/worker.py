@@ -19,6 +19,7 @@ from mlx_server.engine.spawn import give_way, leave_group
 from mlx_server.errors import ServerError
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.models.text.adapters.registry import load_adapter
+from mlx_server.models.text.conversations.volatile import settled
 from mlx_server.models.text.protocol import (
     Answer,
     Close,
@@ -33,7 +34,9 @@ from mlx_server.models.text.protocol import (
     Reply,
     Request,
     Tokenize,
+    TokenizeCut,
     Tokenized,
+    TokenizePairs,
     TokenTable,
     decode_request,
 )
@@ -104,9 +107,16 @@ class TextWorker:
         match question:
             case Prepare(prompt=prompt, constraint=constraint, limit=limit):
                 _check_length(adapter.tokenizer, prompt, limit)
+                if question.stable and isinstance(prompt, ChatPrompt):
+                    prompt = settled(prompt)
                 return adapter.prepare(prompt, constraint)
             case Tokenize(texts=texts, limit=limit):
                 return Tokenized(adapter.tokenizer.encode_complete(texts, limit))
+            case TokenizeCut(texts=texts, limit=limit):
+                return Tokenized(adapter.tokenizer.encode_cut(texts, limit))
+            case TokenizePairs(first=first, texts=texts, limit=limit):
+                pairs = adapter.tokenizer.encode_pairs(first, texts, limit)
+                return Tokenized([ids for ids, _ in pairs], [second for _, second in pairs])
             case ParseCalls(text=text, tools=tools):
                 return Parsed(adapter.parse_calls(text, tools))
             case Decode(tokens=tokens):

@@ -26,8 +26,6 @@ LEAST_REPETITION_PENALTY = 0.01
 """Divides a logit, which must stay finite."""
 
 ANY_SEED = -1
-Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,256}$")]
-"""Far more than OpenAI's: MCP servers and the clients' prefixes make names of all kinds."""
 Stops = str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 

@@ -12,6 +12,7 @@ class ModelCapabilities(ResponseObject):
     reasoning: bool
     structured_output: bool
     embeddings: bool
+    rerank: bool
 
 
 class ModelSampling(ResponseObject):

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from mlx_server.schemas.objects import RequestObject
-from mlx_server.schemas.openai.common import Name
-from mlx_server.schemas.openai.constraints import Text, check_size
+from mlx_server.schemas.objects import Name, RequestObject
+from mlx_server.schemas.openai.constraints import Text
+from mlx_server.schemas.sizes import check_size
 
 MAX_TOOLS = 128
 

@@ -73,7 +73,7 @@ class PlainChoice:
 
     def _finished(self, reason: FinishReason) -> Finished:
         usage = Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
-        return Finished(self.index, reason, usage)
+        return Finished(self.index, reason, usage, self.text.stop)
 
 
 class TextSide(Vocabulary, Protocol):
@@ -206,7 +206,8 @@ class ParsedChoice:
             self._aligner.reasoning_tokens,
         )
         called = self._calls > 0 and reason == "stop"
-        self._events.append(Finished(self.index, "tool_calls" if called else reason, usage))
+        told = "tool_calls" if called else reason
+        self._events.append(Finished(self.index, told, usage, self._text.stop))
         return self._drain()
 
     def _drain(self) -> list[Event]:

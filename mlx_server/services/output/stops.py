@@ -24,6 +24,8 @@ class StopMatcher:
         self._first = re.compile("|".join(map(re.escape, self._next[0]))) if self._next[0] else None
         self._state = 0
         self._held = ""
+        self.found: str | None = None
+        """The stop string that ended the text."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text to show now, and whether a stop string ended it."""
@@ -40,7 +42,9 @@ class StopMatcher:
             if self._match[state]:
                 whole = self._held + text[: end + 1]
                 self._state, self._held = 0, ""
-                return whole[: len(whole) - self._match[state]], True
+                start = len(whole) - self._match[state]
+                self.found = whole[start:]
+                return whole[:start], True
         whole = self._held + text
         certain = len(whole) - self._depth[state]
         self._state, self._held = state, whole[certain:]

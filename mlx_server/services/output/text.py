@@ -29,6 +29,11 @@ class TruncatedText:
         self._emitted = 0
         self._pending: deque[tuple[int, TokenLogprob]] = deque()
 
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended it."""
+        return self._matcher.found
+
     def add_entry(self, end: int, entry: TokenLogprob) -> None:
         self._pending.append((end, entry))
 

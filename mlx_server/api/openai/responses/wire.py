@@ -18,4 +18,4 @@ def frame(event: StreamEvent, number: int) -> bytes:
     return server_sent(StreamEvent(numbered, event.name), number)
 
 
-WIRE = replace(wire.WIRE, error_event=error_event, frame=frame, idle_events=True, end=b"")
+WIRE = replace(wire.WIRE, error_event=error_event, frame=frame, ping=b"", end=b"")

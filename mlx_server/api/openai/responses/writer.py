@@ -9,9 +9,9 @@ from uuid import uuid4
 
 import msgspec
 
+from mlx_server.api.chunk_template import ChunkTemplate
 from mlx_server.api.generation import Accepted
 from mlx_server.api.http.wire import Failure, StreamEvent
-from mlx_server.api.openai.chunks import ChunkTemplate
 from mlx_server.api.openai.responses.output import Item, OutputWriter
 from mlx_server.api.openai.responses.tools import Named
 from mlx_server.errors import ContextLengthExceeded, ServerError

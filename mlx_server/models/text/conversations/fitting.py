@@ -112,7 +112,7 @@ def _with_thoughts(traits: Traits, messages: Messages) -> Messages:
 
 def _with_systems(traits: Traits, messages: Messages) -> Messages:
     systems = [index for index, one in enumerate(messages) if one.get("role") == "system"]
-    if any(systems) and traits.drops_late_systems:
+    if any(systems) and traits.misplaces_late_systems:
         messages = place_systems(messages)
     asked = not messages or messages[-1].get("role") == "user"
     if systems and not (traits.shows_system and (asked or not traits.drops_system_unless_asked)):

@@ -70,12 +70,9 @@ class Traits:
         )
 
     @cached_property
-    def drops_late_systems(self) -> bool:
-        wanted = [SYSTEM, LATER] if self.shows_system else [LATER]
-        return any(
-            self._drops(messages, [word for word in wanted if word in str(messages)])
-            for messages in LATE_SYSTEMS
-        )
+    def misplaces_late_systems(self) -> bool:
+        """Drops them, or puts them elsewhere than they were said."""
+        return any(self._misplaces(messages) for messages in LATE_SYSTEMS)
 
     @cached_property
     def shows_tools(self) -> bool:
@@ -134,6 +131,20 @@ class Traits:
         """False if it refuses them: that will be seen."""
         text = self._made(messages)
         return text is not None and not all(word in text for word in words)
+
+    def _misplaces(self, messages: Messages) -> bool:
+        """False if it refuses them: that will be seen."""
+        text = self._made(messages)
+        if text is None:
+            return False
+        position = 0
+        for message in messages:
+            if message is FIRST and not self.shows_system:
+                continue
+            position = text.find(message["content"], position) + 1
+            if position == 0:
+                return True
+        return False
 
     def _made(self, messages: Messages) -> str | None:
         prompt = ChatPrompt(messages, self._tools)

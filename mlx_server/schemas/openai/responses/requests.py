@@ -6,12 +6,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.objects import INT32_MAX, INT64_MAX, Refusal, RequestObject, empty, never
+from mlx_server.schemas.objects import (
+    INT32_MAX,
+    INT64_MAX,
+    Name,
+    Refusal,
+    RequestObject,
+    empty,
+    never,
+)
 from mlx_server.schemas.openai.chat import NO_LIMIT, ReasoningEffort
-from mlx_server.schemas.openai.common import GenerationRequest, ModelChoice, Name
-from mlx_server.schemas.openai.constraints import Schema
+from mlx_server.schemas.openai.common import GenerationRequest, ModelChoice
 from mlx_server.schemas.openai.responses.items import Items
 from mlx_server.schemas.openai.responses.tools import ToolChoice, Tools
+from mlx_server.schemas.sizes import Schema
 
 MAX_METADATA = 16
 MAX_NEW_ITEMS = 20

@@ -4,10 +4,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from mlx_server.schemas.objects import RequestObject
-from mlx_server.schemas.openai.common import Name
-from mlx_server.schemas.openai.constraints import Text, check_size
+from mlx_server.schemas.objects import Name, RequestObject
+from mlx_server.schemas.openai.constraints import Text
 from mlx_server.schemas.openai.tools import MAX_TOOLS, FunctionDefinition
+from mlx_server.schemas.sizes import check_size
 
 HOSTED = frozenset(
     {

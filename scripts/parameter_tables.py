@@ -1,6 +1,6 @@
-"""Rewrites the tables of parameters in docs/openai.md from the request schemas.
+"""Rewrites the tables of parameters in the docs of each protocol from the request schemas.
 
-`python scripts/openai_table.py`; a test fails while a table is stale.
+`python scripts/parameter_tables.py`; a test fails while a table is stale.
 """
 
 from collections.abc import Iterator
@@ -8,23 +8,28 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
+from mlx_server.schemas.anthropic.requests import MessagesRequest
 from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
 from mlx_server.schemas.openai.completions import CompletionRequest
 from mlx_server.schemas.openai.responses.requests import ResponseRequest
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "openai.md"
-REQUESTS: dict[str, type[RequestObject]] = {
-    "chat completions": ChatCompletionRequest,
-    "completions": CompletionRequest,
-    "responses": ResponseRequest,
+DOCS = Path(__file__).parent.parent / "docs"
+Requests = dict[str, type[RequestObject]]
+DOCUMENTS: dict[str, Requests] = {
+    "openai.md": {
+        "chat completions": ChatCompletionRequest,
+        "completions": CompletionRequest,
+        "responses": ResponseRequest,
+    },
+    "anthropic.md": {"messages": MessagesRequest},
 }
 HONOURED, TOLERATED, REFUSED = "honoured", "tolerated", "refused"
 
 
-def updated(text: str) -> str:
+def updated(text: str, requests: Requests) -> str:
     """The document `text` with fresh tables between the markers."""
-    for name, request in REQUESTS.items():
+    for name, request in requests.items():
         begin, end = markers(name)
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
@@ -35,7 +40,7 @@ def updated(text: str) -> str:
 def markers(name: str) -> tuple[str, str]:
     """The lines before and behind the table of that name."""
     return (
-        f"<!-- {name}: written by scripts/openai_table.py -->\n",
+        f"<!-- {name}: written by scripts/parameter_tables.py -->\n",
         f"<!-- end of {name} -->\n",
     )
 
@@ -70,4 +75,6 @@ def _sentence(hint: str) -> str:
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(updated(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, requests in DOCUMENTS.items():
+        fresh = updated((DOCS / name).read_text(encoding="utf-8"), requests)
+        (DOCS / name).write_text(fresh, encoding="utf-8")
