@@ -150,9 +150,8 @@ async def test_a_prompt_beyond_the_context_fails_with_the_code_that_clients_act_
     client: httpx.AsyncClient,
 ) -> None:
     body = ask(input="word " * CONTEXT)
-    assert assert_refused(await client.post(RESPONSES, json=body))["code"] == (
-        "context_length_exceeded"
-    )
+    refused = assert_refused(await client.post(RESPONSES, json=body))
+    assert (refused["code"], refused["param"]) == ("context_length_exceeded", "input")
     response = await streamed(client, body)
     assert response["status"] == "failed"
     assert response["error"]["code"] == "context_length_exceeded"
@@ -196,14 +195,14 @@ def test_the_sdk_parses_streams_and_converses(sdk: openai.OpenAI) -> None:
         model=TINY, input="Fine?", text_format=Verdict, extra_body={"thinking_budget": 0}
     )
     assert isinstance(parsed.output_parsed, Verdict)
-    with sdk.responses.stream(model=TINY, input="Hello", max_output_tokens=8) as stream:
+    with sdk.responses.stream(model="acts", input="Hello") as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_response()
     assert kinds[0] == "response.created"
-    assert final.status == "incomplete"
+    assert final.status == "completed"
     assert sdk.responses.retrieve(final.id).output_text == final.output_text
     assert [item.type for item in sdk.responses.input_items.list(final.id)] == ["message"]
-    counted = sdk.responses.input_tokens.count(model=TINY, input="Hello")
+    counted = sdk.responses.input_tokens.count(model="acts", input="Hello")
     assert final.usage is not None
     assert counted.input_tokens == final.usage.input_tokens
     with pytest.raises(openai.BadRequestError):
@@ -291,20 +290,25 @@ async def test_twenty_turns_read_each_new_turn_alone_and_outlive_a_restart_and_a
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     home = tmp_path_factory.mktemp("turns")
-    build_tiny_model(home / "models" / TINY, "llama", context=4096)
+    # Its answers are cut into the same tokens when they are read.
+    build_scripted_model(home / "models" / TINY, "By me.", context=4096)
     previous: str | None = None
     length = 0
+    block = 32
     for part in range(2):
         with serving(home, "--model", TINY) as server:
             async with server.client() as client:
                 for turn in range(10):
-                    body = ask(input=f"Turn {part * 10 + turn}", previous_response_id=previous)
+                    said = f"Turn {part * 10 + turn}: what shall be done next, and by whom?"
+                    body = ask(input=said, previous_response_id=previous)
                     response = await whole(client, body)
                     usage = response["usage"]
                     cached = usage["input_tokens_details"]["cached_tokens"]
                     assert usage["input_tokens"] > length
-                    if turn not in (0, 5):  # after a start
-                        assert cached >= length - 1
+                    print(f"turn {part * 10 + turn}: {cached} of {usage['input_tokens']} cached")
+                    # What was never written to the disk is lost with an engine that is killed.
+                    if turn != 5:
+                        assert cached > length - block
                     previous = response["id"]
                     length = usage["input_tokens"] + usage["output_tokens"]
                     if turn == 4:
@@ -337,6 +341,11 @@ async def test_streams_go_on_without_a_gap_when_their_engine_is_killed(
 # bad input
 
 
+def group(name: Any, size: int, function: str = "f") -> dict[str, Any]:
+    tools = [LOOK | {"name": f"{function}{n}"} for n in range(size)]
+    return {"type": "namespace", "name": str(name), "description": "", "tools": tools}
+
+
 BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"input": 1}, "input"),
     ({"input": []}, "input"),
@@ -362,6 +371,7 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"input": [{"type": "item_reference"}]}, "input.0"),
     ({"input": [{"type": "item_reference", "id": "msg_none"}]}, "input"),
     ({"input": [{"role": "user", "content": "a"}] * 10_001}, "input"),
+    ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input"),
     ({"instructions": 1}, "instructions"),
     ({"previous_response_id": "resp_none"}, "previous_response_id"),
     ({"previous_response_id": ""}, "previous_response_id"),
@@ -399,6 +409,8 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"tools": [{"type": "namespace", "name": "a", "tools": []}]}, "tools.0.tools"),
     ({"tools": [LOOK, LOOK]}, "tools"),
     ({"tools": [LOOK] * 129}, "tools"),
+    ({"tools": [group(n, 100) for n in range(2)]}, "tools"),
+    ({"tools": [group("g" * 200, 1, "f" * 200)]}, "tools"),
     ({"tool_choice": "some"}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "web_search"}, "tools": TOOLS}, "tool_choice"),

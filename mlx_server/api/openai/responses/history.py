@@ -67,10 +67,7 @@ async def history(body: InputOptions, owner: str, records: Records) -> History:
             ) from error
     elif body.conversation_id is not None:
         before = await records.items(owner, body.conversation_id, "conversation")
-    found = History([read(item) for item in before], asked)
-    if not found.items and not body.instructions:
-        raise BadRequest("There is nothing to answer: give `input`.", param="input")
-    return found
+    return History([read(item) for item in before], asked)
 
 
 def read(item: KeptItem) -> Item:

@@ -3,8 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
+from mlx_server.api.http.validation import invalid_request
 from mlx_server.api.openai.responses.thinking import Sealer
 from mlx_server.api.openai.responses.tools import ToolBox, flat
+from mlx_server.errors import BadRequest
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
 from mlx_server.schemas.openai.responses.items import PASSED_OVER, Item
 from mlx_server.schemas.openai.responses.requests import InputOptions, ResponseRequest, TextOptions
@@ -39,7 +43,14 @@ def chat_request(
         fields["max_completion_tokens"] = body.max_output_tokens
         fields["logprobs"] = body.with_logprobs
         fields["top_logprobs"] = body.top_logprobs if body.with_logprobs else None
-    return ChatCompletionRequest.model_validate(fields)
+    if not fields["messages"]:
+        raise BadRequest("There is nothing to answer: give `input`.", param="input")
+    try:
+        return ChatCompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        # Only what is too much once put together: each part is checked.
+        refused = invalid_request(error.errors(), fields)
+        raise BadRequest(refused.message, param=(refused.param or "").partition(".")[0]) from error
 
 
 def _variables(body: InputOptions) -> dict[str, Any]:
