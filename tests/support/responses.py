@@ -71,9 +71,11 @@ def check_stream(events: list[dict[str, Any]]) -> dict[str, Any]:
     return response
 
 
-async def streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
-    """The response that a stream ends with; the stream is checked."""
-    events = []
+async def streamed(
+    client: httpx.AsyncClient, body: dict[str, Any], into: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The response that a stream ends with; the stream is checked. Its events come to `into`."""
+    events = [] if into is None else into
     async with client.stream("POST", RESPONSES, json=body | {"stream": True}) as answer:
         assert answer.status_code == 200, await answer.aread()
         name = ""
@@ -97,11 +99,12 @@ async def whole(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, An
 async def both(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
     """The whole answer, which is the same as the streamed one but for names and times."""
     one, other = await whole(client, body), await streamed(client, body)
-    assert _told(one) == _told(other)
+    assert alike(one) == alike(other)
     return one
 
 
-def _told(response: dict[str, Any]) -> Any:
+def alike(response: dict[str, Any]) -> Any:
+    """Of a response, what repeats."""
     named = {"id", "call_id", "created_at", "completed_at", "input_tokens_details"}
 
     def bare(value: Any) -> Any:
