@@ -25,7 +25,7 @@ from benchmarks.client import (
     user,
     wait_for,
 )
-from benchmarks.dialects import CHAT, MESSAGES, Dialect, Message
+from benchmarks.dialects import CHAT, MESSAGES, RESPONSES, Dialect, Message
 from benchmarks.measures import RATE, Figures, Outcome, percentile, throughput
 from benchmarks.prompts import Texts, distinct_prompts
 from benchmarks.servers import Bench, Job, Running, Server, in_process
@@ -39,7 +39,7 @@ LONG_PROMPT_TOKENS, LONG_ANSWER_TOKENS = 4000, 8
 STREAM_TOKENS, STREAM_TOKENS_BEFORE = 400, 40
 SAMPLERS, SAMPLERS_PROMPT_TOKENS = 32, 40
 FRONT_STREAMS, FRONT_TOKENS = 16, 128
-FRONT_DIALECTS = (CHAT, MESSAGES)
+FRONT_DIALECTS = (CHAT, MESSAGES, RESPONSES)
 
 
 class Peers(Enum):

@@ -70,6 +70,23 @@ def _messages_tokens(event: Event) -> Tokens | None:
     return Tokens(prompt, cached, usage["output_tokens"])
 
 
+def _responses_body(messages: Sequence[Message], max_tokens: int) -> dict[str, Any]:
+    return {"input": messages, "max_output_tokens": max_tokens, "stream": True, "store": False}
+
+
+def _responses_text(event: Event) -> str:
+    kinds = ("response.output_text.delta", "response.reasoning_text.delta")
+    return str(event["delta"]) if event["type"] in kinds else ""
+
+
+def _responses_tokens(event: Event) -> Tokens | None:
+    usage = event.get("response", {}).get("usage")
+    if not usage:
+        return None
+    cached = usage["input_tokens_details"]["cached_tokens"]
+    return Tokens(usage["input_tokens"], cached, usage["output_tokens"])
+
+
 CHAT = Dialect(
     "chat completions",
     "/v1/chat/completions",
@@ -79,3 +96,11 @@ CHAT = Dialect(
     knows_ignore_eos=True,
 )
 MESSAGES = Dialect("messages", "/v1/messages", _messages_body, _messages_text, _messages_tokens)
+RESPONSES = Dialect(
+    "responses",
+    "/v1/responses",
+    _responses_body,
+    _responses_text,
+    _responses_tokens,
+    knows_ignore_eos=True,
+)

@@ -214,6 +214,17 @@ class Settings(BaseSettings):
         description="What may be written there in a day, by all servers together, to spare the "
         "disk; `off` for no limit.",
     )
+    responses_limit: str = Field(
+        "1GB",
+        pattern=SIZE,
+        description="Disk space in `home`/responses for stored responses and conversations; the "
+        "longest unused go first.",
+    )
+    responses_age: str = Field(
+        "30d",
+        pattern=DURATION,
+        description="How long a stored response or conversation is kept unused; `-1` for good.",
+    )
     max_queue: int = Field(
         256, ge=0, description="Requests that may wait for a place in a model's batch."
     )
@@ -323,6 +334,14 @@ class Settings(BaseSettings):
     def disk_cache_limit(self) -> int:
         """Bytes; 0 caches nothing."""
         return _bytes_or_off(self.disk_cache) or 0
+
+    @property
+    def records_path(self) -> Path:
+        return self.home / "responses" / "responses.db"
+
+    @property
+    def responses_limit_bytes(self) -> int:
+        return parse_bytes(self.responses_limit, 0)
 
     def load_options(self, model_id: str) -> LoadOptions:
         return LoadOptions(

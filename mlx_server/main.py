@@ -22,7 +22,8 @@ from mlx_server.api.http.openapi import any_error, documented
 from mlx_server.api.http.stopping import Stopping
 from mlx_server.api.http.wire import ApiProtocol, Wires
 from mlx_server.api.ollama.routes import OLLAMA
-from mlx_server.api.openai.routes import OPENAI
+from mlx_server.api.openai.responses.thinking import Sealer
+from mlx_server.api.openai.routes import OPENAI, RESPONSES
 from mlx_server.api.rerank.routes import RERANK
 from mlx_server.config import Settings
 from mlx_server.events import setup_logging
@@ -34,13 +35,15 @@ from mlx_server.models.store.sources import ModelSources
 from mlx_server.services.backpressure import Backpressure
 from mlx_server.services.embeddings import EmbeddingService
 from mlx_server.services.inference import InferenceService
+from mlx_server.services.records import Records
 from mlx_server.telemetry import Metrics, setup_tracing, untraced
+from mlx_server.units import parse_seconds
 
 # FastAPI's own request spans: one per request, none per chunk, no bodies or arguments.
 REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)
 
 # Before OpenAI, which takes what remains of the paths that they share.
-PROTOCOLS = (ANTHROPIC, OLLAMA, RERANK, OPENAI, ADMIN)
+PROTOCOLS = (ANTHROPIC, OLLAMA, RERANK, OPENAI, RESPONSES, ADMIN)
 OTHERS = ApiProtocol(
     wire=OPENAI.wire, routers=(health.router, metrics.router, description.router), prefixes=()
 )
@@ -87,6 +90,10 @@ def create_app(
     backpressure = _backpressure(settings)
     app.state.service = InferenceService(app.state.pool, backpressure)
     app.state.embeddings = EmbeddingService(app.state.pool, backpressure)
+    app.state.records = Records(
+        settings.records_path, settings.responses_limit_bytes, parse_seconds(settings.responses_age)
+    )
+    app.state.sealer = Sealer(settings.records_path.parent)
     figures.registry.register(metrics.PoolCollector(app.state.pool))
     failures.install(app)
     _include(app, (*protocols, OTHERS))
@@ -157,6 +164,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         await app.state.pulls.stop()
         await pool.stop()
+        await app.state.records.close()
         lag.cancel()
         with suppress(asyncio.CancelledError):
             await lag

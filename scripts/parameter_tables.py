@@ -12,11 +12,16 @@ from mlx_server.schemas.anthropic.requests import MessagesRequest
 from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
 from mlx_server.schemas.openai.completions import CompletionRequest
+from mlx_server.schemas.openai.responses.requests import ResponseRequest
 
 DOCS = Path(__file__).parent.parent / "docs"
 Requests = dict[str, type[RequestObject]]
 DOCUMENTS: dict[str, Requests] = {
-    "openai.md": {"chat completions": ChatCompletionRequest, "completions": CompletionRequest},
+    "openai.md": {
+        "chat completions": ChatCompletionRequest,
+        "completions": CompletionRequest,
+        "responses": ResponseRequest,
+    },
     "anthropic.md": {"messages": MessagesRequest},
 }
 HONOURED, TOLERATED, REFUSED = "honoured", "tolerated", "refused"

@@ -1,7 +1,7 @@
 """Answers generations independently of the protocol: run, count, fold or stream events."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,7 +9,8 @@ from typing import Protocol
 from starlette.responses import Response
 
 from mlx_server.api.http.streaming import StreamedAnswer, WholeAnswer
-from mlx_server.api.http.wire import StreamEvent
+from mlx_server.api.http.wire import Failure, StreamEvent
+from mlx_server.errors import ServerError
 from mlx_server.schemas.internal import (
     Event,
     Finished,
@@ -39,7 +40,7 @@ class Accepted:
 
 
 class AnswerFormat(Protocol):
-    def feed(self, prompt: int, event: Event) -> None: ...
+    def feed(self, prompt: int, event: Event) -> object: ...
 
     def body(self, usage: Usage) -> bytes: ...
 
@@ -61,6 +62,12 @@ class AnswerFormats:
     answer: Callable[[Accepted], AnswerFormat]
     stream: Callable[[Accepted], StreamFormat]
     echo: bool = False
+    keep: Callable[[Usage], Awaitable[None]] | None = None
+    """Awaited once all events were fed, before the answer ends."""
+    failed: Callable[[Failure], StreamEvent] | None = None
+    """A stream's last event where one broke; else the wire's."""
+    refused: Callable[[ServerError], Sequence[StreamEvent] | None] | None = None
+    """A whole stream for an error that kept it from opening; None: an ordinary answer."""
 
 
 @dataclass(slots=True)
@@ -80,7 +87,11 @@ class Generator:
         return WholeAnswer(self._whole)
 
     def stream(self) -> Response:
-        return StreamedAnswer(self._batches(), idle=lambda: self.stream_format.idle())
+        return StreamedAnswer(
+            self._batches(),
+            idle=lambda: self.stream_format.idle(),
+            failed=self.formats.failed,
+        )
 
     async def _whole(self) -> bytes:
         async with opened(self.service, self.requests) as (generations, events):
@@ -90,14 +101,23 @@ class Generator:
                 for event in together:
                     tally.feed(prompt, event)
                     answer.feed(prompt, event)
-            return answer.body(tally.finish())
+            return answer.body(await self._ended(tally))
 
     @asynccontextmanager
     async def _batches(self) -> AsyncIterator[AsyncIterator[Sequence[StreamEvent]]]:
-        async with opened(self.service, self.requests) as (generations, events):
-            self.stream_format = self.formats.stream(await self._accepted(generations))
-            async with aclosing(self._formatted(events, self.stream_format)) as formatted:
-                yield formatted
+        async with AsyncExitStack() as stack:
+            try:
+                generations, events = await stack.enter_async_context(
+                    opened(self.service, self.requests)
+                )
+                self.stream_format = self.formats.stream(await self._accepted(generations))
+                batches = self._formatted(events, self.stream_format)
+            except ServerError as error:
+                refusal = self.formats.refused and self.formats.refused(error)
+                if refusal is None:
+                    raise
+                batches = _alone(refusal)
+            yield await stack.enter_async_context(aclosing(batches))
 
     async def _formatted(
         self, events: AsyncIterator[IndexedEvents], stream: StreamFormat
@@ -108,7 +128,13 @@ class Generator:
             for event in together:
                 tally.feed(prompt, event)
             yield [written for event in together for written in stream.feed(prompt, event)]
-        yield stream.end(tally.finish())
+        yield stream.end(await self._ended(tally))
+
+    async def _ended(self, tally: "Tally") -> Usage:
+        usage = tally.finish()
+        if self.formats.keep is not None:
+            await self.formats.keep(usage)
+        return usage
 
     async def _accepted(self, generations: Sequence[Generation]) -> Accepted:
         model = generations[0].model
@@ -118,6 +144,10 @@ class Generator:
             return Accepted(model, prompt_tokens=tokens)
         texts = [await one.prompt_text() for one in generations]
         return Accepted(model, tuple(texts), tokens)
+
+
+async def _alone(events: Sequence[StreamEvent]) -> AsyncGenerator[Sequence[StreamEvent], None]:
+    yield events
 
 
 class Tally:

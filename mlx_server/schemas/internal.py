@@ -24,8 +24,9 @@ class Constraint:
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     """Tools that may be called, perhaps fewer than the template shows: `{"type": "function",
-    "function": {…}}` with `name` and perhaps `description`, `parameters`, `strict`. `name` goes
-    with the choice `named`.
+    "function": {…}}` with `name` and perhaps `description`, `parameters`, `strict`, `grammar`: the
+    `syntax` (lark or regex) and `definition` of its only parameter, a text. `name` goes with the
+    choice `named`.
     """
 
     tools: list[dict[str, Any]]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_server.errors import BadRequest
+from mlx_server.errors import BadRequest, ContextLengthExceeded
 from mlx_server.models.pool.loading import LoadedModel
 from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.text.names import spell
@@ -46,6 +46,17 @@ async def tokenized_bare(pool: ModelPoolManager, model_id: str, text: str) -> To
 async def count(pool: ModelPoolManager, model_id: str, prompt: Prompt) -> int:
     async with pool.acquire(model_id, purpose="any") as model:
         return len(await _ids(model, prompt))
+
+
+async def fits(pool: ModelPoolManager, model_id: str, prompt: Prompt, answer: int) -> bool:
+    """Whether the context has room for `answer` tokens besides, or for a fair share if less."""
+    async with pool.acquire(model_id, purpose="any") as model:
+        context = model.facts.context_length
+        try:
+            length = len(await _ids(model, prompt))
+        except ContextLengthExceeded:
+            return False
+        return length + max(1, min(answer, context // 4)) <= context
 
 
 async def detokenized(pool: ModelPoolManager, model_id: str, tokens: Sequence[int]) -> str:

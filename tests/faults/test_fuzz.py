@@ -5,6 +5,7 @@ server gives out, and compares the answers with it.
 """
 
 import itertools
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ UNLOADED = "unloaded"
 REMOVED, REMOVED_TOO = "removed", "removed-too"
 EMBEDDER = "embedder"
 REPO = "tiny/pulled"
-ABSENT = "no/such-model"
+ABSENT, PLAIN = "no/such-model", "none"
 USER_KEY, ADMIN_KEY = "user-key", "admin-key"
 CONTEXT = 96
 UNAVAILABLE = {
@@ -74,6 +75,8 @@ BODY_NAMES = {
     "ModelShow": [MODEL, ABSENT],
     "ModelPull": [REPO, ABSENT],
     "ModelDelete": [REMOVED_TOO, ABSENT],
+    "ResponseRequest": [MODEL, ABSENT],
+    "InputTokensRequest": [MODEL, ABSENT],
 }
 """The same for the field `model` of a body."""
 
@@ -84,12 +87,15 @@ WIDE = GENERATING | {"POST /tokenize", "POST /api/chat", "POST /api/generate"}
 """Routes whose bodies have many fields."""
 OPEN = {"GET /health", "GET /ready"}
 """Routes that ask for no key."""
-LABELS = [
+ROUTES = [
     f"{method.upper()} {path}"
     for path, operations in create_app(Settings()).openapi()["paths"].items()
     for method in operations
 ]
-"""Every route."""
+KEPT = ("/v1/responses", "/v1/conversations")
+"""Routes of what is stored, whose items are told apart by more than the description can say."""
+LABELS = [label for label in ROUTES if not label.partition(" ")[2].startswith(KEPT)]
+KEPT_LABELS = [label for label in ROUTES if label not in LABELS]
 
 
 @pytest.fixture(scope="module")
@@ -122,21 +128,41 @@ def description(server: Server) -> dict[str, Any]:
     return described
 
 
-def pointed(description: dict[str, Any]) -> dict[str, Any]:
-    """The description for the fuzzer: models that exist, and no status that is not named.
+def stored(url: str) -> dict[str, str]:
+    """By the names of paths' parameters: what was just stored."""
+    with httpx.Client(base_url=url, headers=KEY, trust_env=False) as client:
+        asked = {"model": MODEL, "input": "Hello", "max_output_tokens": 2}
+        response = client.post("/v1/responses", json=asked).raise_for_status()
+        said = {"items": [{"role": "user", "content": "Hello"}]}
+        conversation = client.post("/v1/conversations", json=said).raise_for_status().json()["id"]
+        items = client.get(f"/v1/conversations/{conversation}/items").raise_for_status()
+    return {
+        "response_id": response.json()["id"],
+        "conversation_id": conversation,
+        "item_id": items.json()["data"][0]["id"],
+    }
+
+
+def pointed(description: dict[str, Any], url: str) -> dict[str, Any]:
+    """The description for the fuzzer: what exists, and no status that is not named.
 
     A text made up at random never names a model, and `default` describes every status.
     """
     schemas = description["components"]["schemas"]
+    lasting, passing = stored(url), stored(url)
     for schema, names in BODY_NAMES.items():
         optional = "model" not in schemas[schema].get("required", ())
         known = [*names, None] if optional else names
         schemas[schema]["properties"]["model"] = {"enum": known}
     for path, operations in description["paths"].items():
-        for operation in operations.values():
+        for method, operation in operations.items():
             operation["responses"].pop("default", None)
             for parameter in operation.get("parameters", ()):
-                parameter["schema"] = {"enum": NAMES[path]}
+                if path.startswith(KEPT) and parameter["in"] == "path":
+                    known = passing if method == "delete" else lasting
+                    parameter["schema"] = {"enum": [known[parameter["name"]], PLAIN]}
+                elif parameter["in"] == "path":
+                    parameter["schema"] = {"enum": NAMES[path]}
     return description
 
 
@@ -203,7 +229,9 @@ class Fuzzer:
         load_all_checks()
         config = schemathesis.Config()
         config.projects.override.update(base_url=server.url)
-        self.schema = schemathesis.openapi.from_dict(pointed(description), config=config)
+        self.schema = schemathesis.openapi.from_dict(
+            pointed(description, server.url), config=config
+        )
         self.checks = [getattr(schemathesis.checks, name) for name in CHECKS]
         self.checks += [error_has_the_shape, server_has_not_failed]
         self.answers: Counter[tuple[str, int]] = Counter()
@@ -267,10 +295,19 @@ def test_every_answer_at_the_limits_is_as_described(fuzzer: Fuzzer, label: str) 
     fuzzer.limits(label, 9 if "/messages" in label else 3 if label in WIDE else 1)
 
 
+@pytest.mark.parametrize("label", KEPT_LABELS)
+def test_no_request_made_up_for_what_is_stored_breaks_anything(fuzzer: Fuzzer, label: str) -> None:
+    fuzzer.right(label, settings(QUICK, max_examples=4))
+    fuzzer.wrong(label, settings(QUICK, max_examples=4))
+    fuzzer.limits(label, 9 if label == "POST /v1/responses" else 3)
+    if label.startswith("GET"):
+        assert fuzzer.answers[label, 200]
+
+
 @pytest.mark.soak
 def test_thousands_of_answers_are_as_described(server: Server, description: dict[str, Any]) -> None:
     fuzzer = Fuzzer(server, description)
-    for label in LABELS:
+    for label in ROUTES:
         cases = 300 if label in GENERATING else 60
         fuzzer.right(label, settings(LONG, max_examples=cases))
         fuzzer.wrong(label, settings(LONG, max_examples=cases))
@@ -278,10 +315,10 @@ def test_thousands_of_answers_are_as_described(server: Server, description: dict
     assert sum(fuzzer.answers.values()) >= 2000
 
 
-@pytest.mark.parametrize("label", [label for label in LABELS if label not in OPEN])
+@pytest.mark.parametrize("label", [label for label in ROUTES if label not in OPEN])
 def test_no_route_is_open_to_those_who_may_not_use_it(server: Server, label: str) -> None:
     method, path = label.split()
-    url = server.url + path.format(model_id=ABSENT)
+    url = server.url + re.sub(r"\{\w+\}", PLAIN if path.startswith(KEPT) else ABSENT, path)
     refused: list[tuple[dict[str, str], int]] = [
         ({}, 401),
         ({"Authorization": "Bearer wrong"}, 401),

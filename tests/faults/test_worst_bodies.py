@@ -310,6 +310,13 @@ def called(**fields: Any) -> dict[str, Any]:
     return {"tools": [tool(**fields)], "tool_choice": "required"}
 
 
+def freeform(grammar: str) -> dict[str, Any]:
+    """The fields of a custom tool that must be called with an input of `grammar`."""
+    form = {"type": "grammar", "grammar": {"syntax": "lark", "definition": grammar}}
+    tools = [{"type": "custom", "custom": {"name": "f", "format": form}}]
+    return {"tools": tools, "tool_choice": "required"}
+
+
 def laughs(word: str, levels: int) -> dict[str, Any]:
     """A schema that is of exponential size when its references are replaced by what they mean."""
     defs = {f"a{i}": {word: [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(levels)}
@@ -400,7 +407,13 @@ CHAT_SHAPES: dict[str, dict[str, Any]] = {
     "ten thousand bad tools": {"tools": [{"type": "x"} for _ in TEN_THOUSAND]},
     "one tool too many": {"tools": [tool(name=f"f{i}") for i in range(129)]},
     "two tools of one name": {"tools": [tool(), tool()]},
-    "a tool of another type": {"tools": [{"type": "custom", "custom": {"name": "f"}}]},
+    "a tool of another type": {"tools": [{"type": "web_search"}]},
+    "a tool's grammar that is none": freeform("start: ("),
+    "a tool's grammar without end": freeform("start: a\na: a"),
+    "a tool's grammar of parentheses": freeform(f"start: {'(' * 100_000}"),
+    "a tool's grammar that doubles": freeform(
+        "\n".join(["start: r0", *(f"r{i}: r{i + 1} r{i + 1}" for i in range(60)), 'r60: "a"'])
+    ),
     "a tool's type of a megabyte": {"tools": [{"type": "t" * 1_000_000}]},
     "a tool without name": {"tools": [tool(name=None)]},
     "a tool of an empty name": {"tools": [tool(name="")]},

@@ -287,7 +287,7 @@ def test_a_text_begins_as_one_for_completions_unless_told_otherwise(client: http
         ("/tokenize", {"prompt": "a", "content": "a"}, "prompt"),
         ("/tokenize", {"prompt": ["a"]}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
-        ("/tokenize", {"messages": HELLO, "tools": [{"type": "custom"}]}, "tools.0.type"),
+        ("/tokenize", {"messages": HELLO, "tools": [{"type": "mcp"}]}, "tools.0.type"),
         ("/tokenize", {"messages": HELLO, "add_generation_prompt": False}, "add_generation_prompt"),
         ("/tokenize", {"prompt": "word " * 100_000}, "prompt"),
         ("/detokenize", {}, "tokens"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -60,6 +61,9 @@ SUM = '<tool_call>\n{"name": "add", "arguments": {"a": 17, "b": "}</tool_call>"}
 SCRIPTS = {
     "one-call": f"I shall look.\n\n{LOOK}",
     "two-calls": f"{LOOK}\n{SUM}",
+    "freeform": '<tool_call>\n{"name": "run", "arguments": '
+    r'{"input": "ls \"/tmp\"\n# \\ \u00e9"}}'
+    "\n</tool_call>",
     "unknown-tool": 'So:\n<tool_call>\n{"name": "drop", "arguments": {}}\n</tool_call>',
     "no-json": "Hm <tool_call>forecast for Rome</tool_call> it is.",
     "cut-off": '<tool_call>{"name": "add", "arguments": {"a": ',
@@ -117,13 +121,13 @@ class Choice:
         for call in said.get("tool_calls") or ():
             index = call.get("index", len(self.calls))
             if index == len(self.calls):
-                assert call["type"] == "function"
                 assert call["id"].startswith("call_")
-                self.calls.append(dict(call["function"]))
+                self.calls.append(dict(call[call["type"]]))
             else:
                 assert index == len(self.calls) - 1
                 assert "id" not in call
-                self.calls[index]["arguments"] += call["function"]["arguments"]
+                told = call.get("function") or call["custom"]
+                self.calls[index] |= {name: self.calls[index][name] + told[name] for name in told}
         self.reason = choice["finish_reason"] or self.reason
 
     @property
@@ -270,6 +274,74 @@ async def test_calls_are_whole_and_valid_though_their_engine_was_killed_amid_the
         assert choice.reason == "tool_calls"
         [call] = choice.calls
         Draft202012Validator(schema).validate(json.loads(call["arguments"]))
+
+
+PATCH = r"""start: begin hunk~1..2 end
+begin: "*** Begin" LF
+end: "*** End" LF?
+hunk: "*** Add: " name LF line~1..2 -> added
+name: /[a-z\/"\\]{1,9}/
+line: ("+" | "-") /[^\n]{0,9}/ LF
+%import common.LF
+"""
+PATCHED = re.compile(
+    r'\*\*\* Begin\n(\*\*\* Add: [a-z/"\\]{1,9}\n([+-][^\n]{0,9}\n){1,2}){1,2}\*\*\* End\n?'
+)
+
+
+def custom(name: str, syntax: str, definition: str) -> dict[str, Any]:
+    form = {"type": "grammar", "grammar": {"syntax": syntax, "definition": definition}}
+    return {"type": "custom", "custom": {"name": name, "format": form}}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        one
+        if one in ("hermes", "qwen-coder", "gemma", "pythonic")
+        else pytest.param(one, marks=pytest.mark.soak)
+        for one in STYLES
+    ],
+)
+async def test_a_custom_tools_grammar_is_kept_in_each_familys_syntax(
+    client: httpx.AsyncClient, model: str
+) -> None:
+    tools = [custom("patch", "lark", PATCH), custom("code", "regex", r"^[a-z]{3}\n\d+\"$")]
+    body = wild(model, tools=tools, n=2, parallel_tool_calls=False)
+    for name, form in (("patch", PATCHED), ("code", re.compile(r"[a-z]{3}\n[0-9]+\""))):
+        choice = {"type": "custom", "custom": {"name": name}}
+        for one in (await both(client, body | {"tool_choice": choice})).choices:
+            [call] = one.calls
+            assert call["name"] == name
+            assert form.fullmatch(call["input"]), call
+
+
+async def test_a_custom_tools_input_is_text_in_answers_streams_and_the_history(
+    client: httpx.AsyncClient,
+) -> None:
+    tools: list[dict[str, Any]] = [{"type": "custom", "custom": {"name": "run"}}]
+    [choice] = (await both(client, asking("freeform", tools=tools))).choices
+    [call] = choice.calls
+    assert call == {"name": "run", "input": 'ls "/tmp"\n# \\ \u00e9'}
+    told = {"id": "c1", "type": "custom", "custom": call}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "a"}
+    history = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [told]}]
+    body = {"messages": [*history, result, {"role": "user", "content": "."}], "tools": tools}
+    again = await both(client, asking("freeform") | body)
+    assert again.choices[0].calls == [call]
+
+
+@pytest.mark.parametrize(
+    "definition",
+    ["start: other", 'other: "a"', "start: (", "start: /[/", 'start: "a" % b', 'start: "a" .'],
+)
+async def test_a_custom_tools_grammar_that_is_none_is_refused(
+    client: httpx.AsyncClient, definition: str
+) -> None:
+    body = asking("hermes", tools=[custom("f", "lark", definition)])
+    answer = await client.post(CHAT, json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "tools"
 
 
 ODD = ["catalog.get-entity", f"mcp__{'a' * 70}", 'φ"}</tool_call>']

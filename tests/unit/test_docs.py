@@ -8,12 +8,14 @@ from anthropic.types import message_create_params as message_params
 from anthropic.types.beta import message_create_params as beta_message_params
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
 
 from mlx_server.config import Settings
 from mlx_server.schemas.anthropic.requests import MessagesRequest
 from mlx_server.schemas.objects import RequestObject
 from mlx_server.schemas.openai.chat import ChatCompletionRequest
 from mlx_server.schemas.openai.completions import CompletionRequest
+from mlx_server.schemas.openai.responses.requests import ResponseRequest
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -49,6 +51,7 @@ def test_the_tables_of_parameters_are_fresh(document: str) -> None:
     [
         (ChatCompletionRequest, chat_params.CompletionCreateParamsStreaming),
         (CompletionRequest, text_params.CompletionCreateParamsStreaming),
+        (ResponseRequest, response_params.ResponseCreateParamsBase),
         (MessagesRequest, message_params.MessageCreateParamsBase),
         (MessagesRequest, beta_message_params.MessageCreateParamsBase),
     ],

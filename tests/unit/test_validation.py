@@ -21,7 +21,9 @@ def refusal(**fields: Any) -> BadRequest:
 @pytest.mark.parametrize(
     "tool",
     [
-        {"type": "custom", "custom": {"name": "f"}},
+        {"type": "custom", "custom": {"name": ""}},
+        {"type": "custom", "custom": {"name": "f", "format": {"type": "grammar"}}},
+        {"type": "custom"},
         {"type": "web_search"},
         {"type": "function"},
         {"type": "function", "function": {"name": ""}},
@@ -33,12 +35,13 @@ def refusal(**fields: Any) -> BadRequest:
     ],
     ids=str,
 )
-def test_a_tool_that_is_no_function_is_refused(tool: dict[str, Any]) -> None:
+def test_a_tool_that_is_neither_function_nor_custom_tool_is_refused(tool: dict[str, Any]) -> None:
     assert (refusal(tools=[tool]).param or "").startswith("tools.0")
 
 
-def test_a_custom_tool_is_refused_in_plain_words() -> None:
-    assert "'custom' are not supported" in refusal(tools=[{"type": "custom", "custom": {}}]).message
+def test_a_hosted_tool_is_refused_in_plain_words() -> None:
+    message = refusal(tools=[{"type": "web_search"}]).message
+    assert "'web_search' are not supported" in message
 
 
 def test_the_branch_of_a_union_that_was_meant_is_named() -> None:

@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from mlx_server.api.http.failures import failure_of
 from mlx_server.api.http.stopping import ServerStopping, Stopping
-from mlx_server.api.http.wire import StreamEvent, wire_of
+from mlx_server.api.http.wire import Failure, StreamEvent, wire_of
 from mlx_server.config import Settings
 
 
@@ -33,7 +33,8 @@ class WholeAnswer(Response):
 class StreamedAnswer(Response):
     """Streams the batches that `opened` yields. An error while opening gets an ordinary answer with
     its status; a later one becomes the last event. A stopping server ends the stream with an error
-    after `grace` seconds, or the default. `idle` gives an event without content.
+    after `grace` seconds, or the default. `idle` gives an event without content, `failed` the last
+    one of a stream that broke.
     """
 
     def __init__(
@@ -41,14 +42,16 @@ class StreamedAnswer(Response):
         opened: AbstractAsyncContextManager[AsyncIterator[Iterable[StreamEvent]]],
         grace: float | None = None,
         idle: Callable[[], StreamEvent] | None = None,
+        failed: Callable[[Failure], StreamEvent] | None = None,
     ) -> None:
         super().__init__()
         self._opened = opened
         self._grace = grace
         self._idle = idle
+        self._failed = failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        frames = _Frames(scope, self._idle)
+        frames = _Frames(scope, self._idle, self._failed)
         stream: _EventStream | None = None
         async with while_connected(receive) as stop_watching:
             try:
@@ -83,11 +86,17 @@ class _EventStream(EventSourceResponse):
 
 
 class _Frames:
-    def __init__(self, scope: Scope, idle: Callable[[], StreamEvent] | None) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        idle: Callable[[], StreamEvent] | None,
+        failed: Callable[[Failure], StreamEvent] | None = None,
+    ) -> None:
         self._scope = scope
         self._wire = wire_of(scope)
         self._settings = cast(Settings, scope["app"].state.settings)
         self._idle = idle
+        self._failed = failed or self._wire.error_event
         self._count = 0
 
     @property
@@ -112,7 +121,7 @@ class _Frames:
         return b"".join([self._framed(event) for event in events])
 
     def failure(self, error: Exception) -> bytes:
-        return self._framed(self._wire.error_event(failure_of(error, self._scope)))
+        return self._framed(self._failed(failure_of(error, self._scope)))
 
     def _framed(self, event: StreamEvent) -> bytes:
         number = self._count

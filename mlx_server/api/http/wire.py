@@ -49,8 +49,8 @@ class Wire:
     frame: Callable[[StreamEvent, int], bytes]
     """Encodes an event, given its number from 0."""
     ping: bytes
-    """Sent at intervals to keep silent streams open. Empty where the format has no comments: then
-    streams send events that say nothing.
+    """Sent at intervals to keep silent streams open. Empty where the format has no comments or
+    clients count events: then streams send events that say nothing.
     """
     longest_silence: float = math.inf
     """Seconds between pings, where settings allow for more."""

@@ -14,6 +14,7 @@ from mlx_server.api.http.json_route import JsonRoute
 from mlx_server.api.http.openapi import event_stream
 from mlx_server.api.http.wire import StreamEvent
 from mlx_server.api.openai.chunks import SYSTEM_FINGERPRINT, Header, usage_body
+from mlx_server.api.openai.custom_tools import InputReader
 from mlx_server.api.openai.logprobs import chat_logprobs
 from mlx_server.api.openai.parameters import (
     check_choices,
@@ -23,7 +24,7 @@ from mlx_server.api.openai.parameters import (
     stop_strings,
     unasked,
 )
-from mlx_server.api.openai.prompts import all_tools, chat_prompt
+from mlx_server.api.openai.prompts import chat_prompt, custom_names, has_tools
 from mlx_server.api.openai.wire import END_MARK, documented
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import (
@@ -42,6 +43,7 @@ from mlx_server.schemas.internal import (
 from mlx_server.schemas.openai.chat import (
     AssistantMessage,
     CallDelta,
+    CalledCustomTool,
     CalledFunction,
     ChatChoice,
     ChatChunkChoice,
@@ -49,6 +51,7 @@ from mlx_server.schemas.openai.chat import (
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatDelta,
+    CustomDelta,
     FunctionDelta,
     MessageToolCall,
 )
@@ -116,8 +119,13 @@ class _Call:
     def function(self) -> CalledFunction:
         return CalledFunction(name=self.name, arguments="".join(self.arguments))
 
-    def body(self) -> MessageToolCall:
-        return MessageToolCall(id=self.id, type="function", function=self.function())
+    def body(self, customs: frozenset[str]) -> MessageToolCall:
+        if self.name not in customs:
+            return MessageToolCall(id=self.id, type="function", function=self.function())
+        reader = InputReader()
+        told = "".join([*map(reader.push, self.arguments), reader.finish()])
+        custom = CalledCustomTool(name=self.name, input=told)
+        return MessageToolCall(id=self.id, type="custom", custom=custom)
 
 
 @dataclass(slots=True)
@@ -148,6 +156,7 @@ class ChatAnswer:
         self._header = header
         self._with_logprobs = body.logprobs
         self._old_calls = bool(body.functions)
+        self._customs = custom_names(body)
         self._choices = [_Choice() for _ in range(body.n)]
 
     def feed(self, prompt: int, event: Event) -> None:
@@ -185,7 +194,7 @@ class ChatAnswer:
         if choice.calls and self._old_calls:
             message.function_call = choice.calls[0].function()
         elif choice.calls:
-            message.tool_calls = [call.body() for call in choice.calls]
+            message.tool_calls = [call.body(self._customs) for call in choice.calls]
         return message
 
 
@@ -196,8 +205,10 @@ class ChatStream:
         self._with_logprobs = body.logprobs
         self._with_usage = body.stream_options.include_usage
         self._old_calls = bool(body.functions)
+        self._customs = custom_names(body)
+        self._inputs: dict[tuple[int, int], InputReader] = {}
         # OpenAI: null content, not "", for an answer of calls only.
-        self._opening = ChatDelta(role="assistant", content=None if all_tools(body) else "")
+        self._opening = ChatDelta(role="assistant", content=None if has_tools(body) else "")
         self._text: ChunkTemplate[int] = ChunkTemplate(
             lambda index, text: self._delta(index, ChatDelta(content=text))
         )
@@ -213,6 +224,13 @@ class ChatStream:
         return [StreamEvent(chunk) for chunk in opened]
 
     def feed(self, prompt: int, event: Event) -> Sequence[StreamEvent]:
+        if isinstance(event, Finished):
+            left = [
+                self._input(choice, call, reader.finish())
+                for (choice, call), reader in self._inputs.items()
+                if choice == event.choice
+            ]
+            return [StreamEvent(chunk) for chunk in (*left, self._written(event)) if chunk]
         chunk = self._written(event)
         return [StreamEvent(chunk)] if chunk else ()
 
@@ -234,6 +252,14 @@ class ChatStream:
                 return self._text.fill(event.choice, event.text)
             case ReasoningDelta():
                 return self._reasoning.fill(event.choice, event.text)
+            case ToolCallDelta() if (event.choice, event.call) in self._inputs:
+                told = self._inputs[event.choice, event.call].push(event.arguments)
+                return self._input(event.choice, event.call, told)
+            case ToolCallStart() if event.name in self._customs:
+                self._inputs[event.choice, event.call] = InputReader()
+                custom = CustomDelta(name=event.name, input="")
+                opening = CallDelta(index=event.call, id=event.id, type="custom", custom=custom)
+                return self._delta(event.choice, ChatDelta(tool_calls=[opening]))
             case ToolCallDelta():
                 return self._arguments.fill((event.choice, event.call), event.arguments)
             case ToolCallStart():
@@ -243,6 +269,12 @@ class ChatStream:
                 reason = _reason(event.reason, self._old_calls)
                 return self._delta(event.choice, ChatDelta(), reason=reason)
         return b""
+
+    def _input(self, index: int, call: int, told: str) -> bytes:
+        if not told:
+            return b""
+        added = CallDelta(index=call, custom=CustomDelta(input=told))
+        return self._delta(index, ChatDelta(tool_calls=[added]))
 
     def _call(self, index: int, call: int, function: FunctionDelta, **opening: Any) -> bytes:
         if self._old_calls:

@@ -2,18 +2,24 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from mlx_server.api.openai.custom_tools import as_function, wrapped
 from mlx_server.api.tools import call_arguments, check_names, function_tool
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.internal import ChatPrompt, ToolUse
 from mlx_server.schemas.openai.chat import NO_LIMIT, PromptOptions
-from mlx_server.schemas.openai.messages import ContentPart, FunctionCall, Message
+from mlx_server.schemas.openai.messages import ContentPart, FunctionCall, Message, ToolCall
 from mlx_server.schemas.openai.tools import (
     AllowedToolChoice,
+    CustomTool,
+    FunctionDefinition,
     FunctionName,
+    Grammar,
+    NamedCustomTool,
     NamedTool,
     Tool,
     ToolChoice,
@@ -31,7 +37,7 @@ def chat_prompt(messages: Sequence[Message], options: PromptOptions) -> ChatProm
         messages, opens = messages[:-1] or messages, False
     return ChatPrompt(
         messages=[template_message(message) for message in messages],
-        tools=[_template_tool(tool) for tool in all_tools(options)] or None,
+        tools=[_template_tool(tool) for tool in _functions(options)] or None,
         template_kwargs=_template_kwargs(options),
         continue_final=opens,
         use=_tool_use(options),
@@ -83,10 +89,17 @@ def _part_text(part: ContentPart) -> str:
 
 
 def _calls(message: Message) -> list[dict[str, Any]]:
-    calls = [_call(call.function, call.id) for call in message.tool_calls or ()]
+    calls = [_call(_function(call), call.id) for call in message.tool_calls or ()]
     if message.function_call is not None:
         calls.append(_call(message.function_call, OLD_CALL_ID))
     return calls
+
+
+def _function(call: ToolCall) -> FunctionCall:
+    if call.custom is not None:
+        return FunctionCall(name=call.custom.name, arguments=wrapped(call.custom.input))
+    assert call.function is not None
+    return call.function
 
 
 def _call(function: FunctionCall, call_id: str) -> dict[str, Any]:
@@ -116,24 +129,51 @@ def _arguments(given: str | dict[str, Any]) -> dict[str, Any]:
 # tools
 
 
-def all_tools(options: PromptOptions) -> list[Tool]:
-    return options.tools or [Tool(function=one) for one in options.functions]
+@dataclass(frozen=True, slots=True)
+class _Function:
+    function: FunctionDefinition
+    grammar: Grammar | None = None
+    """Of a custom tool's input."""
 
 
-def _template_tool(tool: Tool) -> dict[str, Any]:
+def has_tools(options: PromptOptions) -> bool:
+    return bool(options.tools or options.functions)
+
+
+def custom_names(options: PromptOptions) -> frozenset[str]:
+    customs = [tool.custom.name for tool in options.tools if isinstance(tool, CustomTool)]
+    return frozenset(customs)
+
+
+def _functions(options: PromptOptions) -> list[_Function]:
+    tools = options.tools or [Tool(function=one) for one in options.functions]
+    return [
+        _Function(tool.function)
+        if isinstance(tool, Tool)
+        else _Function(as_function(tool.custom), tool.custom.format.grammar)
+        for tool in tools
+    ]
+
+
+def _template_tool(tool: _Function) -> dict[str, Any]:
     function = tool.function
     return function_tool(function.name, function.description, function.parameters)
 
 
-def _callable_tool(tool: Tool) -> dict[str, Any]:
+def _callable_tool(tool: _Function) -> dict[str, Any]:
     function = tool.function
+    grammar = {} if tool.grammar is None else {"grammar": tool.grammar.model_dump()}
     return function_tool(
-        function.name, function.description, function.parameters, strict=function.strict
+        function.name,
+        function.description,
+        function.parameters,
+        strict=function.strict,
+        **grammar,
     )
 
 
 def _tool_use(options: PromptOptions) -> ToolUse | None:
-    tools = all_tools(options)
+    tools = _functions(options)
     if not options.functions and not isinstance(options.function_call, FunctionName):
         return _chosen(tools, options.tool_choice, options.parallel_tool_calls)
     old = options.function_call
@@ -141,13 +181,13 @@ def _tool_use(options: PromptOptions) -> ToolUse | None:
     return _chosen(tools, choice, parallel=False)
 
 
-def _chosen(tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> ToolUse | None:
+def _chosen(tools: Sequence[_Function], choice: ToolChoice, parallel: bool) -> ToolUse | None:
     check_names(tool.function.name for tool in tools)
     if choice == "none" or (choice == "auto" and not tools):
         return None
     if not tools:
         raise BadRequest("There are no tools to choose from.", param="tool_choice")
-    if isinstance(choice, NamedTool):
+    if isinstance(choice, NamedTool | NamedCustomTool):
         name = choice.function.name
         named = [_callable_tool(tool) for tool in _only(tools, [name])]
         return ToolUse(named, "named", name, parallel=False)  # OpenAI: exactly one call
@@ -158,7 +198,7 @@ def _chosen(tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> ToolUs
     return ToolUse([_callable_tool(tool) for tool in tools], choice, parallel=parallel)
 
 
-def _only(tools: Sequence[Tool], names: Sequence[str]) -> list[Tool]:
+def _only(tools: Sequence[_Function], names: Sequence[str]) -> list[_Function]:
     """Raises BadRequest for an unknown name."""
     known = {tool.function.name for tool in tools}
     for name in names:

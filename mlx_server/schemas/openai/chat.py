@@ -18,10 +18,10 @@ from mlx_server.schemas.openai.common import CompletionUsage
 from mlx_server.schemas.openai.constraints import ConstrainedRequest
 from mlx_server.schemas.openai.messages import Messages
 from mlx_server.schemas.openai.tools import (
+    AnyTool,
     Few,
     FunctionChoice,
     FunctionDefinition,
-    Tool,
     ToolChoice,
 )
 
@@ -50,7 +50,9 @@ TOLERATED: Mapping[str, str] = {
 
 
 class PromptOptions(RequestObject):
-    tools: Few[Tool] = Field(default_factory=list, description="Functions; no custom tools.")
+    tools: Few[AnyTool] = Field(
+        default_factory=list, description="Functions, and custom tools with their grammars."
+    )
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     functions: Few[FunctionDefinition] = Field(
@@ -135,10 +137,18 @@ class CalledFunction(ResponseObject):
     arguments: str
 
 
+class CalledCustomTool(ResponseObject):
+    name: str
+    input: str
+
+
 class MessageToolCall(ResponseObject):
+    """With `function` or `custom`, by type."""
+
     id: str
-    type: Literal["function"]
-    function: CalledFunction
+    type: Literal["function", "custom"]
+    function: CalledFunction | None = None
+    custom: CalledCustomTool | None = None
 
 
 class AssistantMessage(ResponseObject):
@@ -176,13 +186,21 @@ class FunctionDelta(ResponseObject):
     arguments: str
 
 
+class CustomDelta(ResponseObject):
+    """The name comes first, then pieces of the input."""
+
+    name: str | None = None
+    input: str
+
+
 class CallDelta(ResponseObject):
     """`id` and `type` come with the name."""
 
     index: int
     id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionDelta
+    type: Literal["function", "custom"] | None = None
+    function: FunctionDelta | None = None
+    custom: CustomDelta | None = None
 
 
 class ChatDelta(ResponseObject):

@@ -53,10 +53,31 @@ class FunctionCall(RequestObject):
     arguments: str | dict[str, Any] = "{}"
 
 
+class CustomCall(RequestObject):
+    name: str
+    input: str
+
+
 class ToolCall(RequestObject):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                having(["function"], type={"const": "function"}),
+                having(["custom", "type"], type={"const": "custom"}),
+            ]
+        }
+    )
+
     id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
+    type: Literal["function", "custom"] = "function"
+    function: FunctionCall | None = None
+    custom: CustomCall | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a call of type '{self.type}' must have `{self.type}`")
+        return self
 
 
 NO_CALLS: JsonDict = {"type": ["array", "null"], "maxItems": 0}

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from mlx_server.schemas.objects import Name, RequestObject
+from mlx_server.schemas.openai.constraints import Text
 from mlx_server.schemas.sizes import check_size
 
 MAX_TOOLS = 128
@@ -25,10 +26,46 @@ class FunctionDefinition(RequestObject):
         return self
 
 
+class Grammar(RequestObject):
+    syntax: Literal["lark", "regex"]
+    definition: Text
+
+
+class CustomFormat(RequestObject):
+    """What a custom tool's input must match."""
+
+    type: Literal["text", "grammar"] = "text"
+    grammar: Grammar | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if self.type == "grammar" and self.grammar is None:
+            raise ValueError("a format of type 'grammar' must have a `grammar`")
+        return self
+
+
+class CustomDefinition(RequestObject):
+    """A tool that takes a text of any form."""
+
+    name: Name
+    description: str | None = None
+    format: CustomFormat = Field(default_factory=CustomFormat)
+
+
 def _function_alone(kind: Any) -> Any:
     if isinstance(kind, str) and kind != "function":
-        raise ValueError(f"tools of type '{kind[:40]}' are not supported: functions are")
+        raise ValueError(
+            f"tools of type '{kind[:40]}' are not supported: functions and custom tools are"
+        )
     return kind
+
+
+def _kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "custom" if kind == "custom" else "function"
+
+
+KIND = Discriminator(_kind)
 
 
 FunctionType = Annotated[Literal["function"], BeforeValidator(_function_alone)]
@@ -37,6 +74,14 @@ FunctionType = Annotated[Literal["function"], BeforeValidator(_function_alone)]
 class Tool(RequestObject):
     type: FunctionType = "function"
     function: FunctionDefinition
+
+
+class CustomTool(RequestObject):
+    type: Literal["custom"]
+    custom: CustomDefinition
+
+
+AnyTool = Annotated[Annotated[Tool, Tag("function")] | Annotated[CustomTool, Tag("custom")], KIND]
 
 
 class FunctionName(RequestObject):
@@ -48,9 +93,23 @@ class NamedTool(RequestObject):
     function: FunctionName
 
 
+class NamedCustomTool(RequestObject):
+    type: Literal["custom"]
+    custom: FunctionName
+
+    @property
+    def function(self) -> FunctionName:
+        return self.custom
+
+
+AnyNamedTool = Annotated[
+    Annotated[NamedTool, Tag("function")] | Annotated[NamedCustomTool, Tag("custom")], KIND
+]
+
+
 class AllowedTools(RequestObject):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    tools: Annotated[list[AnyNamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class AllowedToolChoice(RequestObject):
@@ -58,7 +117,7 @@ class AllowedToolChoice(RequestObject):
     allowed_tools: AllowedTools
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | NamedCustomTool | AllowedToolChoice
 FunctionChoice = Literal["none", "auto"] | FunctionName
 
 Item = TypeVar("Item")

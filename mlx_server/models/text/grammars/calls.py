@@ -1,12 +1,14 @@
 """Grammars of tool calls."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from mlx_server.models.text.grammars.arguments import Unwritable, arguments
 from mlx_server.models.text.grammars.json_schema import Unkept, child_place
 from mlx_server.models.text.grammars.lark import Lark, text_without
 from mlx_server.models.text.grammars.recursion import ending_schema
+from mlx_server.models.text.grammars.regular import pattern_of, whole_pattern
 from mlx_server.models.text.styles.json_calls import json_style
 from mlx_server.models.text.syntax import SLOTS, CallStyle, CallSyntax
 from mlx_server.schemas.internal import ToolUse
@@ -76,6 +78,8 @@ def arguments_schema(use: ToolUse, index: int) -> Any:
         return {"type": "object"}
     place = parameters_place(index)
     parameters = {"type": "object", **(function.get("parameters") or {})}
+    if grammar := function.get("grammar"):
+        parameters = _grammar_bound(parameters, grammar, f"tools[{index}].format")
     if parameters["type"] != "object":
         raise Unkept(place, "arguments must be an object")
     if "properties" in parameters and not OPEN_KEYWORDS & parameters.keys():
@@ -84,6 +88,20 @@ def arguments_schema(use: ToolUse, index: int) -> Any:
         return ending_schema(parameters)
     except Unkept as error:
         raise Unkept(child_place(place, error.place), error.reason) from error
+
+
+def _grammar_bound(
+    parameters: dict[str, Any], grammar: Mapping[str, str], place: str
+) -> dict[str, Any]:
+    """Raises Unkept."""
+    try:
+        lark = grammar["syntax"] == "lark"
+        pattern = pattern_of(grammar["definition"]) if lark else grammar["definition"]
+    except Unkept as error:
+        raise Unkept(place, error.reason) from error
+    [name] = parameters["properties"]
+    bound = {"type": "string", "pattern": whole_pattern(pattern)}
+    return {**parameters, "properties": {name: bound}}
 
 
 def _calls(lark: Lark, style: CallStyle, use: ToolUse) -> str:
