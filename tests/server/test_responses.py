@@ -18,7 +18,7 @@ from tests.support.responses import RESPONSES, both, streamed, text_of, whole
 from tests.support.server import CHAT, Server, serving
 from tests.support.tiny import FAMILIES, build_scripted_model, build_tiny_model
 
-TINY = "tiny"
+TINY, LONG = "tiny", "long"
 CONTEXT = 1024
 CONVERSATIONS = "/v1/conversations"
 CALL = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
@@ -47,7 +47,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for name, script in SCRIPTS.items():
         template = FAMILIES["qwen"].template + "{{- 'A' }}"
         build_scripted_model(home / "models" / name, script, family="qwen", template=template)
-    with serving(home, "--model", TINY) as server:
+    build_tiny_model(home / "models" / LONG, "qwen", context=8192)
+    with serving(home, "--model", TINY, ping_interval=0.1) as server:
         yield server
 
 
@@ -157,6 +158,14 @@ async def test_a_prompt_beyond_the_context_fails_with_the_code_that_clients_act_
     body = ask(input=[old, {"role": "user", "content": "Hello"}], truncation="auto")
     response = await both(client, body)
     assert response["usage"]["input_tokens"] < CONTEXT
+
+
+async def test_a_silent_stream_repeats_that_it_is_in_progress(client: httpx.AsyncClient) -> None:
+    events: list[dict[str, Any]] = []
+    await streamed(client, ask(model=LONG, input="!" * 6000), events)
+    kinds = [event["type"] for event in events]
+    assert kinds.count("response.in_progress") > 2
+    assert kinds.index("response.output_item.added") > 3
 
 
 async def test_the_same_request_as_a_chat_completion_gives_the_same(

@@ -16,6 +16,9 @@ from mlx_server.api.http.stopping import ServerStopping, Stopping
 from mlx_server.api.http.wire import Failure, StreamEvent, wire_of
 from mlx_server.config import Settings
 
+PING = b"ping"
+"""Stands for a ping until it is sent."""
+
 
 class WholeAnswer(Response):
     def __init__(self, body: Callable[[], Awaitable[bytes]]) -> None:
@@ -75,11 +78,21 @@ class _EventStream(EventSourceResponse):
             content,
             media_type=frames.media_type,
             ping=frames.ping_interval,
-            ping_message_factory=lambda: cast(ServerSentEvent, frames.ping()),  # passes unchanged
+            ping_message_factory=lambda: cast(ServerSentEvent, PING),  # passes unchanged
         )
+        self._frames = frames
+        self._sending = asyncio.Lock()
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        await send(message)  # api.http.connection handles clients that stop reading
+        """Events get their numbers as they are made, and are sent in that order: a ping, made here,
+        comes whole between two others, and not while one is on its way.
+        """
+        if message["body"] is PING:
+            if self._sending.locked():
+                return
+            message = {**message, "body": self._frames.ping()}
+        async with self._sending:
+            await send(message)  # api.http.connection handles clients that stop reading
 
     async def _listen_for_exit_signal_with_grace(self) -> None:
         await _never()  # api.http.stopping ends the stream
