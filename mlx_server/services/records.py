@@ -240,6 +240,7 @@ class Records:
 
 def _connect(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)  # what people say is theirs; SQLite gives its other files the same mode
     # Transactions are begun and ended in words.
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
     try:

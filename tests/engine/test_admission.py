@@ -114,7 +114,7 @@ async def test_a_crowd_that_fits_eight_at_a_time_finishes_within_the_limit_and_u
     model: Path, cost: KvCost
 ) -> None:
     limit = cost.bytes(PLACES, EXPECTED)
-    requests = crowd(24, 6)
+    requests = crowd(32, 8)
     async with started(model, max_batch=64, kv_limit=limit) as engine:
         expected = await alone(engine, requests)
         async with watched(engine) as watch:

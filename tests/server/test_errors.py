@@ -141,7 +141,7 @@ CHAT_CASES: list[tuple[str, dict[str, Any], str | None]] = [
     (
         "a tool call without function",
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
-        "messages.0.tool_calls.0.function",
+        "messages.0.tool_calls.0",
     ),
     ("model as list", {"model": ["a"]}, "model"),
 ]
