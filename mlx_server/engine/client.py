@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -39,6 +41,8 @@ STOP_SECONDS, METAL_STOP_SECONDS = 5.0, 30.0
 """For an engine to end when asked to; on Metal it lets go of wired memory first."""
 EXIT_SECONDS = 1.0
 """For an engine to exit with its own code once its socket has closed."""
+LINE_SECONDS, STACKS_SECONDS = 0.5, 3.0
+"""For the next line of its threads' stacks, and for all of them."""
 
 Spawn = Callable[[str], Awaitable[Child]]
 
@@ -68,6 +72,7 @@ class EngineClient:
         self.closed = asyncio.Event()
         self.reads = 0
         self._child = child
+        self._said = asyncio.Event()
         self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._recipients: dict[int, Recipient] = {}
         assert child.process.stderr is not None
@@ -127,6 +132,17 @@ class EngineClient:
         except TimeoutError:
             log.warning(event("engine_stop_timeout", model=self.model_id, pid=self.pid))
         await self.kill()
+
+    async def tell_stacks(self) -> None:
+        """Have the engine log where its threads are, which it does even if it is stuck."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGUSR1)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STACKS_SECONDS):
+                while True:
+                    self._said.clear()
+                    async with asyncio.timeout(LINE_SECONDS):
+                        await self._said.wait()
 
     async def kill(self) -> None:
         await self._child.kill()
@@ -203,4 +219,5 @@ class EngineClient:
         while line := await next_line(stderr):
             text = line.decode(errors="replace").rstrip()
             self.last_lines.append(text)
+            self._said.set()
             log.info(event("engine_log", model=self.model_id, pid=self.pid, line=text))

@@ -4,9 +4,11 @@ One thread owns every array and runs the loop; another reads the socket, so that
 end of the front is noticed while the device works.
 """
 
+import faulthandler
 import logging
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -198,6 +200,8 @@ def main() -> None:
     """Entry of the engine process."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     leave_group()
+    # The front asks before it ends an engine that hangs.
+    faulthandler.register(signal.SIGUSR1)
     connection = socket.socket(fileno=int(sys.argv[1]))
     inbox = Inbox(connection)
     message = inbox.wait()

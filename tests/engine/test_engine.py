@@ -16,6 +16,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 from mlx_server.engine import spawn
+from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import HEADER, LoadOptions, Row, Sampling
 from mlx_server.errors import EngineFailed, ModelLoadFailed
 from mlx_server.models.pool.device import find_device
@@ -302,3 +303,13 @@ async def test_what_lies_in_the_folder_that_a_server_is_started_in_is_no_module_
     monkeypatch.chdir(tmp_path)
     async with started(tiny_model):
         assert (await find_device()).name
+
+
+async def test_an_engine_tells_where_its_threads_are(tiny_model: Path) -> None:
+    process = await EngineClient.start("tiny", tiny_model, LoadOptions())
+    try:
+        await process.tell_stacks()
+        assert any("in burst" in line for line in process.last_lines), process.last_lines
+        assert process.process.returncode is None
+    finally:
+        await process.stop()

@@ -269,7 +269,9 @@ async def test_a_server_stopped_while_an_engine_restarts_leaves_nothing(
 async def test_an_engine_that_hangs_is_replaced_and_its_streams_go_on(
     tmp_path: Path, tiny: Path
 ) -> None:
-    with serving(tmp_path, "--model", str(tiny), hang_timeout=3, prefix_cache="0") as server:
+    with serving(
+        tmp_path, "--model", str(tiny), hang_timeout=3, prefix_cache="0", may_hang=True
+    ) as server:
         asked = mixed(TINY, 150)[::2]
         async with server.client() as client:
             expected = [await read_timed(client, *one) for one in asked]

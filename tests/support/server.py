@@ -86,12 +86,17 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    home: Path, *flags: str, ready: bool = True, steps_may_fail: bool = False, **settings: object
+    home: Path,
+    *flags: str,
+    ready: bool = True,
+    steps_may_fail: bool = False,
+    may_hang: bool = False,
+    **settings: object,
 ) -> Iterator[Server]:
     """Run `mlx-server serve` with `flags`, and with `settings` as environment variables.
 
     Waits for it to be ready, or just for it to answer. Ends all of its processes, and fails if
-    SIGTERM had not done so already, or if an engine's step failed: recovery hides that.
+    SIGTERM had not done so already, or if an engine's step failed or hung: recovery hides that.
     """
     home.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
@@ -119,6 +124,7 @@ def serving(
     assert not left, f"left behind: {left}"
     said = log.read_text(errors="replace")
     assert steps_may_fail or "event=step_failed" not in said, said[-4000:]
+    assert may_hang or "event=engine_hung" not in said, said[-8000:]
 
 
 def _as_variable(value: object) -> str:

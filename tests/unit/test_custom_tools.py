@@ -20,10 +20,38 @@ sum: product (("+"|"-") product)*
 %ignore WS_INLINE
 """
 
+PATCH = """
+start: begin change+ end
+begin: "*** Begin Patch" LF
+end: "*** End Patch" LF?
+change: added | removed | updated
+added: "*** Add File: " name LF ("+" /(.*)/ LF)+
+removed: "*** Delete File: " name LF
+updated: "*** Update File: " name LF ("*** Move to: " name LF)? (place | line)+ last?
+name: /(.+)/
+place: ("@@" | "@@ " /(.+)/) LF
+line: ("+" | "-" | " ") /(.*)/ LF
+last: "*** End of File" LF
+%import common.LF
+"""
+"""Like the one that coding agents send for their edits."""
+EDIT = """*** Begin Patch
+*** Update File: greet.py
+@@ def greet():
+-    print("hello")
++    print("good morning")
+*** End Patch
+"""
+
 
 @pytest.mark.parametrize(
     ("grammar", "text", "fits"),
     [
+        (PATCH, EDIT, True),
+        (PATCH, EDIT.replace("@@ def greet():\n", ""), True),
+        (PATCH, EDIT.replace("-    print", "    print"), True),
+        (PATCH, EDIT.replace("-    print", "print"), False),
+        (PATCH, EDIT.replace("*** End Patch\n", ""), False),
         (SUMS, "1 + (2-3)", True),
         (SUMS, "((((1))))", True),
         (SUMS, "1+", False),

@@ -14,6 +14,7 @@ from mlx_server.config import Settings
 from mlx_server.errors import BadRequest
 from mlx_server.models.store.capabilities import FileCapabilities, read_capabilities
 from mlx_server.models.store.catalog import ModelEntry
+from mlx_server.models.store.patterns import is_pattern
 from mlx_server.schemas.anthropic.models import (
     Capabilities,
     EffortSupport,
@@ -70,7 +71,7 @@ async def get_model(model_id: str, catalog: CatalogDep, settings: SettingsDep) -
 
 def _names(entry: ModelEntry) -> list[Named]:
     # Programs list only models whose names they know, so aliases matter; a pattern is no name.
-    aliases = (alias for alias in entry.aliases if "*" not in alias)
+    aliases = (alias for alias in entry.aliases if not is_pattern(alias))
     return [(name, entry) for name in (entry.id, *aliases)]
 
 
@@ -98,8 +99,7 @@ def _place(names: Sequence[Named], model_id: str, param: str) -> int:
 
 
 def _info(name: str, entry: ModelEntry, settings: Settings) -> ModelInfo:
-    lengths = (entry.context_length, settings.context_length)
-    context = min((one for one in lengths if one is not None), default=None)
+    context = entry.context_within(settings.context_length)
     created = datetime.fromtimestamp(entry.created, UTC)
     found = read_capabilities(entry)
     return ModelInfo(

@@ -87,7 +87,7 @@ class _EventStream(EventSourceResponse):
         """Events get their numbers as they are made, and are sent in that order: a ping, made here,
         comes whole between two others, and not while one is on its way.
         """
-        if message["body"] is PING:
+        if message.get("body") is PING:
             if self._sending.locked():
                 return
             message = {**message, "body": self._frames.ping()}

@@ -46,7 +46,7 @@ def _reason(problem: Mapping[str, Any]) -> str:
 def _field_path(problem: Mapping[str, Any], body: Any) -> list[str | int]:
     """The path in `body`; Pydantic's also names union branches."""
     loc = problem["loc"]
-    if loc[0] in ("query", "path"):
+    if loc[:1] in (("query",), ("path",)):
         return list(loc[1:])
     steps = loc[1:] if loc[:1] == ("body",) else loc
     return _longest_path(steps, body, problem["type"] == "missing")

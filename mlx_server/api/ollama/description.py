@@ -59,8 +59,7 @@ class Description:
 
     @property
     def context_length(self) -> int | None:
-        lengths = (self.entry.context_length, self.longest)
-        return min((one for one in lengths if one is not None), default=None)
+        return self.entry.context_within(self.longest)
 
     def capabilities(self) -> list[str]:
         known = read_capabilities(self.entry)

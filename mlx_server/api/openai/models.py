@@ -55,7 +55,6 @@ def _states(pool: ModelPoolManager) -> dict[str, str]:
 
 def _model(entry: ModelEntry, states: Mapping[str, str], settings: Settings) -> Model:
     own = own_sampling(entry.path) if entry.path and settings.model_sampling else {}
-    lengths = (entry.context_length, settings.context_length)
     return Model(
         id=entry.id,
         object="model",
@@ -63,7 +62,7 @@ def _model(entry: ModelEntry, states: Mapping[str, str], settings: Settings) -> 
         owned_by="mlx-server",
         state=states.get(entry.id, "absent"),
         size=entry.size,
-        context_length=min((one for one in lengths if one is not None), default=None),
+        context_length=entry.context_within(settings.context_length),
         model_type=entry.model_type,
         aliases=list(entry.aliases),
         default_sampling=ModelSampling.model_validate(own),

@@ -96,13 +96,11 @@ def _local_offers(settings: "Settings", model: str | None) -> "list[Offer]":
     named = [model] if model else settings.models
     catalog = catalog_with_models(settings.model_copy(update={"models": named}))
     entries = [catalog.find(model)] if model else catalog.entries()
-    offers = []
-    for entry in entries:
-        lengths = (entry.context_length, settings.context_length)
-        context = min((length for length in lengths if length), default=None)
-        if not entry.embeds:
-            offers.append(Offer(entry.id, context, aliases=entry.aliases))
-    return offers
+    return [
+        Offer(entry.id, entry.context_within(settings.context_length), aliases=entry.aliases)
+        for entry in entries
+        if not entry.embeds
+    ]
 
 
 def _show(program: "Program", setup: "Setup", arguments: tuple[str, ...]) -> None:

@@ -112,6 +112,8 @@ class EngineSupervisor:
         """Take the requests back; returns the next KV share."""
         process, engine = self._process, self._engine
         self._running = False
+        if hung:
+            await process.tell_stacks()
         await process.kill()
         self.last_lines = tuple(process.last_lines)
         log.error(

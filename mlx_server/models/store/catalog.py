@@ -60,6 +60,10 @@ class ModelEntry:
     embeds: bool = False
     reranks: bool = False
 
+    def context_within(self, limit: int | None) -> int | None:
+        """Tokens of context that are left where a setting limits them."""
+        return least_known(self.context_length, limit)
+
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
@@ -256,10 +260,13 @@ def _entry(folder: Path, name: str, source: Source, aliases: tuple[str, ...]) ->
 
 def _max_text_length(folder: Path, config: dict[str, Any]) -> int | None:
     try:
-        known = (context_length(config), max_seq_length(folder))
+        return least_known(context_length(config), max_seq_length(folder))
     except ModelLoadFailed:  # loading will report it
         return None
-    return min((length for length in known if length is not None), default=None)
+
+
+def least_known(*lengths: int | None) -> int | None:
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def _adapter_entry(base: ModelEntry, id_: str, adapter: LoraAdapter) -> ModelEntry:

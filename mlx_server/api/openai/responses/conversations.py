@@ -3,12 +3,18 @@
 import time
 from uuid import uuid4
 
-import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from mlx_server.api.http.json_route import JsonRoute
-from mlx_server.api.openai.responses.history import OwnerDep, RecordsDep, kept, listed, page
+from mlx_server.api.openai.responses.history import (
+    OwnerDep,
+    PagingDep,
+    RecordsDep,
+    kept,
+    listed,
+    page,
+)
 from mlx_server.api.openai.wire import documented
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.openai.responses.answers import Conversation, ConversationDeleted, ItemList
@@ -35,10 +41,10 @@ async def create_conversation(
         object="conversation",
         created_at=int(time.time()),
         metadata=body.metadata,
-    ).to_json()
-    id = msgspec.json.decode(conversation)["id"]
-    await records.keep(owner, Record(id, "conversation", conversation), _new(body.items))
-    return Response(conversation, media_type=JSON)
+    )
+    record = Record(conversation.id, "conversation", conversation.to_json())
+    await records.keep(owner, record, _new(body.items))
+    return Response(record.body, media_type=JSON)
 
 
 @router.get("/{conversation_id}", response_model=Conversation, responses=ERRORS)
@@ -54,10 +60,11 @@ async def update_conversation(
 ) -> Response:
     """Replace a conversation's metadata."""
     found = await records.find(owner, conversation_id, "conversation")
-    fields = msgspec.json.decode(found.body) | {"metadata": body.metadata}
-    changed = Conversation.model_validate(fields).to_json()
-    await records.change(owner, Record(conversation_id, "conversation", changed))
-    return Response(changed, media_type=JSON)
+    conversation = Conversation.model_validate_json(found.body)
+    conversation.metadata = body.metadata
+    changed = Record(conversation_id, "conversation", conversation.to_json())
+    await records.change(owner, changed)
+    return Response(changed.body, media_type=JSON)
 
 
 @router.delete("/{conversation_id}", response_model=ConversationDeleted, responses=ERRORS)
@@ -85,13 +92,11 @@ async def list_items(
     conversation_id: str,
     owner: OwnerDep,
     records: RecordsDep,
-    after: str | None = None,
-    limit: int | None = None,
-    order: str | None = None,
+    paging: PagingDep,
 ) -> Response:
     """A conversation's items, the newest first unless asked otherwise."""
     items = await records.items(owner, conversation_id, "conversation")
-    return Response(page(items, after, limit, order), media_type=JSON)
+    return Response(page(items, paging), media_type=JSON)
 
 
 @router.get(

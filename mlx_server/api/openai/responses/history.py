@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
-from fastapi import Depends
+from fastapi import Depends, Query
 from starlette.requests import Request
 
 from mlx_server.api.http.dependencies import authenticated
@@ -20,7 +20,15 @@ from mlx_server.services.records import KeptItem, Record, RecordNotFound, Record
 
 CALLED_BY_ROLE = {"assistant": "output_text"}
 MAX_PAGE = 100
-PAGE = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """Which items of a list are asked for; `after` is an item's id."""
+
+    after: str | None = None
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20
+    order: Literal["asc", "desc"] = "desc"
 
 
 async def _records(request: Request) -> Records:
@@ -39,6 +47,7 @@ async def _owner(request: Request, caller: Annotated[Caller, Depends(authenticat
 RecordsDep = Annotated[Records, Depends(_records)]
 SealerDep = Annotated[Sealer, Depends(_sealer)]
 OwnerDep = Annotated[str, Depends(_owner)]
+PagingDep = Annotated[Paging, Depends()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,7 @@ async def history(body: InputOptions, owner: str, records: Records) -> History:
 
 
 def read(item: KeptItem) -> Item:
-    return Item.model_validate(msgspec.json.decode(item.body))
+    return Item.model_validate_json(item.body)
 
 
 async def _resolved(items: Sequence[Item], owner: str, records: Records) -> list[Item]:
@@ -129,22 +138,15 @@ class Keeper:
         await self.records.keep(self.owner, record, [*self.new, *said], within)
 
 
-def page(
-    items: Sequence[KeptItem], after: str | None, limit: int | None, order: str | None
-) -> bytes:
+def page(items: Sequence[KeptItem], asked: Paging) -> bytes:
     """Raises BadRequest."""
-    size = PAGE if limit is None else limit
-    if not 1 <= size <= MAX_PAGE:
-        raise BadRequest(f"`limit` goes from 1 to {MAX_PAGE}.", param="limit")
-    if order not in (None, "asc", "desc"):
-        raise BadRequest("`order` is `asc` or `desc`.", param="order")
-    ordered = list(items) if order == "asc" else list(reversed(items))
-    if after is not None:
-        places = [index for index, item in enumerate(ordered) if item.id == after]
+    ordered = list(items) if asked.order == "asc" else list(reversed(items))
+    if asked.after is not None:
+        places = [index for index, item in enumerate(ordered) if item.id == asked.after]
         if not places:
-            raise BadRequest(f"There is no item '{after[:128]}' here.", param="after")
+            raise BadRequest(f"There is no item '{asked.after[:128]}' here.", param="after")
         ordered = ordered[places[0] + 1 :]
-    return listed(ordered[:size], has_more=len(ordered) > size)
+    return listed(ordered[: asked.limit], has_more=len(ordered) > asked.limit)
 
 
 def listed(items: Sequence[KeptItem], *, has_more: bool = False) -> bytes:

@@ -4,7 +4,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from mlx_server.api.http.json_route import JsonRoute
-from mlx_server.api.openai.responses.history import OwnerDep, RecordsDep, page
+from mlx_server.api.openai.responses.history import OwnerDep, PagingDep, RecordsDep, page
 from mlx_server.api.openai.wire import documented
 from mlx_server.errors import BadRequest
 from mlx_server.schemas.openai.responses.answers import ItemList, ResponseBody, ResponseDeleted
@@ -48,11 +48,9 @@ async def list_input_items(
     response_id: str,
     owner: OwnerDep,
     records: RecordsDep,
-    after: str | None = None,
-    limit: int | None = None,
-    order: str | None = None,
+    paging: PagingDep,
 ) -> Response:
     """What a response answered, the newest first unless asked otherwise."""
     items = await records.items(owner, response_id, "response")
     asked = [item for item in items if not item.output]
-    return Response(page(asked, after, limit, order), media_type=JSON)
+    return Response(page(asked, paging), media_type=JSON)
