@@ -27,10 +27,15 @@ class Parts(msgspec.Struct):
     decoder: Part = None
 
 
+# Made once: msgspec may crash where two threads come upon a type for the first time.
+_decode_parts = msgspec.json.Decoder(Parts).decode
+_decode_whole = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
 def read_parts(folder: Path) -> Parts | None:
     """None where there is no such file."""
     try:
-        return msgspec.json.decode((folder / NAME).read_bytes(), type=Parts)
+        return _decode_parts((folder / NAME).read_bytes())
     except (OSError, msgspec.MsgspecError):
         return None
 
@@ -42,8 +47,8 @@ def for_grammars(content: bytes) -> bytes:
     out of it letter for letter.
     """
     try:
-        whole = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
-        parts = msgspec.json.decode(content, type=Parts)
+        whole = _decode_whole(content)
+        parts = _decode_parts(content)
     except msgspec.MsgspecError as error:
         raise ValueError(str(error)) from error
     changed = {

@@ -41,8 +41,10 @@ STOP_SECONDS, METAL_STOP_SECONDS = 5.0, 30.0
 """For an engine to end when asked to; on Metal it lets go of wired memory first."""
 EXIT_SECONDS = 1.0
 """For an engine to exit with its own code once its socket has closed."""
-LINE_SECONDS, STACKS_SECONDS = 0.5, 3.0
-"""For the next line of its threads' stacks, and for all of them."""
+STACKS_SECONDS = 3.0
+"""For an engine to tell its threads' stacks."""
+LAST_FRAME = "_run_module_as_main"
+"""Of its main thread, whose stack comes last."""
 
 Spawn = Callable[[str], Awaitable[Child]]
 
@@ -72,7 +74,7 @@ class EngineClient:
         self.closed = asyncio.Event()
         self.reads = 0
         self._child = child
-        self._said = asyncio.Event()
+        self._stacks_told = asyncio.Event()
         self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._recipients: dict[int, Recipient] = {}
         assert child.process.stderr is not None
@@ -139,10 +141,7 @@ class EngineClient:
             self.process.send_signal(signal.SIGUSR1)
         with suppress(TimeoutError):
             async with asyncio.timeout(STACKS_SECONDS):
-                while True:
-                    self._said.clear()
-                    async with asyncio.timeout(LINE_SECONDS):
-                        await self._said.wait()
+                await self._stacks_told.wait()
 
     async def kill(self) -> None:
         await self._child.kill()
@@ -219,5 +218,6 @@ class EngineClient:
         while line := await next_line(stderr):
             text = line.decode(errors="replace").rstrip()
             self.last_lines.append(text)
-            self._said.set()
+            if text.endswith(LAST_FRAME):
+                self._stacks_told.set()
             log.info(event("engine_log", model=self.model_id, pid=self.pid, line=text))

@@ -1,6 +1,8 @@
 """Tokenizers from whatever files a model brings, and as grammars have them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +204,30 @@ def test_structured_output_is_not_promised_of_tokens_that_cannot_be_followed(
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     (folder / "tokenizer.json").write_text(json.dumps(content | {"decoder": decoder}))
     assert capabilities(folder).structured_output == bound
+
+
+READ_AT_ONCE = """
+import importlib, sys, threading
+from pathlib import Path
+from mlx_server import tokenizer_json
+
+def read():
+    together.wait()
+    assert tokenizer_json.read_parts(Path(sys.argv[1])) is not None
+
+sys.setswitchinterval(1e-6)
+for _ in range(60):
+    importlib.reload(tokenizer_json)  # as if nothing had been read before
+    together = threading.Barrier(6)
+    threads = [threading.Thread(target=read) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_tokenizers_that_are_read_at_once_do_not_end_the_process(tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "tiny")
+    done = subprocess.run([sys.executable, "-c", READ_AT_ONCE, str(folder)], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
