@@ -7,7 +7,7 @@ import pytest
 from mlx_server.cli.launch.program import Target
 from mlx_server.cli.launch.programs import PROGRAMS
 from tests.clients.installing import Npm, Python, Wanted
-from tests.clients.stage import Stage
+from tests.clients.stage import Run, Stage
 from tests.support.rehearsal import Call, Play
 
 pytestmark = pytest.mark.soak
@@ -39,7 +39,10 @@ def assert_edited(stage: Stage) -> None:
     assert (stage.work / "greet.py").read_text() == AFTER
 
 
-def assert_done(stage: Stage) -> None:
+def assert_done(stage: Stage, run: Run) -> None:
+    print(run)
+    assert run.went_well(), run
+    assert GOODBYE in run.output
     assert_edited(stage)
     assert (stage.work / "said.txt").read_text() == "good morning\n"
 
@@ -59,10 +62,7 @@ def test_claude_code(stage: Stage) -> None:
     model = stage.cast("claude-play", play)
     allowed = ("--allowedTools", "Read,Edit,Bash", "--output-format", "text")
     run = stage.launch("claude", model, commands, "-p", PROMPT, *allowed)
-    assert run.went_well(), run
-    assert GOODBYE in run.output
-    assert_done(stage)
-    print(run)
+    assert_done(stage, run)
 
 
 def test_opencode(stage: Stage) -> None:
@@ -79,10 +79,7 @@ def test_opencode(stage: Stage) -> None:
     )
     model = stage.cast("opencode-play", play, "glm4.5")
     run = stage.launch("opencode", model, commands, "run", PROMPT)
-    assert run.went_well(), run
-    assert GOODBYE in run.output
-    assert_done(stage)
-    print(run)
+    assert_done(stage, run)
 
 
 def test_qwen_code(stage: Stage) -> None:
@@ -102,10 +99,7 @@ def test_qwen_code(stage: Stage) -> None:
     )
     model = stage.cast("qwen-play", play, "qwen3-coder")
     run = stage.launch("qwen", model, commands, "--yolo", "-p", PROMPT)
-    assert run.went_well(), run
-    assert GOODBYE in run.output
-    assert_done(stage)
-    print(run)
+    assert_done(stage, run)
 
 
 def test_aider(stage: Stage) -> None:
@@ -144,7 +138,4 @@ def test_codex(stage: Stage) -> None:
     options = ["--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
     options += ["-c", f"model_catalog_json={json.dumps(str(stage.user / 'models.json'))}"]
     run = stage.launch("codex", model, commands, "exec", *options, PROMPT)
-    assert run.went_well(), run
-    assert GOODBYE in run.output
-    assert_done(stage)
-    print(run)
+    assert_done(stage, run)
