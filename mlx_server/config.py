@@ -12,6 +12,7 @@ from pydantic_settings import (
 )
 
 from mlx_server.engine.protocol import LoadOptions
+from mlx_server.events import Area, Level, LogFormat
 from mlx_server.units import (
     DURATION,
     SIZE,
@@ -281,8 +282,15 @@ class Settings(BaseSettings):
     trust_remote_code: list[str] = Field(
         default_factory=list, description="Models whose own Python code may run."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe log events shown."
+    log_level: Level = Field("info", description="Least severe log events shown.")
+    log_levels: dict[Area, Level] = Field(
+        default_factory=dict,
+        description="`log_level` of single areas: `requests`, `pool`, `engine`, `text`, `models`, "
+        "`server`.",
+    )
+    log_format: LogFormat = Field(
+        "auto",
+        description="`human`, `json`, or `auto`: human on a terminal, else JSON.",
     )
 
     @classmethod

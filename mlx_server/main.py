@@ -1,8 +1,8 @@
 """The FastAPI application."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
@@ -24,6 +24,7 @@ from mlx_server.api.http.wire import ApiProtocol, Wires
 from mlx_server.api.ollama.routes import OLLAMA
 from mlx_server.api.openai.responses.thinking import Sealer
 from mlx_server.api.openai.routes import OPENAI, RESPONSES
+from mlx_server.api.reloading import Reloader
 from mlx_server.api.rerank.routes import RERANK
 from mlx_server.config import Settings
 from mlx_server.events import setup_logging
@@ -32,11 +33,15 @@ from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.store.catalog import Catalog
 from mlx_server.models.store.pulls import PullManager
 from mlx_server.models.store.sources import ModelSources
+from mlx_server.models.text.client import TextProcess
 from mlx_server.services.backpressure import Backpressure
 from mlx_server.services.embeddings import EmbeddingService
+from mlx_server.services.history import History
 from mlx_server.services.inference import InferenceService
 from mlx_server.services.records import Records
-from mlx_server.telemetry import Metrics, setup_tracing, untraced
+from mlx_server.telemetry.metrics import Metrics
+from mlx_server.telemetry.record import RecentRequests
+from mlx_server.telemetry.tracing import setup_tracing, untraced
 from mlx_server.units import parse_seconds
 
 # FastAPI's own request spans: one per request, none per chunk, no bodies or arguments.
@@ -54,17 +59,18 @@ def create_app(
     settings: Settings | None = None,
     catalog: Catalog | None = None,
     protocols: Sequence[ApiProtocol] = PROTOCOLS,
+    reread: Callable[[], Settings] = Settings.load,
 ) -> FastAPI:
     """Without arguments settings are read, for ASGI servers' factories. Paths outside all
     `protocols` are answered as OpenAI's.
     """
     if settings is None:
         settings = Settings.load()
-        setup_logging(settings.log_level)
+        setup_logging(settings.log_level, settings.log_format, settings.log_levels)
     setup_tracing()
     wires = Wires(OPENAI.wire, protocols)
     stopping = Stopping(settings.grace_period)
-    figures = Metrics()
+    figures, recent = Metrics(), RecentRequests()
     keys = KeyRing.load(settings.api_keys, settings.admin_keys, settings.keys_file)
     app = FastAPI(
         title="mlx-server",
@@ -73,7 +79,7 @@ def create_app(
         lifespan=_lifespan,
         # `api/description.py` has them, behind a key.
         openapi_url=None,
-        middleware=_middleware(settings, figures, stopping, wires, keys),
+        middleware=_middleware(settings, figures, recent, stopping, wires, keys),
         redirect_slashes=False,
         telemetry=REQUEST_SPANS,
     )
@@ -81,11 +87,15 @@ def create_app(
     app.state.wires = wires
     app.state.stopping = stopping
     app.state.metrics = figures
+    app.state.recent = recent
     app.state.catalog = catalog or Catalog(ModelSources.of(settings))
     app.state.keys = keys
     warn_if_exposed(settings.keys_file)
     app.state.limits = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
-    app.state.pool = ModelPoolManager(settings, app.state.catalog)
+    texts = TextProcess(settings.prompt_timeout, settings.stable_prompts)
+    app.state.pool = ModelPoolManager(settings, app.state.catalog, texts=texts)
+    app.state.reloader = Reloader(app.state, reread)
+    app.state.history = History(app.state.pool, figures)
     app.state.pulls = PullManager(app.state.catalog)
     backpressure = _backpressure(settings)
     app.state.service = InferenceService(app.state.pool, backpressure)
@@ -94,18 +104,23 @@ def create_app(
         settings.records_path, settings.responses_limit_bytes, parse_seconds(settings.responses_age)
     )
     app.state.sealer = Sealer(settings.records_path.parent)
-    figures.registry.register(metrics.PoolCollector(app.state.pool))
+    figures.registry.register(metrics.PoolCollector(app.state.pool, texts))
     failures.install(app)
     _include(app, (*protocols, OTHERS))
     return app
 
 
 def _middleware(
-    settings: Settings, figures: Metrics, stopping: Stopping, wires: Wires, keys: KeyRing
+    settings: Settings,
+    figures: Metrics,
+    recent: RecentRequests,
+    stopping: Stopping,
+    wires: Wires,
+    keys: KeyRing,
 ) -> list[Middleware]:
     """Outermost first."""
     layers = [
-        Middleware(RequestContext, metrics=figures, wires=wires),
+        Middleware(RequestContext, metrics=figures, recent=recent, wires=wires),
         Middleware(AvailabilityCheck, stopping=stopping),
         Middleware(
             HostCheck,
@@ -156,7 +171,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     catalog: Catalog = app.state.catalog
     pool: ModelPoolManager = app.state.pool
-    lag = asyncio.create_task(app.state.metrics.loop_lag.run())
+    watchers = [
+        asyncio.create_task(app.state.metrics.loop_lag.run()),
+        asyncio.create_task(app.state.history.run()),
+    ]
     try:
         wanted = [(await asyncio.to_thread(catalog.add, name)).id for name in settings.models]
         await pool.start(wanted)
@@ -165,6 +183,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await app.state.pulls.stop()
         await pool.stop()
         await app.state.records.close()
-        lag.cancel()
-        with suppress(asyncio.CancelledError):
-            await lag
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)

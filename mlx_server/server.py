@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 
 from mlx_server.api.http.connection import SPARE_CONNECTIONS, Connection, ConnectionLimits
 from mlx_server.api.http.stopping import Stopping
+from mlx_server.api.reloading import Reloader
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.events import event
 from mlx_server.models.pool.manager import ModelPoolManager
@@ -55,6 +57,7 @@ class Server(uvicorn.Server):
         self._stopping: Stopping = application.state.stopping
         self._starting: asyncio.Task[Any] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._reloading: set[asyncio.Task[None]] = set()
         self._failure: str | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -77,10 +80,13 @@ class Server(uvicorn.Server):
         if self.started:
             self._on_start()
             self._watching = asyncio.create_task(self._watch_models())
+            if sys.platform != "win32":
+                self._loop.add_signal_handler(signal.SIGHUP, self._reload)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._watching is not None:
             self._watching.cancel()
+        await asyncio.gather(*self._reloading)
         deadline = self._loop.time() + self._grace + FINAL_EVENT_SECONDS
         while self.server_state.tasks and self._loop.time() < deadline:
             await asyncio.wait(self.server_state.tasks, timeout=deadline - self._loop.time())
@@ -92,6 +98,12 @@ class Server(uvicorn.Server):
         if self._failure is not None:
             self.should_exit = True
             self._begin_stopping()
+
+    def _reload(self) -> None:
+        reloader: Reloader = self._application.state.reloader
+        task = asyncio.create_task(reloader.reload_or_log())
+        self._reloading.add(task)
+        task.add_done_callback(self._reloading.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Runs in the main thread, between any two instructions."""

@@ -1,21 +1,24 @@
 """The operator's API: pull, load, unload and remove models; statistics."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, cast
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response, StreamingResponse
 
 from mlx_server.api.http.dependencies import (
     AdminDep,
     CatalogDep,
+    HistoryDep,
     MetricsDep,
     PoolDep,
     PullsDep,
+    RecentDep,
     SettingsDep,
 )
 from mlx_server.api.http.json_route import JsonRoute
@@ -23,26 +26,34 @@ from mlx_server.api.http.openapi import event_stream
 from mlx_server.api.http.streaming import StreamedAnswer, WholeAnswer
 from mlx_server.api.http.wire import ApiProtocol, StreamEvent
 from mlx_server.api.openai.wire import WIRE, documented
+from mlx_server.api.reloading import Reloader
 from mlx_server.models.pool.status import ModelStatus
 from mlx_server.models.store.catalog import Catalog, ModelEntry
 from mlx_server.models.store.pulls import PullManager, PullStatus
 from mlx_server.models.store.removal import plan_removal, remove
 from mlx_server.models.store.transfer import Progress
 from mlx_server.schemas.admin import (
+    AdminHistory,
     AdminModel,
     AdminModelList,
+    AdminReloaded,
+    AdminRequests,
     AdminStats,
     PullEvent,
     PullRequest,
     Removed,
 )
 from mlx_server.schemas.openai.common import ErrorBody
+from mlx_server.services.history import INTERVAL
+from mlx_server.telemetry.record import KEPT_REQUESTS
 
 router = APIRouter(
     prefix="/admin", dependencies=[AdminDep], route_class=JsonRoute, strict_content_type=False
 )
 # Errors are OpenAI's; a stream's last event is marked as the last.
-ADMIN = ApiProtocol(wire=replace(WIRE, end=b""), routers=(router,), prefixes=("/admin",))
+ADMIN = ApiProtocol(
+    wire=replace(WIRE, end=b"", name="admin"), routers=(router,), prefixes=("/admin",)
+)
 
 
 @router.get("/models", response_model=AdminModelList, responses=documented(400, 401, 403, 413))
@@ -113,6 +124,37 @@ async def pull_model(body: PullRequest, pulls: PullsDep) -> Response:
     """
     # A stopping server does not wait: downloads resume.
     return StreamedAnswer(_progress(pulls, body.model), grace=0.0)
+
+
+@router.get("/requests", response_model=AdminRequests, responses=documented(400, 401, 403, 413))
+async def requests(
+    recent: RecentDep, limit: Annotated[int, Query(ge=0, le=KEPT_REQUESTS)] = KEPT_REQUESTS
+) -> Response:
+    """Requests in work, and the last that ended, newest first: those that asked a model, or were
+    refused. No text.
+    """
+    ended = list(itertools.islice(recent.ended(), limit))
+    return _json({"running": recent.running(), "ended": ended})
+
+
+@router.get("/history", response_model=AdminHistory, responses=documented(400, 401, 403, 413))
+async def history(history: HistoryDep, since: float = 0.0) -> Response:
+    """Samples of the last hour, one each five seconds, of those after `since` (seconds since the
+    epoch); oldest first.
+    """
+    return _json({"interval": INTERVAL, "samples": history.since(since)})
+
+
+async def _reloader(request: Request) -> Reloader:
+    return cast(Reloader, request.app.state.reloader)
+
+
+@router.post("/reload", response_model=AdminReloaded, responses=documented(400, 401, 403, 413))
+async def reload(reloader: Annotated[Reloader, Depends(_reloader)]) -> Response:
+    """Read keys, rate limits, aliases, model folders, adapters and log levels again, as SIGHUP
+    does. Wrong settings change nothing.
+    """
+    return _json(await reloader.reload())
 
 
 @router.get("/stats", response_model=AdminStats, responses=documented(400, 401, 403, 413))

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,19 +15,16 @@ from mlx_server.schemas.internal import (
     Event,
     Finished,
     InferenceRequest,
-    ReasoningDelta,
-    TextDelta,
-    ToolCallDelta,
-    ToolCallStart,
     Usage,
 )
 from mlx_server.services.inference import Generation, InferenceService
-from mlx_server.telemetry import Metrics, RequestTimer
+from mlx_server.telemetry.metrics import Metrics
+from mlx_server.telemetry.watch import Watch
 
 MERGE_BUFFER = 64
 
-OUTPUT_EVENTS = (TextDelta, ReasoningDelta, ToolCallStart, ToolCallDelta)
 IndexedEvents = tuple[int, list[Event]]
+Opened = tuple[Sequence[Generation], AsyncIterator[IndexedEvents]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +73,8 @@ class Generator:
     metrics: Metrics
     requests: Sequence[InferenceRequest]
     formats: AnswerFormats
-    timer: RequestTimer = field(init=False)
     stream_format: StreamFormat = field(init=False)
     """Once the stream is open."""
-
-    def __post_init__(self) -> None:
-        self.timer = RequestTimer(self.metrics)
 
     def answer(self) -> Response:
         return WholeAnswer(self._whole)
@@ -94,9 +87,9 @@ class Generator:
         )
 
     async def _whole(self) -> bytes:
-        async with opened(self.service, self.requests) as (generations, events):
+        async with self._opened(streams=False) as (generations, events):
             answer = self.formats.answer(await self._accepted(generations))
-            tally = Tally(self.timer)
+            tally = Tally()
             async for prompt, together in events:
                 for event in together:
                     tally.feed(prompt, event)
@@ -107,9 +100,7 @@ class Generator:
     async def _batches(self) -> AsyncIterator[AsyncIterator[Sequence[StreamEvent]]]:
         async with AsyncExitStack() as stack:
             try:
-                generations, events = await stack.enter_async_context(
-                    opened(self.service, self.requests)
-                )
+                generations, events = await stack.enter_async_context(self._opened(streams=True))
                 self.stream_format = self.formats.stream(await self._accepted(generations))
                 batches = self._formatted(events, self.stream_format)
             except ServerError as error:
@@ -122,7 +113,7 @@ class Generator:
     async def _formatted(
         self, events: AsyncIterator[IndexedEvents], stream: StreamFormat
     ) -> AsyncGenerator[Sequence[StreamEvent], None]:
-        tally = Tally(self.timer)
+        tally = Tally()
         yield stream.begin()
         async for prompt, together in events:
             for event in together:
@@ -136,9 +127,12 @@ class Generator:
             await self.formats.keep(usage)
         return usage
 
+    def _opened(self, *, streams: bool) -> AbstractAsyncContextManager[Opened]:
+        watches = [Watch.generation(one, self.metrics, streams=streams) for one in self.requests]
+        return opened(self.service, self.requests, watches)
+
     async def _accepted(self, generations: Sequence[Generation]) -> Accepted:
         model = generations[0].model
-        self.timer.opened(model)
         tokens = sum(one.prompt_tokens for one in generations)
         if not self.formats.echo:
             return Accepted(model, prompt_tokens=tokens)
@@ -151,17 +145,14 @@ async def _alone(events: Sequence[StreamEvent]) -> AsyncGenerator[Sequence[Strea
 
 
 class Tally:
-    def __init__(self, timer: RequestTimer) -> None:
-        self._timer = timer
+    def __init__(self) -> None:
         self._prompts: dict[int, tuple[int, int]] = {}
         """(tokens, cached tokens) by prompt index."""
         self._completion_tokens = 0
         self._reasoning_tokens = 0
 
     def feed(self, prompt: int, event: Event) -> None:
-        if isinstance(event, OUTPUT_EVENTS):
-            self._timer.text((prompt, event.choice))
-        elif isinstance(event, Finished):
+        if isinstance(event, Finished):
             self._completion_tokens += event.usage.completion_tokens
             self._reasoning_tokens += event.usage.reasoning_tokens
             # Choices share their prompt: count the smallest cache hit.
@@ -170,23 +161,21 @@ class Tally:
             self._prompts[prompt] = (event.usage.prompt_tokens, min(before, cached))
 
     def finish(self) -> Usage:
-        usage = Usage(
+        return Usage(
             prompt_tokens=sum(tokens for tokens, _ in self._prompts.values()),
             completion_tokens=self._completion_tokens,
             cached_tokens=sum(cached for _, cached in self._prompts.values()),
             reasoning_tokens=self._reasoning_tokens,
         )
-        self._timer.finished(usage)
-        return usage
 
 
 @asynccontextmanager
 async def opened(
-    service: InferenceService, requests: Sequence[InferenceRequest]
-) -> AsyncIterator[tuple[Sequence[Generation], AsyncIterator[IndexedEvents]]]:
+    service: InferenceService, requests: Sequence[InferenceRequest], watches: Sequence[Watch]
+) -> AsyncIterator[Opened]:
     """Yields one generation per request, and the events of all of them."""
     async with AsyncExitStack() as stack:
-        generations = await stack.enter_async_context(service.open_all(requests))
+        generations = await stack.enter_async_context(service.open_all(requests, watches))
         sources = [generation.events() for generation in generations]
         events: AsyncIterator[IndexedEvents]
         if len(sources) == 1:

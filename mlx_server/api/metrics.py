@@ -1,6 +1,8 @@
-"""`GET /metrics`: figures in Prometheus' text format."""
+"""`GET /metrics`: figures for Prometheus."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from fastapi import APIRouter, Depends
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -12,6 +14,10 @@ from mlx_server.api.http.dependencies import MetricsDep, authenticated
 from mlx_server.api.openai.wire import documented
 from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.pool.status import ModelStatus
+from mlx_server.models.text.client import TextProcess
+from mlx_server.telemetry.metrics import ENGINE, MODEL_LABELS
+
+MEMORY_KINDS = ("active", "peak", "cache", "limit", "wired")
 
 router = APIRouter()
 
@@ -24,12 +30,133 @@ router = APIRouter()
 )
 async def metrics(metrics: MetricsDep) -> Response:
     """Prometheus' text format."""
+    # Never OpenMetrics: the library writes the colon of vLLM's names as an underscore there.
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+class Figure(NamedTuple):
+    """A figure of each model, None where a model has none."""
+
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily]
+    name: str
+    help: str
+    of: Callable[[ModelStatus], float | None]
+
+
+def _kv_usage(status: ModelStatus) -> float | None:
+    return status.kv_bytes / status.kv_limit if status.kv_limit else None
+
+
+def _of_prefixes(field: str) -> Callable[[ModelStatus], float | None]:
+    return lambda one: getattr(one.prefix_cache, field) if one.prefix_cache else None
+
+
+def _of_disk(field: str) -> Callable[[ModelStatus], float | None]:
+    return lambda one: (
+        getattr(one.prefix_cache.disk, field)
+        if one.prefix_cache and one.prefix_cache.disk
+        else None
+    )
+
+
+GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
+FIGURES = (
+    Figure(GAUGE, "vllm:num_requests_running", "Sequences computed.", lambda s: s.running),
+    Figure(
+        GAUGE,
+        "vllm:num_requests_waiting",
+        "Sequences that wait for a place.",
+        lambda s: s.waiting,
+    ),
+    Figure(
+        GAUGE,
+        "vllm:kv_cache_usage_perc",
+        "Running sequences' share of the KV limit, from 0 to 1.",
+        _kv_usage,
+    ),
+    Figure(
+        COUNTER,
+        "vllm:num_preemptions",
+        "Sequences that had to start over.",
+        lambda s: s.preempted,
+    ),
+    Figure(
+        COUNTER,
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up.",
+        _of_prefixes("prompt_tokens"),
+    ),
+    Figure(
+        COUNTER,
+        "vllm:prefix_cache_hits",
+        "Prompt tokens found.",
+        _of_prefixes("cached_tokens"),
+    ),
+    Figure(
+        GAUGE,
+        "mlx_server_requests_waiting_for_model",
+        "Requests that wait for the model to load.",
+        lambda s: s.waiting_to_load,
+    ),
+    Figure(GAUGE, "mlx_server_kv_cache_bytes", "KV caches of sequences.", lambda s: s.kv_bytes),
+    Figure(
+        GAUGE,
+        "mlx_server_decode_step_seconds",
+        "What a decode step takes of late.",
+        lambda s: s.step_seconds,
+    ),
+    Figure(
+        GAUGE,
+        "mlx_server_prefix_cache_bytes",
+        "Blocks of the prefix cache in memory.",
+        _of_prefixes("bytes"),
+    ),
+    Figure(GAUGE, "mlx_server_disk_cache_blocks", "Blocks on the disk.", _of_disk("blocks")),
+    Figure(
+        COUNTER,
+        "mlx_server_disk_cache_written_bytes",
+        "Bytes of prefixes written to the disk.",
+        _of_disk("written_bytes"),
+    ),
+    Figure(
+        COUNTER,
+        "mlx_server_disk_cache_read_bytes",
+        "Bytes of prefixes read back from the disk.",
+        _of_disk("read_bytes"),
+    ),
+    Figure(
+        COUNTER,
+        "mlx_server_disk_cache_refused_blocks",
+        "Blocks for which the disk, its limit or the day's had no room.",
+        _of_disk("refused_blocks"),
+    ),
+    Figure(
+        GAUGE,
+        "mlx_server_model_reserved_bytes",
+        "What is reserved for a model, or what it would take.",
+        lambda s: s.need,
+    ),
+    Figure(
+        GAUGE,
+        "mlx_server_model_load_seconds",
+        "What the last load took.",
+        lambda s: s.load_seconds,
+    ),
+    Figure(COUNTER, "mlx_server_model_loads", "Loads begun.", lambda s: s.loads),
+    Figure(COUNTER, "mlx_server_model_load_failures", "Loads that failed.", lambda s: s.failures),
+    Figure(
+        COUNTER,
+        "mlx_server_engine_restarts",
+        "Engines that ended and were replaced.",
+        lambda s: s.restarts,
+    ),
+)
+
+
 class PoolCollector(Collector):
-    def __init__(self, pool: ModelPoolManager) -> None:
+    def __init__(self, pool: ModelPoolManager, texts: TextProcess) -> None:
         self._pool = pool
+        self._texts = texts
 
     def describe(self) -> Iterator[Metric]:
         """Registering must not query a pool that has not started."""
@@ -37,69 +164,42 @@ class PoolCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         statuses = self._pool.statuses()
-        loaded = [status for status in statuses if status.state == "ready"]
-        yield GaugeMetricFamily("mlx_server_models_loaded", "Models loaded.", value=len(loaded))
-        yield from self._per_model(statuses)
-        yield from self._prefix_caches(loaded)
-        yield from self._disk_caches(loaded)
-        memory = GaugeMetricFamily(
-            "mlx_server_memory_bytes", "An engine's device memory.", labels=["model", "kind"]
+        yield _models(statuses)
+        yield GaugeMetricFamily(
+            "mlx_server_memory_budget_bytes",
+            "Memory for all models.",
+            value=self._pool.planner.budget,
         )
-        for status in statuses:
-            if status.memory is not None:
-                for kind in ("active", "peak", "cache", "limit", "wired"):
-                    memory.add_metric([status.id, kind], getattr(status.memory, kind))
-        yield memory
-
-    def _per_model(self, statuses: list[ModelStatus]) -> Iterator[Metric]:
-        figures = {
-            "running": ("num_requests_running", "Sequences being generated."),
-            "waiting": ("num_requests_waiting", "Sequences waiting for a place."),
-            "kv_bytes": ("kv_cache_bytes", "KV caches of running sequences."),
-            "step_seconds": ("decode_step_seconds", "What a decode step takes of late."),
-        }
-        for field, (name, help) in figures.items():
-            gauge = GaugeMetricFamily(f"mlx_server_{name}", help, labels=["model"])
+        yield CounterMetricFamily(
+            "mlx_server_text_process_ends",
+            "Times that the process for templates and tokenizers ended.",
+            value=self._texts.ends,
+        )
+        yield _memory(statuses)
+        for figure in FIGURES:
+            family = figure.kind(figure.name, figure.help, labels=MODEL_LABELS)
             for status in statuses:
-                gauge.add_metric([status.id], getattr(status, field))
-            yield gauge
-        counts = {
-            "preempted": ("preemptions", "Sequences that had to start over."),
-            "restarts": ("engine_restarts", "Engines that ended and were replaced."),
-        }
-        for field, (name, help) in counts.items():
-            counter = CounterMetricFamily(f"mlx_server_{name}", help, labels=["model"])
-            for status in statuses:
-                counter.add_metric([status.id], getattr(status, field))
-            yield counter
+                if (value := figure.of(status)) is not None:
+                    family.add_metric([status.id, ENGINE], value)
+            yield family
 
-    def _prefix_caches(self, loaded: list[ModelStatus]) -> Iterator[Metric]:
-        labels = ["model"]
-        held = GaugeMetricFamily(
-            "mlx_server_prefix_cache_bytes", "Blocks of the prefix cache.", labels=labels
-        )
-        asked = CounterMetricFamily(
-            "mlx_server_prefix_cache_queries", "Prompt tokens looked up.", labels=labels
-        )
-        found = CounterMetricFamily(
-            "mlx_server_prefix_cache_hits", "Prompt tokens found.", labels=labels
-        )
-        for status in loaded:
-            if status.prefix_cache is not None:
-                held.add_metric([status.id], status.prefix_cache.bytes)
-                asked.add_metric([status.id], status.prefix_cache.prompt_tokens)
-                found.add_metric([status.id], status.prefix_cache.cached_tokens)
-        yield from (held, asked, found)
 
-    def _disk_caches(self, loaded: list[ModelStatus]) -> Iterator[Metric]:
-        figures = {
-            "written_bytes": "Bytes of prefixes written to the disk.",
-            "read_bytes": "Bytes of prefixes read back from the disk.",
-            "refused_blocks": "Blocks for which the disk, its limit or the day's had no room.",
-        }
-        for field, help in figures.items():
-            counter = CounterMetricFamily(f"mlx_server_disk_cache_{field}", help, labels=["model"])
-            for status in loaded:
-                if status.prefix_cache is not None and status.prefix_cache.disk is not None:
-                    counter.add_metric([status.id], getattr(status.prefix_cache.disk, field))
-            yield counter
+def _models(statuses: Iterable[ModelStatus]) -> Metric:
+    family = GaugeMetricFamily("mlx_server_models", "Models by state.", labels=["state"])
+    counts = Counter(status.state for status in statuses)
+    for state in ("loading", "ready", "restarting", "draining", "failed"):
+        family.add_metric([state], counts[state])
+    return family
+
+
+def _memory(statuses: Iterable[ModelStatus]) -> Metric:
+    family = GaugeMetricFamily(
+        "mlx_server_memory_bytes",
+        "An engine's device memory, as MLX counts it.",
+        labels=(*MODEL_LABELS, "kind"),
+    )
+    for status in statuses:
+        if status.memory is not None:
+            for kind in MEMORY_KINDS:
+                family.add_metric([status.id, ENGINE, kind], getattr(status.memory, kind))
+    return family

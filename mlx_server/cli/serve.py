@@ -2,9 +2,11 @@
 
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from typer import Option
 
@@ -62,26 +64,31 @@ def serve(
     config: ConfigOption = None,
 ) -> None:
     """Start the server."""
-    settings = load_settings(
-        config,
-        models=model or None,
-        host=host,
-        port=port,
-        ollama_port=ollama_port,
-        api_keys=api_key or None,
-        allow_no_key=allow_no_key or None,
-        model_dirs=model_dir or None,
-        max_batch=max_batch,
-        memory_limit=memory_limit,
-        context_length=context_length,
-        kv_bits=kv_bits,
-        dequantize=dequantize,
-        log_level=log_level,
-    )
-    _serve(settings)
+    flags = {
+        "models": model or None,
+        "host": host,
+        "port": port,
+        "ollama_port": ollama_port,
+        "api_keys": api_key or None,
+        "allow_no_key": allow_no_key or None,
+        "model_dirs": model_dir or None,
+        "max_batch": max_batch,
+        "memory_limit": memory_limit,
+        "context_length": context_length,
+        "kv_bits": kv_bits,
+        "dequantize": dequantize,
+        "log_level": log_level,
+    }
+    _serve(load_settings(config, **flags), partial(_reread, config, flags))
 
 
-def _serve(settings: "Settings") -> None:
+def _reread(config: Path | None, flags: dict[str, Any]) -> "Settings":
+    from mlx_server.config import Settings
+
+    return Settings.load(config, **flags)
+
+
+def _serve(settings: "Settings", reread: Callable[[], "Settings"]) -> None:
     addresses = find_addresses(settings.host, settings.port)
     _require_key(settings, addresses)
     # Before loading, so that a port in use is reported at once.
@@ -91,7 +98,7 @@ def _serve(settings: "Settings") -> None:
         more = bind(settings.host, settings.ollama_port, addresses)
         settings = settings.model_copy(update={"ollama_port": more[0].getsockname()[1]})
         sockets += more
-    _run(settings, catalog_with_models(settings), sockets)
+    _run(settings, catalog_with_models(settings), sockets, reread)
 
 
 def _require_key(settings: "Settings", addresses: list[Address]) -> None:
@@ -128,13 +135,18 @@ def catalog_with_models(settings: "Settings") -> "Catalog":
     return catalog
 
 
-def _run(settings: "Settings", catalog: "Catalog", sockets: list["socket.socket"]) -> None:
+def _run(
+    settings: "Settings",
+    catalog: "Catalog",
+    sockets: list["socket.socket"],
+    reread: Callable[[], "Settings"],
+) -> None:
     from mlx_server.api.http.connection import ConnectionLimits
     from mlx_server.events import setup_logging
     from mlx_server.main import create_app
     from mlx_server.server import Server, raise_open_file_limit
 
-    setup_logging(settings.log_level)
+    setup_logging(settings.log_level, settings.log_format, settings.log_levels)
     # Until the server installs its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
@@ -143,7 +155,7 @@ def _run(settings: "Settings", catalog: "Catalog", sockets: list["socket.socket"
     def greet() -> None:
         print(_greeting(settings), flush=True)
 
-    app = create_app(settings, catalog)
+    app = create_app(settings, catalog, reread=reread)
     server = Server(app, ConnectionLimits.of(settings), settings.grace_period, greet)
     try:
         server.run(sockets)

@@ -72,6 +72,7 @@ class AdminModel(ResponseObject):
     need: int | None
     load_seconds: float | None
     loads: int
+    failures: int
     restarts: int
     last_lines: list[str]
     in_flight: int
@@ -80,6 +81,7 @@ class AdminModel(ResponseObject):
     preempted: int
     step_seconds: float
     kv_bytes: int
+    kv_limit: int | None
     prefix_cache: PrefixCache | None
     batching: Batching | None
     waiting_to_load: int
@@ -113,3 +115,86 @@ class Lag(ResponseObject):
 
 class AdminStats(ResponseObject):
     event_loop_lag_seconds: Lag
+
+
+class AdminRequest(ResponseObject):
+    """`at` is since the epoch. `status` is 0 while it runs, and where the client left first.
+    `protocol` is `openai`, say; `client` a key's name or an address. Of several prompts, tokens are
+    added up, and times are the longest. `finish` has an entry per completion.
+    """
+
+    id: str
+    at: float
+    protocol: str
+    path: str
+    client: str
+    status: int
+    seconds: float | None
+    operation: Literal["chat", "text_completion", "embeddings"] | None
+    model: str | None
+    stream: bool
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    load_seconds: float | None
+    render_seconds: float | None
+    queue_seconds: float | None
+    prefill_seconds: float | None
+    decode_seconds: float | None
+    first_token_seconds: float | None
+    finish: list[Literal["stop", "length", "tool_calls", "abort", "error"]]
+    engine_ends: int
+    error: str | None
+
+
+class AdminRequests(ResponseObject):
+    """Newest first."""
+
+    running: list[AdminRequest]
+    ended: list[AdminRequest]
+
+
+class AdminQuantiles(ResponseObject):
+    """In seconds; null without observations."""
+
+    p50: float | None
+    p95: float | None
+
+
+class AdminModelSample(ResponseObject):
+    running: int
+    waiting: int
+    kv_bytes: int
+    prefix_cache_bytes: int
+    memory_bytes: int
+    restarts: int
+
+
+class AdminSample(ResponseObject):
+    """`at` is since the epoch, rates are per second. `models` has those that are loaded."""
+
+    at: float
+    prompt_tokens_rate: float
+    cached_tokens_rate: float
+    generation_tokens_rate: float
+    requests_rate: float
+    errors_rate: float
+    time_to_first_token: AdminQuantiles
+    inter_token_latency: AdminQuantiles
+    event_loop_lag_p99: float
+    models: dict[str, AdminModelSample]
+
+
+class AdminHistory(ResponseObject):
+    """Oldest first; `interval` is in seconds."""
+
+    interval: float
+    samples: list[AdminSample]
+
+
+class AdminReloaded(ResponseObject):
+    """Names of settings: those that changed, and those whose change waits for a restart."""
+
+    changed: list[str]
+    need_restart: list[str]

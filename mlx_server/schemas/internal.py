@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from mlx_server.engine.protocol import Sampling
+from mlx_server.telemetry.record import RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Caller:
     key: str = ""
     admin: bool = False
     charge: Charge | None = field(default=None, repr=False, compare=False)
+    record: RequestRecord = field(default_factory=RequestRecord, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

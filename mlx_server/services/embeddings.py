@@ -13,7 +13,7 @@ from mlx_server.models.pool.manager import ModelPoolManager
 from mlx_server.models.pool.stream import RowStream
 from mlx_server.schemas.internal import Caller
 from mlx_server.services.backpressure import Backpressure, check_priority
-from mlx_server.telemetry import embeddings_span
+from mlx_server.telemetry.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +42,15 @@ class EmbeddingService:
         self._backpressure = backpressure
 
     @asynccontextmanager
-    async def open(self, request: EmbeddingRequest) -> AsyncIterator["Vectors"]:
+    async def open(self, request: EmbeddingRequest, watch: Watch) -> AsyncIterator["Vectors"]:
         """Leaving the block aborts the request. Raises BadRequest, Forbidden,
         ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed and TooManyRequests.
         """
         caller = request.caller
-        check_priority(caller, request.priority)
         arrived = asyncio.get_running_loop().time()
         async with AsyncExitStack() as stack:
-            span = stack.enter_context(
-                embeddings_span(request.model, len(request.inputs), caller.request_id)
-            )
+            stack.enter_context(watch)
+            check_priority(caller, request.priority)
             asked = time.monotonic()
             model = await stack.enter_async_context(
                 self._pool.acquire(
@@ -62,6 +60,7 @@ class EmbeddingService:
                 )
             )
             load_seconds = time.monotonic() - asked
+            watch.loaded(model.id)
             texts, seconds = await _prepare(request, model)
             self._backpressure.check_queue(model.id, model.engine.in_flight, 1)
             stack.enter_context(self._backpressure.timed(model.id))
@@ -73,9 +72,11 @@ class EmbeddingService:
                 caller=caller.key,
                 priority=request.priority,
             )
-            stream = stack.enter_context(model.engine.embed(engine_request, caller.request_id))
+            watch.prepared(sum(map(len, texts)))
+            stream = stack.enter_context(
+                model.engine.embed(engine_request, caller.request_id, watch)
+            )
             vectors = Vectors(model, texts, stream, load_seconds)
-            span.accepted(model.id, vectors.prompt_tokens)
             if caller.charge is not None:
                 stack.push_async_callback(caller.charge, vectors.prompt_tokens)
             stack.enter_context(self._backpressure.timeouts([stream], arrived, model.id))

@@ -31,7 +31,7 @@ from mlx_server.services.output.channels import ChannelReader
 from mlx_server.services.output.choices import ParsedChoice, PlainChoice
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.text import prompt_logprobs
-from mlx_server.telemetry import InferenceSpan, inference_span
+from mlx_server.telemetry.watch import Watch
 
 SEED_BITS = 64
 SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -45,23 +45,26 @@ class InferenceService:
 
     @asynccontextmanager
     async def open_all(
-        self, requests: Sequence[InferenceRequest]
+        self, requests: Sequence[InferenceRequest], watches: Sequence[Watch]
     ) -> AsyncIterator[list["Generation"]]:
         """Start requests for one model, all or none; leaving the block aborts them. Raises
         BadRequest, Forbidden, ContextLengthExceeded, ModelNotFound, ModelLoading, ModelLoadFailed
         and TooManyRequests.
         """
         first = requests[0]
-        check_priority(first.caller, first.priority)
         arrived = asyncio.get_running_loop().time()
         clock = Clock()
         async with AsyncExitStack() as stack:
-            spans = [stack.enter_context(inference_span(request)) for request in requests]
+            for watch in watches:
+                stack.enter_context(watch)
+            check_priority(first.caller, first.priority)
             # Once for all: a second acquisition could deadlock on a model change.
             model = await stack.enter_async_context(
                 self._pool.acquire(first.model, first.keep_alive)
             )
             clock.loaded()
+            for watch in watches:
+                watch.loaded(model.id)
             spelled = [spell(request.prompt, model.text.syntax.calls) for request in requests]
             requests = [replace(r, prompt=s.prompt) for r, s in zip(requests, spelled, strict=True)]
             prompts = [await _prepare(request, model) for request in requests]
@@ -71,13 +74,15 @@ class InferenceService:
             stack.enter_context(self._backpressure.timed(model.id))
             streams = []
             generations = []
-            for request, prompt, span, one in zip(requests, prompts, spans, spelled, strict=True):
-                span.model(model.id)
+            for request, prompt, watch, one in zip(
+                requests, prompts, watches, spelled, strict=True
+            ):
+                watch.prepared(len(prompt.tokens))
                 choices = _engine_requests(prompt, request, model)
-                stream = model.engine.generate(choices, request.caller.request_id)
+                stream = model.engine.generate(choices, request.caller.request_id, watch)
                 streams.append(stack.enter_context(stream))
                 generation = Generation(
-                    request, model, prompt, stream, span, one.names, replace(clock)
+                    request, model, prompt, stream, watch, one.names, replace(clock)
                 )
                 generations.append(generation)
                 stack.push_async_callback(generation.settle)
@@ -92,7 +97,7 @@ class Generation:
         model: LoadedModel,
         prompt: Prepared,
         stream: RowStream,
-        span: InferenceSpan,
+        watch: Watch,
         names: Mapping[str, str],
         clock: "Clock",
     ) -> None:
@@ -103,7 +108,7 @@ class Generation:
         self._text = model.text
         self._tokens = prompt.tokens
         self._stream = stream
-        self._span = span
+        self._watch = watch
         self._clock = clock
         self._charge = request.caller.charge
         self._choices = [
@@ -134,6 +139,7 @@ class Generation:
                     new = choice.take(row)
                 else:
                     new = await choice.take(row)
+                self._watch.told(new)
                 self._observe(new, row)
                 events += new
             if events:
@@ -151,10 +157,8 @@ class Generation:
     def _observe(self, events: list[Event], row: Row) -> None:
         if row.tokens:
             self._clock.first_token()
-            self._span.first_token()
         if events and isinstance(last := events[-1], Finished):
             events[-1] = replace(last, timing=self._clock.timing(self._stream.begun_at))
-            self._span.finished(last)
             if row.finish is None:  # ended by a stop string or a call
                 self._stream.abort(last.choice)
 

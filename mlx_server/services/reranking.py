@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import mul
 
 from mlx_server.services.embeddings import EmbeddingRequest, EmbeddingService
+from mlx_server.telemetry.watch import Watch
 
 FLOAT32_BYTES = 4
 COMPARED_AT_ONCE = 16
@@ -30,9 +31,9 @@ class Ranking:
         return ranked[:count]
 
 
-async def rank(service: EmbeddingService, request: EmbeddingRequest) -> Ranking:
+async def rank(service: EmbeddingService, request: EmbeddingRequest, watch: Watch) -> Ranking:
     """`request` has a query. Raises as `EmbeddingService.open`."""
-    async with service.open(request) as vectors:
+    async with service.open(request, watch) as vectors:
         numbers: list[tuple[float, ...]] = [()] * vectors.count
         async for together in vectors.arrivals():
             for index, data in together:

@@ -44,23 +44,12 @@ def _virtual_environment(place: Path, wanted: Python) -> Path:
     commands = place / "bin"
     done = place / "installed"
     if not done.exists():
-        _run([_python(wanted.python), "-m", "venv", "--clear", "--without-pip", str(place)])
-        pip = [sys.executable, "-m", "pip", "--python", str(commands / "python")]
-        _run([*pip, "install", "-q", "--disable-pip-version-check", *wanted.packages])
+        found = (shutil.which(f"python{version}") for version in wanted.python)
+        python = next((one for one in found if one), sys.executable)
+        _run([python, "-m", "venv", "--clear", str(place)])
+        _run([str(commands / "pip"), "install", "-q", *wanted.packages])
         done.touch()
     return commands
-
-
-def _python(versions: tuple[str, ...]) -> str:
-    """One that runs: version managers leave commands for those that are not switched on."""
-    for version in versions:
-        name = f"python{version}"
-        if (
-            shutil.which(name)
-            and not subprocess.run([name, "-c", ""], capture_output=True).returncode
-        ):
-            return name
-    return sys.executable
 
 
 def _node_modules(place: Path, wanted: Npm) -> Path:

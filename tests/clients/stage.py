@@ -1,7 +1,6 @@
 """Where real programs play: the real server, a user's folders, and what the server saw."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +10,8 @@ from pathlib import Path
 
 from tests.clients.installing import Wanted, install
 from tests.support.rehearsal import Play, build_rehearsed_model
-from tests.support.server import Server
+from tests.support.server import Server, logged
 
-REQUEST = re.compile(r"event=request .*?method=(\S+) path=(\S+) status=(\d+)")
 PROGRAM_SECONDS = 600
 Request = tuple[str, str, int]
 KEPT = ("LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_CERT_FILE")
@@ -86,7 +84,8 @@ class Stage:
 
     def requests_since(self, mark: int) -> list[Request]:
         log = self.server.log.read_bytes()[mark:].decode(errors="replace")
-        return [(method, path, int(status)) for method, path, status in REQUEST.findall(log)]
+        told = logged(log, "request")
+        return [(one["method"], one["path"], one["status"]) for one in told]
 
     def launch(
         self, program: str, model: str, commands: Path, *arguments: str, **environment: str

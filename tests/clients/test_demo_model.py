@@ -31,7 +31,7 @@ ASKING: dict[str, tuple[str, ...]] = {
     "qwen": ("-p", PROMPT),
     "llm": ("-o", "max_tokens", "64", PROMPT),
 }
-CONTEXT = 2048
+CONTEXT = 4096
 SECONDS = 1200
 """Some have the model summarise what does not fit, as long as it likes."""
 

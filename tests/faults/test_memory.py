@@ -57,4 +57,4 @@ async def _running(server: Server, count: int) -> bool:
 async def _felt(server: Server) -> bool:
     """Whether the engine has run out of memory, and lived or died of it."""
     log = server.log.read_text(errors="replace")
-    return "event=step_failed" in log or "event=engine_ended" in log
+    return "event=step_failed" in log or '"event": "engine_ended"' in log

@@ -194,7 +194,7 @@ def test_tokens_are_charged_and_counted(client: httpx.Client) -> None:
 
     def counted() -> float:
         lines = client.get("/metrics").text.splitlines()
-        name = f'mlx_server_prompt_tokens_total{{model="{MODEL}"}} '
+        name = f'vllm:prompt_tokens_total{{engine="0",model_name="{MODEL}"}} '
         return float(next(line for line in lines if line.startswith(name)).split()[-1])
 
     left, before = remaining(), counted()

@@ -46,7 +46,7 @@ async def test_usage_tells_how_much_of_the_next_turn_was_cached(
         everything = [first.usage, second.usage, streamed.usage]
         assert status["prompt_tokens"] == sum(map(prompt, everything))
         assert status["cached_tokens"] == sum(map(cached, everything))
-        assert await metric(server, "mlx_server_prefix_cache_hits_total") == status["cached_tokens"]
+        assert await metric(server, "vllm:prefix_cache_hits_total") == status["cached_tokens"]
 
 
 async def test_a_chat_goes_on_after_a_restart_where_it_was(tmp_path: Path, model: Path) -> None:

@@ -119,7 +119,7 @@ def test_without_a_home_to_write_a_model_is_served(
         ) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] > 0
         process.terminate()
-        assert "event=model_not_locked" in process.communicate(timeout=30)[1]
+        assert '"event": "model_not_locked"' in process.communicate(timeout=30)[1]
 
 
 def test_it_ends_with_the_reason_when_no_model_named_can_be_loaded(

@@ -312,5 +312,4 @@ def test_models_say_what_they_can_do(client: httpx.Client) -> None:
         "reasoning": False,
         "structured_output": True,
         "embeddings": False,
-        "rerank": False,
     }

@@ -59,6 +59,7 @@ def _rate_header(kind: str, name: str) -> str:
 
 
 WIRE = Wire(
+    name="anthropic",
     error_model=MessagesError,
     error_body=error_body,
     error_event=error_event,

@@ -12,12 +12,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_server.api.http.failures import error_response
 from mlx_server.api.http.wire import Wires, wire_of
 from mlx_server.events import event
-from mlx_server.telemetry import UNTRACED_PATHS, Metrics
+from mlx_server.telemetry.metrics import Metrics
+from mlx_server.telemetry.record import RecentRequests, RequestRecord
+from mlx_server.telemetry.tracing import UNTRACED_PATHS
 
 logger = logging.getLogger(__name__)
 
 ANSWER_HEADERS = "answer_headers"
 """Key in the request's state: answer headers as pairs of bytes."""
+LONGEST_PATH = 200
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 SECURITY_HEADERS = [
@@ -35,9 +38,12 @@ HTML_HEADERS = [
 class RequestContext:
     """Assigns the request id and `Wire`, counts and logs, answers bugs with a 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, wires: Wires) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, recent: RecentRequests, wires: Wires
+    ) -> None:
         self.app = app
         self.metrics = metrics
+        self.recent = recent
         self.wires = wires
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,48 +52,75 @@ class RequestContext:
             return
         state = scope.setdefault("state", {})
         state["request_id"] = _request_id(scope)
-        state["wire"] = self.wires.of(scope["path"], scope["headers"])
+        state["wire"] = wire = self.wires.of(scope["path"], scope["headers"])
+        state["record"] = record = RequestRecord(state["request_id"], protocol=wire.name)
         started = time.perf_counter()
-        status = 0
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
                 _add_headers(message, scope)
             await send(message)
 
         self.metrics.in_flight.inc()
+        self.recent.begin(record)
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception as error:
             response = error_response(error, scope)
             trace.get_current_span().record_exception(error)
-            if status:
+            if record.status:
                 # The answer has begun: the server cuts the connection.
                 raise
             await response(scope, receive, send_with_headers)
         finally:
             self.metrics.in_flight.dec()
-            self._record(scope, status, time.perf_counter() - started)
+            record.seconds = time.perf_counter() - started
+            self._end(scope, record)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        """Status 0: the client left before the answer began."""
-        path = getattr(scope.get("route"), "path_format", "unmatched")
-        self.metrics.requests.labels(scope["method"][:16], path, str(status)).inc()
+    def _end(self, scope: Scope, record: RequestRecord) -> None:
+        route = getattr(scope.get("route"), "path_format", None)
+        method = scope["method"][:16]
+        self.metrics.requests.labels(method, route or "unmatched", str(record.status)).inc()
+        record.path = route or scope["path"][:LONGEST_PATH]
+        refused = record.error is not None and method == "POST" and record.protocol != "admin"
+        self.recent.end(record, kept=refused and route is not None)
         quiet = scope["path"] in UNTRACED_PATHS
         logger.log(
-            logging.DEBUG if quiet else logging.INFO,
+            logging.DEBUG if quiet else logging.WARNING if record.status >= 500 else logging.INFO,
             event(
                 "request",
-                request_id=scope["state"]["request_id"],
-                method=scope["method"],
-                path=scope["path"][:200],
-                status=status,
-                seconds=round(seconds, 4),
+                request_id=record.id,
+                method=method,
+                path=scope["path"][:LONGEST_PATH],
+                status=record.status,
+                seconds=record.seconds,
                 key=scope["state"].get("key"),
+                **_inference(record),
+                error=record.error,
             ),
         )
+
+
+def _inference(record: RequestRecord) -> dict[str, object]:
+    """Fields of a request that asked a model."""
+    if record.operation is None:
+        return {}
+    return {
+        "model": record.model,
+        "stream": record.stream,
+        "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
+        "completion_tokens": record.completion_tokens,
+        "finish": ",".join(record.finish),
+        "load": record.load_seconds,
+        "render": record.render_seconds,
+        "queue": record.queue_seconds,
+        "prefill": record.prefill_seconds,
+        "decode": record.decode_seconds,
+        "ttft": record.first_token_seconds,
+        "engine_ends": record.engine_ends or None,
+    }
 
 
 def _add_headers(message: Message, scope: Scope) -> None:

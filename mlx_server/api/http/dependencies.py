@@ -21,8 +21,10 @@ from mlx_server.models.store.catalog import Catalog
 from mlx_server.models.store.pulls import PullManager
 from mlx_server.schemas.internal import Caller
 from mlx_server.services.embeddings import EmbeddingService
+from mlx_server.services.history import History
 from mlx_server.services.inference import InferenceService
-from mlx_server.telemetry import Metrics
+from mlx_server.telemetry.metrics import Metrics
+from mlx_server.telemetry.record import RecentRequests, RequestRecord
 
 PURPOSES: dict[KeyScope, str] = {"inference": "inference", "admin": "administrators"}
 CLIENT_PREFIX = 64
@@ -58,6 +60,14 @@ async def _metrics(request: Request) -> Metrics:
     return cast(Metrics, request.app.state.metrics)
 
 
+async def _recent(request: Request) -> RecentRequests:
+    return cast(RecentRequests, request.app.state.recent)
+
+
+async def _history(request: Request) -> History:
+    return cast(History, request.app.state.history)
+
+
 async def _keys(request: Request) -> KeyRing:
     return cast(KeyRing, request.app.state.keys)
 
@@ -73,6 +83,8 @@ PullsDep = Annotated[PullManager, Depends(_pulls)]
 ServiceDep = Annotated[InferenceService, Depends(_service)]
 EmbeddingsDep = Annotated[EmbeddingService, Depends(_embeddings)]
 MetricsDep = Annotated[Metrics, Depends(_metrics)]
+HistoryDep = Annotated[History, Depends(_history)]
+RecentDep = Annotated[RecentRequests, Depends(_recent)]
 KeysDep = Annotated[KeyRing, Depends(_keys)]
 LimitsDep = Annotated[RateLimits, Depends(_limits)]
 
@@ -113,19 +125,21 @@ AdminDep = Depends(administrator)
 
 def _caller(request: Request, keys: KeyRing, scope: KeyScope, shown: str | None) -> Caller:
     request_id = request.state.request_id
+    record: RequestRecord = request.state.record
+    record.client = _address(request)
     key = keys.find(shown) if shown else None
     admin = key.permits("admin") if key else not keys.guards("admin")
     if not keys.guards(scope):
-        return Caller(request_id, _address(request), admin)
+        return Caller(request_id, record.client, admin, record=record)
     if not shown:
         raise Unauthorized("No API key was given: send `Authorization: Bearer <key>`.")
     if key is None:
         raise Unauthorized("The API key is not known to this server.")
-    request.state.key = key.name
+    request.state.key = record.client = key.name
     trace.get_current_span().set_attribute("mlx_server.key", key.name)
     if not key.permits(scope):
         raise Forbidden(f"This API key is not one for {PURPOSES[scope]}.")
-    return Caller(request_id, key.name, admin)
+    return Caller(request_id, key.name, admin, record=record)
 
 
 def _address(request: Request) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from opentelemetry import trace
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,6 +27,7 @@ from mlx_server.errors import (
     Unavailable,
 )
 from mlx_server.events import event
+from mlx_server.telemetry.record import RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +98,15 @@ def refusal(wire: Wire, failure: Failure, headers: Mapping[str, str] | None = No
 
 
 def failure_of(error: Exception, scope: Scope) -> Failure:
-    """Logs unexpected errors."""
+    """Notes the error on the request's record and logs unexpected ones."""
+    failure = _failure(error, scope)
+    record: RequestRecord = scope["state"]["record"]
+    record.error = failure.code or failure.type
+    trace.get_current_span().set_attribute("mlx_server.error", record.error)
+    return failure
+
+
+def _failure(error: Exception, scope: Scope) -> Failure:
     request_id = scope["state"]["request_id"]
     match error:
         case ServerError():

@@ -62,6 +62,8 @@ class Wire:
     """Rate limit headers; the kind is `requests` or `tokens`."""
     exposed_headers: tuple[str, ...] = ()
     """Readable by pages of other origins."""
+    name: str = ""
+    """The protocol's, for operators."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from mlx_server.schemas.ollama.common import (
 )
 from mlx_server.services import residence
 from mlx_server.services.inference import InferenceService
-from mlx_server.telemetry import Metrics
+from mlx_server.telemetry.metrics import Metrics
 
 router = APIRouter(prefix="/api", route_class=JsonRoute, strict_content_type=False)
 ERRORS = documented(400, 401, 403, 404, 413, 429, 500, 503, 504)

@@ -13,7 +13,7 @@ from mlx_server.api.http.streaming import WholeAnswer
 from mlx_server.api.ollama.answers import nanoseconds
 from mlx_server.api.ollama.wire import documented
 from mlx_server.models.pool.manager import ModelPoolManager
-from mlx_server.schemas.internal import Caller, Usage
+from mlx_server.schemas.internal import Caller
 from mlx_server.schemas.ollama.common import ModelRequest
 from mlx_server.schemas.ollama.embed import (
     EmbeddingsRequest,
@@ -23,7 +23,8 @@ from mlx_server.schemas.ollama.embed import (
 )
 from mlx_server.services import residence
 from mlx_server.services.embeddings import EmbeddingRequest, EmbeddingService
-from mlx_server.telemetry import Metrics, RequestTimer
+from mlx_server.telemetry.metrics import Metrics
+from mlx_server.telemetry.watch import Watch
 
 FLOAT32_BYTES = 4
 
@@ -100,14 +101,12 @@ class _Made(msgspec.Struct):
 async def _vectors(
     embeddings: EmbeddingService, request: EmbeddingRequest, metrics: Metrics
 ) -> _Made:
-    timer = RequestTimer(metrics)
-    async with embeddings.open(request) as vectors:
-        timer.opened(vectors.model)
+    watch = Watch.embeddings(request.model, len(request.inputs), request.caller, metrics)
+    async with embeddings.open(request, watch) as vectors:
         made: list[tuple[float, ...]] = [()] * len(request.inputs)
         async for together in vectors.arrivals():
             for index, numbers in together:
                 made[index] = struct.unpack(f"<{len(numbers) // FLOAT32_BYTES}f", numbers)
-        timer.finished(Usage(vectors.prompt_tokens, completion_tokens=0))
         return _Made(vectors.model, made, vectors.prompt_tokens, vectors.load_seconds)
 
 

@@ -18,6 +18,7 @@ def error_event(failure: Failure) -> StreamEvent:
 
 
 WIRE = Wire(
+    name="ollama",
     error_model=OllamaError,
     error_body=error_body,
     error_event=error_event,

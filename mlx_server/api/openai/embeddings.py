@@ -13,14 +13,14 @@ from mlx_server.api.http.json_route import JsonRoute
 from mlx_server.api.http.streaming import WholeAnswer
 from mlx_server.api.openai.parameters import as_list
 from mlx_server.api.openai.wire import documented
-from mlx_server.schemas.internal import Caller, Usage
+from mlx_server.schemas.internal import Caller
 from mlx_server.schemas.openai.embeddings import (
     EmbeddingList,
     EmbeddingRequest,
     EmbeddingUsage,
 )
 from mlx_server.services import embeddings as service
-from mlx_server.telemetry import RequestTimer
+from mlx_server.telemetry.watch import Watch
 
 FLOAT32_BYTES = 4
 WRITTEN_AT_ONCE = 16
@@ -42,19 +42,17 @@ async def create_embeddings(
     metrics: MetricsDep,
 ) -> Response:
     """Make a vector of a text, or of each of several."""
-    timer = RequestTimer(metrics)
     request = to_internal(body, caller)
+    watch = Watch.embeddings(request.model, len(request.inputs), caller, metrics)
 
     async def answer() -> bytes:
-        async with embeddings.open(request) as vectors:
-            timer.opened(vectors.model)
+        async with embeddings.open(request, watch) as vectors:
             written = [b""] * len(request.inputs)
             async for together in vectors.arrivals():
                 for count, (index, numbers) in enumerate(together, 1):
                     written[index] = _embedding(index, numbers, body.encoding_format)
                     if count % WRITTEN_AT_ONCE == 0:
                         await asyncio.sleep(0)
-            timer.finished(Usage(vectors.prompt_tokens, completion_tokens=0))
             return _whole(written, vectors.model, vectors.prompt_tokens)
 
     return WholeAnswer(answer)

@@ -35,6 +35,7 @@ def rate_headers(kind: str, window: Window) -> HeaderPairs:
 
 
 WIRE = Wire(
+    name="openai",
     error_model=ErrorBody,
     error_body=error_body,
     error_event=error_event,

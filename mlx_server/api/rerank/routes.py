@@ -12,7 +12,7 @@ from mlx_server.api.http.streaming import WholeAnswer
 from mlx_server.api.http.wire import ApiProtocol
 from mlx_server.api.rerank.wire import WIRE, documented
 from mlx_server.errors import BadRequest
-from mlx_server.schemas.internal import Caller, Usage
+from mlx_server.schemas.internal import Caller
 from mlx_server.schemas.rerank.ranks import (
     ApiVersion,
     BilledUnits,
@@ -26,7 +26,8 @@ from mlx_server.schemas.rerank.ranks import (
 )
 from mlx_server.services.embeddings import EmbeddingRequest, EmbeddingService
 from mlx_server.services.reranking import Ranking, rank
-from mlx_server.telemetry import Metrics, RequestTimer
+from mlx_server.telemetry.metrics import Metrics
+from mlx_server.telemetry.watch import Watch
 
 router = APIRouter(route_class=JsonRoute, strict_content_type=False)
 ERRORS = documented(400, 401, 403, 404, 413, 429, 500, 503, 504)
@@ -83,7 +84,6 @@ def _answer(
     metrics: Metrics,
     telling: _Telling,
 ) -> Response:
-    timer = RequestTimer(metrics)
     texts = [_text(index, one, body.rank_fields) for index, one in enumerate(body.documents)]
     request = EmbeddingRequest(
         model=body.model,
@@ -95,9 +95,8 @@ def _answer(
     )
 
     async def answer() -> bytes:
-        ranking = await rank(embeddings, request)
-        timer.opened(ranking.model)
-        timer.finished(Usage(ranking.tokens, completion_tokens=0))
+        watch = Watch.embeddings(request.model, len(texts), caller, metrics)
+        ranking = await rank(embeddings, request, watch)
         return telling.body(ranking, texts, body.top_n)
 
     return WholeAnswer(answer)

@@ -14,6 +14,7 @@ def error_body(failure: Failure) -> bytes:
 
 
 WIRE = Wire(
+    name="rerank",
     error_model=RerankError,
     error_body=error_body,
     error_event=lambda failure: StreamEvent(error_body(failure)),

@@ -19,7 +19,7 @@ from mlx_server.models.pool.supervisor import EngineSupervisor
 from mlx_server.models.store.generation import own_sampling
 from mlx_server.models.store.locks import ModelLock
 from mlx_server.models.text.client import ModelText, TextProcess
-from mlx_server.telemetry import load_span
+from mlx_server.telemetry.tracing import load_span
 
 StartEngine = Callable[
     [str, Path, LoadOptions, Path | None, Embedding | None], Awaitable[EngineClient]

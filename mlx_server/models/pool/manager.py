@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Literal
 
 from mlx_server.config import Settings
@@ -50,7 +51,7 @@ class ModelPoolManager:
         self.catalog = catalog
         self._find_device = find_device
         self._texts = texts or TextProcess(settings.prompt_timeout, settings.stable_prompts)
-        self._planner = MemoryPlanner(settings.kv_cache)
+        self.planner = MemoryPlanner(settings.kv_cache)
         loader = ModelLoader(
             home=settings.home,
             load_timeout=settings.load_timeout,
@@ -60,21 +61,21 @@ class ModelPoolManager:
             model_sampling=settings.model_sampling,
         )
         self._slots: dict[str, Slot] = {}
-        self._arranger = Arranger(self._slots, self._planner, loader, settings.swap_interval)
+        self._arranger = Arranger(self._slots, self.planner, loader, settings.swap_interval)
         self._stopping = False
 
     async def start(self, models: list[str]) -> None:
         """Begin to load `models` in the background. Raises Unavailable if MLX is unusable."""
         device = await self._find_device()
-        self._planner.use(device, self.settings.memory_limit, self.settings.wired_memory)
+        self.planner.use(device, self.settings.memory_limit, self.settings.wired_memory)
         log.info(
             event(
                 "budget",
                 device=device.name,
                 memory=device.memory,
                 usable=device.usable,
-                bytes=self._planner.budget,
-                wirable=self._planner.wirable,
+                bytes=self.planner.budget,
+                wirable=self.planner.wirable,
             )
         )
         for name in self.settings.pinned:
@@ -156,6 +157,14 @@ class ModelPoolManager:
             self._arranger.arrange()
         return status_of(slot)
 
+    async def reread_entries(self) -> None:
+        """The catalog's names and folders have changed. What is loaded stays."""
+        for slot in list(self._slots.values()):
+            try:
+                slot.entry = await asyncio.to_thread(self.catalog.find, slot.entry.id)
+            except ServerError:
+                slot.entry = replace(slot.entry, aliases=())
+
     async def _unload(self, slot: Slot, model: LoadedModel) -> None:
         slot.unloaders += 1
         try:
@@ -224,7 +233,7 @@ class ModelPoolManager:
         slot.measuring = True
         options = self.settings.load_options(slot.entry.id)
         try:
-            slot.plan = await asyncio.to_thread(self._planner.plan, slot.entry, options)
+            slot.plan = await asyncio.to_thread(self.planner.plan, slot.entry, options)
         except ServerError as error:
             slot.fail(error)
             raise slot.failure() from error

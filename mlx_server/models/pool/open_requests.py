@@ -35,7 +35,7 @@ class OpenRequest(ABC):
         self.paused = False
         self.sent = False
         self.begun = False
-        self._stream = stream
+        self.stream = stream
         self._on_progress = on_progress
         self._resumed = False
 
@@ -52,7 +52,7 @@ class OpenRequest(ABC):
 
     def begin(self) -> None:
         self.begun = True
-        self._stream.begin()
+        self.stream.begin()
 
     def put(self, item: Row | Failed) -> None:
         ended = isinstance(item, Failed) or item.finish is not None
@@ -61,7 +61,7 @@ class OpenRequest(ABC):
         if isinstance(item, Row):
             item = self._keep(item)
         self.evidence = 0
-        self._stream.put(item)
+        self.stream.put(item)
         self._on_progress(self, ended)
 
     def take_back(self) -> None:
@@ -69,7 +69,7 @@ class OpenRequest(ABC):
         self.sent = self.begun = False
 
     def fail_stream(self, error: ServerError) -> None:
-        self._stream.fail(error)
+        self.stream.fail(error)
 
     def _priority(self, asked: int) -> int:
         return RESUMED_PRIORITY if self._resumed else asked

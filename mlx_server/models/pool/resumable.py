@@ -9,7 +9,7 @@ from mlx_server.errors import EngineFailed, ServerError
 from mlx_server.events import event
 from mlx_server.models.pool.blame import Blame
 from mlx_server.models.pool.open_requests import OpenEmbedding, OpenGeneration, OpenRequest
-from mlx_server.models.pool.stream import RowStream
+from mlx_server.models.pool.stream import UNWATCHED, RowStream, Watcher
 
 log = logging.getLogger("mlx_server.supervisor")
 
@@ -32,17 +32,19 @@ class ResumableEngine:
 
     # for callers
 
-    def generate(self, requests: list[Generate], request_id: str) -> RowStream:
+    def generate(
+        self, requests: list[Generate], request_id: str, watcher: Watcher = UNWATCHED
+    ) -> RowStream:
         """Uses ids of our own; `request_id` is the client's. Raises the engine's final failure."""
-        stream = self._new_stream(len(requests))
+        stream = self._new_stream(len(requests), watcher)
         for id_, request in zip(stream.ids, requests, strict=True):
             opened = OpenGeneration(id_, request, request_id, stream, self._on_progress)
             self._open[id_] = opened
         self._send_waiting()
         return stream
 
-    def embed(self, request: Embed, request_id: str) -> RowStream:
-        stream = self._new_stream(1)
+    def embed(self, request: Embed, request_id: str, watcher: Watcher = UNWATCHED) -> RowStream:
+        stream = self._new_stream(1, watcher)
         id_ = stream.ids.start
         self._open[id_] = OpenEmbedding(id_, request, request_id, stream, self._on_progress)
         self._send_waiting()
@@ -79,6 +81,8 @@ class ResumableEngine:
     def detach(self, evidence: int) -> None:
         self._process = None
         sent = [request for request in self._open.values() if request.sent]
+        for stream in {request.stream for request in sent if request.begun}:
+            stream.watcher.engine_ended()
         if (culprit := self._blame.engine_ended(sent, evidence)) is not None:
             self._convict(culprit)
         for request in list(self._open.values()):
@@ -92,12 +96,12 @@ class ResumableEngine:
         for request in list(self._open.values()):
             request.fail_stream(error)
 
-    def _new_stream(self, requests: int) -> RowStream:
+    def _new_stream(self, requests: int, watcher: Watcher) -> RowStream:
         if self._failure is not None:
             raise self._failure
         ids = range(self._next_id, self._next_id + requests)
         self._next_id = ids.stop
-        return RowStream(self, ids)
+        return RowStream(self, ids, watcher)
 
     def _recall(self, requests: list[OpenRequest]) -> None:
         if self._process is not None:

@@ -33,6 +33,8 @@ class ModelStatus:
     """Reserved, or what it would take."""
     load_seconds: float | None = None
     loads: int = 0
+    failures: int = 0
+    """Loads that failed."""
     restarts: int = 0
     last_lines: tuple[str, ...] = ()
     in_flight: int = 0
@@ -43,6 +45,7 @@ class ModelStatus:
     """Of a recent decode step."""
     kv_bytes: int = 0
     """Of running requests."""
+    kv_limit: int | None = None
     prefix_cache: PrefixStats | None = None
     batching: Batching | None = None
     waiting_to_load: int = 0
@@ -69,6 +72,7 @@ def status_of(slot: Slot) -> ModelStatus:
         "need": slot.need or None,
         "load_seconds": slot.load_seconds,
         "loads": slot.loads,
+        "failures": slot.failures,
         "in_flight": slot.in_use,
         "waiting_to_load": slot.waiters,
         "pinned": slot.pinned,
@@ -95,6 +99,7 @@ def status_of(slot: Slot) -> ModelStatus:
         pid=supervisor.pid,
         device=facts.device,
         context_length=facts.context_length,
+        kv_limit=facts.kv_limit,
         mixed_steps=facts.mixed_steps,
         batching=facts.batching,
         memory=stats.memory if stats else facts.memory,

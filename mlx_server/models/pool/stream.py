@@ -24,14 +24,42 @@ class Producer(Protocol):
     def resume(self, ids: Iterable[int]) -> None: ...
 
 
+class Watcher(Protocol):
+    def begun(self) -> None:
+        """An engine starts on one of the requests, or starts again."""
+
+    def row(self, index: int, row: Row) -> None:
+        """One has come, read or not."""
+
+    def paused(self) -> None:
+        """The reader is too far behind."""
+
+    def engine_ended(self) -> None:
+        """While it worked on a request; another engine goes on."""
+
+
+class Unwatched:
+    def begun(self) -> None: ...
+
+    def row(self, index: int, row: Row) -> None: ...
+
+    def paused(self) -> None: ...
+
+    def engine_ended(self) -> None: ...
+
+
+UNWATCHED = Unwatched()
+
+
 class RowStream:
     """The rows of requests sent together, until each has finished. A context manager: leaving early
     aborts the rest.
     """
 
-    def __init__(self, producer: Producer, ids: range) -> None:
+    def __init__(self, producer: Producer, ids: range, watcher: Watcher = UNWATCHED) -> None:
         self.begun_at: float | None = None
         self.ids = ids
+        self.watcher = watcher
         self._producer = producer
         self._open = set(ids)
         self._items: deque[Row | Failed | ServerError] = deque()
@@ -46,14 +74,17 @@ class RowStream:
     def begin(self) -> None:
         if self.begun_at is None:
             self.begun_at = time.monotonic()
+        self.watcher.begun()
 
     def put(self, item: Row | Failed) -> None:
         self._items.append(item)
         self._arrived.set()
         if isinstance(item, Row):
+            self.watcher.row(item.id - self.ids.start, item)
             self._unread += _size(item)
             if self._unread > MAX_UNREAD * len(self.ids) and not self._paused:
                 self._paused = True
+                self.watcher.paused()
                 self._producer.pause(self._open)
 
     def fail(self, error: ServerError) -> None:

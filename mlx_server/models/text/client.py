@@ -58,6 +58,8 @@ class TextProcess:
         self.stable_prompts = stable_prompts
         """Whether what changes with every request is taken out of the way."""
         self.child: Child | None = None
+        self.ends = 0
+        """Processes that have ended."""
         self._starting = asyncio.Lock()
         self._ids = itertools.count()
         self._pending: dict[int, asyncio.Future[Answer | Refused]] = {}
@@ -120,6 +122,7 @@ class TextProcess:
                     if pending is not None and not pending.done():
                         pending.set_result(reply.body)
         self.child = None
+        self.ends += 1
         for pending in self._pending.values():
             if not pending.done():
                 pending.set_exception(TextProcessEnded(ENDED, retry_after=1))
