@@ -2,6 +2,12 @@
 
 import logging
 import time
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+LOG_BYTES = 10_000_000
+LOG_FILES = 5
+"""Older ones that are kept."""
 
 
 def event(name: str, **fields: object) -> str:
@@ -50,3 +56,14 @@ def setup_logging(level: str) -> None:
     # They log download URLs, which may be signed.
     for name in ("httpx2", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def log_to_file(file: Path) -> None:
+    """In the place of standard error, in the same form. Raises OSError."""
+    root = logging.getLogger()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rotating = RotatingFileHandler(file, maxBytes=LOG_BYTES, backupCount=LOG_FILES)
+    for handler in list(root.handlers):
+        rotating.setFormatter(handler.formatter)
+        root.removeHandler(handler)
+    root.addHandler(rotating)

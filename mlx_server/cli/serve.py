@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from typer import Option
 
-from mlx_server import __version__
-from mlx_server.cli.model_commands import fetch_with_bar
+from mlx_server.cli.completing import complete_model
 from mlx_server.cli.options import CommandError, ConfigOption, load_settings
+from mlx_server.cli.pull import fetch_with_bar
 from mlx_server.cli.sockets import Address, bind, find_addresses, is_local
 from mlx_server.errors import ModelNotFound
 
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 def serve(
     model: Annotated[
         list[str] | None,
-        Option("--model", "-m", metavar="ID|PATH", help="Load this model at start. Repeatable."),
+        Option(
+            "--model",
+            "-m",
+            metavar="ID|PATH",
+            help="Load this model at start. Repeatable.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     host: Annotated[str | None, Option(help="Address to listen on (default 127.0.0.1).")] = None,
     port: Annotated[int | None, Option(help="Port; 0 takes a free one (default 8000).")] = None,
@@ -59,6 +65,9 @@ def serve(
     log_level: Annotated[
         str | None, Option(help="debug, info, warning or error (default info).")
     ] = None,
+    log_file: Annotated[
+        Path | None, Option(metavar="FILE", help="Log to a file, which rotates, instead.")
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Start the server."""
@@ -77,6 +86,7 @@ def serve(
         kv_bits=kv_bits,
         dequantize=dequantize,
         log_level=log_level,
+        log_file=log_file,
     )
     _serve(settings)
 
@@ -130,20 +140,28 @@ def catalog_with_models(settings: "Settings") -> "Catalog":
 
 def _run(settings: "Settings", catalog: "Catalog", sockets: list["socket.socket"]) -> None:
     from mlx_server.api.http.connection import ConnectionLimits
-    from mlx_server.events import setup_logging
+    from mlx_server.cli.greeting import Greeting, pages_of, print_greeting, show_loading
+    from mlx_server.events import log_to_file, setup_logging
     from mlx_server.main import create_app
+    from mlx_server.models.pool.manager import ModelPoolManager
     from mlx_server.server import Server, raise_open_file_limit
 
     setup_logging(settings.log_level)
+    if settings.log_file is not None:
+        log_to_file(settings.log_file)
     # Until the server installs its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
     raise_open_file_limit(settings.max_connections)
 
-    def greet() -> None:
-        print(_greeting(settings), flush=True)
-
     app = create_app(settings, catalog)
+    pool: ModelPoolManager = app.state.pool
+
+    async def greet() -> None:
+        greeting = Greeting(settings, pages_of(app), len(catalog.entries()))
+        print_greeting(greeting, pool)
+        await show_loading(pool)
+
     server = Server(app, ConnectionLimits.of(settings), settings.grace_period, greet)
     try:
         server.run(sockets)
@@ -154,11 +172,3 @@ def _run(settings: "Settings", catalog: "Catalog", sockets: list["socket.socket"
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(0)
-
-
-def _greeting(settings: "Settings") -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    models = ", ".join(settings.models) or "on demand"
-    also = f" and as Ollama at port {settings.ollama_port}" if settings.ollama_port else ""
-    place = f"http://{host}:{settings.port}{also}"
-    return f"mlx-server {__version__} answers at {place} (models: {models})"

@@ -20,6 +20,7 @@ from mlx_server.cli.app import main
 from tests.support.hub import Hub, running
 from tests.support.store import make_model
 
+COMMANDS = ("serve", "chat", "list", "ps", "pull", "rm", "launch", "bench", "doctor", "config")
 COMMAND = [sys.executable, "-m", "mlx_server"]
 
 
@@ -73,8 +74,10 @@ def refusal(environment: dict[str, str], *arguments: str) -> str:
     return lines[0]
 
 
-def test_the_version_is_told(environment: dict[str, str]) -> None:
-    assert run(environment, "--version").stdout == f"mlx-server {__version__}\n"
+def test_the_version_tells_those_of_mlx_and_mlx_lm(environment: dict[str, str]) -> None:
+    line = run(environment, "--version").stdout
+    others = r"mlx [\d.]+, mlx-lm [\d.]+, [\w ]+, Python [\d.]+"
+    assert re.fullmatch(rf"mlx-server {re.escape(__version__)} \({others}\)\n", line)
 
 
 def test_a_mistake_ends_the_process_with_one_line(environment: dict[str, str]) -> None:
@@ -87,7 +90,7 @@ def test_a_mistake_ends_the_process_with_one_line(environment: dict[str, str]) -
 
 def test_help_names_every_command(environment: dict[str, str]) -> None:
     text = run(environment, "--help").stdout
-    assert all(command in text for command in ("serve", "pull", "list", "ps", "rm", "launch"))
+    assert all(command in text for command in COMMANDS)
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -239,7 +242,7 @@ def test_removing_is_asked_about_on_a_terminal(
     finally:
         os.close(ours)
         os.close(theirs)
-    assert b"Remove mine" in done.stdout
+    assert b"Remove mine" in done.stderr
     assert (done.returncode == 0) == removed
     assert folder.exists() != removed
 

@@ -62,18 +62,23 @@ class ModelPoolManager:
         self._slots: dict[str, Slot] = {}
         self._arranger = Arranger(self._slots, self._planner, loader, settings.swap_interval)
         self._stopping = False
+        self.device: Device | None = None
+        """Known once started."""
+        self.budget = 0
+        """Bytes for all models."""
 
     async def start(self, models: list[str]) -> None:
         """Begin to load `models` in the background. Raises Unavailable if MLX is unusable."""
-        device = await self._find_device()
+        self.device = device = await self._find_device()
         self._planner.use(device, self.settings.memory_limit, self.settings.wired_memory)
+        self.budget = self._planner.budget
         log.info(
             event(
                 "budget",
                 device=device.name,
                 memory=device.memory,
                 usable=device.usable,
-                bytes=self._planner.budget,
+                bytes=self.budget,
                 wirable=self._planner.wirable,
             )
         )
