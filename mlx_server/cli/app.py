@@ -26,8 +26,6 @@ NOWHERE = "/nonexistent"
 app = typer.Typer(
     help="Serve MLX language models over the OpenAI API.",
     no_args_is_help=True,
-    # `completion` does it for a shell that is named.
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

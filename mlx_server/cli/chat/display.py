@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.text import Text
 
-FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})", re.MULTILINE)
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 SPARE_LINES = 3
 REFRESHES = 10
 """Per second."""
@@ -97,13 +97,14 @@ def finished_blocks(text: str) -> tuple[str, str]:
 def open_fence(text: str) -> str | None:
     """The line that opened a block of code which `text` does not close."""
     opened: str | None = None
+    fence = ""
     for line in text.splitlines():
         if not (match := FENCE.match(line)):
             continue
         if opened is None:
-            opened = line
-        elif line.strip().startswith(match[1]) and not line.strip().strip(match[1][0]):
-            opened = None if opened.strip().startswith(match[1][:3]) else opened
+            opened, fence = line, match[1]
+        elif match[1].startswith(fence) and line.strip() == match[1]:
+            opened = None
     return opened
 
 
