@@ -97,9 +97,8 @@ def _set(session: Session, argument: str) -> str:
         sampling.pop(name, None)
         return f"{name} is the model's own."
     try:
-        number = json.loads(value)
-        sampling[name] = number if isinstance(number, int) else float(number)
-    except (ValueError, TypeError) as error:
+        sampling[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+    except ValueError as error:
         raise CommandError(f"{value!r} is no number") from error
     return f"{name} is {sampling[name]}."
 

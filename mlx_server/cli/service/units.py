@@ -62,7 +62,7 @@ def systemd_unit(service: Service) -> str:
             "StartLimitIntervalSec=0",
             "",
             "[Service]",
-            f"ExecStart={' '.join(_quoted(part) for part in service.command)}",
+            f"ExecStart={' '.join(_quoted(part).replace('$', '$$') for part in service.command)}",
             *environment,
             "Restart=on-failure",
             f"RestartSec={RESTART_SECONDS}",
@@ -79,6 +79,6 @@ def systemd_unit(service: Service) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As systemd reads a word: quoted, with its own escapes for `%` and `$`."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return f'"{escaped}"'
+    """As systemd reads a word, with its own escapes."""
+    escapes = {"\\": "\\\\", '"': '\\"', "%": "%%", "\n": "\\n"}
+    return '"' + "".join(escapes.get(char, char) for char in text) + '"'
