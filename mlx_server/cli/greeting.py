@@ -102,7 +102,7 @@ def _memory(pool: "ModelPoolManager") -> str:
 
 async def show_loading(pool: "ModelPoolManager") -> None:
     """On a terminal: the models that load, until those named at the start are loaded or failed."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not pool.statuses():
         return
     from rich.console import Console
     from rich.live import Live
@@ -112,13 +112,21 @@ async def show_loading(pool: "ModelPoolManager") -> None:
     begun = time.monotonic()
     spinner = Spinner("dots")
     live = Live(spinner, console=console, auto_refresh=False, transient=True)
-    with live, _logs_above():
-        while loading := [one for one in pool.statuses() if one.state == "loading"]:
-            spinner.update(text=_loading_text(loading, time.monotonic() - begun))
-            live.refresh()
-            await asyncio.sleep(REFRESH_SECONDS)
+    loaded = asyncio.create_task(pool.start_failure())
+    shown: set[str] = set()
+    try:
+        with live, _logs_above():
+            while not loaded.done():
+                loading = [one for one in pool.statuses() if one.state == "loading"]
+                shown.update(one.id for one in loading)
+                spinner.update(text=_loading_text(loading, time.monotonic() - begun))
+                live.refresh()
+                await asyncio.wait([loaded], timeout=REFRESH_SECONDS)
+    finally:
+        loaded.cancel()
     for status in pool.statuses():
-        console.print(_outcome(status), style="green" if status.state == "ready" else "red")
+        if status.id in shown:
+            console.print(_outcome(status), style="green" if status.state == "ready" else "red")
 
 
 def _loading_text(loading: list["ModelStatus"], seconds: float) -> str:

@@ -1,6 +1,7 @@
 """`ps`: the models of a running server."""
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -42,7 +43,9 @@ def ps(
 
     remote = find_remote(host, port, api_key, config)
     if watch:
-        _watch(remote, as_json)
+        # Ctrl-C is the way out.
+        with suppress(KeyboardInterrupt):
+            _watch(remote, as_json)
         return
     models = _present(remote)
     if as_json:

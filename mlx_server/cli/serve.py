@@ -1,5 +1,6 @@
 """`serve`: listen, resolve the models named by the operator, run the server."""
 
+import asyncio
 import signal
 import sys
 from pathlib import Path
@@ -148,7 +149,10 @@ def _run(settings: "Settings", catalog: "Catalog", sockets: list["socket.socket"
 
     setup_logging(settings.log_level)
     if settings.log_file is not None:
-        log_to_file(settings.log_file)
+        try:
+            log_to_file(settings.log_file)
+        except OSError as error:
+            raise CommandError(f"setting log_file: {error}") from error
     # Until the server installs its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
@@ -158,7 +162,8 @@ def _run(settings: "Settings", catalog: "Catalog", sockets: list["socket.socket"
     pool: ModelPoolManager = app.state.pool
 
     async def greet() -> None:
-        greeting = Greeting(settings, pages_of(app), len(catalog.entries()))
+        known = await asyncio.to_thread(catalog.entries)
+        greeting = Greeting(settings, pages_of(app), len(known))
         print_greeting(greeting, pool)
         await show_loading(pool)
 

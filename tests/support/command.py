@@ -34,8 +34,8 @@ class Done:
     stderr: str
 
 
-def run(environment: dict[str, str], *arguments: str) -> Done:
-    """The command in this process, which spares it a second of imports."""
+def run(environment: dict[str, str], *arguments: str, given: str = "") -> Done:
+    """The command in this process, which spares it a second of imports, with `given` piped in."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -48,6 +48,7 @@ def run(environment: dict[str, str], *arguments: str) -> Done:
             patch.setenv(name, value)
         # Read from the environment when huggingface_hub is imported.
         patch.setattr(constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
+        patch.setattr(sys, "stdin", io.StringIO(given))
         patch.setattr(sys, "argv", ["mlx-server", *arguments])
         with pytest.raises(SystemExit) as caught:
             main()
