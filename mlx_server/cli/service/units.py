@@ -8,6 +8,8 @@ from pathlib import Path
 LABEL = "io.github.mlx-server"
 UNIT = "mlx-server.service"
 RESTART_SECONDS = 5
+STOP_SECONDS = 75
+"""For requests to finish (`grace_period`) and engines to let go of the device."""
 FILES = 8192
 """Open files: connections and models."""
 
@@ -36,8 +38,8 @@ def launchd_plist(service: Service) -> bytes:
             "RunAtLoad": True,
             "KeepAlive": {"SuccessfulExit": False},
             "ThrottleInterval": RESTART_SECONDS,
-            "ExitTimeOut": 60,
-            # Not slowed as background work is.
+            "ExitTimeOut": STOP_SECONDS,
+            # Others are throttled: processor, disk, and with them the tokens.
             "ProcessType": "Interactive",
             "SoftResourceLimits": {"NumberOfFiles": FILES},
             "StandardOutPath": output,
@@ -68,7 +70,7 @@ def systemd_unit(service: Service) -> str:
             f"RestartSec={RESTART_SECONDS}",
             # Engines end with the server; it ends them itself when it is told to stop.
             "KillMode=mixed",
-            "TimeoutStopSec=60",
+            f"TimeoutStopSec={STOP_SECONDS}",
             f"LimitNOFILE={FILES}",
             "",
             "[Install]",
