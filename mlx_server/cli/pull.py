@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -60,7 +59,9 @@ def pull(
         _run(pulls, ModelSources.of(load_settings(config)))
     except KeyboardInterrupt:
         print("mlx-server: stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+        sys.stderr.flush()
+        # Not after the threads, which may hang on a connection: what is on the disk is resumed.
+        os._exit(130)
     if as_json:
         print_json([one.facts for one in pulls])
     for one in pulls:
@@ -98,12 +99,10 @@ def _run(pulls: list[Pull], sources: "ModelSources") -> None:
         with _noted(one):
             one.path = fetch(one.name, sources, on_progress)
 
-    with (
-        ThreadPoolExecutor(PARALLEL, thread_name_prefix="pull") as pool,
-        # Left first, which ends what runs in the pool.
-        _bars([one.name for one in wanted]) as reports,
-    ):
+    pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="pull")
+    with _bars([one.name for one in wanted]) as reports:
         list(pool.map(fetch_one, wanted, reports))
+    pool.shutdown()
 
 
 def _measure(pulls: list[Pull], sources: "ModelSources") -> None:
@@ -148,9 +147,7 @@ def _told(size: "Size") -> str:
 
 @contextmanager
 def _bars(names: Sequence[str]) -> Iterator[Sequence["OnProgress"]]:
-    """A bar for each name, moved by the callbacks, which raise once the block has been left by an
-    exception: Ctrl-C ends downloads in other threads.
-    """
+    """A bar for each name, moved by the callbacks."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -162,29 +159,19 @@ def _bars(names: Sequence[str]) -> Iterator[Sequence["OnProgress"]]:
     )
     from rich.progress import Progress as ProgressBar
 
-    from mlx_server.models.store.blobs import Cancelled
-
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     text = TextColumn("{task.description}", markup=False)
     console = Console(stderr=True)
     quiet = not console.is_terminal
     if quiet:
         print(f"fetching {', '.join(names)}", file=sys.stderr, flush=True)
-    left = threading.Event()
     with ProgressBar(text, *columns, console=console, transient=True, disable=quiet) as bar:
 
         def reporter(task: TaskID) -> "OnProgress":
             def show(progress: "Progress") -> None:
-                if left.is_set():
-                    raise Cancelled
                 total = progress.total or None
                 bar.update(task, description=progress.stage, completed=progress.done, total=total)
 
             return show
 
-        tasks = [bar.add_task(name, total=None) for name in names]
-        try:
-            yield [reporter(task) for task in tasks]
-        except BaseException:
-            left.set()
-            raise
+        yield [reporter(bar.add_task(name, total=None)) for name in names]

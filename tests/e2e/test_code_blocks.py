@@ -45,7 +45,8 @@ def keyless_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     """As a reader has it who has followed the README."""
     home = tmp_path_factory.mktemp("home")
     (home / "models").symlink_to(demo_model.parent, target_is_directory=True)
-    with serving(home, "--model", MODEL) as server:
+    # Short of endless answers.
+    with serving(home, "--model", MODEL, context_length=384) as server:
         yield server
 
 

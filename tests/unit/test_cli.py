@@ -5,9 +5,11 @@ import os
 import pty
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -238,6 +240,36 @@ def test_several_models_are_pulled_their_sizes_first_and_one_that_fails_stops_no
     assert len(sizes) == 2
     assert "the hub has no model tiny/nothing" in done.stderr
     assert "together 0.00 GB to fetch" in done.stderr
+
+
+def test_a_pull_that_is_broken_off_says_so_at_once_and_goes_on_from_there(
+    environment: dict[str, str],
+) -> None:
+    weights = b"weights" * 100_000
+    files = TINY | {"model.safetensors": weights}
+    with running(Hub({"tiny/one": files}, hold_at=len(weights) // 2)) as hub:
+        environment["HF_ENDPOINT"] = hub.endpoint
+        command = [*COMMAND, "pull", "tiny/one"]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as pull:
+            until_fetching(hub, environment)
+            pull.send_signal(signal.SIGINT)
+            _, errors = pull.communicate(timeout=10)
+        assert pull.returncode == 130
+        assert "the same command goes on from here" in errors
+        hub.release()
+        assert run(environment, "pull", "tiny/one").returncode == 0
+        first, second = hub.downloads("model.safetensors")
+    assert first is None
+    assert re.fullmatch(r"bytes=[1-9]\d*-.*", second or "")
+
+
+def until_fetching(hub: Hub, environment: dict[str, str]) -> None:
+    """Some of the weights are on the disk."""
+    cache = Path(environment["HF_HUB_CACHE"])
+    deadline = time.monotonic() + 60
+    while not any(part.stat().st_size for part in cache.rglob("*.incomplete")):
+        assert time.monotonic() < deadline, hub.requests
+        time.sleep(0.05)
 
 
 def test_what_is_here_is_not_fetched_again(environment: dict[str, str]) -> None:
