@@ -50,12 +50,16 @@ def main() -> None:
         message = " ".join(str(error).split())
         print(f"mlx-server: {message}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Whoever reads the output may have gone, which is no reason for a traceback at the end."""
+    try:
+        sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output has gone; nothing is left to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _mend_environment() -> None:

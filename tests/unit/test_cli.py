@@ -216,6 +216,16 @@ def test_ps_tells_a_stranger_from_a_server(environment: dict[str, str]) -> None:
     assert "is no mlx-server" in line
 
 
+def test_a_reader_that_goes_away_leaves_no_traceback(environment: dict[str, str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        [*COMMAND, "list"], env=environment, stdout=theirs, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(theirs)
+    assert done.stderr == b""
+
+
 def test_lists_are_json_for_programs(environment: dict[str, str], tmp_path: Path) -> None:
     make_model(tmp_path / "home" / "models" / "mine", max_position_embeddings=4096)
     make_model(tmp_path / "home" / "models" / "ears", model_type="whisper")

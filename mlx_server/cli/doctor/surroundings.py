@@ -2,14 +2,14 @@
 
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_server.cli.doctor.finding import Finding, fail, ok, warn
-from mlx_server.cli.options import gigabytes
+from mlx_server.cli.options import CommandError, gigabytes
 from mlx_server.cli.remote import url_of
+from mlx_server.cli.sockets import bind, find_addresses
 
 if TYPE_CHECKING:
     from mlx_server.config import Settings
@@ -81,24 +81,25 @@ def cut_off(file: Path) -> str | None:
 
 def port(settings: "Settings") -> Finding:
     """Free, or held by a server of ours."""
-    import httpx2
-
-    name = f"{settings.host} port {settings.port}"
     url = url_of(settings.host, settings.port)
     try:
-        with httpx2.Client(timeout=PORT_SECONDS, trust_env=False) as client:
-            answer = client.get(f"{url}/health")
-        if answer.status_code in (200, 503) and "status" in answer.text:
+        for one in bind(settings.host, settings.port, find_addresses(settings.host, settings.port)):
+            one.close()
+    except CommandError as error:
+        if _is_ours(url):
             return ok("port", f"an mlx-server answers at {url}")
-    except (httpx2.HTTPError, httpx2.InvalidURL):
-        try:
-            with socket.create_server((settings.host, settings.port), reuse_port=False):
-                return ok("port", f"{name} is free")
-        except OSError as error:
-            detail = f"{name} cannot be listened on: {error.strerror or error}"
-            return fail("port", detail, "say another --port, or end what holds it")
-    detail = f"{name} is held by another program"
-    return fail("port", detail, _holder(settings.port))
+        return fail("port", str(error), _holder(settings.port))
+    return ok("port", f"{settings.host} port {settings.port} is free")
+
+
+def _is_ours(url: str) -> bool:
+    import httpx2
+
+    try:
+        with httpx2.Client(timeout=PORT_SECONDS, trust_env=False) as client:
+            return bool(client.get(f"{url}/health").json() == {"status": "ok"})
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
+        return False
 
 
 def _holder(number: int) -> str:
