@@ -53,6 +53,11 @@ def default_file() -> Path:
     return Path(os.path.expanduser(home)) / "config.toml"
 
 
+def present_default_file() -> Path | None:
+    # os.path.isfile is False, where Path.is_file raises, in a closed folder.
+    return default_file() if os.path.isfile(default_file()) else None
+
+
 UserPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
 
 
@@ -291,7 +296,7 @@ class Settings(BaseSettings):
         """Without `config`, `default_file` is read where it exists. None in `flags` counts as
         absent. Raises pydantic.ValidationError for a bad value, OSError for an unreadable file.
         """
-        file = config or default_file()
+        file = config or present_default_file()
 
         class WithFile(cls):  # type: ignore[valid-type, misc]
             model_config = SettingsConfigDict(toml_file=file)

@@ -73,10 +73,11 @@ def origins_of(config: Path | None) -> dict[str, str]:
     """The variable or file that each setting comes from; those with defaults are absent."""
     from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
 
-    from mlx_server.config import Settings, default_file
+    from mlx_server.config import Settings, present_default_file
 
-    file = config or default_file()
-    found = {name: str(file) for name in TomlConfigSettingsSource(Settings, file)()}
+    file = config or present_default_file()
+    given = TomlConfigSettingsSource(Settings, file)() if file else {}
+    found = {name: str(file) for name in given}
     variables = {name.upper() for name, value in os.environ.items() if value}
     for name in EnvSettingsSource(Settings)():
         variable = f"MLX_SERVER_{name.upper()}"

@@ -59,9 +59,9 @@ class Greeting:
     def _models(self) -> str:
         if not self.known:
             return f"none yet: `mlx-server pull {DEMO}` fetches one"
-        on_demand = f"{self.known} on demand"
+        known = f"{self.known} can be asked for"
         named = ", ".join(self.settings.models)
-        return f"{named}; {on_demand} in all" if named else on_demand
+        return f"{named} at once, {known}" if named else known
 
     def _next(self) -> str:
         port = "" if self.settings.port == 8000 else f" --port {self.settings.port}"

@@ -42,7 +42,7 @@ def load_settings(config: Path | None, **flags: Any) -> "Settings":
         name = ".".join(str(part) for part in first["loc"])
         raise CommandError(f"setting {name}: {first['msg']}") from error
     except OSError as error:
-        raise CommandError(f"--config: {error}") from error
+        raise CommandError(f"the settings file cannot be read: {error}") from error
     except ValueError as error:
         # No TOML, or a list variable that is no JSON.
         raise CommandError(f"settings cannot be read: {error}") from error
