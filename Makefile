@@ -22,7 +22,7 @@ endif
 # not kept.
 check test soak: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install install-dev serve check test soak bench clean
+.PHONY: help install install-dev serve check test soak bench docs clean
 .NOTPARALLEL:
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make test     everything that check does, and all other tests"
 	@echo "make soak     the long forms of the tests"
 	@echo "make bench    compare speeds with mlx-lm (ARGS=)"
+	@echo "make docs     the documentation as a site, in build/site"
 	@echo "make clean    remove everything that make has created"
 
 install: $(VENV)/.installed
@@ -74,6 +75,9 @@ soak: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python scripts/build_docs.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info benchmarks/out

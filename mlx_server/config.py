@@ -1,5 +1,6 @@
 """Every setting of the server. Flags win over `MLX_SERVER_*`, which win over the TOML file."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +46,17 @@ def _expanded(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         raise ValueError(f"{path} is below the home of nobody here") from None
+
+
+def default_file() -> Path:
+    """The settings of this user, which need not exist."""
+    home = os.environ.get("MLX_SERVER_HOME") or "~/.mlx-server"
+    return Path(os.path.expanduser(home)) / "config.toml"
+
+
+def present_default_file() -> Path | None:
+    # os.path.isfile is False, where Path.is_file raises, in a closed folder.
+    return default_file() if os.path.isfile(default_file()) else None
 
 
 UserPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
@@ -292,15 +304,21 @@ class Settings(BaseSettings):
         "auto",
         description="`human`, `json`, or `auto`: human on a terminal, else JSON.",
     )
+    log_file: UserPath | None = Field(
+        None,
+        description="Where the log goes instead of standard error: 10 MB, and five such files "
+        "before it.",
+    )
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> "Settings":
-        """None in `flags` counts as absent. Raises pydantic.ValidationError for a bad value,
-        OSError for an unreadable file.
+        """Without `config`, `default_file` is read where it exists. None in `flags` counts as
+        absent. Raises pydantic.ValidationError for a bad value, OSError for an unreadable file.
         """
+        file = config or present_default_file()
 
         class WithFile(cls):  # type: ignore[valid-type, misc]
-            model_config = SettingsConfigDict(toml_file=config)
+            model_config = SettingsConfigDict(toml_file=file)
 
             @classmethod
             def settings_customise_sources(

@@ -6,6 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Literal
 
 LogFormat = Literal["auto", "human", "json"]
@@ -23,6 +25,9 @@ AREAS: dict[Area, tuple[str, ...]] = {
 """Loggers by what they tell of."""
 COLOURS = {"DEBUG": "2", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
 RESET = "\x1b[0m"
+LOG_FILE_BYTES = 10_000_000
+LOG_FILES = 5
+"""Older ones that are kept."""
 
 
 class Event:
@@ -97,12 +102,18 @@ class HumanFormatter(logging.Formatter):
 
 
 def setup_logging(
-    level: Level, format: LogFormat = "auto", areas: Mapping[Area, Level] | None = None
+    level: Level,
+    format: LogFormat = "auto",
+    areas: Mapping[Area, Level] | None = None,
+    file: Path | None = None,
 ) -> None:
-    """`areas`: those of `AREAS` that have a level of their own."""
-    handler = logging.StreamHandler()
-    human = sys.stderr.isatty() if format == "auto" else format == "human"
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    """`areas`: those of `AREAS` that have a level of their own. `file`, which rotates, takes
+    standard error's place. Raises OSError if it cannot be written.
+    """
+    handler = _to_file(file) if file else logging.StreamHandler()
+    terminal = file is None and sys.stderr.isatty()
+    human = terminal if format == "auto" else format == "human"
+    colour = terminal and not os.environ.get("NO_COLOR")
     handler.setFormatter(HumanFormatter(colour=colour) if human else JsonFormatter())
     logging.basicConfig(handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):
@@ -112,6 +123,11 @@ def setup_logging(
     # Our request event holds more.
     logging.getLogger("uvicorn.access").propagate = False
     set_levels(level, areas or {})
+
+
+def _to_file(file: Path) -> logging.Handler:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return RotatingFileHandler(file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES)
 
 
 def set_levels(level: Level, areas: Mapping[Area, Level]) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -40,7 +40,8 @@ class Server(uvicorn.Server):
     """uvicorn's server, which stops in three steps: on SIGINT or SIGTERM new requests get a 503 and
     running ones have `grace` seconds before they end with an error; then connections close; then
     engines end. A second signal kills everything, with exit code 128 plus its number. It stops by
-    itself when all models named at the start fail to load. `on_start` is called once it listens.
+    itself when all models named at the start fail to load. `greet` runs from when it listens, for
+    no longer than it does.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class Server(uvicorn.Server):
         application: FastAPI,
         limits: ConnectionLimits,
         grace: float,
-        on_start: Callable[[], None],
+        greet: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         super().__init__(_config(application, limits))
         self._application = application
         self._grace = grace
-        self._on_start = on_start
+        self._greet = greet
+        self._greeting: asyncio.Task[None] | None = None
         self._stopping: Stopping = application.state.stopping
         self._starting: asyncio.Task[Any] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -78,7 +80,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._on_start()
+            self._greeting = asyncio.create_task(self._greet())
             self._watching = asyncio.create_task(self._watch_models())
             if sys.platform != "win32":
                 self._loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -87,6 +89,10 @@ class Server(uvicorn.Server):
         if self._watching is not None:
             self._watching.cancel()
         await asyncio.gather(*self._reloading)
+        if self._greeting is not None:
+            self._greeting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._greeting
         deadline = self._loop.time() + self._grace + FINAL_EVENT_SECONDS
         while self.server_state.tasks and self._loop.time() < deadline:
             await asyncio.wait(self.server_state.tasks, timeout=deadline - self._loop.time())

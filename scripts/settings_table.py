@@ -1,4 +1,4 @@
-"""Rewrites the table of settings in docs/models.md from the settings model.
+"""Rewrites the table of settings in docs/settings.md from the settings model.
 
 `python scripts/settings_table.py`; a test fails while the table is stale.
 """
@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from mlx_server.config import Settings
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "settings.md"
 BEGIN = "<!-- settings: written by scripts/settings_table.py -->\n"
 END = "<!-- end of settings -->\n"
 

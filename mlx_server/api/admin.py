@@ -30,7 +30,7 @@ from mlx_server.api.reloading import Reloader
 from mlx_server.models.pool.status import ModelStatus
 from mlx_server.models.store.catalog import Catalog, ModelEntry
 from mlx_server.models.store.pulls import PullManager, PullStatus
-from mlx_server.models.store.removal import plan_removal, remove
+from mlx_server.models.store.removal import removal_of, remove
 from mlx_server.models.store.transfer import Progress
 from mlx_server.schemas.admin import (
     AdminHistory,
@@ -101,14 +101,13 @@ async def unload_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Res
     responses=documented(400, 401, 403, 404, 413, 503),
 )
 async def remove_model(model_id: str, catalog: CatalogDep, settings: SettingsDep) -> Response:
-    """Remove a model from the disk, unless a server has it loaded."""
-    entry = await asyncio.to_thread(catalog.find, model_id)
-    removal = await asyncio.to_thread(plan_removal, entry, settings.models_folder)
+    """Remove a model, or what is left of one, from the disk, unless a server has it loaded."""
+    removal = await asyncio.to_thread(removal_of, model_id, catalog)
     try:
         await asyncio.to_thread(remove, removal, settings.home)
     finally:
         catalog.refresh()
-    return _json({"id": entry.id, "deleted": True})
+    return _json({"id": removal.id, "deleted": True})
 
 
 @router.post(

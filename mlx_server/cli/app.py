@@ -2,16 +2,21 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from mlx_server import __version__
+from mlx_server.cli import config_commands
+from mlx_server.cli.bench.command import bench
+from mlx_server.cli.chat.command import chat
+from mlx_server.cli.doctor.command import doctor
 from mlx_server.cli.launch.command import launch
-from mlx_server.cli.model_commands import list_models, pull, rm
+from mlx_server.cli.model_commands import list_models, rm
 from mlx_server.cli.options import CommandError
 from mlx_server.cli.ps import ps
+from mlx_server.cli.pull import pull
 from mlx_server.cli.serve import serve
+from mlx_server.cli.service import command as service
 from mlx_server.errors import ServerError
 
 FOLDERS = ("HOME", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
@@ -22,13 +27,19 @@ app = typer.Typer(
     help="Serve MLX language models over the OpenAI API.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(serve)
-app.command()(pull)
+app.command()(chat)
 app.command("list")(list_models)
 app.command()(ps)
 app.command()(launch)
+app.command()(pull)
 app.command()(rm)
+app.command()(bench)
+app.command()(doctor)
+app.add_typer(config_commands.app, name="config")
+app.add_typer(service.app, name="service")
 
 
 def main() -> None:
@@ -39,6 +50,16 @@ def main() -> None:
         message = " ".join(str(error).split())
         print(f"mlx-server: {message}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Whoever reads the output may have gone, which is no reason for a traceback at the end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _mend_environment() -> None:
@@ -52,9 +73,31 @@ def _mend_environment() -> None:
         os.environ["HOME"] = NOWHERE
 
 
+@app.command()
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument()],
+) -> None:
+    """Print what a shell reads to complete commands, options and models' names.
+
+    For bash, `eval "$(mlx-server completion bash)"` in ~/.bashrc; for zsh, the same in ~/.zshrc
+    after compinit; for fish, `mlx-server completion fish | source` in its config.fish.
+    """
+    from typer.completion import (  # type: ignore[attr-defined]
+        get_completion_script,
+    )
+
+    print(
+        get_completion_script(
+            prog_name="mlx-server", complete_var="_MLX_SERVER_COMPLETE", shell=shell
+        )
+    )
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"mlx-server {__version__}")
+        from mlx_server.cli.versions import version_line
+
+        print(version_line())
         raise typer.Exit
 
 
@@ -63,7 +106,7 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+            "--version", callback=_show_version, is_eager=True, help="Show versions and exit."
         ),
     ] = False,
 ) -> None:

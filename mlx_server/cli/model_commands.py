@@ -1,112 +1,119 @@
-"""`pull`, `list` and `rm`: models on this machine's disk."""
+"""`list` and `rm`: models on this machine's disk."""
 
-import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_server.cli.options import ConfigOption, load_settings
+from mlx_server.cli.completing import complete_removable
+from mlx_server.cli.options import ConfigOption, JsonOption, gigabytes, load_settings, print_json
+from mlx_server.errors import BadRequest
 
 if TYPE_CHECKING:
-    from mlx_server.models.store.sources import ModelSources
-    from mlx_server.models.store.transfer import Progress
+    from mlx_server.models.store.catalog import Catalog, ModelEntry
+    from mlx_server.models.store.removal import Removal
 
 
-def pull(
-    model: Annotated[
-        str, typer.Argument(metavar="ID|GGUF", help="ORG/NAME, smollm2-135m, or a GGUF file.")
-    ],
-    config: ConfigOption = None,
-) -> None:
-    """Fetch a model, so that it can be served."""
-    from mlx_server.models.store.catalog import Catalog
-    from mlx_server.models.store.sources import ModelSources
-
-    sources = ModelSources.of(load_settings(config))
-    if os.path.isfile(os.path.expanduser(model)):
-        path = Catalog(sources).add(model).path
-    else:
-        path = fetch_with_bar(model, sources)
-    print(f"{model} is ready in {path}")
-
-
-def list_models(config: ConfigOption = None) -> None:
-    """Show the models that can be served now."""
-    from rich.console import Console
-    from rich.table import Table
-
+def list_models(as_json: JsonOption = False, config: ConfigOption = None) -> None:
+    """Show the models that can be served now, and why others cannot."""
     from mlx_server.models.store.catalog import Catalog
     from mlx_server.models.store.demo import DEMO
     from mlx_server.models.store.sources import ModelSources
 
     catalog = Catalog(ModelSources.of(load_settings(config)))
     entries = catalog.entries()
+    if as_json:
+        broken = [{"id": name, "reason": why} for name, why in catalog.faults().items()]
+        print_json({"models": [_facts(entry) for entry in entries], "broken": broken})
+        return
+    _tell_faults(catalog)
+    if entries:
+        _print_table(entries)
+    else:
+        print(f"No models yet. Try `mlx-server pull {DEMO}`.")
+
+
+def _facts(entry: "ModelEntry") -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "aliases": entry.aliases,
+        "source": entry.source,
+        "path": entry.path,
+        "size": entry.size,
+        "model_type": entry.model_type,
+        "context_length": entry.context_length,
+        "embeds": entry.embeds,
+    }
+
+
+def _tell_faults(catalog: "Catalog") -> None:
     for name, fault in catalog.faults().items():
         print(f"{name} cannot be served: {fault}", file=sys.stderr)
-    if not entries:
-        print(f"No models yet. Try `mlx-server pull {DEMO}`.")
-        return
+
+
+def _print_table(entries: list["ModelEntry"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("ID", "Source", "Type", box=None, pad_edge=False, header_style="bold")
     table.columns[0].overflow = "fold"
-    table.add_column("Size", justify="right")
-    table.add_column("Context", justify="right")
+    table.add_column("Size", justify="right", no_wrap=True)
+    table.add_column("Context", justify="right", no_wrap=True)
     for entry in entries:
         context = f"{entry.context_length:,}" if entry.context_length else "?"
-        table.add_row(entry.id, entry.source, entry.model_type, _gigabytes(entry.size), context)
+        table.add_row(entry.id, entry.source, entry.model_type, gigabytes(entry.size), context)
     Console().print(table)
 
 
 def rm(
-    model: Annotated[str, typer.Argument(metavar="ID", help="As `mlx-server list` shows it.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ID...",
+            help="As `mlx-server list` shows them, those that cannot be served too.",
+            autocompletion=complete_removable,
+        ),
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Remove a model from the disk, unless a server has it loaded."""
+    """Remove models from the disk, unless a server has them loaded."""
     from mlx_server.models.store.catalog import Catalog
-    from mlx_server.models.store.removal import plan_removal, remove
+    from mlx_server.models.store.removal import removal_of, remove
     from mlx_server.models.store.sources import ModelSources
 
     settings = load_settings(config)
-    entry = Catalog(ModelSources.of(settings)).find(model)
-    removal = plan_removal(entry, settings.models_folder)
-    if not yes and sys.stdin.isatty():
-        typer.confirm(
-            f"Remove {entry.id} ({_gigabytes(entry.size)}) in {removal.place}?", abort=True
-        )
-    remove(removal, settings.home)
-    print(f"{entry.id} is removed.")
+    catalog = Catalog(ModelSources.of(settings))
+    # All, before any is removed: one name may be wrong.
+    removals = [removal_of(name, catalog) for name in dict.fromkeys(models)]
+    sizes = [_size(removal) for removal in removals]
+    if not yes:
+        _confirm(removals, sizes)
+    for removal in removals:
+        remove(removal, settings.home)
+        if not as_json:
+            print(f"{removal.id} is removed.")
+    if as_json:
+        pairs = zip(removals, sizes, strict=True)
+        print_json([{"id": removal.id, "place": removal.place, "size": s} for removal, s in pairs])
 
 
-def fetch_with_bar(name: str, sources: "ModelSources") -> Path:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as ProgressBar
-
-    from mlx_server.models.store.fetch import fetch
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    text = TextColumn("{task.description}", markup=False)
-    console = Console(stderr=True)
-    quiet = not console.is_terminal
-    if quiet:
-        print(f"fetching {name}", file=sys.stderr, flush=True)
-    with ProgressBar(text, *columns, console=console, transient=True, disable=quiet) as bar:
-        task = bar.add_task("Starting", total=None)
-
-        def show(progress: "Progress") -> None:
-            total = progress.total or None
-            bar.update(task, description=progress.stage, completed=progress.done, total=total)
-
-        return fetch(name, sources, show)
+def _confirm(removals: "list[Removal]", sizes: list[int]) -> None:
+    """Where nobody can be asked, the command alone is the word."""
+    if not sys.stdin.isatty():
+        return
+    for removal, size in zip(removals, sizes, strict=True):
+        question = f"Remove {removal.id} ({gigabytes(size)}) in {removal.place}?"
+        typer.confirm(question, abort=True, err=True)
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _size(removal: "Removal") -> int:
+    """Bytes of its files, each once however often it is linked to."""
+    snapshots = [removal.place / "snapshots" / commit for commit in removal.revisions]
+    try:
+        files = [file for place in snapshots or [removal.place] for file in place.rglob("*")]
+        stats = [file.stat() for file in files if file.is_file()]
+    except OSError as error:
+        raise BadRequest(f"{removal.place} cannot be read: {error}") from error
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())

@@ -1,102 +1,117 @@
 """`ps`: the models of a running server."""
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from mlx_server.cli.options import ConfigOption, load_settings
+from mlx_server.cli.options import (
+    ConfigOption,
+    HostOption,
+    JsonOption,
+    KeyOption,
+    PortOption,
+    gigabytes,
+    print_json,
+)
+from mlx_server.cli.remote import Remote, find_remote
 from mlx_server.errors import Unavailable
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
-    from mlx_server.config import Settings
-
-TIMEOUT = 10.0
-WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
-FIGURES = (
-    *("PID", "Memory", "Reserved", "In flight", "Waiting", "Restarts"),
-    *("Last used", "Expires"),
-)
+WIDE = 110
+"""Columns that all figures need."""
+FIGURES = ("Memory", "In flight", "Waiting", "Restarts", "Expires")
+MORE_FIGURES = ("PID", "Reserved", "Last used")
+WATCH_SECONDS = 1.0
 UNITS = ((86400, "d"), (3600, "h"), (60, "m"))
 
 
 def ps(
-    host: Annotated[str | None, Option(help="Where the server listens.")] = None,
-    port: Annotated[int | None, Option(help="Its port.")] = None,
-    api_key: Annotated[
-        str | None, Option(metavar="KEY", help="An admin key, if it asks for one.")
-    ] = None,
+    watch: Annotated[bool, Option("--watch", "-w", help="Go on showing, until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+    host: HostOption = None,
+    port: PortOption = None,
+    api_key: KeyOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Show the models that a running server holds."""
     from rich.console import Console
 
-    settings = load_settings(config, host=host, port=port)
-    models = _ask(url_of(settings.host, settings.port), api_key or _first_key(settings))
-    present = [model for model in models if model["state"] != "absent"]
-    if not present:
-        print("No model is loaded.")
+    remote = find_remote(host, port, api_key, config)
+    if watch:
+        # Ctrl-C is the way out.
+        with suppress(KeyboardInterrupt):
+            _watch(remote, as_json)
         return
-    Console().print(_table(present))
+    models = _present(remote)
+    if as_json:
+        print_json(models)
+    else:
+        Console().print(_shown(models, Console().width))
 
 
-def url_of(host: str, port: int) -> str:
-    host = WILDCARDS.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _present(remote: Remote) -> list[dict[str, Any]]:
+    return [model for model in remote.admin_models() if model["state"] != "absent"]
 
 
-def _first_key(settings: "Settings") -> str | None:
-    keys = (key.get_secret_value() for key in (*settings.admin_keys, *settings.api_keys))
-    return next(keys, None)
+def _watch(remote: Remote, as_json: bool) -> None:
+    """A table that renews itself, or a line of JSON each time. A server that is away may return."""
+    import json
+
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    models = _present(remote)
+    if as_json:
+        while True:
+            print(json.dumps(models), flush=True)
+            time.sleep(WATCH_SECONDS)
+            models = _present(remote)
+    console = Console()
+    with Live(_shown(models, console.width), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_SECONDS)
+            try:
+                live.update(_shown(_present(remote), console.width), refresh=True)
+            except Unavailable as error:
+                live.update(Text(str(error), style="yellow"), refresh=True)
 
 
-def _ask(url: str, key: str | None) -> list[dict[str, Any]]:
-    """Raises Unavailable for no server or a refusal."""
-    import httpx2
-
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        with httpx2.Client(timeout=TIMEOUT, trust_env=False) as client:
-            response = client.get(f"{url}/admin/models", headers=headers)
-        body = response.json()
-        if response.status_code != 200:
-            raise Unavailable(f"the server at {url} refused: {body['error']['message']}")
-        models: list[dict[str, Any]] = body["models"]
-    except (httpx2.TransportError, httpx2.InvalidURL) as error:
-        raise Unavailable(f"no server answers at {url} ({error})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise Unavailable(f"what answers at {url} is no mlx-server") from error
-    return models
+def _shown(models: list[dict[str, Any]], width: int) -> "RenderableType":
+    return _table(models, width) if models else "No model is loaded."
 
 
-def _table(models: list[dict[str, Any]]) -> "Table":
+def _table(models: list[dict[str, Any]], width: int) -> "Table":
     from rich.table import Table
 
+    names = (*FIGURES, *(MORE_FIGURES if width >= WIDE else ()))
     table = Table("ID", "State", box=None, pad_edge=False, header_style="bold")
-    table.columns[0].no_wrap = True
-    for name in FIGURES:
-        table.add_column(name, justify="right")
+    table.columns[0].overflow = "fold"
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     for model in models:
-        table.add_row(*_cells(model))
+        cells = _cells(model)
+        table.add_row(model["id"], _state(model), *(cells[name] for name in names))
     return table
 
 
-def _cells(model: dict[str, Any]) -> list[str]:
+def _cells(model: dict[str, Any]) -> dict[str, str]:
     memory = model["memory"]
-    return [
-        model["id"],
-        _state(model),
-        str(model["pid"] or "-"),
-        _bytes(memory and memory["active"]),
-        _bytes(model["need"]),
-        str(model["in_flight"]),
-        str(model["waiting"] + model["waiting_to_load"]),
-        str(model["restarts"]),
-        _ago(model["last_used"]),
-        _until(model["expires"]),
-    ]
+    return {
+        "PID": str(model["pid"] or "-"),
+        "Memory": gigabytes(memory and memory["active"]),
+        "Reserved": gigabytes(model["need"]),
+        "In flight": str(model["in_flight"]),
+        "Waiting": str(model["waiting"] + model["waiting_to_load"]),
+        "Restarts": str(model["restarts"]),
+        "Last used": _ago(model["last_used"]),
+        "Expires": _until(model["expires"]),
+    }
 
 
 def _state(model: dict[str, Any]) -> str:
@@ -104,10 +119,6 @@ def _state(model: dict[str, Any]) -> str:
     if download and download["total"]:
         return f"{model['state']} {download['completed'] / download['total']:.0%}"
     return f"{model['state']}, pinned" if model["pinned"] else str(model["state"])
-
-
-def _bytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e9:.2f} GB"
 
 
 def _ago(moment: float | None) -> str:

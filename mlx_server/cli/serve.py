@@ -1,5 +1,6 @@
 """`serve`: listen, resolve the models named by the operator, run the server."""
 
+import asyncio
 import signal
 import sys
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from typer import Option
 
-from mlx_server import __version__
-from mlx_server.cli.model_commands import fetch_with_bar
+from mlx_server.cli.completing import complete_model
 from mlx_server.cli.options import CommandError, ConfigOption, load_settings
+from mlx_server.cli.pull import fetch_with_bar
 from mlx_server.cli.sockets import Address, bind, find_addresses, is_local
 from mlx_server.errors import ModelNotFound
 
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 def serve(
     model: Annotated[
         list[str] | None,
-        Option("--model", "-m", metavar="ID|PATH", help="Load this model at start. Repeatable."),
+        Option(
+            "--model",
+            "-m",
+            metavar="ID|PATH",
+            help="Load this model at start. Repeatable.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     host: Annotated[str | None, Option(help="Address to listen on (default 127.0.0.1).")] = None,
     port: Annotated[int | None, Option(help="Port; 0 takes a free one (default 8000).")] = None,
@@ -61,6 +68,9 @@ def serve(
     log_level: Annotated[
         str | None, Option(help="debug, info, warning or error (default info).")
     ] = None,
+    log_file: Annotated[
+        Path | None, Option(metavar="FILE", help="Log to a file, which rotates, instead.")
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Start the server."""
@@ -78,6 +88,7 @@ def serve(
         "kv_bits": kv_bits,
         "dequantize": dequantize,
         "log_level": log_level,
+        "log_file": log_file,
     }
     _serve(load_settings(config, **flags), partial(_reread, config, flags))
 
@@ -142,20 +153,32 @@ def _run(
     reread: Callable[[], "Settings"],
 ) -> None:
     from mlx_server.api.http.connection import ConnectionLimits
+    from mlx_server.cli.greeting import Greeting, pages_of, print_greeting, show_loading
     from mlx_server.events import setup_logging
     from mlx_server.main import create_app
+    from mlx_server.models.pool.manager import ModelPoolManager
     from mlx_server.server import Server, raise_open_file_limit
 
-    setup_logging(settings.log_level, settings.log_format, settings.log_levels)
+    try:
+        setup_logging(
+            settings.log_level, settings.log_format, settings.log_levels, settings.log_file
+        )
+    except OSError as error:
+        raise CommandError(f"setting log_file: {error}") from error
     # Until the server installs its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
     raise_open_file_limit(settings.max_connections)
 
-    def greet() -> None:
-        print(_greeting(settings), flush=True)
-
     app = create_app(settings, catalog, reread=reread)
+    pool: ModelPoolManager = app.state.pool
+
+    async def greet() -> None:
+        known = await asyncio.to_thread(catalog.entries)
+        greeting = Greeting(settings, pages_of(app), len(known))
+        print_greeting(greeting, pool)
+        await show_loading(pool)
+
     server = Server(app, ConnectionLimits.of(settings), settings.grace_period, greet)
     try:
         server.run(sockets)
@@ -166,11 +189,3 @@ def _run(
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(0)
-
-
-def _greeting(settings: "Settings") -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    models = ", ".join(settings.models) or "on demand"
-    also = f" and as Ollama at port {settings.ollama_port}" if settings.ollama_port else ""
-    place = f"http://{host}:{settings.port}{also}"
-    return f"mlx-server {__version__} answers at {place} (models: {models})"

@@ -141,7 +141,11 @@ async def running(home: Path, **more: Any) -> AsyncIterator[Running]:
     app = create_app(settings, protocols=(*PROTOCOLS, STUB))
     started = asyncio.Event()
     limits = ConnectionLimits.of(settings)
-    server = Server(app, limits, settings.grace_period, started.set)
+
+    async def greet() -> None:
+        started.set()
+
+    server = Server(app, limits, settings.grace_period, greet)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         serving = asyncio.create_task(server.serve([listener]))

@@ -1,80 +1,34 @@
 """The command line: quick help, models on the disk, and one clear line per mistake."""
 
-import io
 import json
 import os
 import pty
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from mlx_server import __version__
-from mlx_server.cli.app import main
+from tests.support.command import COMMAND, environment, refusal, run
 from tests.support.hub import Hub, running
 from tests.support.store import make_model
 
-COMMAND = [sys.executable, "-m", "mlx_server"]
+COMMANDS = ("serve", "chat", "list", "ps", "pull", "rm", "launch", "bench", "doctor", "config")
+__all__ = ["environment"]
+
+TINY = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights" * 1000}
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """The environment of a user who has nothing yet."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("MLX_SERVER_")}
-    return kept | {
-        "MLX_SERVER_HOME": str(tmp_path / "home"),
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "COLUMNS": "200",
-    }
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(environment: dict[str, str], *arguments: str) -> Done:
-    """The command in this process, which spares it a second of imports."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(stdout),
-        redirect_stderr(stderr),
-    ):
-        for name in os.environ.keys() - environment.keys():
-            patch.delenv(name)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        # Read from the environment when huggingface_hub is imported.
-        patch.setattr(constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
-        patch.setattr(sys, "argv", ["mlx-server", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-    code = caught.value.code
-    return Done(code if isinstance(code, int) else 0, stdout.getvalue(), stderr.getvalue())
-
-
-def refusal(environment: dict[str, str], *arguments: str) -> str:
-    """The one line that a mistake gets."""
-    done = run(environment, *arguments)
-    assert done.returncode != 0
-    assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
-
-
-def test_the_version_is_told(environment: dict[str, str]) -> None:
-    assert run(environment, "--version").stdout == f"mlx-server {__version__}\n"
+def test_the_version_tells_those_of_mlx_and_mlx_lm(environment: dict[str, str]) -> None:
+    line = run(environment, "--version").stdout
+    others = r"mlx [\d.]+, mlx-lm [\d.]+, [\w ]+, Python [\d.]+"
+    assert re.fullmatch(rf"mlx-server {re.escape(__version__)} \({others}\)\n", line)
 
 
 def test_a_mistake_ends_the_process_with_one_line(environment: dict[str, str]) -> None:
@@ -87,7 +41,7 @@ def test_a_mistake_ends_the_process_with_one_line(environment: dict[str, str]) -
 
 def test_help_names_every_command(environment: dict[str, str]) -> None:
     text = run(environment, "--help").stdout
-    assert all(command in text for command in ("serve", "pull", "list", "ps", "rm", "launch"))
+    assert all(command in text for command in COMMANDS)
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -239,7 +193,7 @@ def test_removing_is_asked_about_on_a_terminal(
     finally:
         os.close(ours)
         os.close(theirs)
-    assert b"Remove mine" in done.stdout
+    assert b"Remove mine" in done.stderr
     assert (done.returncode == 0) == removed
     assert folder.exists() != removed
 
@@ -260,3 +214,136 @@ def test_ps_tells_a_stranger_from_a_server(environment: dict[str, str]) -> None:
     with running(Hub({})) as hub:
         line = refusal(environment, "ps", "--port", hub.endpoint.rpartition(":")[2])
     assert "is no mlx-server" in line
+
+
+def test_a_reader_that_goes_away_leaves_no_traceback(environment: dict[str, str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        [*COMMAND, "list"], env=environment, stdout=theirs, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(theirs)
+    assert done.stderr == b""
+
+
+def test_lists_are_json_for_programs(environment: dict[str, str], tmp_path: Path) -> None:
+    make_model(tmp_path / "home" / "models" / "mine", max_position_embeddings=4096)
+    make_model(tmp_path / "home" / "models" / "ears", model_type="whisper")
+    listed = json.loads(run(environment, "list", "--json").stdout)
+    assert [(one["id"], one["context_length"]) for one in listed["models"]] == [("mine", 4096)]
+    assert [one["id"] for one in listed["broken"]] == ["ears"]
+    removed = json.loads(run(environment, "rm", "mine", "--yes", "--json").stdout)
+    assert [one["id"] for one in removed] == ["mine"]
+
+
+def test_several_models_are_pulled_their_sizes_first_and_one_that_fails_stops_none(
+    environment: dict[str, str],
+) -> None:
+    with running(Hub({"tiny/one": TINY, "tiny/two": TINY})) as hub:
+        environment["HF_ENDPOINT"] = hub.endpoint
+        done = run(environment, "pull", "tiny/one", "tiny/nothing", "tiny/two", "--json")
+    assert done.returncode == 1
+    pulled = json.loads(done.stdout)
+    assert [one["model"] for one in pulled if one["error"] is None] == ["tiny/one", "tiny/two"]
+    assert {one["size"] for one in pulled} == {sum(map(len, TINY.values())), None}
+    sizes = [line for line in done.stderr.splitlines() if re.match("tiny/(one|two): 0.00 GB", line)]
+    assert len(sizes) == 2
+    assert "the hub has no model tiny/nothing" in done.stderr
+    assert "together 0.00 GB to fetch" in done.stderr
+
+
+def test_a_pull_that_is_broken_off_says_so_at_once_and_goes_on_from_there(
+    environment: dict[str, str],
+) -> None:
+    weights = b"weights" * 100_000
+    files = TINY | {"model.safetensors": weights}
+    with running(Hub({"tiny/one": files}, hold_at=len(weights) // 2)) as hub:
+        environment["HF_ENDPOINT"] = hub.endpoint
+        command = [*COMMAND, "pull", "tiny/one"]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as pull:
+            until_fetching(hub, environment)
+            pull.send_signal(signal.SIGINT)
+            _, errors = pull.communicate(timeout=10)
+        assert pull.returncode == 130
+        assert "the same command goes on from here" in errors
+        hub.release()
+        assert run(environment, "pull", "tiny/one").returncode == 0
+        first, second = hub.downloads("model.safetensors")
+    assert first is None
+    assert re.fullmatch(r"bytes=[1-9]\d*-.*", second or "")
+
+
+def until_fetching(hub: Hub, environment: dict[str, str]) -> None:
+    """Some of the weights are on the disk."""
+    cache = Path(environment["HF_HUB_CACHE"])
+    deadline = time.monotonic() + 60
+    while not any(part.stat().st_size for part in cache.rglob("*.incomplete")):
+        assert time.monotonic() < deadline, hub.requests
+        time.sleep(0.05)
+
+
+def test_what_is_here_is_not_fetched_again(environment: dict[str, str]) -> None:
+    with running(Hub({"tiny/one": TINY})) as hub:
+        environment["HF_ENDPOINT"] = hub.endpoint
+        run(environment, "pull", "tiny/one")
+        hub.mend()
+        done = run(environment, "pull", "tiny/one")
+        assert hub.downloads("model.safetensors") == []
+    assert "tiny/one: 0.00 GB, all here" in done.stderr
+
+
+@pytest.mark.parametrize("leftover", ["damaged", "damaged.download.partial"])
+def test_what_cannot_be_served_is_removed_too(
+    environment: dict[str, str], tmp_path: Path, leftover: str
+) -> None:
+    folder = tmp_path / "home" / "models" / leftover
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{")
+    assert run(environment, "rm", "damaged", "--yes").stdout == "damaged is removed.\n"
+    assert not folder.exists()
+
+
+def test_a_broken_download_from_the_hub_is_removed_by_its_name(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    part = tmp_path / "cache" / "models--tiny--llama" / "blobs" / "abc.part.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    assert run(environment, "rm", "tiny/llama", "--yes").returncode == 0
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("name", ["org", "..", "../models", ".", ""])
+def test_no_name_removes_more_than_one_model(
+    environment: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    folder = make_model(tmp_path / "home" / "models" / "org" / "one")
+    assert "There is no model" in refusal(environment, "rm", "--yes", name)
+    assert folder.exists()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_get_a_script_that_they_can_read(environment: dict[str, str], shell: str) -> None:
+    script = run(environment, "completion", shell).stdout
+    assert "_MLX_SERVER_COMPLETE" in script
+    if found := shutil.which(shell):
+        done = subprocess.run([found, "-n"], input=script, text=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_shell_is_offered_commands_and_models(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    make_model(tmp_path / "home" / "models" / "llama-tiny")
+    for typed, offered in (("mlx-server be", "bench"), ("mlx-server rm lla", "llama-tiny")):
+        asked = {"_MLX_SERVER_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+        asked["COMP_CWORD"] = str(len(typed.split()) - 1)
+        script = "import sys; sys.argv = ['mlx-server']; import mlx_server.cli.app as a; a.main()"
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment | asked,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.split() == [offered], done.stderr

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from mlx_server.errors import BadRequest
 from mlx_server.models.store.catalog import Catalog
 from mlx_server.models.store.locks import ModelLock, write_lock
-from mlx_server.models.store.removal import plan_removal, remove
+from mlx_server.models.store.removal import plan_removal, removal_of, remove
 from mlx_server.models.store.sources import ModelSources
 from tests.support.hub import COMMIT as REAL_COMMIT
 from tests.support.store import COMMIT, OLDER, ids, make_model, make_snapshot, sources_in
@@ -31,8 +31,7 @@ def home(sources: ModelSources) -> Path:
 
 
 def rm(name: str, sources: ModelSources) -> None:
-    entry = Catalog(sources).find(name)
-    remove(plan_removal(entry, sources.models_folder), home(sources))
+    remove(removal_of(name, Catalog(sources)), home(sources))
 
 
 def make_cached(cache: Path, repo: str, commit: str, ref: str = "main") -> Path:

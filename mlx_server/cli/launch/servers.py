@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_server.cli.launch.keeper import ENDED, LOG
 from mlx_server.cli.options import CommandError
-from mlx_server.cli.ps import url_of
+from mlx_server.cli.remote import url_of
 from mlx_server.errors import Unavailable
 
 if TYPE_CHECKING:

@@ -63,10 +63,12 @@ class ModelPoolManager:
         self._slots: dict[str, Slot] = {}
         self._arranger = Arranger(self._slots, self.planner, loader, settings.swap_interval)
         self._stopping = False
+        self.device: Device | None = None
+        """Known once started."""
 
     async def start(self, models: list[str]) -> None:
         """Begin to load `models` in the background. Raises Unavailable if MLX is unusable."""
-        device = await self._find_device()
+        self.device = device = await self._find_device()
         self.planner.use(device, self.settings.memory_limit, self.settings.wired_memory)
         log.info(
             event(

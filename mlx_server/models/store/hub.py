@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_server.errors import BadRequest, Forbidden, ModelNotFound, ServerError, Unavailable
 from mlx_server.models.store.blobs import Blob, ProgressMeter, bytes_present, fetch_blobs
 from mlx_server.models.store.folder import WEIGHTS, folder_fault
 from mlx_server.models.store.hub_cache import cache_folder, repo_folder
 from mlx_server.models.store.locks import write_lock
-from mlx_server.models.store.transfer import OnProgress, Progress, check_space
+from mlx_server.models.store.transfer import OnProgress, Progress, Size, check_space
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -26,23 +26,30 @@ MAX_HTTP_BYTES = 50_000_000_000
 """Larger files need the hub's own transfer protocol."""
 
 
+def repo_size(name: str) -> Size:
+    """Raises ServerError's family."""
+    with _hub_errors(name):
+        files = _wanted_files(name).files
+    storage = repo_folder(name.partition("@")[0])
+    return Size(sum(file.size or 0 for file in files), _missing(files, storage))
+
+
 def fetch_repo(name: str, on_progress: OnProgress) -> Path:
     """`name` is `org/name[@revision]`. Raises ServerError's family."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     repo, _, revision = name.partition("@")
     revision = revision or "main"
     with _hub_errors(name):
         on_progress(Progress(f"Looking up {name}"))
-        info = HfApi(endpoint=_endpoint()).model_info(repo, revision=revision, files_metadata=True)
-        files = _model_files(name, info.siblings or [])
+        commit, files = _wanted_files(name)
         storage = repo_folder(repo)
         total = sum(file.size or 0 for file in files)
         meter = ProgressMeter(f"Downloading {name}", total, on_progress)
         with write_lock(storage):
-            _check_space(files, storage)
-            fetch_blobs(_blobs(repo, str(info.sha), files), storage / "blobs", meter)
+            check_space(storage, _missing(files, storage))
+            fetch_blobs(_blobs(repo, commit, files), storage / "blobs", meter)
             with disable_progress_bars():
                 folder = snapshot_download(
                     repo,
@@ -62,6 +69,21 @@ def _endpoint() -> str:
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+class _Wanted(NamedTuple):
+    commit: str
+    files: list["RepoSibling"]
+
+
+def _wanted_files(name: str) -> _Wanted:
+    from huggingface_hub import HfApi
+
+    repo, _, revision = name.partition("@")
+    info = HfApi(endpoint=_endpoint()).model_info(
+        repo, revision=revision or "main", files_metadata=True
+    )
+    return _Wanted(str(info.sha), _model_files(name, info.siblings or []))
 
 
 def _model_files(name: str, siblings: list["RepoSibling"]) -> list["RepoSibling"]:
@@ -93,13 +115,14 @@ def _blobs(repo: str, commit: str, files: list["RepoSibling"]) -> list[Blob]:
     ]
 
 
-def _check_space(files: list["RepoSibling"], storage: Path) -> None:
-    needed = 0
+def _missing(files: list["RepoSibling"], storage: Path) -> int:
+    """Bytes that are still to be downloaded."""
+    missing = 0
     for file in files:
         blob = file.lfs.sha256 if file.lfs else file.blob_id
         present = bytes_present(storage / "blobs" / blob) if blob else 0
-        needed += max((file.size or 0) - present, 0)
-    check_space(storage, needed)
+        missing += max((file.size or 0) - present, 0)
+    return missing
 
 
 @contextmanager

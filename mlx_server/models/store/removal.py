@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_server.errors import BadRequest, Unavailable
-from mlx_server.models.store.catalog import ModelEntry
-from mlx_server.models.store.folder import PARTIAL
-from mlx_server.models.store.hub_cache import cache_folder
+from mlx_server.errors import BadRequest, ModelNotFound, Unavailable
+from mlx_server.models.store.catalog import Catalog, ModelEntry
+from mlx_server.models.store.folder import PARTIAL, subfolders
+from mlx_server.models.store.hub_cache import cache_folder, is_repo_id, repo_folder
 from mlx_server.models.store.locks import RemovalLock, try_write_lock
 
 
@@ -17,8 +17,37 @@ from mlx_server.models.store.locks import RemovalLock, try_write_lock
 class Removal:
     """Our folder, or `revisions` of a cached repo."""
 
+    id: str
     place: Path
     revisions: tuple[str, ...] = ()
+
+
+def removal_of(name: str, catalog: Catalog) -> Removal:
+    """Of a model that is listed, or of what cannot be served: a damaged model, a broken download.
+    Raises ModelNotFound, and BadRequest as `plan_removal`.
+    """
+    models_folder = catalog.sources.models_folder
+    try:
+        return plan_removal(catalog.find(name), models_folder)
+    except ModelNotFound:
+        if removal := _unlisted(name, models_folder):
+            return removal
+        raise
+
+
+def _unlisted(name: str, models_folder: Path) -> Removal | None:
+    parts = name.split("/")
+    if len(parts) > 2 or any(not part or part.startswith(".") for part in parts):
+        return None
+    for folder in (models_folder / name, models_folder / f"{name}.download{PARTIAL}"):
+        ours = models_folder.resolve() in folder.resolve().parents
+        # Not a folder of models.
+        holds_models = any((child / "config.json").is_file() for child in subfolders(folder))
+        if ours and folder.is_dir() and not holds_models:
+            return Removal(name, folder.resolve())
+    if is_repo_id(name) and "@" not in name and (repo := repo_folder(name)).is_dir():
+        return Removal(name, repo.resolve(), _commits(repo))
+    return None
 
 
 def plan_removal(entry: ModelEntry, models_folder: Path) -> Removal:
@@ -33,10 +62,10 @@ def plan_removal(entry: ModelEntry, models_folder: Path) -> Removal:
         )
     folder = (entry.path or Path()).resolve()
     if models_folder.resolve() in folder.parents:
-        return Removal(folder)
+        return Removal(entry.id, folder)
     repo = folder.parent.parent
     if repo.parent == cache_folder().resolve() and re.fullmatch("models--.+", repo.name):
-        return Removal(repo, (folder.name,) if "@" in entry.id else _commits(repo))
+        return Removal(entry.id, repo, (folder.name,) if "@" in entry.id else _commits(repo))
     raise BadRequest(
         f"{entry.id} is neither below {models_folder} nor in the hub's cache, and "
         "nothing else is removed. Remove its folder yourself.",
@@ -82,4 +111,4 @@ def _remove_revisions(removal: Removal) -> None:
 
 
 def _commits(repo: Path) -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in (repo / "snapshots").iterdir()))
+    return tuple(sorted(path.name for path in (repo / "snapshots").glob("*")))

@@ -17,6 +17,14 @@ class Progress:
     total: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes: of a download, and those of it that are not here yet."""
+
+    total: int
+    missing: int
+
+
 OnProgress = Callable[[Progress], None]
 """Called from several threads, one at a time; raising ends the download."""
 

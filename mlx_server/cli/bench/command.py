@@ -1,0 +1,146 @@
+"""`bench`: how fast a server answers, and what limits it."""
+
+import asyncio
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_server.cli.bench.figures import Level
+from mlx_server.cli.completing import complete_model
+from mlx_server.cli.options import (
+    CommandError,
+    ConfigOption,
+    HostOption,
+    JsonOption,
+    KeyOption,
+    PortOption,
+    print_json,
+)
+from mlx_server.cli.remote import Remote, choose_model, find_remote, named_remote
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mlx_server.cli.bench.load import Load
+
+BAR = 40
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="ID", autocompletion=complete_model),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Any server that speaks OpenAI's API.")
+    ] = None,
+    concurrency: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Streams at once, level by level.")
+    ] = "1,2,4,8,16",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="About so many.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of each answer, at most.")] = 128,
+    requests: Annotated[int, typer.Option(min=1, help="Of each stream at each level.")] = 2,
+    as_json: JsonOption = False,
+    host: HostOption = None,
+    port: PortOption = None,
+    api_key: KeyOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Measure a server: throughput and latencies by concurrency, and what limits it."""
+    from rich.console import Console
+
+    from mlx_server.cli.bench.limits import verdict
+    from mlx_server.cli.bench.load import Load
+
+    counts = _counts(concurrency)
+    remote = named_remote(url, api_key) if url else find_remote(host, port, api_key, config)
+    load = Load(choose_model(remote, model), prompt_tokens, max_tokens, requests)
+    console = Console(highlight=False)
+    levels = _sweep(remote, load, counts)
+    conclusion = verdict(levels) if levels else "nothing was measured"
+    if as_json:
+        facts = {"url": remote.url, "model": load.model, "levels": [asdict(one) for one in levels]}
+        print_json(facts | {"limit": conclusion})
+    elif levels:
+        console.print(_table(levels))
+        console.print()
+        _plot(console, levels)
+        console.print()
+        console.print(f"What limits it: {conclusion}", markup=False)
+    if len(levels) < len(counts):
+        raise typer.Exit(130)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise CommandError(f"--concurrency {text!r} is no list such as 1,4,16") from error
+    if counts[0] < 1:
+        raise CommandError("--concurrency counts from 1")
+    return counts
+
+
+def _sweep(remote: Remote, load: "Load", counts: list[int]) -> list[Level]:
+    """Ctrl-C ends it with the levels that are done. Raises CommandError if the model cannot be
+    asked at all.
+    """
+    from rich.console import Console
+
+    from mlx_server.cli.bench.load import run_level
+
+    console = Console(stderr=True, highlight=False)
+    levels: list[Level] = []
+    try:
+        with console.status("") as status:
+            status.update(f"asking {load.model} for a first answer")
+            warm_up = asyncio.run(run_level(remote, load, 1))
+            if len(warm_up.errors) == warm_up.requests:
+                raise CommandError(f"{remote.url} answers with an error: {warm_up.errors[0]}")
+            for count in counts:
+                status.update(f"{load.model}: {count} streams")
+                levels.append(asyncio.run(run_level(remote, load, count)))
+    except KeyboardInterrupt:
+        print("mlx-server: stopped", file=sys.stderr)
+    return levels
+
+
+def _table(levels: list[Level]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("Streams", "Tokens/s", "Input/s", "TTFT p50", "p95", "ITL p50", "p95", "Failed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for level in levels:
+        table.add_row(
+            str(level.concurrency),
+            f"{level.output_rate:,.1f}",
+            f"{level.input_rate:,.0f}",
+            *(_milliseconds(one) for one in (level.ttft_p50, level.ttft_p95)),
+            *(_milliseconds(one) for one in (level.itl_p50, level.itl_p95)),
+            str(len(level.errors)),
+        )
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.1f} ms"
+
+
+def _plot(console: "Console", levels: list[Level]) -> None:
+    """Tokens per second by concurrency."""
+    from rich.bar import Bar
+    from rich.table import Table
+
+    most = max(level.output_rate for level in levels) or 1.0
+    plot = Table(box=None, pad_edge=False, header_style="bold")
+    plot.add_column("Streams", justify="right")
+    plot.add_column("Tokens/s", width=BAR)
+    plot.add_column("", justify="right")
+    for level in levels:
+        bar = Bar(most, 0, level.output_rate, width=BAR)
+        plot.add_row(str(level.concurrency), bar, f"{level.output_rate:,.1f}")
+    console.print(plot)
