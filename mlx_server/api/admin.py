@@ -84,6 +84,28 @@ async def unload_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Res
     return Response(body, media_type="application/json")
 
 
+@router.post(
+    "/models/{model_id:path}/pin",
+    response_model=AdminModel,
+    responses=documented(400, 401, 403, 404, 413),
+)
+async def pin_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
+    """Keep a model in memory, once it is loaded, when others need room. Until the server ends."""
+    body = await _encoded(catalog, await pool.pin(model_id, True))
+    return Response(body, media_type="application/json")
+
+
+@router.post(
+    "/models/{model_id:path}/unpin",
+    response_model=AdminModel,
+    responses=documented(400, 401, 403, 404, 413),
+)
+async def unpin_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
+    """Let a model make room for others again, and end when it is unused for long."""
+    body = await _encoded(catalog, await pool.pin(model_id, False))
+    return Response(body, media_type="application/json")
+
+
 @router.delete(
     "/models/{model_id:path}",
     response_model=Removed,
