@@ -23,6 +23,8 @@ from mlx_server.api.http.stopping import Stopping
 from mlx_server.api.http.wire import ApiProtocol, Wires
 from mlx_server.api.ollama.routes import OLLAMA
 from mlx_server.api.openai.routes import OPENAI
+from mlx_server.api.page import routes as page
+from mlx_server.api.page.process import PageProcess, installed
 from mlx_server.api.rerank.routes import RERANK
 from mlx_server.config import Settings
 from mlx_server.events import setup_logging
@@ -84,12 +86,15 @@ def create_app(
     app.state.limits = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
     app.state.pool = ModelPoolManager(settings, app.state.catalog)
     app.state.pulls = PullManager(app.state.catalog)
+    app.state.page = PageProcess()
     backpressure = _backpressure(settings)
     app.state.service = InferenceService(app.state.pool, backpressure)
     app.state.embeddings = EmbeddingService(app.state.pool, backpressure)
     figures.registry.register(metrics.PoolCollector(app.state.pool))
     failures.install(app)
     _include(app, (*protocols, OTHERS))
+    if settings.ui:
+        app.include_router(page.router if installed() else page.absent)
     return app
 
 
@@ -155,6 +160,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await pool.start(wanted)
         yield
     finally:
+        await app.state.page.stop()
         await app.state.pulls.stop()
         await pool.stop()
         lag.cancel()

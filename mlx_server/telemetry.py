@@ -17,6 +17,7 @@ from mlx_server.schemas.internal import ChatPrompt, Finished, InferenceRequest, 
 
 # Polled every few seconds: they would drown other spans.
 UNTRACED_PATHS = frozenset({"/health", "/ready", "/metrics"})
+UNTRACED_FOLDER = "/ui/"
 
 SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
@@ -44,7 +45,8 @@ def setup_tracing() -> None:
 
 
 def untraced(scope: MutableMapping[str, Any]) -> bool:
-    return scope.get("path") in UNTRACED_PATHS
+    path: str = scope.get("path", "")
+    return path in UNTRACED_PATHS or path.startswith(UNTRACED_FOLDER)
 
 
 @contextmanager

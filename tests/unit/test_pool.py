@@ -610,7 +610,7 @@ async def test_an_engine_of_the_start_is_replaced_by_itself(
         await pool.reaches(lambda: pool.manager.not_ready_reason is None)
         pool.fleet.may_load.clear()
         pool.engine("a").crash()
-        await pool.reaches(lambda: not pool.manager.not_ready_reason is None)
+        await pool.reaches(lambda: pool.manager.not_ready_reason is not None)
         pool.fleet.may_load.set()
         await pool.reaches(lambda: pool.manager.not_ready_reason is None)
         assert pool.status("a").loads == 2

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_server.api.http.failures import error_response
 from mlx_server.api.http.wire import Wires, wire_of
 from mlx_server.events import event
-from mlx_server.telemetry import UNTRACED_PATHS, Metrics
+from mlx_server.telemetry import Metrics, untraced
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class RequestContext:
         """Status 0: the client left before the answer began."""
         path = getattr(scope.get("route"), "path_format", "unmatched")
         self.metrics.requests.labels(scope["method"][:16], path, str(status)).inc()
-        quiet = scope["path"] in UNTRACED_PATHS
+        quiet = untraced(scope)
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
             event(
