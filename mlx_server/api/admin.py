@@ -54,9 +54,8 @@ async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Re
     # A removed model matters only if some of it is left.
     asked = [id_ for id_, status in statuses.items() if status.state != "absent"]
     ids = dict.fromkeys((*entries, *asked, *pulled))
-    return _json(
-        {"models": [_described(i, entries.get(i), statuses.get(i), pulled.get(i)) for i in ids]}
-    )
+    models = [_described(i, entries.get(i), statuses.get(i), pulled.get(i)) for i in ids]
+    return _json({"memory_budget": pool.planner.budget, "models": models})
 
 
 @router.post(

@@ -58,9 +58,9 @@ class Api:
 
     # the admin API
 
-    async def all_models(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (await self._ask("GET", "/admin/models"))["models"]
-        return found
+    async def all_models(self) -> Any:
+        """With their `memory_budget`."""
+        return await self._ask("GET", "/admin/models")
 
     async def load(self, model: str) -> None:
         await self._ask("POST", f"/admin/models/{quote(model)}/load")

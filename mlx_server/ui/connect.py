@@ -1,6 +1,7 @@
 """How to use this server from elsewhere, ready to copy."""
 
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from nicegui import ui
 
@@ -37,12 +38,21 @@ console.log(answer.choices[0].message.content);"""
 ENVIRONMENT = """\
 export OPENAI_BASE_URL={base}/v1
 export OPENAI_API_KEY={key}"""
+ANTHROPIC = """\
+export ANTHROPIC_BASE_URL={base}
+export ANTHROPIC_AUTH_TOKEN={key}"""
+LAUNCH = """\
+mlx-server launch claude --port {port} --model {model}
+mlx-server launch codex --port {port} --model {model}
+# opencode, aider, qwen, llm and open-webui likewise; --print shows what it sets"""
 COMMANDS = """\
-mlx-server ps          # what it holds
+mlx-server ps --port {port}
 mlx-server list        # what it can serve
 mlx-server pull MODEL  # fetch another model"""
 SNIPPETS = (
+    ("Agents, on the server's machine", "bash", LAUNCH),
     ("Any OpenAI client", "bash", ENVIRONMENT),
+    ("Any Anthropic client", "bash", ANTHROPIC),
     ("Python: pip install openai", "python", PYTHON),
     ("JavaScript: npm install openai", "javascript", NODE),
     ("curl", "bash", CURL),
@@ -73,12 +83,13 @@ class ConnectView:
         if self._drawn == (model, key):
             return
         self._drawn = (model, key)
+        port = urlsplit(self._api().server).port
         self._box.clear()
         with self._box:
             ui.label(f"This server answers at {self._base}.").classes("title")
             for heading, language, text in SNIPPETS:
                 ui.label(heading).classes("heading").props('role="heading" aria-level="2"')
-                filled = text.format(base=self._base, key=key, model=model)
+                filled = text.format(base=self._base, port=port, key=key, model=model)
                 ui.html(code_block(filled, language))
 
     async def close(self) -> None:

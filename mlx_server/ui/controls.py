@@ -11,8 +11,7 @@ Handler = Callable[[], Awaitable[Any] | Any]
 def icon_button(icon: str, label: str, on_click: Handler, flags: str = "") -> ui.button:
     """`label` is read aloud, and shown when pointed at."""
     button = ui.button(icon=icon, on_click=on_click)
-    button.props(f'flat round dense size="sm" aria-label="{label}" {flags}')
-    return button.tooltip(label)
+    return button.props(f'flat round dense size="sm" aria-label="{label}" title="{label}" {flags}')
 
 
 def warn(message: str) -> None:

@@ -51,12 +51,13 @@ class ModelsView:
         await self.refresh()
 
     async def refresh(self) -> None:
-        models = await self._api().all_models()
+        found = await self._api().all_models()
+        models = found["models"]
         seen = json.dumps([{k: v for k, v in one.items() if k not in MOVING} for one in models])
         if seen == self._drawn:
             return
         self._drawn = seen
-        self._draw_budget(models)
+        self._draw_budget(found["memory_budget"], models)
         self._box.clear()
         with self._box:
             for model in sorted(models, key=lambda one: (one["state"] == "absent", one["id"])):
@@ -73,19 +74,19 @@ class ModelsView:
 
     # drawing
 
-    def _draw_budget(self, models: list[dict[str, Any]]) -> None:
+    def _draw_budget(self, budget: int, models: list[dict[str, Any]]) -> None:
         loaded = [one for one in models if one["memory"]]
-        limit = max((one["memory"]["limit"] for one in loaded), default=0)
+        reserved = sum(one["need"] or 0 for one in loaded)
+        used = sum(one["memory"]["active"] + one["memory"]["cache"] for one in loaded)
         self._budget.clear()
         with self._budget:
-            if not loaded:
-                ui.label("No model is in memory.").classes("figures")
-                return
-            used = sum(one["memory"]["active"] + one["memory"]["cache"] for one in loaded)
-            ui.label(f"{words.size(used)} of {words.size(limit)} of memory used by models")
-            share = min(1.0, used / limit) if limit else 0.0
+            ui.label(
+                f"{words.size(reserved)} of {words.size(budget)} reserved for models"
+                f", {words.size(used)} in use"
+            )
+            share = min(1.0, reserved / budget) if budget else 0.0
             bar = ui.linear_progress(share, show_value=False, size="12px")
-            bar.props(f'rounded aria-label="Memory used: {share:.0%}"')
+            bar.props(f'rounded aria-label="Memory reserved: {share:.0%}"')
 
     def _card(self, model: dict[str, Any]) -> None:
         state = model["state"]

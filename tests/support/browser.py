@@ -58,7 +58,7 @@ class Tab:
 
     @property
     def draft(self) -> Locator:
-        return self.page.get_by_label("Your message", exact=True)
+        return self.page.get_by_role("textbox", name="Your message", exact=True)
 
     @property
     def answers(self) -> Locator:

@@ -50,7 +50,7 @@ class ModelPoolManager:
         self.catalog = catalog
         self._find_device = find_device
         self._texts = texts or TextProcess(settings.prompt_timeout, settings.stable_prompts)
-        self._planner = MemoryPlanner(settings.kv_cache)
+        self.planner = MemoryPlanner(settings.kv_cache)
         loader = ModelLoader(
             home=settings.home,
             load_timeout=settings.load_timeout,
@@ -60,21 +60,21 @@ class ModelPoolManager:
             model_sampling=settings.model_sampling,
         )
         self._slots: dict[str, Slot] = {}
-        self._arranger = Arranger(self._slots, self._planner, loader, settings.swap_interval)
+        self._arranger = Arranger(self._slots, self.planner, loader, settings.swap_interval)
         self._stopping = False
 
     async def start(self, models: list[str]) -> None:
         """Begin to load `models` in the background. Raises Unavailable if MLX is unusable."""
         device = await self._find_device()
-        self._planner.use(device, self.settings.memory_limit, self.settings.wired_memory)
+        self.planner.use(device, self.settings.memory_limit, self.settings.wired_memory)
         log.info(
             event(
                 "budget",
                 device=device.name,
                 memory=device.memory,
                 usable=device.usable,
-                bytes=self._planner.budget,
-                wirable=self._planner.wirable,
+                bytes=self.planner.budget,
+                wirable=self.planner.wirable,
             )
         )
         for name in self.settings.pinned:
@@ -227,7 +227,7 @@ class ModelPoolManager:
         slot.measuring = True
         options = self.settings.load_options(slot.entry.id)
         try:
-            slot.plan = await asyncio.to_thread(self._planner.plan, slot.entry, options)
+            slot.plan = await asyncio.to_thread(self.planner.plan, slot.entry, options)
         except ServerError as error:
             slot.fail(error)
             raise slot.failure() from error

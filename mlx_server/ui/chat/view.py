@@ -160,11 +160,13 @@ class ChatView:
         await self._list()
         self._browser.run("focus('.draft textarea')")
 
-    def _first_model(self) -> str:
-        if self._usual_model in self._models:
+    def _first_model(self, besides: str = "") -> str:
+        """The usual one, or else one that is loaded, or else any."""
+        models = {id_: one for id_, one in self._models.items() if id_ != besides}
+        if self._usual_model in models:
             return self._usual_model
-        ready = [id_ for id_, model in self._models.items() if model["state"] == "ready"]
-        return next(iter(ready or self._models), "")
+        ready = [id_ for id_, model in models.items() if model["state"] == "ready"]
+        return next(iter(ready or models), besides)
 
     def _draw(self) -> None:
         self._draw_bar()
@@ -212,8 +214,7 @@ class ChatView:
             del lanes[1:]
         else:
             second = copy.deepcopy(lanes[0])
-            others = [id_ for id_ in self._models if id_ != second.model]
-            second.model = next(iter(others), second.model)
+            second.model = self._first_model(besides=second.model)
             lanes.append(second)
         self._draw()
         await self._changed()
