@@ -81,8 +81,10 @@ class Api:
     async def requests(self) -> Any:
         return await self._ask("GET", "/admin/requests")
 
-    async def history(self) -> Any:
-        return await self._ask("GET", "/admin/history")
+    async def history(self, since: float) -> list[dict[str, Any]]:
+        """Samples that were taken after `since`, in seconds since the epoch."""
+        found: Any = await self._ask("GET", f"/admin/history?since={since!r}")
+        return list(found["samples"])
 
     # HTTP
 

@@ -11,13 +11,17 @@ from mlx_server.ui.browser import Browser
 from mlx_server.ui.chat.view import ChatView
 from mlx_server.ui.connect import ConnectView
 from mlx_server.ui.controls import icon_button
+from mlx_server.ui.history import HistoryView
 from mlx_server.ui.models import ModelsView
+from mlx_server.ui.requests import RequestsView
 
 CONNECT_SECONDS = 60.0
 TICK_SECONDS = 0.5
 VIEWS: dict[str, Callable[[Callable[[], Api], Browser], "View"]] = {
     "chat": ChatView,
     "models": ModelsView,
+    "charts": HistoryView,
+    "requests": RequestsView,
     "connect": ConnectView,
 }
 PRIMARY = "#5b54e8"
