@@ -3,6 +3,9 @@
 import logging
 import time
 
+PAGE_AGENT = "mlx-server-page"
+"""How the web page calls itself; what it reads is not logged at every look."""
+
 
 def event(name: str, **fields: object) -> str:
     """`event=name key=value …`, without None values."""

@@ -8,6 +8,8 @@ from urllib.parse import quote
 
 import httpx2
 
+from mlx_server.events import PAGE_AGENT
+
 CONNECT_SECONDS = 10.0
 LONGEST_MESSAGE = 2000
 
@@ -35,6 +37,7 @@ class Api:
         self.key = key
         self._client = client or httpx2.AsyncClient(
             base_url=server,
+            headers={"user-agent": PAGE_AGENT},
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx2.Limits(max_connections=None),
             trust_env=False,

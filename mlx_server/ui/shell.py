@@ -61,6 +61,7 @@ class Shell:
         self._client.on_delete(self._close)
         self._api = self._api.with_key(await self._browser.key())
         self._dark.set_value(MODES.get(await self._browser.choice(DARK)))
+        self._tabs.on_value_change(self._choose)
         await self._enter(self._shown)
         ui.timer(TICK_SECONDS, self._tick)
 
@@ -69,7 +70,7 @@ class Shell:
         ui.html('<a class="skip" href="#main">To the content</a>', sanitize=False)
         with ui.header().classes("head items-center"):
             ui.label("mlx-server").classes("brand")
-            with ui.tabs(on_change=self._choose).props(
+            with ui.tabs().props(
                 "dense no-caps inline-label aria-label=Views shrink"
             ) as self._tabs:
                 for name, view in self._views.items():
@@ -94,6 +95,8 @@ class Shell:
     async def _enter(self, name: str) -> None:
         """Build a view when it is first seen, and bring it up to date."""
         async with self._busy:
+            if self._client.is_deleted:
+                return
             with self._panels[name]:
                 try:
                     if name not in self._built:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_server.api.http.failures import error_response
 from mlx_server.api.http.wire import Wires, wire_of
-from mlx_server.events import event
+from mlx_server.events import PAGE_AGENT, event
 from mlx_server.telemetry import Metrics, untraced
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class RequestContext:
         """Status 0: the client left before the answer began."""
         path = getattr(scope.get("route"), "path_format", "unmatched")
         self.metrics.requests.labels(scope["method"][:16], path, str(status)).inc()
-        quiet = untraced(scope)
+        quiet = untraced(scope) or (status == 200 and _is_a_look(scope))
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
             event(
@@ -88,6 +88,12 @@ class RequestContext:
                 key=scope["state"].get("key"),
             ),
         )
+
+
+def _is_a_look(scope: Scope) -> bool:
+    """An open page looks every few seconds."""
+    agent = Headers(scope=scope).get("user-agent")
+    return agent == PAGE_AGENT and scope["method"] == "GET"
 
 
 def _add_headers(message: Message, scope: Scope) -> None:
