@@ -69,6 +69,7 @@ async def test_thinking_is_folded_with_its_duration(open_tab: OpenTab) -> None:
     await expect(thinking.get_by_text(THOUGHT)).to_be_visible()
 
 
+@pytest.mark.soak
 async def test_a_tool_call_is_shown_and_takes_a_result(open_tab: OpenTab) -> None:
     tab = await open_tab()
     await tab.choose_model("caller")
@@ -150,6 +151,7 @@ async def test_conversations_stay_in_the_browser_and_can_be_exported(open_tab: O
     await expect(again.page.get_by_text("Conversations stay in this browser.")).to_be_visible()
 
 
+@pytest.mark.soak
 async def test_a_json_schema_binds_the_answer(open_tab: OpenTab) -> None:
     tab = await open_tab()
     await tab.choose_model("endless")
@@ -162,6 +164,7 @@ async def test_a_json_schema_binds_the_answer(open_tab: OpenTab) -> None:
     assert json.loads(text)["a"] in (1, 2)
 
 
+@pytest.mark.soak
 async def test_two_models_answer_side_by_side(open_tab: OpenTab) -> None:
     tab = await open_tab()
     await tab.choose_model("rich")

@@ -77,6 +77,7 @@ async def test_a_wrong_key_is_told_and_the_right_one_opens_the_page(
     assert ADMIN not in await again.page.content()
 
 
+@pytest.mark.soak
 async def test_each_view_has_its_address_and_dark_mode_is_kept(open_tab: OpenTab) -> None:
     tab = await open_tab("connect")
     await expect(tab.page.get_by_role("tab", name="Connect")).to_have_attribute(
