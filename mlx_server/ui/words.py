@@ -1,7 +1,5 @@
 """Figures as people read them."""
 
-import time
-
 
 def size(count: float | None) -> str:
     """Bytes."""
@@ -29,8 +27,3 @@ def seconds(count: float | None) -> str:
 
 def number(count: float | None) -> str:
     return "-" if count is None else f"{count:,.0f}"
-
-
-def ago(point: float | None) -> str:
-    """`point` is in seconds since the epoch."""
-    return "-" if point is None else f"{seconds(max(0.0, time.time() - point))} ago"
