@@ -294,6 +294,9 @@ class Settings(BaseSettings):
     trust_remote_code: list[str] = Field(
         default_factory=list, description="Models whose own Python code may run."
     )
+    ui: bool = Field(
+        True, description="Serve the web page at `/ui`, where the extra `ui` is installed."
+    )
     log_level: Level = Field("info", description="Least severe log events shown.")
     log_levels: dict[Area, Level] = Field(
         default_factory=dict,

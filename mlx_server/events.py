@@ -29,6 +29,9 @@ LOG_FILE_BYTES = 10_000_000
 LOG_FILES = 5
 """Older ones that are kept."""
 
+PAGE_AGENT = "mlx-server-page"
+"""How the web page calls itself; what it reads is not logged at every look."""
+
 
 class Event:
     """Its text is `event=name key=value …`, without None values."""

@@ -24,6 +24,8 @@ from mlx_server.api.http.wire import ApiProtocol, Wires
 from mlx_server.api.ollama.routes import OLLAMA
 from mlx_server.api.openai.responses.thinking import Sealer
 from mlx_server.api.openai.routes import OPENAI, RESPONSES
+from mlx_server.api.page import routes as page
+from mlx_server.api.page.process import PageProcess, installed
 from mlx_server.api.reloading import Reloader
 from mlx_server.api.rerank.routes import RERANK
 from mlx_server.config import Settings
@@ -97,6 +99,7 @@ def create_app(
     app.state.reloader = Reloader(app.state, reread)
     app.state.history = History(app.state.pool, figures)
     app.state.pulls = PullManager(app.state.catalog)
+    app.state.page = PageProcess()
     backpressure = _backpressure(settings)
     app.state.service = InferenceService(app.state.pool, backpressure)
     app.state.embeddings = EmbeddingService(app.state.pool, backpressure)
@@ -107,6 +110,8 @@ def create_app(
     figures.registry.register(metrics.PoolCollector(app.state.pool, texts))
     failures.install(app)
     _include(app, (*protocols, OTHERS))
+    if settings.ui:
+        app.include_router(page.router if installed() else page.absent)
     return app
 
 
@@ -180,6 +185,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await pool.start(wanted)
         yield
     finally:
+        await app.state.page.stop()
         await app.state.pulls.stop()
         await pool.stop()
         await app.state.records.close()

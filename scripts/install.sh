@@ -3,8 +3,8 @@
 #
 #   scripts/install.sh [EXTRA ...]    e.g. dev
 #
-# Adds the extra that brings MLX on this machine by itself; EXTRA=cpu|cuda12|cuda13 overrides
-# that choice, PYTHON=/path/to/python3 the interpreter's.
+# Adds the extra that brings MLX on this machine by itself, and that of the web page;
+# EXTRA=cpu|cuda12|cuda13 overrides the former, PYTHON=/path/to/python3 the interpreter's choice.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -83,7 +83,7 @@ if ! suitable .venv/bin/python; then
     "$python" -m venv --clear .venv
 fi
 
-extras=$(echo "${EXTRA:-$(device_extra)}" "$@" | tr -s ' ' ',' | sed 's/^,//; s/,$//')
+extras=$(echo "${EXTRA:-$(device_extra)}" ui "$@" | tr -s ' ' ',' | sed 's/^,//; s/,$//')
 target=".${extras:+[$extras]}"
 echo "installing mlx-server $target into .venv ($(.venv/bin/python --version)); this takes a minute"
 # -qq leaves errors and nothing else: pip's warnings here are about pip.

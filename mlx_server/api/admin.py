@@ -65,9 +65,8 @@ async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Re
     # A removed model matters only if some of it is left.
     asked = [id_ for id_, status in statuses.items() if status.state != "absent"]
     ids = dict.fromkeys((*entries, *asked, *pulled))
-    return _json(
-        {"models": [_described(i, entries.get(i), statuses.get(i), pulled.get(i)) for i in ids]}
-    )
+    models = [_described(i, entries.get(i), statuses.get(i), pulled.get(i)) for i in ids]
+    return _json({"memory_budget": pool.planner.budget, "models": models})
 
 
 @router.post(
@@ -92,6 +91,28 @@ async def load_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Respo
 async def unload_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
     """Unload a model once its requests finish; answers when its memory is free."""
     body = await _encoded(catalog, await pool.unload(model_id))
+    return Response(body, media_type="application/json")
+
+
+@router.post(
+    "/models/{model_id:path}/pin",
+    response_model=AdminModel,
+    responses=documented(400, 401, 403, 404, 413),
+)
+async def pin_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
+    """Keep a model in memory, once it is loaded, when others need room. Until the server ends."""
+    body = await _encoded(catalog, await pool.pin(model_id, True))
+    return Response(body, media_type="application/json")
+
+
+@router.post(
+    "/models/{model_id:path}/unpin",
+    response_model=AdminModel,
+    responses=documented(400, 401, 403, 404, 413),
+)
+async def unpin_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
+    """Let a model make room for others again, and end when it is unused for long."""
+    body = await _encoded(catalog, await pool.pin(model_id, False))
     return Response(body, media_type="application/json")
 
 

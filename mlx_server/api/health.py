@@ -18,7 +18,6 @@ async def health() -> dict[str, str]:
 @router.get("/ready", responses=documented(400, 413, 503))
 async def ready(pool: PoolDep) -> dict[str, str]:
     """Whether every model named at the start can generate."""
-    if not pool.ready:
-        reason = pool.not_ready_reason or "The server is not ready."
+    if (reason := pool.not_ready_reason) is not None:
         raise Unavailable(reason, code="not_ready", retry_after=1)
     return {"status": "ready"}

@@ -97,6 +97,9 @@ class AdminModel(ResponseObject):
 
 
 class AdminModelList(ResponseObject):
+    """`memory_budget` is what all models together may `need`."""
+
+    memory_budget: int
     models: list[AdminModel]
 
 

@@ -16,6 +16,7 @@ from mlx_server.events import event
 
 # Polled every few seconds: they would drown other spans.
 UNTRACED_PATHS = frozenset({"/health", "/ready", "/metrics"})
+UNTRACED_FOLDER = "/ui/"
 
 DESTINATIONS = (
     "LOGFIRE_TOKEN",
@@ -51,7 +52,8 @@ def setup_tracing() -> None:
 
 
 def untraced(scope: MutableMapping[str, Any]) -> bool:
-    return scope.get("path") in UNTRACED_PATHS
+    path: str = scope.get("path", "")
+    return path in UNTRACED_PATHS or path.startswith(UNTRACED_FOLDER)
 
 
 def nanoseconds(at: float) -> int:

@@ -152,7 +152,13 @@ async def test_an_adapter_is_a_model_of_its_own(client: httpx.AsyncClient) -> No
     assert texts[0] != texts[1]
 
 
-@pytest.mark.parametrize("action", ["load", "unload"])
+async def test_a_model_is_pinned_and_unpinned(client: httpx.AsyncClient) -> None:
+    for action, pinned in (("pin", True), ("unpin", False)):
+        answer = await client.post(f"/admin/models/tiny/{action}")
+        assert (answer.status_code, answer.json()["pinned"]) == (200, pinned)
+
+
+@pytest.mark.parametrize("action", ["load", "unload", "pin", "unpin"])
 async def test_an_unknown_model_is_not_found(client: httpx.AsyncClient, action: str) -> None:
     answer = await client.post(f"/admin/models/org/nothing/{action}")
     assert assert_refused(answer, 404)["code"] == "model_not_found"

@@ -63,12 +63,12 @@ def mac(folder: Path, macos: str = "15.5", arm64: str = "1") -> Machine:
     return Machine(folder, {"uname": "Darwin", "sysctl": arm64, "sw_vers": macos})
 
 
-def test_a_mac_needs_no_extra(tmp_path: Path) -> None:
+def test_a_mac_needs_no_extra_for_mlx(tmp_path: Path) -> None:
     machine = mac(tmp_path)
     machine.add_python("python3.12", "arm64")
     done = machine.install()
     assert (done.returncode, done.stderr) == (0, "")
-    assert machine.installed == "."
+    assert machine.installed == ".[ui]"
 
 
 def test_a_python_under_rosetta_is_passed_over_for_a_native_one(tmp_path: Path) -> None:
@@ -101,11 +101,11 @@ def test_a_mac_that_mlx_does_not_run_on_is_told_why(
 @pytest.mark.parametrize(
     ("version", "target", "says"),
     [
-        ("13.0", ".[cuda13]", None),
-        ("12.8", ".[cuda12]", None),
-        ("12.4", ".[cuda12]", None),
-        ("12.2", ".[cpu]", "knows CUDA up to 12.2, and MLX needs 12.4"),
-        ("11.8", ".[cpu]", "knows CUDA up to 11.8, and MLX needs 12.4"),
+        ("13.0", ".[cuda13,ui]", None),
+        ("12.8", ".[cuda12,ui]", None),
+        ("12.4", ".[cuda12,ui]", None),
+        ("12.2", ".[cpu,ui]", "knows CUDA up to 12.2, and MLX needs 12.4"),
+        ("11.8", ".[cpu,ui]", "knows CUDA up to 11.8, and MLX needs 12.4"),
     ],
 )
 def test_the_driver_decides_what_is_installed_and_one_that_is_too_old_is_named(
@@ -124,7 +124,7 @@ def test_without_a_driver_linux_gets_the_cpu_quietly(tmp_path: Path) -> None:
     machine.add_python("python3.12", "x86_64")
     done = machine.install()
     assert (done.returncode, done.stderr) == (0, "")
-    assert machine.installed == ".[cpu]"
+    assert machine.installed == ".[cpu,ui]"
 
 
 def test_without_a_python_it_says_which_is_needed(tmp_path: Path) -> None:

@@ -311,8 +311,25 @@ async def test_unused_models_expire_and_pinned_ones_and_those_of_the_start_stay(
         await pool.reaches(lambda: pool.status("a").state == "absent")
         await asyncio.sleep(0)
         assert pool.loaded == {"b", "c"}
-        assert pool.manager.ready
+        assert pool.manager.not_ready_reason is None
         assert len(pool.fleet.running) == 2
+
+
+async def test_a_model_that_is_pinned_later_stays_until_it_is_unpinned(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 3.5 * need, keep_alive="0.05s") as pool:
+        assert (await pool.manager.pin("a", True)).pinned
+        await pool.ask("a")
+        await pool.ask("b")
+        await pool.manager.pin("b", True)
+        assert pool.status("a").expires is pool.status("b").expires is None
+        await pool.ask("c")
+        await pool.reaches(lambda: pool.status("c").state == "absent")
+        assert pool.loaded == {"a", "b"}
+        assert not (await pool.manager.pin("a", False)).pinned
+        await pool.reaches(lambda: pool.status("a").state == "absent")
+        assert pool.loaded == {"b"}
 
 
 async def test_single_models_may_stay_for_longer(tmp_path: Path, models: Path, need: int) -> None:
@@ -371,11 +388,11 @@ async def test_the_server_is_ready_when_what_was_named_at_the_start_is_loaded(
     tmp_path: Path, models: Path, need: int
 ) -> None:
     async with local_pool(tmp_path, models, 2.5 * need, "a", "b") as pool:
-        assert not pool.manager.ready
+        assert pool.manager.not_ready_reason is not None
         assert "Model `b` is loading." in (pool.manager.not_ready_reason or "")
-        await pool.reaches(lambda: pool.manager.ready)
+        await pool.reaches(lambda: pool.manager.not_ready_reason is None)
         await pool.manager.unload("a")
-        assert pool.manager.ready, "an operator's doing is no failure"
+        assert pool.manager.not_ready_reason is None, "an operator's doing is no failure"
 
 
 async def test_a_model_of_the_start_that_cannot_be_loaded_says_why(
@@ -385,7 +402,7 @@ async def test_a_model_of_the_start_that_cannot_be_loaded_says_why(
     os.truncate(models / "b" / "model.safetensors", 5000)
     async with local_pool(tmp_path, models, 2.5 * need, "a", "b") as pool:
         await pool.reaches(lambda: pool.status("a").state == "ready")
-        assert not pool.manager.ready
+        assert pool.manager.not_ready_reason is not None
         assert "`b` is failed" in (pool.manager.not_ready_reason or "")
         assert "truncated" in (pool.manager.not_ready_reason or "")
 
@@ -590,12 +607,12 @@ async def test_an_engine_of_the_start_is_replaced_by_itself(
     tmp_path: Path, models: Path, need: int
 ) -> None:
     async with local_pool(tmp_path, models, 1.5 * need, "a") as pool:
-        await pool.reaches(lambda: pool.manager.ready)
+        await pool.reaches(lambda: pool.manager.not_ready_reason is None)
         pool.fleet.may_load.clear()
         pool.engine("a").crash()
-        await pool.reaches(lambda: not pool.manager.ready)
+        await pool.reaches(lambda: pool.manager.not_ready_reason is not None)
         pool.fleet.may_load.set()
-        await pool.reaches(lambda: pool.manager.ready)
+        await pool.reaches(lambda: pool.manager.not_ready_reason is None)
         assert pool.status("a").loads == 2
 
 

@@ -29,6 +29,8 @@ LINGER_SECONDS = 1.0
 """Seconds: a refused client that is cut off at once may miss its answer."""
 CROWDED = "crowded"
 """Key in the request's state: over the connection limit."""
+TAKE_OVER = "take_over"
+"""Key in the state of a request to upgrade: hands its connection to another protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,8 @@ class Connection(HttpToolsProtocol):
         if self.scope["http_version"] == "1.0":
             send = partial(_send_without_chunks, self.cycle, self.cycle.send)
             self.cycle.send = send  # type: ignore[method-assign]
+        if self.parser.should_upgrade() and self._get_upgrade() == b"websocket":
+            self.scope["state"][TAKE_OVER] = self._hand_over
 
     def on_message_complete(self) -> None:
         self._in_head = True
@@ -211,6 +215,23 @@ class Connection(HttpToolsProtocol):
             self._refuse(ReceiveTimeout(self._limits.receive_timeout))
         elif not (self._in_head and self._heads):
             self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Whether it is supported, the application says."""
+
+    def _hand_over(self, successor: Any) -> asyncio.Transport:
+        """From now on the connection is `successor`'s, which answers the request."""
+        self._head_timer.stop()
+        self._stall_watch.stop()
+        self._unset_keepalive_if_required()
+        # To uvicorn, whoever asked is gone.
+        self.cycle.disconnected = True
+        self.connections.discard(self)
+        self.connections.add(successor)
+        successor.on_lost = partial(self.connections.discard, successor)
+        self.transport.set_protocol(successor)
+        self.flow.resume_reading()
+        return self.transport
 
     # sending
 

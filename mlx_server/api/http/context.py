@@ -11,10 +11,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_server.api.http.failures import error_response
 from mlx_server.api.http.wire import Wires, wire_of
-from mlx_server.events import event
+from mlx_server.events import PAGE_AGENT, event
 from mlx_server.telemetry.metrics import Metrics
 from mlx_server.telemetry.record import RecentRequests, RequestRecord
-from mlx_server.telemetry.tracing import UNTRACED_PATHS
+from mlx_server.telemetry.tracing import untraced
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class RequestContext:
         record.path = route or scope["path"][:LONGEST_PATH]
         refused = record.error is not None and method == "POST" and record.protocol != "admin"
         self.recent.end(record, kept=refused and route is not None)
-        quiet = scope["path"] in UNTRACED_PATHS
+        quiet = untraced(scope) or (record.status == 200 and _is_a_look(scope))
         logger.log(
             logging.DEBUG if quiet else logging.WARNING if record.status >= 500 else logging.INFO,
             event(
@@ -121,6 +121,12 @@ def _inference(record: RequestRecord) -> dict[str, object]:
         "ttft": record.first_token_seconds,
         "engine_ends": record.engine_ends or None,
     }
+
+
+def _is_a_look(scope: Scope) -> bool:
+    """An open page looks every few seconds."""
+    agent = Headers(scope=scope).get("user-agent")
+    return agent == PAGE_AGENT and scope["method"] == "GET"
 
 
 def _add_headers(message: Message, scope: Scope) -> None:

@@ -95,10 +95,6 @@ class ModelPoolManager:
         await self._texts.kill()
 
     @property
-    def ready(self) -> bool:
-        return self.not_ready_reason is None
-
-    @property
     def not_ready_reason(self) -> str | None:
         if self._stopping:
             return "The server is stopping."
@@ -166,6 +162,13 @@ class ModelPoolManager:
                 slot.entry = await asyncio.to_thread(self.catalog.find, slot.entry.id)
             except ServerError:
                 slot.entry = replace(slot.entry, aliases=())
+
+    async def pin(self, model_id: str, pinned: bool) -> ModelStatus:
+        """Whether it stays in memory, once it is there, when others need room."""
+        slot = await self._slot(model_id)
+        slot.pin(pinned, time.monotonic())
+        self._arranger.arrange()
+        return status_of(slot)
 
     async def _unload(self, slot: Slot, model: LoadedModel) -> None:
         slot.unloaders += 1

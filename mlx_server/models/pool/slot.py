@@ -106,6 +106,11 @@ class Slot:
         """In use and free to be drained."""
         return self.phase == "loaded" and self.in_use > 0 and not (self.draining or self.pinned)
 
+    def pin(self, pinned: bool, now: float) -> None:
+        self.pinned = pinned
+        if self.phase == "loaded" and not self.in_use:
+            self._begin_idling(None, now)
+
     def acquire(self) -> None:
         self.in_use += 1
         self.expires_at = None
