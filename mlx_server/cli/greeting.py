@@ -10,27 +10,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlx_server import __version__
+from mlx_server.api.page.process import installed
+from mlx_server.api.page.routes import PATH as PAGE
 from mlx_server.cli.options import gigabytes
 from mlx_server.cli.remote import url_of
 from mlx_server.models.store.demo import DEMO
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from mlx_server.config import Settings
     from mlx_server.models.pool.manager import ModelPoolManager
     from mlx_server.models.pool.status import ModelStatus
 
-PAGE = "/ui"
 REFRESH_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class Greeting:
-    """`page` is the web page's path, where there is one; `known`: models that can be asked for."""
+    """`known`: models that can be asked for."""
 
     settings: "Settings"
-    page: str | None
     known: int
 
     @property
@@ -48,7 +46,7 @@ class Greeting:
 
     def rows(self, memory: str) -> list[tuple[str, str]]:
         here = url_of(self.settings.host, self.settings.port)
-        rows = [("page", f"{here}{self.page}")] if self.page else []
+        rows = [("page", f"{here}{PAGE}")] if self.settings.ui and installed() else []
         rows += [
             ("API", f"{here}/v1, described at {here}/docs"),
             ("models", self._models()),
@@ -66,12 +64,6 @@ class Greeting:
     def _next(self) -> str:
         port = "" if self.settings.port == 8000 else f" --port {self.settings.port}"
         return f"mlx-server chat{port}, mlx-server ps --watch{port}; Ctrl-C stops"
-
-
-def pages_of(app: "FastAPI") -> str | None:
-    """The path of the web page, where the application has one."""
-    paths = (getattr(route, "path", "") for route in app.routes)
-    return next((PAGE for path in paths if path.rstrip("/") == PAGE), None)
 
 
 def print_greeting(greeting: Greeting, pool: "ModelPoolManager") -> None:

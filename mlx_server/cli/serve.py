@@ -153,7 +153,7 @@ def _run(
     reread: Callable[[], "Settings"],
 ) -> None:
     from mlx_server.api.http.connection import ConnectionLimits
-    from mlx_server.cli.greeting import Greeting, pages_of, print_greeting, show_loading
+    from mlx_server.cli.greeting import Greeting, print_greeting, show_loading
     from mlx_server.events import setup_logging
     from mlx_server.main import create_app
     from mlx_server.models.pool.manager import ModelPoolManager
@@ -175,7 +175,7 @@ def _run(
 
     async def greet() -> None:
         known = await asyncio.to_thread(catalog.entries)
-        greeting = Greeting(settings, pages_of(app), len(known))
+        greeting = Greeting(settings, len(known))
         print_greeting(greeting, pool)
         await show_loading(pool)
 
