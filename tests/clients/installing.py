@@ -45,11 +45,16 @@ def _virtual_environment(place: Path, wanted: Python) -> Path:
     done = place / "installed"
     if not done.exists():
         found = (shutil.which(f"python{version}") for version in wanted.python)
-        python = next((one for one in found if one), sys.executable)
+        python = next((one for one in found if one and _runs(one)), sys.executable)
         _run([python, "-m", "venv", "--clear", str(place)])
         _run([str(commands / "pip"), "install", "-q", *wanted.packages])
         done.touch()
     return commands
+
+
+def _runs(python: str) -> bool:
+    """Version managers put commands of versions into the path that they do not run."""
+    return subprocess.run([python, "--version"], capture_output=True).returncode == 0
 
 
 def _node_modules(place: Path, wanted: Npm) -> Path:

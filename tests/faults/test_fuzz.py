@@ -54,6 +54,8 @@ NAMES = {
     "/v1/models/{model_id}": [MODEL, UNLOADED, ABSENT],
     "/admin/models/{model_id}/load": [UNLOADED, ABSENT],
     "/admin/models/{model_id}/unload": [UNLOADED, ABSENT],
+    "/admin/models/{model_id}/pin": [MODEL, ABSENT],
+    "/admin/models/{model_id}/unpin": [MODEL, ABSENT],
     # The first is loaded, and so is not removed.
     "/admin/models/{model_id}": [MODEL, REMOVED, ABSENT],
 }

@@ -312,4 +312,5 @@ def test_models_say_what_they_can_do(client: httpx.Client) -> None:
         "reasoning": False,
         "structured_output": True,
         "embeddings": False,
+        "rerank": False,
     }

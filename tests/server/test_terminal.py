@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.conftest import MODEL
 from tests.support.command import COMMAND, refusal, run
-from tests.support.server import Server
+from tests.support.server import Server, logged
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
@@ -154,7 +154,7 @@ def test_serve_tells_what_is_where_shows_models_as_they_load_and_logs_to_a_file(
     own = {"MLX_SERVER_PORT": "0", "MLX_SERVER_LOG_FILE": str(log)}
     with terminal(environment | own, "serve", "--model", str(tiny_model)) as child:
         child.expect(r"mlx-server \S+ answers at http://127.0.0.1:(\d+) ")
-        assert "event=" not in child.before
+        assert "event" not in child.before
         for name in ("API", "models", "memory", "next"):
             child.expect(name)
         child.expect(f"{MODEL} is ready after .*context 2,048")
@@ -162,4 +162,4 @@ def test_serve_tells_what_is_where_shows_models_as_they_load_and_logs_to_a_file(
         child.expect(pexpect.EOF)
         child.wait()
         assert child.exitstatus == 0
-    assert "event=stopping" in log.read_text()
+    assert logged(log.read_text(), "stopping")

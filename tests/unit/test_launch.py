@@ -13,7 +13,7 @@ import pytest
 
 from mlx_server.cli.launch.program import Setup, Target
 from mlx_server.cli.launch.programs import PROGRAMS
-from tests.unit.test_cli import COMMAND, Done, environment, refusal, run
+from tests.support.command import COMMAND, Done, environment, refusal, run
 
 __all__ = ["environment"]
 

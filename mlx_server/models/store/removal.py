@@ -12,6 +12,9 @@ from mlx_server.models.store.folder import PARTIAL, subfolders
 from mlx_server.models.store.hub_cache import cache_folder, is_repo_id, repo_folder
 from mlx_server.models.store.locks import RemovalLock, try_write_lock
 
+LONGEST_NAME = 255
+"""Bytes of a file's name on common file systems."""
+
 
 @dataclass(frozen=True, slots=True)
 class Removal:
@@ -37,7 +40,7 @@ def removal_of(name: str, catalog: Catalog) -> Removal:
 
 def _unlisted(name: str, models_folder: Path) -> Removal | None:
     parts = name.split("/")
-    if len(parts) > 2 or any(not part or part.startswith(".") for part in parts):
+    if len(parts) > 2 or not all(map(_is_folder_name, parts)):
         return None
     for folder in (models_folder / name, models_folder / f"{name}.download{PARTIAL}"):
         ours = models_folder.resolve() in folder.resolve().parents
@@ -48,6 +51,11 @@ def _unlisted(name: str, models_folder: Path) -> Removal | None:
     if is_repo_id(name) and "@" not in name and (repo := repo_folder(name)).is_dir():
         return Removal(name, repo.resolve(), _commits(repo))
     return None
+
+
+def _is_folder_name(part: str) -> bool:
+    sane = part.isprintable() and not part.startswith(".")
+    return sane and 0 < len(part.encode()) <= LONGEST_NAME
 
 
 def plan_removal(entry: ModelEntry, models_folder: Path) -> Removal:

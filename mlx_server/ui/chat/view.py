@@ -8,11 +8,12 @@ from typing import Any
 from nicegui import events, ui
 
 from mlx_server.ui.api import Api
-from mlx_server.ui.browser import Browser, Kept
+from mlx_server.ui.browser import Browser
 from mlx_server.ui.chat.conversation import Conversation, Lane
+from mlx_server.ui.chat.kept import KeptList
 from mlx_server.ui.chat.options import options_dialog
 from mlx_server.ui.chat.pane import Pane
-from mlx_server.ui.controls import confirmed, icon_button, warn
+from mlx_server.ui.controls import icon_button, warn
 
 ENTER = """(event) => {
     if (event.shiftKey || event.isComposing) return;
@@ -39,17 +40,16 @@ class ChatView:
     async def build(self) -> None:
         self._usual_model = await self._browser.choice(MODEL)
         with ui.element("div").classes("chat"):
-            self._list_box = ui.element("aside").classes("conversations")
-            self._list_box.props('aria-label="Conversations"')
+            self._kept = KeptList(self._browser, self._open)
             with ui.element("div").classes("talk"):
                 self._bar = ui.element("div").classes("bar")
                 self._panes_box = ui.element("div").classes("panes")
                 self._build_composer()
-        await self._list()
         await self.refresh()
         await self._open(Conversation())
 
     async def close(self) -> None:
+        """Stop what is being answered."""
         await asyncio.gather(*(pane.stop() for pane in self._panes))
 
     async def refresh(self) -> None:
@@ -67,19 +67,19 @@ class ChatView:
         with ui.element("form").classes("composer").props('onsubmit="return false"'):
             self._draft = ui.textarea(placeholder="Ask something").classes("draft")
             self._draft.props('autogrow outlined dense aria-label="Your message" autofocus')
-            self._draft.on("keydown.enter", self._send, js_handler=ENTER)
-            self._draft.on("keydown.escape", self._stop)
+            self._draft.on("keydown.enter", lambda event: self._send(event.args), js_handler=ENTER)
+            self._draft.on("keydown.escape", self.close)
             self._send_button = ui.button(
-                icon="send", on_click=lambda: self._send_text(self._draft.value)
+                icon="send", on_click=lambda: self._send(self._draft.value)
             ).props('round unelevated aria-label="Send"')
-            self._stop_button = ui.button(icon="stop", on_click=self._stop, color="negative")
+            self._stop_button = ui.button(icon="stop", on_click=self.close, color="negative")
             self._stop_button.props('round unelevated aria-label="Stop"')
             self._stop_button.set_visibility(False)
 
     def _draw_bar(self) -> None:
         self._bar.clear()
         with self._bar:
-            icon_button("menu", "Conversations", self._show_list).classes("narrow-only")
+            icon_button("menu", "Conversations", self._kept.toggle).classes("narrow-only")
             for index, lane in enumerate(self._conversation.lanes):
                 self._model_choice(index, lane)
             compared = len(self._conversation.lanes) > 1
@@ -108,56 +108,14 @@ class ChatView:
             "outlined dense options-dense"
         ).classes("model")
 
-    # conversations
-
-    async def _list(self) -> None:
-        kept = await self._browser.conversations()
-        self._list_box.clear()
-        with self._list_box:
-            ui.button("New chat", icon="add", on_click=lambda: self._open(Conversation())).props(
-                "outline no-caps"
-            )
-            with ui.element("ul"):
-                for one in kept:
-                    self._list_item(one)
-            if not kept:
-                ui.label("Conversations stay in this browser.").classes("figures")
-
-    def _list_item(self, kept: Kept) -> None:
-        async def remove() -> None:
-            if await confirmed(f"Remove “{kept.title}”?", "Remove"):
-                await self._browser.remove(kept.id)
-                if kept.id == self._conversation.id:
-                    await self._open(Conversation())
-                await self._list()
-
-        item = ui.element("li")
-        if kept.id == self._conversation.id:
-            item.classes("current")
-        with item:
-            ui.button(kept.title or "Untitled", on_click=lambda: self._open_kept(kept.id)).props(
-                'flat no-caps align="left"'
-            )
-            icon_button("delete", f"Remove {_attribute(kept.title)}", remove)
-
-    def _show_list(self) -> None:
-        self._list_box.classes(toggle="shown")
-
-    async def _open_kept(self, id_: str) -> None:
-        conversation = await self._browser.load(id_)
-        if conversation is None:
-            warn("This conversation cannot be read any more.")
-        else:
-            await self._open(conversation)
-
     async def _open(self, conversation: Conversation) -> None:
         await self.close()
         self._conversation = conversation
         for lane in conversation.lanes:
             lane.model = lane.model or self._first_model()
-        self._list_box.classes(remove="shown")
+        self._kept.hide()
         self._draw()
-        await self._list()
+        await self._kept.draw(conversation.id)
         self._browser.run("focus('.draft textarea')")
 
     def _first_model(self, besides: str = "") -> str:
@@ -187,14 +145,11 @@ class ChatView:
         if not await self._browser.save(self._conversation):
             with self._bar:
                 warn("This browser has no room left: remove some conversations.")
-        await self._list()
+        await self._kept.draw(self._conversation.id)
 
     # what its user does
 
-    async def _send(self, event: events.GenericEventArguments) -> None:
-        await self._send_text(event.args)
-
-    async def _send_text(self, text: str) -> None:
+    async def _send(self, text: str) -> None:
         if not text.strip() or any(pane.busy for pane in self._panes):
             return
         if not all(lane.model for lane in self._conversation.lanes):
@@ -203,9 +158,6 @@ class ChatView:
         self._draft.set_value("")
         for pane in self._panes:
             await pane.send(text)
-
-    async def _stop(self) -> None:
-        await self.close()
 
     async def _compare(self) -> None:
         await self.close()
@@ -238,7 +190,3 @@ def _chats(model: dict[str, Any]) -> bool:
 
 def _label(model: dict[str, Any]) -> str:
     return str(model["id"]) if model["state"] == "ready" else f"{model['id']} ({model['state']})"
-
-
-def _attribute(text: str) -> str:
-    return text.replace('"', "'")
