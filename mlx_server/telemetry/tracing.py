@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import logfire
 from opentelemetry import trace
 from opentelemetry.trace import Span, StatusCode
 
@@ -40,6 +39,9 @@ def setup_tracing() -> None:
         return
     if os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "").startswith("grpc"):
         log.warning(event("otlp_protocol_unsupported", used="http/protobuf"))
+    # Takes as long to import as FastAPI.
+    import logfire
+
     logfire.configure(
         send_to_logfire=bool(os.environ.get("LOGFIRE_TOKEN")),
         console=False,
