@@ -25,6 +25,8 @@ class Chart:
     unit: str
     read: Callable[[Sequence[Sample]], Lines]
     stacked: bool = False
+    sparse: bool = False
+    """With gaps, between which a single value is a point."""
 
 
 def options(chart: Chart, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def options(chart: Chart, samples: Sequence[Sample]) -> dict[str, Any]:
         "textStyle": {"color": SOFT},
         "tooltip": {"trigger": "axis", "confine": True},
         "legend": {"textStyle": {"color": SOFT}, "bottom": 0, "icon": "circle"},
-        "grid": {"left": 8, "right": 12, "top": 28, "bottom": 32, "containLabel": True},
+        "grid": {"left": 8, "right": 32, "top": 28, "bottom": 32, "containLabel": True},
         "xAxis": {"type": "time", "axisLabel": {"color": SOFT, "hideOverlap": True}},
         "yAxis": {
             "type": "value",
@@ -58,7 +60,8 @@ def options(chart: Chart, samples: Sequence[Sample]) -> dict[str, Any]:
             {
                 "name": name,
                 "type": "line",
-                "showSymbol": False,
+                "showSymbol": chart.sparse,
+                "symbolSize": 3,
                 "lineStyle": {"width": 2},
                 "encode": {"x": "time", "y": name},
                 **area,
@@ -157,9 +160,9 @@ def _total(sample: Sample, name: str) -> float:
 CHARTS = (
     Chart("Tokens", "tokens/s", _tokens),
     Chart("Requests", "requests", _requests),
-    Chart("Time to first token", "ms", _quantiles("time_to_first_token")),
-    Chart("Between tokens", "ms", _quantiles("inter_token_latency")),
+    Chart("Time to first token", "ms", _quantiles("time_to_first_token"), sparse=True),
+    Chart("Between tokens", "ms", _quantiles("inter_token_latency"), sparse=True),
     Chart("Memory", "GB", _memory, stacked=True),
-    Chart("Prompts", "%", _cached),
+    Chart("Prompts", "%", _cached, sparse=True),
     Chart("Engines", "replaced", _replaced),
 )
