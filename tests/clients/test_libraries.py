@@ -7,6 +7,7 @@ import pytest
 from tests.clients.installing import Npm, Python, Wanted
 from tests.clients.stage import Run, Stage
 from tests.clients.test_agents import INSTALLS
+from tests.support.bert import build_tiny_bert
 from tests.support.rehearsal import Call, Play
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -45,6 +46,7 @@ AI_SDK = Npm(
         "zod@4.6.7",
     )
 )
+JAVASCRIPT = Npm(("ollama@0.6.4", "cohere-ai@8.1.0"))
 FAMILIES = {"openai": "llama3", "anthropic": "qwen3", "responses": "qwen3-coder"}
 
 
@@ -81,6 +83,38 @@ def test_ai_sdk(stage: Stage, provider: str) -> None:
     script = str(SCRIPTS / "ai_sdk_agent.mjs")
     command = [str(commands / "node"), script, model, stage.server.url, provider, PROMPT]
     assert_played(stage, stage.run(command, commands, PACKAGES=str(commands.parent.parent)))
+
+
+@pytest.fixture(scope="module")
+def encoders(models: Path) -> None:
+    build_tiny_bert(models / "embedder")
+    build_tiny_bert(models / "judge", scores=True)
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("encoders")
+def test_ollama_in_javascript(stage: Stage) -> None:
+    commands = stage.install("js", JAVASCRIPT)
+    model = stage.cast("ollama-play", PLAY, "qwen3")
+    command = [str(commands / "node"), str(SCRIPTS / "ollama_agent.mjs")]
+    command += [model, stage.server.url, "embedder", PROMPT]
+    run = stage.run(command, commands, PACKAGES=str(commands.parent.parent))
+    assert run.code == 0, run
+    assert GOODBYE in run.output, run
+    assert (stage.work / "said.txt").read_text() == "good morning\n"
+    assert {status for _, _, status in run.requests} == {200, 404}
+    print(run)
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("encoders")
+def test_cohere_in_javascript(stage: Stage) -> None:
+    commands = stage.install("js", JAVASCRIPT)
+    command = [str(commands / "node"), str(SCRIPTS / "cohere_rerank.mjs"), "judge"]
+    run = stage.run([*command, stage.server.url], commands, PACKAGES=str(commands.parent.parent))
+    assert run.went_well(), run
+    assert run.requests
+    print(run)
 
 
 def test_llm(stage: Stage) -> None:
