@@ -27,7 +27,9 @@ READS_PACKED = device_name() != "cuda"
 TOLERANCE = {8: 0.06, 4: 0.6}
 """How far logits may be from those of a plain cache, as a share of the logits' own norm. Random
 weights make for sharp attention: a trained model is some ten times closer."""
-ROUNDING = 1e-4
+ROUNDING = 1e-4 if READS_PACKED else 1e-3
+"""On CUDA the shape of a batch decides which kernels run, and a number between two quantized ones
+may then become the other."""
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33, 34], [40]]
 
 

@@ -8,13 +8,15 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 ENVIRONMENT = {
-    "MLX_CUDA_GRAPH_CACHE_SIZE": "1024",
+    "MLX_CUDA_GRAPH_CACHE_SIZE": "256",
     "MLX_CUDA_SDPA_CACHE_SIZE": "1024",
     "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
 }
 """MLX prepares a graph for each shape, and keeps 400 of passes and 256 of attention unless told
 otherwise. Each new length of a prompt is a shape, and MLX raises once it has missed twice as many
-graphs in its life as it may keep."""
+graphs in its life as it may keep. Measured on an H100: one of a pass takes some 4 MB of the device
+(with 1024 of them, an engine soon held 4 GB beside its arrays); one of attention takes 1.4 MB of
+the host, and 40 ms to make."""
 
 FEWEST_ROWS, AMPERE = 8, 8
 MATRIX_BITS, MATRIX_TILE = (4, 8), 128
