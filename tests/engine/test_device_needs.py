@@ -16,7 +16,10 @@ from mlx_lm.utils import load_model
 from mlx_server.engine.cache import block_file
 from mlx_server.engine.cache.block_file import DTYPES, to_host
 from mlx_server.engine.cpu import attention
+from mlx_server.engine.loading import load
+from mlx_server.engine.protocol import Generate, Load, LoadOptions
 from mlx_server.engine.run import cuda, scores
+from mlx_server.engine.schedule import compiling, scheduler
 from tests.support.architectures import build_architecture
 from tests.support.tiny import build_tiny_model
 
@@ -63,6 +66,76 @@ def test_on_cuda_weights_are_read_once_for_all_rows(shape: tuple[int, ...]) -> N
     assert mx.allclose(found, expected, atol=1e-5)
     [rows] = seen
     assert rows[-2] == x.size // 64
+
+
+@pytest.mark.parametrize(
+    ("shape", "seen_rows"),
+    [((3, 1, 256), 8), ((1, 7, 256), 8), ((2, 256), 8), ((1, 1, 256), 1), ((9, 1, 256), 9)],
+)
+def test_on_cuda_few_rows_of_large_weights_become_enough_to_read_them_once(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], seen_rows: int
+) -> None:
+    monkeypatch.setattr(cuda, "WORTH_ZEROS", 256 * 256)
+    layer = QuantizedLinear(256, 256, bias=False, group_size=64, bits=4)
+    layer.set_dtype(mx.bfloat16)
+    x = mx.random.normal(shape, key=mx.random.key(1)).astype(mx.bfloat16)
+    assert products(layer, x, monkeypatch) == [seen_rows]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "bits", "kind"),
+    [(32, 4, mx.bfloat16), (256, 5, mx.bfloat16), (256, 4, mx.float32), (128, 4, mx.bfloat16)],
+    ids=["outputs", "bits", "float32", "small"],
+)
+def test_no_zeros_are_added_where_they_do_not_pay(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, bits: int, kind: mx.Dtype
+) -> None:
+    monkeypatch.setattr(cuda, "WORTH_ZEROS", 2 * 256 * 256)
+    layer = QuantizedLinear(256, outputs, bias=False, group_size=64, bits=bits)
+    layer.set_dtype(kind)
+    x = mx.random.normal((3, 1, 256), key=mx.random.key(1)).astype(kind)
+    assert products(layer, x, monkeypatch) == [3]
+
+
+def products(layer: QuantizedLinear, x: mx.array, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that each product of `layer` with `x` was given; its values must not change."""
+    original, expected = mx.quantized_matmul, layer(x)
+    seen: list[int] = []
+
+    def product(x: mx.array, *arguments: Any, **options: Any) -> mx.array:
+        seen.append(x.size // x.shape[-1])
+        return original(x, *arguments, **options)
+
+    monkeypatch.setattr(mx, "quantized_matmul", cuda.by_rows(product, cuda.FEWEST_ROWS))
+    found = layer(x)
+    assert found.shape == expected.shape
+    assert mx.allclose(found, expected, rtol=0.02, atol=0.02)
+    return seen
+
+
+def test_on_cuda_a_model_is_loaded_with_what_requests_may_launch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scheduler, "device_name", lambda: "cuda")
+    asked: list[Generate] = []
+    add = scheduler.Scheduler.add
+
+    def adding(self: scheduler.Scheduler, request: Generate) -> None:
+        asked.append(request)
+        add(self, request)
+
+    monkeypatch.setattr(scheduler.Scheduler, "add", adding)
+    folder = build_tiny_model(tmp_path / "tiny", context=512)
+    work, _ = load(Load(str(folder), LoadOptions()))
+    assert [len(request.prompt) for request in asked[:-1]] == list(compiling.PROMPTS)
+    assert any(request.prompt_logprobs is not None for request in asked)
+    assert isinstance(work, scheduler.Scheduler)
+    assert not work.busy
+    assert work.counts == scheduler.Counts()
+
+
+def test_what_is_compiled_at_load_fits_the_shortest_context() -> None:
+    assert [len(request.prompt) for request in compiling.requests(40)] == [17, 33]
 
 
 @pytest.mark.parametrize("device", ["cpu", "metal", "cuda"])

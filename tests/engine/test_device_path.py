@@ -14,6 +14,7 @@ from mlx_lm.utils import load_model
 from mlx_server.engine.cpu import activations, attention
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import Generate, LoadOptions, Sampling
+from mlx_server.engine.run import cuda
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.schedule.scheduler import Scheduler
 from tests.engine.conftest import request
@@ -103,6 +104,8 @@ def force(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
             monkeypatch.setattr(module, "swiglu", activations._swiglu)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention._attention)
     monkeypatch.setattr(mx, "quantized_matmul", mx.quantized_matmul)  # so that it is put back
+    monkeypatch.setattr(cuda, "fewest_rows", lambda: cuda.FEWEST_ROWS)
+    monkeypatch.setattr(cuda, "WORTH_ZEROS", 0)
 
 
 def model_of(kind: str, folder: Path) -> Path:

@@ -19,13 +19,17 @@ from mlx_server.engine.cache.quant import (
     group_size_of,
     quantize_cache,
 )
+from mlx_server.engine.memory import device_name
 from mlx_server.engine.run import kv
 from tests.support.tiny import build_tiny_model
 
+READS_PACKED = device_name() != "cuda"
 TOLERANCE = {8: 0.06, 4: 0.6}
 """How far logits may be from those of a plain cache, as a share of the logits' own norm. Random
 weights make for sharp attention: a trained model is some ten times closer."""
-ROUNDING = 1e-4
+ROUNDING = 1e-4 if READS_PACKED else 1e-3
+"""On CUDA the shape of a batch decides which kernels run, and a number between two quantized ones
+may then become the other."""
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33, 34], [40]]
 
 
@@ -208,7 +212,7 @@ def test_attention_is_that_over_the_dequantized_numbers_with_padding_and_shared_
         exact = plain.update_and_fetch(rounded(keys, bits), rounded(values, bits))
         expected = scaled_dot_product_attention(queries, *exact, plain, scale=0.1, mask=mask)
         held = cache.update_and_fetch(keys, values)
-        assert hasattr(cache, "bits") == (packed and tokens == 1)
+        assert hasattr(cache, "bits") == (READS_PACKED and packed and tokens == 1)
         found = scaled_dot_product_attention(queries, *held, cache, scale=0.1, mask=mask)
         # The first queries of row 0 are padding and may be anything.
         assert_same(found[:, :, -1], expected[:, :, -1])
@@ -242,6 +246,7 @@ def test_a_head_that_no_group_size_divides_is_refused(tmp_path: Path) -> None:
         check_support(tiny(tmp_path, 80), 8)
 
 
+@pytest.mark.skipif(not READS_PACKED, reason="served from dequantized numbers on CUDA")
 def test_attention_with_sinks_is_refused() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 64, "vocab_size": 64}
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 2}
@@ -251,6 +256,7 @@ def test_attention_with_sinks_is_refused() -> None:
         check_support(model, 8)
 
 
+@pytest.mark.skipif(not READS_PACKED, reason="served from dequantized numbers on CUDA")
 def test_latent_attention_is_refused() -> None:
     model = made(
         "deepseek_v3",

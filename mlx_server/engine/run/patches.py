@@ -83,7 +83,7 @@ def use_cuda_products() -> None:
 
     from mlx_server.engine.run import cuda
 
-    mx.quantized_matmul = cuda.by_rows(mx.quantized_matmul)
+    mx.quantized_matmul = cuda.by_rows(mx.quantized_matmul, cuda.fewest_rows())
 
 
 def use_cpu_kernels() -> Callable[[], None]:

@@ -15,7 +15,7 @@ from mlx_server.engine.cache.prefix import PrefixCache, extend_keys
 from mlx_server.engine.faults import FailingTurns, is_out_of_memory
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.idle import RELEASE_SECONDS, REST_SECONDS, Chore
-from mlx_server.engine.memory import DeviceMemory, device_works
+from mlx_server.engine.memory import DeviceMemory, device_name, device_works
 from mlx_server.engine.plan import Outcome, Plan, Start
 from mlx_server.engine.protocol import (
     Begun,
@@ -29,6 +29,7 @@ from mlx_server.engine.protocol import (
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.groups import padded
 from mlx_server.engine.run.runner import Runner
+from mlx_server.engine.schedule import compiling
 from mlx_server.engine.schedule.admission import Admission
 from mlx_server.engine.schedule.backoff import KvBackoff
 from mlx_server.engine.schedule.pace import SMALLEST_CHUNK, Pace
@@ -137,15 +138,22 @@ class Scheduler:
 
     def warm_up(self) -> None:
         """Run a small request, so that kernels are compiled and the pace is known."""
+        if device_name() == "cuda":
+            self._answer(compiling.requests(self.longest_sequence))
         prompt = [0] * (2 * SMALLEST_CHUNK + 1)
-        self.add(Generate(id=0, prompt=prompt, sampling=Sampling(temperature=0), max_tokens=3))
-        while self.busy:
-            for _ in self.turn():
-                continue
+        small = Generate(id=0, prompt=prompt, sampling=Sampling(temperature=0), max_tokens=3)
+        self._answer([small])
         self.runner.prefix.clear()
         self.counts = Counts()
         self.release()
         self.memory.release_all()
+
+    def _answer(self, requests: Many[Generate]) -> None:
+        for request in requests:
+            self.add(request)
+        while self.busy:
+            for _ in self.turn():
+                continue
 
     def recover(self, error: Exception) -> list[Failed]:
         """Go on after a turn that raised `error`; returns the requests that are given up.

@@ -14,8 +14,9 @@ from mlx_server.units import parse_bytes
 
 DEFAULT_KV_SHARE = "25%"
 """Of the budget, per model."""
-CUDA_CONTEXT = 512 << 20
-"""The driver's context of a process, with its libraries' kernels and workspaces."""
+CUDA_CONTEXT = 1536 << 20
+"""The driver's context of a process, 550 MiB on an H100, and the graphs that `engine/run/cuda.py`
+has MLX keep, some 4 MB each."""
 MIN_KV_TOKENS = 2048
 """A model loads only if its KV cache holds one such sequence."""
 
