@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.demo import MODEL
 from tests.support.server import Server, serving
+from tests.support.tiny import build_tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -19,6 +20,7 @@ BLOCK = re.compile(r"<!-- run: (\w+) -->\n```\w+\n(.*?)\n```", re.DOTALL)
 COMMANDS = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 OTHER_MODEL = "qwen3-4b"
 """Named where the demo model would do badly, though it can do it."""
+CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,11 @@ def blocks() -> Iterator[Block]:
 
 
 @pytest.fixture(scope="module")
-def keyless_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """As a reader has it who has followed the README."""
+def keyless_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """As a reader has it who has followed the README, but for what the model says."""
     home = tmp_path_factory.mktemp("home")
-    (home / "models").symlink_to(demo_model.parent, target_is_directory=True)
-    # Short of endless answers.
-    with serving(home, "--model", MODEL, context_length=384) as server:
+    build_tiny_model(home / "models" / MODEL, context=CONTEXT)
+    with serving(home, "--model", MODEL) as server:
         yield server
 
 
