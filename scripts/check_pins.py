@@ -42,13 +42,16 @@ def linux(machine: str) -> Platform:
     markers = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": machine}
     tags = tuple(f"manylinux_2_{minor}_{machine}" for minor in range(35, 16, -1))
     return Platform(
-        f"linux {machine}", ("dev", "cpu"), (*tags, f"manylinux2014_{machine}"), markers
+        f"linux {machine}",
+        ("dev", "docs", "ui", "cpu"),
+        (*tags, f"manylinux2014_{machine}"),
+        markers,
     )
 
 
 MAC = Platform(
     "macos arm64",
-    ("dev",),
+    ("dev", "docs", "ui"),
     tuple(
         f"macosx_{major}_0_{kind}"
         for major in range(14, 10, -1)
