@@ -20,7 +20,7 @@ AREAS: dict[Area, tuple[str, ...]] = {
     "engine": ("mlx_server.engine",),
     "text": ("mlx_server.text", "mlx_server.services"),
     "models": ("mlx_server.store", "mlx_server.pulls"),
-    "server": ("mlx_server.server", "mlx_server.keys", "mlx_server.telemetry"),
+    "server": ("mlx_server.server", "mlx_server.keys", "mlx_server.telemetry", "mlx_server.page"),
 }
 """Loggers by what they tell of."""
 COLOURS = {"DEBUG": "2", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}

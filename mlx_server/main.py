@@ -68,7 +68,9 @@ def create_app(
     """
     if settings is None:
         settings = Settings.load()
-        setup_logging(settings.log_level, settings.log_format, settings.log_levels)
+        setup_logging(
+            settings.log_level, settings.log_format, settings.log_levels, settings.log_file
+        )
     setup_tracing()
     wires = Wires(OPENAI.wire, protocols)
     stopping = Stopping(settings.grace_period)

@@ -80,7 +80,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._greeting = asyncio.create_task(self._greet())
+            self._greeting = asyncio.create_task(self._show_greeting())
             self._watching = asyncio.create_task(self._watch_models())
             if sys.platform != "win32":
                 self._loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -91,12 +91,18 @@ class Server(uvicorn.Server):
         await asyncio.gather(*self._reloading)
         if self._greeting is not None:
             self._greeting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._greeting
+            await asyncio.wait([self._greeting])
         deadline = self._loop.time() + self._grace + FINAL_EVENT_SECONDS
         while self.server_state.tasks and self._loop.time() < deadline:
             await asyncio.wait(self.server_state.tasks, timeout=deadline - self._loop.time())
         await super().shutdown(sockets)
+
+    async def _show_greeting(self) -> None:
+        try:
+            await self._greet()
+        except OSError as error:
+            # Whoever read what we print has gone; requests come another way.
+            log.warning(event("greeting_failed", error=error))
 
     async def _watch_models(self) -> None:
         pool: ModelPoolManager = self._application.state.pool

@@ -90,8 +90,7 @@ async def load_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Respo
 )
 async def unload_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
     """Unload a model once its requests finish; answers when its memory is free."""
-    body = await _encoded(catalog, await pool.unload(model_id))
-    return Response(body, media_type="application/json")
+    return await _shown(catalog, await pool.unload(model_id))
 
 
 @router.post(
@@ -101,8 +100,7 @@ async def unload_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Res
 )
 async def pin_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
     """Keep a model in memory, once it is loaded, when others need room. Until the server ends."""
-    body = await _encoded(catalog, await pool.pin(model_id, True))
-    return Response(body, media_type="application/json")
+    return await _shown(catalog, await pool.pin(model_id, True))
 
 
 @router.post(
@@ -112,8 +110,7 @@ async def pin_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Respon
 )
 async def unpin_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
     """Let a model make room for others again, and end when it is unused for long."""
-    body = await _encoded(catalog, await pool.pin(model_id, False))
-    return Response(body, media_type="application/json")
+    return await _shown(catalog, await pool.pin(model_id, False))
 
 
 @router.delete(
@@ -208,6 +205,10 @@ async def _pull_events(reports: AsyncIterator[Progress]) -> AsyncIterator[list[S
 
 def _progress_body(progress: Progress) -> dict[str, Any]:
     return {"status": progress.stage, "completed": progress.done, "total": progress.total}
+
+
+async def _shown(catalog: Catalog, status: ModelStatus) -> Response:
+    return Response(await _encoded(catalog, status), media_type="application/json")
 
 
 async def _encoded(catalog: Catalog, status: ModelStatus) -> bytes:

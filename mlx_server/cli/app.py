@@ -24,7 +24,7 @@ FOLDERS = ("HOME", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
 NOWHERE = "/nonexistent"
 
 app = typer.Typer(
-    help="Serve MLX language models over the OpenAI API.",
+    help="Serve MLX language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -110,4 +110,4 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    """Serve MLX language models over the OpenAI API."""
+    """Serve MLX language models."""

@@ -29,6 +29,15 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def event_of(line: str) -> dict[str, Any] | None:
+    """What a line of a stream says, unless it is none of data or the last. Raises ValueError."""
+    data = line.removeprefix("data:").strip()
+    if not line.startswith("data:") or data == "[DONE]":
+        return None
+    event: dict[str, Any] = json.loads(data)
+    return event
+
+
 @dataclass(frozen=True)
 class Remote:
     """`url` has no path. Every method raises Unavailable for no server, a refusal or a stranger."""
@@ -64,9 +73,7 @@ class Remote:
                 answer.read()
                 self._body(answer)
             for line in answer.iter_lines():
-                data = line.removeprefix("data:").strip()
-                if line.startswith("data:") and data != "[DONE]":
-                    event = json.loads(data)
+                if (event := event_of(line)) is not None:
                     if error := event.get("error"):
                         raise Unavailable(error["message"])
                     yield event

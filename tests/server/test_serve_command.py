@@ -4,8 +4,8 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,21 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.command import COMMAND, environment
 from tests.support.store import make_model
 
-COMMAND = [sys.executable, "-m", "mlx_server"]
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """The environment of a user who has nothing yet."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("MLX_SERVER_")}
-    return kept | {
-        "MLX_SERVER_HOME": str(tmp_path / "home"),
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "COLUMNS": "200",
-    }
+__all__ = ["environment"]
 
 
 @contextmanager
@@ -132,3 +121,25 @@ def test_it_ends_with_the_reason_when_no_model_named_can_be_loaded(
         last = process.communicate()[1].splitlines()[-1]
     assert last.startswith("mlx-server: Model `odd` is failed: ")
     assert "`strange` is failed: " in last
+
+
+def test_a_server_whose_output_nobody_reads_answers_and_ends_well(
+    environment: dict[str, str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*COMMAND, "serve", "--port", str(port)]
+    with subprocess.Popen(
+        command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.close(writer)
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "greeting_failed" in line)
+        assert "Broken pipe" in said
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+            assert answer.status == 200
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0

@@ -68,6 +68,7 @@ def _rate_headers(kind: str, window: Window) -> HeaderPairs:
 
 
 WIRE = Wire(
+    name="stub",
     error_model=StubError,
     error_body=_oops,
     error_event=lambda failure: StreamEvent(_oops(failure), "oops"),

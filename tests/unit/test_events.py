@@ -2,11 +2,14 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import mlx_server
 from mlx_server.events import AREAS, HumanFormatter, JsonFormatter, event, set_levels, setup_logging
 
 
@@ -77,6 +80,18 @@ def test_an_area_has_a_level_of_its_own_until_it_is_taken_back(levels: None) -> 
     set_levels("info", {})
     assert not pool.isEnabledFor(logging.DEBUG)
     assert text.isEnabledFor(logging.INFO)
+
+
+def test_every_logger_of_ours_belongs_to_an_area() -> None:
+    named = re.compile(r"getLogger\((?:\"(mlx_server\S*)\"|__name__)\)")
+    root = Path(mlx_server.__file__).parent
+    names = set()
+    for file in root.rglob("*.py"):
+        module = ".".join(file.relative_to(root.parent).with_suffix("").parts)
+        names |= {match[1] or module for match in named.finditer(file.read_text(encoding="utf-8"))}
+    assert len(names) > 10
+    known = tuple(name for area in AREAS.values() for name in area)
+    assert not {name for name in names if not name.startswith(known)}
 
 
 def test_no_level_lets_a_completions_text_into_the_log(levels: None) -> None:

@@ -43,6 +43,8 @@ def _no_rate_headers(kind: str, window: Window) -> HeaderPairs:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
+    name: str
+    """The protocol's, for operators."""
     error_model: type[BaseModel]
     error_body: Callable[[Failure], bytes]
     error_event: Callable[[Failure], StreamEvent]
@@ -62,8 +64,6 @@ class Wire:
     """Rate limit headers; the kind is `requests` or `tokens`."""
     exposed_headers: tuple[str, ...] = ()
     """Readable by pages of other origins."""
-    name: str = ""
-    """The protocol's, for operators."""
 
 
 @dataclass(frozen=True, slots=True)

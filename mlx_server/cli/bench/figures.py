@@ -9,7 +9,6 @@ class Timing:
     """One request, in seconds; `tokens` are those the server says it generated."""
 
     first: float | None = None
-    total: float = 0.0
     tokens: int = 0
     prompt_tokens: int = 0
     gaps: list[float] = field(default_factory=list)

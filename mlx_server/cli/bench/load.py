@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_server.cli.bench.figures import Level, ServerState, Timing, measure
-from mlx_server.cli.remote import Remote
+from mlx_server.cli.remote import Remote, event_of
 
 if TYPE_CHECKING:
     import httpx2
@@ -93,7 +93,6 @@ async def _ask(client: "httpx2.AsyncClient", body: dict[str, Any]) -> Timing:
                 await _read(answer, timing, begun)
     except (httpx2.HTTPError, ValueError) as error:
         timing.error = str(error) or type(error).__name__
-    timing.total = time.perf_counter() - begun
     return timing
 
 
@@ -101,10 +100,8 @@ async def _read(answer: "httpx2.Response", timing: Timing, begun: float) -> None
     last = begun
     pieces = 0
     async for line in answer.aiter_lines():
-        data = line.removeprefix("data:").strip()
-        if not line.startswith("data:") or data == "[DONE]":
+        if (event := event_of(line)) is None:
             continue
-        event = json.loads(data)
         if error := event.get("error"):
             timing.error = str(error.get("message", error))
             return
