@@ -1,17 +1,26 @@
 """Small parts that all views use."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from nicegui import ui
 
+Named = TypeVar("Named", bound=ui.element)
 Handler = Callable[[], Awaitable[Any] | Any]
 
 
 def icon_button(icon: str, label: str, on_click: Handler, flags: str = "") -> ui.button:
     """`label` is read aloud, and shown when pointed at."""
     button = ui.button(icon=icon, on_click=on_click)
-    return button.props(f'flat round dense size="sm" aria-label="{label}" title="{label}" {flags}')
+    button.props(f'flat round dense size="sm" {flags}')
+    button.props["title"] = label
+    return labelled(button, label)
+
+
+def labelled(element: Named, label: str) -> Named:
+    """`label`, which is read aloud, may hold anything, such as a name that somebody chose."""
+    element.props["aria-label"] = label
+    return element
 
 
 def warn(message: str) -> None:

@@ -11,7 +11,7 @@ from nicegui import ui
 from mlx_server.ui import words
 from mlx_server.ui.api import Api, ApiError
 from mlx_server.ui.browser import Browser
-from mlx_server.ui.controls import confirmed, icon_button, warn
+from mlx_server.ui.controls import confirmed, icon_button, labelled, warn
 
 COLOURS = {
     "ready": "positive",
@@ -90,7 +90,7 @@ class ModelsView:
 
     def _card(self, model: dict[str, Any]) -> None:
         state = model["state"]
-        with ui.element("section").classes("card").props(f'aria-label="{model["id"]}"'):
+        with labelled(ui.element("section").classes("card"), model["id"]):
             with ui.row().classes("between items-center no-wrap"):
                 ui.label(model["id"]).classes("title")
                 ui.badge(NAMES.get(state, state), color=COLOURS[state]).classes("state")

@@ -8,6 +8,8 @@ from playwright.async_api import expect
 from tests.browser.conftest import ANSWER, HOSTILE, THOUGHT, OpenTab
 from tests.support.server import Server, until
 
+QUOTED = 'Remember "this" title=none'
+
 
 async def test_an_answer_is_shown_as_markdown_with_its_figures(open_tab: OpenTab) -> None:
     tab = await open_tab()
@@ -136,17 +138,17 @@ async def test_retry_and_edit_branch_the_conversation(open_tab: OpenTab) -> None
 async def test_conversations_stay_in_the_browser_and_can_be_exported(open_tab: OpenTab) -> None:
     tab = await open_tab()
     await tab.choose_model("rich")
-    await tab.ended(await tab.ask("Remember this"))
+    await tab.ended(await tab.ask(QUOTED))
     again = await open_tab()
-    await again.page.get_by_role("button", name="Remember this", exact=True).click()
+    await again.page.get_by_role("button", name=QUOTED, exact=True).click()
     await expect(again.answers.first).to_contain_text("Title")
     await again.page.get_by_label("Export").click()
     async with again.page.expect_download() as downloading:
         await again.page.get_by_text("As Markdown").click()
     text = (await (await downloading.value).path()).read_text()
-    assert "Remember this" in text
+    assert QUOTED in text
     assert "# Title" in text
-    await again.page.get_by_label("Remove Remember this").click()
+    await again.page.get_by_label(f"Remove {QUOTED}").click()
     await again.page.get_by_role("button", name="Remove", exact=True).click()
     await expect(again.page.get_by_text("Conversations stay in this browser.")).to_be_visible()
 

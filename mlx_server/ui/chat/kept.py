@@ -49,8 +49,7 @@ class KeptList:
             ui.button(kept.title or "Untitled", on_click=lambda: self._choose(kept.id)).props(
                 'flat no-caps align="left"'
             )
-            label = f"Remove {_attribute(kept.title)}"
-            icon_button("delete", label, lambda: self._remove(kept))
+            icon_button("delete", f"Remove {kept.title}", lambda: self._remove(kept))
 
     async def _choose(self, id_: str) -> None:
         conversation = await self._browser.load(id_)
@@ -66,7 +65,3 @@ class KeptList:
         if kept.id == self._current:
             await self._open(Conversation())
         await self.draw(self._current)
-
-
-def _attribute(text: str) -> str:
-    return text.replace('"', "'")
