@@ -42,6 +42,20 @@ async def test_a_model_is_loaded_pinned_and_unloaded(
     await expect(tab.page.locator(".budget")).to_contain_text("reserved for models")
 
 
+async def test_what_is_told_of_a_model_changes_around_the_hand_that_is_on_it(
+    open_tab: OpenTab, page_server: Server
+) -> None:
+    tab = await open_tab("models")
+    card = tab.page.get_by_role("region", name="rich")
+    unload = card.get_by_role("button", name="Unload")
+    await unload.focus()
+    async with page_server.client() as client:
+        for deed, told in (("pin", "Let it make room for others"), ("unpin", "Pin: never")):
+            await client.post(f"/admin/models/rich/{deed}")
+            await card.get_by_label(told).wait_for()
+            await expect(unload).to_be_focused()
+
+
 async def test_a_fetch_that_fails_says_why(open_tab: OpenTab) -> None:
     tab = await open_tab("models")
     await tab.page.get_by_label("Fetch a model").fill("no such name")

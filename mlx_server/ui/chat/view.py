@@ -35,6 +35,7 @@ class ChatView:
         self._models: dict[str, dict[str, Any]] = {}
         self._conversation = Conversation()
         self._panes: list[Pane] = []
+        self._choices: list[ui.select] = []
         self._usual_model = ""
 
     async def build(self) -> None:
@@ -58,8 +59,8 @@ class ChatView:
         known = {one["id"]: one for one in models}
         if known != self._models:
             self._models = known
-            if self._panes:
-                self._draw_bar()
+            for choice, lane in zip(self._choices, self._conversation.lanes, strict=False):
+                choice.set_options(self._names(lane))
 
     # the parts
 
@@ -80,8 +81,10 @@ class ChatView:
         self._bar.clear()
         with self._bar:
             icon_button("menu", "Conversations", self._kept.toggle).classes("narrow-only")
-            for index, lane in enumerate(self._conversation.lanes):
+            self._choices = [
                 self._model_choice(index, lane)
+                for index, lane in enumerate(self._conversation.lanes)
+            ]
             compared = len(self._conversation.lanes) > 1
             icon_button(
                 "close_fullscreen" if compared else "compare",
@@ -93,20 +96,25 @@ class ChatView:
                 ui.menu_item("As Markdown", lambda: self._export("md"))
                 ui.menu_item("As JSON", lambda: self._export("json"))
 
-    def _model_choice(self, index: int, lane: Lane) -> None:
+    def _model_choice(self, index: int, lane: Lane) -> ui.select:
         async def choose(event: events.ValueChangeEventArguments[Any]) -> None:
             lane.model = event.value
             if index == 0:
                 self._usual_model = event.value
                 await self._browser.choose(MODEL, event.value)
 
+        label = "Model" if len(self._conversation.lanes) == 1 else f"Model {index + 1}"
+        choice = ui.select(
+            self._names(lane), label=label, value=lane.model or None, on_change=choose
+        )
+        return choice.props("outlined dense options-dense").classes("model")
+
+    def _names(self, lane: Lane) -> dict[str, str]:
+        """What is offered, by id."""
         names = {id_: _label(model) for id_, model in self._models.items()}
         if lane.model and lane.model not in names:
             names[lane.model] = f"{lane.model} (gone)"
-        label = "Model" if len(self._conversation.lanes) == 1 else f"Model {index + 1}"
-        ui.select(names, label=label, value=lane.model or None, on_change=choose).props(
-            "outlined dense options-dense"
-        ).classes("model")
+        return names
 
     async def _open(self, conversation: Conversation) -> None:
         await self.close()
