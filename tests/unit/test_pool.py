@@ -187,7 +187,7 @@ async def test_the_budget_holds_at_any_time_of_random_traffic(
         for i in range(30):
             tokens = 1 + (7 * i + number) % 40
             assert len(await pool.ask(NAMES[(i * i + number) % 3], tokens)) == tokens
-            assert pool.reserved <= pool.planner.budget
+            assert pool.reserved <= pool.budget
             assert len(pool.fleet.running) <= 1
 
     async with local_pool(tmp_path, models, 1.5 * need) as pool:
@@ -360,7 +360,7 @@ async def test_what_can_never_fit_is_refused_with_both_figures(tmp_path: Path, n
     footprint = read_footprint(build_tiny_model(models / "large", hidden=512), True)
     async with local_pool(tmp_path, models, 1.5 * need) as pool:
         least = footprint.weights + footprint.working(BATCH) + footprint.kv(2048)
-        with pytest.raises(InsufficientMemory, match=f"{least:,}.*{pool.planner.budget:,}"):
+        with pytest.raises(InsufficientMemory, match=f"{least:,}.*{pool.budget:,}"):
             await pool.ask("large")
         assert not pool.fleet.engines
 

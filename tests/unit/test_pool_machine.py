@@ -121,7 +121,7 @@ class PoolMachine(RuleBasedStateMachine):
     def the_budget_holds(self) -> None:
         statuses = self.pool.manager.statuses()
         held = [status for status in statuses if status.state not in ("absent", "failed")]
-        assert self.pool.reserved <= self.pool.planner.budget
+        assert self.pool.reserved <= self.pool.budget
         assert len(self.pool.fleet.running) <= len(held)
         assert not [status for status in statuses if status.state == "failed"]
 
