@@ -70,7 +70,7 @@ class Comparison:
         if engine.ready is None:
             raise SystemExit("the engine is not loaded")
         self.engine = ResumableEngine(engine.model_id)
-        self.engine.attach(engine)
+        self.engine.replicas[0].attach(engine)
         self.prompts = Prompts(engine.ready.vocab_size)
 
     async def rate(self, streams: int, tokens: int, grammar: str | None) -> float:

@@ -22,7 +22,7 @@ async def measure(engine: EngineClient, batch: int, tokens: int) -> float:
     """Tokens per second of `batch` requests together."""
     requests = [Generate(0, PROMPT, Sampling(seed=i), tokens) for i in range(batch)]
     resumable = ResumableEngine(engine.model_id)
-    resumable.attach(engine)
+    resumable.replicas[0].attach(engine)
     started = time.perf_counter()
     with resumable.generate(requests, "benchmark") as stream:
         async for _ in stream.rows():

@@ -253,6 +253,16 @@ class Settings(BaseSettings):
     keep_alive_by_model: dict[str, Annotated[str, Field(pattern=DURATION)]] = Field(
         default_factory=dict, description="`keep_alive` of single models: id to duration."
     )
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Engines that serve each model, independent of each other: see "
+        "`docs/distributed.md`. Each takes the model's memory.",
+    )
+    replicas_by_model: dict[str, Annotated[int, Field(ge=1, le=64)]] = Field(
+        default_factory=dict, description="`replicas` of single models: id to number."
+    )
     swap_interval: float = Field(
         2.0,
         ge=0,
@@ -342,6 +352,9 @@ class Settings(BaseSettings):
     def keep_alive_of(self, model_id: str) -> float | None:
         """Seconds; None for ever."""
         return parse_seconds(self.keep_alive_by_model.get(model_id, self.keep_alive))
+
+    def replicas_of(self, model_id: str) -> int:
+        return self.replicas_by_model.get(model_id, self.replicas)
 
     @property
     def caches_prefixes(self) -> bool:

@@ -35,7 +35,15 @@ SECTIONS = {
         *("clients/qwen", "clients/aider", "clients/llm", "clients/open-webui"),
         "clients/libraries",
     ),
-    "Operation": ("caching", "reliability", "monitoring", "security", "mac", "troubleshooting"),
+    "Operation": (
+        "caching",
+        "reliability",
+        "distributed",
+        "monitoring",
+        "security",
+        "mac",
+        "troubleshooting",
+    ),
     "Inside": ("architecture", "performance", "glossary", "contributing", "changelog"),
 }
 """Pages in their order. Others come at the end; those that are not written are left out."""

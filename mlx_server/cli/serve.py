@@ -65,6 +65,9 @@ def serve(
     dequantize: Annotated[
         str | None, Option(help="Dequantize weights at load: auto, always, never.")
     ] = None,
+    replicas: Annotated[
+        int | None, Option(help="Engines that serve each model side by side (default 1).")
+    ] = None,
     log_level: Annotated[
         str | None, Option(help="debug, info, warning or error (default info).")
     ] = None,
@@ -87,6 +90,7 @@ def serve(
         "context_length": context_length,
         "kv_bits": kv_bits,
         "dequantize": dequantize,
+        "replicas": replicas,
         "log_level": log_level,
         "log_file": log_file,
     }

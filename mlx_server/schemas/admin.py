@@ -54,6 +54,15 @@ class Batching(ResponseObject):
     reason: str | None
 
 
+class Replica(ResponseObject):
+    """One of the model's engines."""
+
+    state: Literal["ready", "restarting", "failed"]
+    pid: int | None
+    in_flight: int
+    restarts: int
+
+
 class Download(ResponseObject):
     status: str
     completed: int
@@ -84,6 +93,7 @@ class AdminModel(ResponseObject):
     kv_limit: int | None
     prefix_cache: PrefixCache | None
     batching: Batching | None
+    replicas: list[Replica]
     waiting_to_load: int
     pinned: bool
     last_used: float | None

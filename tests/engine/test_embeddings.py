@@ -193,7 +193,7 @@ async def test_the_next_engine_makes_what_the_last_one_did_not(bert: Path) -> No
     found: dict[int, bytes] = {}
     counts: Counter[int] = Counter()
     engine = ResumableEngine("tiny")
-    supervisor = EngineSupervisor(await start(1.0), engine, start, hang_timeout=60)
+    supervisor = EngineSupervisor(await start(1.0), engine.replicas[0], start, hang_timeout=60)
     supervision = asyncio.create_task(supervisor.run(wanted=lambda: True))
     try:
         with engine.embed(Embed(0, asked), "a-request") as stream:

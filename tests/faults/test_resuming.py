@@ -437,7 +437,7 @@ async def test_a_stream_that_nobody_reads_pauses_and_goes_on_as_if_nothing_had_h
 
     process = await EngineClient.start("quick", path, LoadOptions())
     engine = ResumableEngine("quick")
-    engine.attach(process)
+    engine.replicas[0].attach(process)
     try:
         with engine.generate([asked] * 2, "undisturbed") as stream:
             expected = [pair async for pair in stream.rows()]

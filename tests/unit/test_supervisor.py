@@ -99,7 +99,7 @@ async def supervised(works: bool = False, hang_timeout: float = 60) -> AsyncIter
         return await fleet.start("scripted", Path("scripted"), LoadOptions(kv_limit=1))
 
     engine = ResumableEngine("scripted")
-    supervisor = EngineSupervisor(await start(1.0), engine, start, hang_timeout)
+    supervisor = EngineSupervisor(await start(1.0), engine.replicas[0], start, hang_timeout)
     run = asyncio.create_task(supervisor.run(wanted=lambda: one.wanted))
     one = Supervised(engine, supervisor, fleet, run, shares)
     try:

@@ -13,17 +13,22 @@ PROOF = 6
 
 
 class Blame:
-    """Counts engines' ends against their requests; runs suspects alone."""
+    """Counts one engine's ends against its requests; runs suspects alone."""
 
     def __init__(self) -> None:
         self._on_trial: OpenRequest | None = None
 
-    def next_to_run(self, waiting: list[OpenRequest]) -> list[OpenRequest]:
-        """Suspects first, one at a time, then the rest together."""
-        if self._on_trial is not None:
-            return []
-        self._on_trial = next((r for r in waiting if r.evidence >= SUSPICION), None)
-        return waiting if self._on_trial is None else [self._on_trial]
+    @property
+    def trying(self) -> bool:
+        """Whether a request runs alone."""
+        return self._on_trial is not None
+
+    def next_to_try(self, suspects: list[OpenRequest]) -> OpenRequest | None:
+        """The suspect to run alone now, if none does."""
+        if self._on_trial is not None or not suspects:
+            return None
+        self._on_trial = suspects[0]
+        return self._on_trial
 
     def acquit(self, requests: Collection[OpenRequest]) -> bool:
         """They did no harm or are gone; returns whether a trial ends."""

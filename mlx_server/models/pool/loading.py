@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from mlx_server.events import event
 from mlx_server.models.pool.needs import LoadPlan
 from mlx_server.models.pool.resumable import ResumableEngine
 from mlx_server.models.pool.supervisor import EngineSupervisor
+from mlx_server.models.pool.supervisors import Supervisors
 from mlx_server.models.store.generation import own_sampling
 from mlx_server.models.store.locks import ModelLock
 from mlx_server.models.text.client import ModelText, TextProcess
@@ -32,7 +33,7 @@ log = logging.getLogger("mlx_server.pool")
 class LoadedModel:
     id: str
     engine: ResumableEngine
-    supervisor: EngineSupervisor
+    supervisor: Supervisors
     text: ModelText
     facts: Ready
     sampling: Mapping[str, float]
@@ -63,17 +64,22 @@ class ModelLoader:
             lock = ModelLock(self.home, plan.path)
             try:
                 async with asyncio.timeout(self.load_timeout):
-                    process, text = await self._start_both(plan)
+                    processes, text = await self._start_both(plan)
             except BaseException:
                 lock.release()
                 raise
-            _prepare(process, text, plan)
-            facts = process.ready
+            for process in processes:
+                _prepare(process, text, plan)
+            facts = processes[0].ready
             assert facts is not None
             span.loaded(device=facts.device, weights_bytes=facts.weights_bytes)
-        engine = ResumableEngine(model_id)
+        engine = ResumableEngine(model_id, plan.replicas)
         start = partial(self._start_prepared, plan, text)
-        supervisor = EngineSupervisor(process, engine, start, self.hang_timeout)
+        supervisors = [
+            EngineSupervisor(process, replica, start, self.hang_timeout)
+            for process, replica in zip(processes, engine.replicas, strict=True)
+        ]
+        supervisor = Supervisors(engine, supervisors)
         scores = plan.embedding is not None and plan.embedding.scores
         return LoadedModel(model_id, engine, supervisor, text, facts, sampling, lock, scores)
 
@@ -88,20 +94,31 @@ class ModelLoader:
         log.error(event("model_load_crashed", model=model_id), exc_info=error)
         return ModelLoadFailed(f"{type(error).__name__}: {error}")
 
-    async def _start_both(self, plan: LoadPlan) -> tuple[EngineClient, ModelText]:
+    async def _start_both(self, plan: LoadPlan) -> tuple[list[EngineClient], ModelText]:
         trusted = plan.options.trust_remote_code
-        starting = asyncio.create_task(self._start_engine(plan, kv_share=1.0))
+        starting = asyncio.create_task(self._start_engines(plan))
         opening = asyncio.create_task(self.texts.open(plan.path, plan.entry.id, trusted))
         try:
             return await asyncio.gather(starting, opening)
         except BaseException:
             starting.cancel()
             opening.cancel()
-            process, text = await asyncio.gather(starting, opening, return_exceptions=True)
+            processes, text = await asyncio.gather(starting, opening, return_exceptions=True)
             if not isinstance(text, BaseException):
                 text.close()
-            if not isinstance(process, BaseException):
-                await process.stop()
+            if not isinstance(processes, BaseException):
+                await _stop_all(processes)
+            raise
+
+    async def _start_engines(self, plan: LoadPlan) -> list[EngineClient]:
+        starts = [asyncio.create_task(self._start_engine(plan, 1.0)) for _ in range(plan.replicas)]
+        try:
+            return await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            ended = await asyncio.gather(*starts, return_exceptions=True)
+            await _stop_all(one for one in ended if not isinstance(one, BaseException))
             raise
 
     async def _start_prepared(
@@ -124,6 +141,10 @@ class ModelLoader:
             return await self.start_engine(
                 entry.id, plan.path, options, entry.adapter_path, plan.embedding
             )
+
+
+async def _stop_all(processes: Iterable[EngineClient]) -> None:
+    await asyncio.gather(*(process.stop() for process in processes))
 
 
 def _prepare(process: EngineClient, text: ModelText, plan: LoadPlan) -> None:

@@ -237,8 +237,9 @@ class ModelPoolManager:
             return
         slot.measuring = True
         options = self.settings.load_options(slot.entry.id)
+        replicas = self.settings.replicas_of(slot.entry.id)
         try:
-            slot.plan = await asyncio.to_thread(self.planner.plan, slot.entry, options)
+            slot.plan = await asyncio.to_thread(self.planner.plan, slot.entry, options, replicas)
         except ServerError as error:
             slot.fail(error)
             raise slot.failure() from error

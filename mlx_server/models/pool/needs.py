@@ -48,7 +48,14 @@ class LoadPlan:
     options: LoadOptions
     embedding: Embedding | None
     wired: int = 0
-    """Bytes that it may wire; once loaded, that it has wired."""
+    """Bytes that each engine may wire; once loaded, that it has wired."""
+    replicas: int = 1
+    """Engines, each of which takes `need`."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all engines."""
+        return self.need.total * self.replicas
 
 
 @dataclass(slots=True)
@@ -76,23 +83,24 @@ class MemoryPlanner:
             case limit:
                 self.wirable = min(parse_bytes(limit, 0), device.wirable)
 
-    def plan(self, entry: ModelEntry, options: LoadOptions) -> LoadPlan:
+    def plan(self, entry: ModelEntry, options: LoadOptions, replicas: int = 1) -> LoadPlan:
         """Blocks on files. Raises ModelLoadFailed, InsufficientMemory beyond `budget`."""
         if entry.path is None:
             raise ModelLoadFailed("it has not been pulled yet")
         mode = options.dequantize
         float32 = mode == "always" or (mode == "auto" and self.on_cpu)
         try:
-            return self._plan(entry, entry.path, options, float32)
+            return self._plan(entry, entry.path, options, float32, replicas)
         except InsufficientMemory:
             if not float32 or mode == "always":
                 raise
             # Slower as stored, but it runs.
-            return self._plan(entry, entry.path, options, False)
+            return self._plan(entry, entry.path, options, False, replicas)
 
     def grant_wired(self, plan: LoadPlan, others: int) -> LoadPlan:
         """`others`: bytes that other models may wire or have wired."""
-        return replace(plan, wired=max(0, min(plan.need.arrays, self.wirable - others)))
+        left = (self.wirable - others) // plan.replicas
+        return replace(plan, wired=max(0, min(plan.need.arrays, left)))
 
     def correct(self, plan: LoadPlan, facts: Ready) -> LoadPlan:
         self._measured[plan.footprint] = facts.weights_bytes
@@ -102,7 +110,9 @@ class MemoryPlanner:
         corrected = Need(facts.weights_bytes, facts.kv_limit, working, need.overhead)
         return replace(plan, need=corrected, wired=facts.memory.wired)
 
-    def _plan(self, entry: ModelEntry, path: Path, options: LoadOptions, float32: bool) -> LoadPlan:
+    def _plan(
+        self, entry: ModelEntry, path: Path, options: LoadOptions, float32: bool, replicas: int
+    ) -> LoadPlan:
         embedding, longest = None, None
         if entry.embeds:
             files = read_embedding(path)
@@ -116,22 +126,25 @@ class MemoryPlanner:
             dequantize="always" if float32 else "never",
             context_length=min(limits, default=None),
         )
-        need = self._need(footprint, options)
-        return LoadPlan(entry, path, footprint, need, options, embedding)
+        need = self._need(footprint, options, replicas)
+        return LoadPlan(entry, path, footprint, need, options, embedding, replicas=replicas)
 
-    def _need(self, footprint: Footprint, options: LoadOptions) -> Need:
+    def _need(self, footprint: Footprint, options: LoadOptions, replicas: int) -> Need:
+        """Of each engine."""
         weights = self._measured.get(footprint, footprint.weights)
         context = min(footprint.context_length, options.context_length or footprint.context_length)
         working = footprint.working(options.max_batch)
         smallest_kv = footprint.kv(min(context, MIN_KV_TOKENS))
         fixed = weights + working + self.overhead
         least = fixed + smallest_kv
-        if least > self.budget:
+        if least * replicas > self.budget:
+            engines = f" for {replicas} engines" if replicas > 1 else ""
             raise InsufficientMemory(
-                f"it needs {least:,} bytes of memory and all models together may take "
-                f"{self.budget:,}"
+                f"it needs {least * replicas:,} bytes of memory{engines} and all models together "
+                f"may take {self.budget:,}"
             )
-        usual = max(smallest_kv, parse_bytes(self.kv_cache or DEFAULT_KV_SHARE, self.budget))
+        of_all = parse_bytes(self.kv_cache or DEFAULT_KV_SHARE, self.budget)
+        usual = max(smallest_kv, of_all // replicas)
         largest = options.max_batch * footprint.kv(context)
-        kv = min(largest, usual, self.budget - fixed)
+        kv = min(largest, usual, self.budget // replicas - fixed)
         return Need(weights, kv, working, self.overhead)

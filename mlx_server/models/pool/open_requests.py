@@ -6,12 +6,16 @@ its randomness depends on seed and position alone.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from mlx_server.engine.protocol import Embed, Failed, Generate, Row
 from mlx_server.errors import ServerError
 from mlx_server.models.pool.stream import RowStream
+
+if TYPE_CHECKING:
+    from mlx_server.models.pool.replica import Replica
 
 RESUMED_PRIORITY = -(1 << 31)
 
@@ -33,15 +37,27 @@ class OpenRequest(ABC):
         self.evidence = 0
         """Weighted ends of engines since its latest row."""
         self.paused = False
-        self.sent = False
+        self.replica: Replica | None = None
+        """The engine that it was sent to."""
+        self.suspected_by: Replica | None = None
+        """The engine that it may have ended, and on which alone it is tried."""
         self.begun = False
         self.stream = stream
         self._on_progress = on_progress
         self._resumed = False
 
     @property
+    def sent(self) -> bool:
+        return self.replica is not None
+
+    @property
     @abstractmethod
     def complete(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def prompt(self) -> list[int]:
+        """What an engine may have computed before; empty if it keeps nothing."""
 
     @abstractmethod
     def remaining(self) -> Generate | Embed: ...
@@ -60,13 +76,13 @@ class OpenRequest(ABC):
             item = msgspec.structs.replace(item, id=self.id)
         if isinstance(item, Row):
             item = self._keep(item)
-        self.evidence = 0
+        self.evidence, self.suspected_by = 0, None
         self.stream.put(item)
         self._on_progress(self, ended)
 
     def take_back(self) -> None:
         self._resumed = self._resumed or self.begun
-        self.sent = self.begun = False
+        self.replica, self.begun = None, False
 
     def fail_stream(self, error: ServerError) -> None:
         self.stream.fail(error)
@@ -93,12 +109,16 @@ class OpenGeneration(OpenRequest):
     def complete(self) -> bool:
         return bool(self._tokens) and len(self._tokens) >= self._request.max_tokens
 
+    @property
+    def prompt(self) -> list[int]:
+        return self._request.prompt + self._tokens
+
     def remaining(self) -> Generate:
         request = self._request
         return msgspec.structs.replace(
             request,
             id=self.engine_id,
-            prompt=request.prompt + self._tokens,
+            prompt=self.prompt,
             generated=request.generated + len(self._tokens),
             max_tokens=request.max_tokens - len(self._tokens),
             prompt_logprobs=None if self._has_row else request.prompt_logprobs,
@@ -131,6 +151,10 @@ class OpenEmbedding(OpenRequest):
     @property
     def complete(self) -> bool:
         return not any(self._missing)
+
+    @property
+    def prompt(self) -> list[int]:
+        return []
 
     def remaining(self) -> Embed:
         return msgspec.structs.replace(

@@ -78,12 +78,12 @@ class Slot:
     @property
     def need(self) -> int:
         """Bytes; 0 while unknown."""
-        return self.plan.need.total if self.plan else 0
+        return self.plan.bytes if self.plan else 0
 
     @property
     def wired(self) -> int:
         """Bytes that it may wire, or has wired."""
-        return self.plan.wired if self.plan else 0
+        return self.plan.wired * self.plan.replicas if self.plan else 0
 
     @property
     def leaving(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mlx_server.engine.protocol import Batching, Memory, PrefixStats
 from mlx_server.models.pool.slot import MIN_RETRY_AFTER, Slot
+from mlx_server.models.pool.supervisors import ReplicaStatus
 
 ModelState = Literal[
     "absent", "downloading", "loading", "ready", "restarting", "draining", "failed"
@@ -48,6 +49,8 @@ class ModelStatus:
     kv_limit: int | None = None
     prefix_cache: PrefixStats | None = None
     batching: Batching | None = None
+    replicas: tuple[ReplicaStatus, ...] = ()
+    """Its engines."""
     waiting_to_load: int = 0
     pinned: bool = False
     last_used: float | None = None
@@ -102,6 +105,7 @@ def status_of(slot: Slot) -> ModelStatus:
         kv_limit=facts.kv_limit,
         mixed_steps=facts.mixed_steps,
         batching=facts.batching,
+        replicas=tuple(supervisor.replicas),
         memory=stats.memory if stats else facts.memory,
         expires=_expiry(slot),
     )

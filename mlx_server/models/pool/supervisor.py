@@ -11,7 +11,7 @@ from mlx_server.engine.protocol import Stats
 from mlx_server.errors import LoadCrashed, Unavailable
 from mlx_server.events import event
 from mlx_server.models.pool.blame import CRASH, KILL
-from mlx_server.models.pool.resumable import ResumableEngine
+from mlx_server.models.pool.replica import Replica
 
 MAX_LOAD_ATTEMPTS = 3
 MIN_DELAY, MAX_DELAY = 0.25, 30.0
@@ -35,7 +35,7 @@ class EngineSupervisor:
     def __init__(
         self,
         process: EngineClient,
-        engine: ResumableEngine,
+        engine: Replica,
         start: StartProcess,
         hang_timeout: float,
     ) -> None:
