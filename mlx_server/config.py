@@ -155,6 +155,10 @@ class Settings(BaseSettings):
     prefill_chunk: int | None = Field(
         None, ge=1, description="Prompt tokens computed per turn; chosen by device if unset."
     )
+    speculation: Literal["auto", "off"] = Field(
+        "off",
+        description="`auto`: guess tokens from prompt and answer and verify several in one step.",
+    )
     context_length: int | None = Field(
         None, ge=16, description="Caps every model's context, in tokens."
     )
@@ -398,6 +402,7 @@ class Settings(BaseSettings):
             openblas=self.openblas,
             max_batch=self.max_batch,
             prefill_chunk=self.prefill_chunk,
+            speculation=self.speculation,
             context_length=self.context_length,
             trust_remote_code=model_id in self.trust_remote_code,
         )

@@ -68,6 +68,8 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     chunk: Chunk | None
     mixed: bool
     """Whether decode step and chunk go through the model in one pass."""
+    guess: dict[int, int] = {}
+    """How many tokens may be guessed for a request, by its id, and verified in a decode step."""
 
 
 class ChunkTime(NamedTuple):

@@ -68,6 +68,8 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     max_batch: int = 32
     prefill_chunk: int | None = None
     """Prompt tokens per turn; None sizes it by measured speed."""
+    speculation: Literal["auto", "off"] = "off"
+    """`auto`: guess tokens from prompt and answer, and verify several in one step."""
     context_length: int | None = None
     """Caps the model's own."""
     trust_remote_code: bool = False

@@ -1,5 +1,6 @@
 """A request that an engine works on, and how far it is."""
 
+from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -10,6 +11,7 @@ from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row, Sa
 
 if TYPE_CHECKING:
     from mlx_server.engine.grammar.grammar import Constraint, Grammar
+    from mlx_server.engine.run.lookup import Lookup
 
 EXPECTED_TOKENS = 256
 """Completion tokens that admission makes room for; what gets longer may be preempted."""
@@ -63,6 +65,7 @@ class Sequence:
         self.cached = start.cached
         self.reported = start.reported
         self.constraint: Constraint | None = None
+        self.lookup: Lookup | None = None
         self.in_flight = False
         self.done = False
 
@@ -112,18 +115,31 @@ class Sequence:
         self.stop_tokens = grammar.ends(self.stop_tokens)
         self.constraint = Constraint(grammar, self.stop_tokens, self.completion)
 
-    def accept(self, token: int, logprobs: Logprobs | None) -> Row:
-        """Record the next token read back; returns the row that reports it."""
-        self.completion.append(token)
+    def accept(self, tokens: Many[int], logprobs: Many[Logprobs | None]) -> Row:
+        """Record the next tokens read back, up to the last; returns the row that reports them."""
+        taken: list[int] = []
         finish: FinishReason | None = None
-        if token in self.stop_tokens:
-            finish = "stop"
-        elif len(self.completion) >= self.limit:
-            finish = "length"
-        elif self.constraint is not None:
-            self.constraint.append(token)
+        for token in tokens:
+            taken.append(token)
+            finish = self._accept(token)
+            if finish is not None:
+                break
+        self.launched = max(self.launched, len(self.completion))
         self.done = finish is not None
-        return self.report([token], finish, [logprobs] if logprobs else None)
+        entries = [entry for entry in logprobs[: len(taken)] if entry is not None]
+        return self.report(taken, finish, entries or None)
+
+    def _accept(self, token: int) -> FinishReason | None:
+        self.completion.append(token)
+        if token in self.stop_tokens:
+            return "stop"
+        if len(self.completion) >= self.limit:
+            return "length"
+        if self.constraint is not None:
+            self.constraint.append(token)
+        if self.lookup is not None:
+            self.lookup.append(token)
+        return None
 
     def report(
         self,

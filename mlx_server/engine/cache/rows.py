@@ -101,6 +101,13 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         self.padding = tuple(left + right for left, right in pairs)
         self._right_padding = None
 
+    def roll_back(self, rejected: Many[int]) -> None:
+        """Forget so many of the last tokens of each row."""
+        common = min(rejected)
+        self._idx -= common
+        self.prepare(right_padding=[one - common for one in rejected])
+        self.finalize()
+
     def trim(self, n: int) -> int:
         n = min(self._idx, n)
         self._idx -= n

@@ -14,7 +14,7 @@ from mlx_server.engine.cache.layout import Cache, KvLayout
 from mlx_server.engine.cache.quant import CannotQuantize, check_support, quantize_cache
 from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions, Sharing
-from mlx_server.engine.run import batching, mixed, patches, scores
+from mlx_server.engine.run import batching, kv, mixed, patches, scores
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.weights import (
@@ -33,7 +33,8 @@ class Backend:
 
     `tokens_within_scores`: from how many tokens are computed to how many a chunk may have.
     `eager`: passes over several tokens a row compute while they are built. `mixes`: several caches
-    can share a pass; `mixed_steps` says so for people, or why not.
+    can share a pass; `mixed_steps` says so for people, or why not. `guesses`: rows can draw several
+    tokens in one.
     """
 
     def __init__(
@@ -67,6 +68,9 @@ class Backend:
         self.batching = batching.find(self)
         self.caches = batching.row_caches(self.batching)
         self._log_batching()
+        sample = self.caches.merge([self.new_cache()])
+        able = self.batching.decode is Sharing.ANY and kv.can_roll_back(sample)
+        self.guesses = able and options.speculation == "auto"
         obstacle = self._obstacle_to_mixed_passes()
         self.mixes = obstacle is None
         self.mixed_steps = "on" if obstacle is None else f"off: {obstacle}"

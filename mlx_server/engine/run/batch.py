@@ -1,6 +1,6 @@
 """The decoding batch: one row a request, one token a row and step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +13,7 @@ from mlx_server.engine.run.groups import Groups, ids_of
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.prefill import Prefill
 from mlx_server.engine.run.store import logprob_entries
+from mlx_server.engine.run.verify import Guesses, Verification, last_token
 from mlx_server.engine.sampling.sampler import BatchSampler, Draw
 from mlx_server.engine.sequence import Sequence
 
@@ -47,7 +48,7 @@ class Step:
         tokens = cast(list[int], self.draw.tokens.tolist())
         entries = self._entries(tokens)
         return [
-            sequence.accept(token, entries.get(sequence.id))
+            sequence.accept([token], [entries.get(sequence.id)])
             for sequence, token in zip(self.rows, tokens, strict=True)
             if not sequence.done
         ]
@@ -163,6 +164,24 @@ class Batch:
         self.pending = None
         for row in self.rows:
             row.in_flight = False
+        return rows
+
+    def guesses(self, most: Mapping[int, int]) -> dict[int, list[int]]:
+        """What may come next in rows, up to `most` tokens by their ids; all steps must be read."""
+        found = {}
+        for row in self.rows:
+            if row.lookup is not None and row.id in most:
+                room = min(most[row.id], row.limit - len(row.completion) - 1)
+                found[row.id] = row.lookup.guess(room) if room > 0 else []
+        return {id_: guess for id_, guess in found.items() if guess}
+
+    def verify(self, guesses: Guesses) -> list[Row]:
+        """Draw the next tokens of all rows, more than one where a guess is right; reads them."""
+        rows, failed = Verification(self._model, self._groups, guesses, self._mask_thread).finish()
+        self.failed += failed
+        self.inputs = Inputs()
+        self.inputs.insert(0, [last_token(row) for row in self.rows])
+        self._sampler = None
         return rows
 
     def take_failed(self) -> list[Failed]:

@@ -118,6 +118,17 @@ class Groups:
             yield Part(inputs[start:end, None], group.cache)
             start = end
 
+    def members(self) -> Iterator[tuple[list[Sequence], Cache]]:
+        for group in self._groups:
+            yield group.rows, group.cache
+
+    def roll_back(self, rejected: dict[int, int]) -> None:
+        """Forget so many of the last tokens of each row, by its id."""
+        for group in self._groups:
+            counts = [rejected[row.id] for row in group.rows]
+            if any(counts):
+                kv.roll_back(group.cache, counts)
+
     def loose_ends(self) -> list[mx.array]:
         """What a step leaves unevaluated, and would add to for ever."""
         return [array for group in self._groups for array in kv.loose_ends(group.cache)]

@@ -12,8 +12,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_server.engine.cache.layout import Cache, leaves
+from mlx_server.engine.cache.rows import BatchKVCache, rounded
 from mlx_server.engine.cache.rows import merge as merge_layers
-from mlx_server.engine.cache.rows import rounded
 from mlx_server.engine.memory import device_name
 from mlx_server.engine.run.weights import ModelError
 
@@ -89,6 +89,17 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
     for layer in cache:
         layer.filter(rows)
     return cache
+
+
+def can_roll_back(cache: Cache) -> bool:
+    """Whether single rows of this batch cache can be shortened."""
+    return all(isinstance(leaf, BatchKVCache) for leaf in leaves(cache))
+
+
+def roll_back(cache: Cache, rejected: list[int]) -> None:
+    """Forget so many of the last tokens of each row."""
+    for leaf in leaves(cache):
+        leaf.roll_back(rejected)
 
 
 def loose_ends(cache: Cache) -> list[mx.array]:

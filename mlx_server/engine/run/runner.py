@@ -16,6 +16,7 @@ from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.even_prefill import EvenPrefill
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.kv import cache_bytes
+from mlx_server.engine.run.lookup import Lookup
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
 from mlx_server.engine.run.prefixes import WaitingPrefixes
 from mlx_server.engine.sequence import Sequence, usable_keys
@@ -76,7 +77,9 @@ class Runner:
         if plan.mixed and isinstance(prefill, PromptPrefill) and prefill.mixes:
             yield from self._mixed_step(prefill, budget, outcome)
         else:
-            if plan.decode:
+            if plan.decode and plan.guess:
+                yield from self._verify(plan.guess, outcome)
+            elif plan.decode:
                 yield Tokens(self._decode(outcome))
             if prefill is not None:
                 yield Tokens(self._prefill(prefill, budget, outcome))
@@ -118,6 +121,8 @@ class Runner:
         for sequence in sequences:
             if sequence.request.grammar is not None:
                 sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
+            elif self.model.guesses:
+                sequence.lookup = Lookup(sequence.request.prompt)
         prefill: Prefill
         if len(sequences) == 1:
             prefill = PromptPrefill(self.model, self.prefix, sequences[0], begin.until)
@@ -141,6 +146,13 @@ class Runner:
             outcome.step_seconds = time.perf_counter() - started
         self._end_mixed(outcome)
         return rows
+
+    def _verify(self, most: dict[int, int], outcome: Outcome) -> Iterator[Tokens]:
+        """A guess needs to know all tokens before it, so nothing else is under way."""
+        yield Tokens(self._settle(outcome))
+        self.batch.drop_ended()
+        guesses = self.batch.guesses(most)
+        yield Tokens(self.batch.verify(guesses) if guesses else self._decode(outcome))
 
     def _mixed_step(
         self, prefill: PromptPrefill, budget: int, outcome: Outcome

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from mlx_server.engine.plan import Begin, Chunk, ChunkTime, Outcome, Plan
+from mlx_server.engine.run.lookup import MOST
 from mlx_server.engine.run.runner import Runner
 from mlx_server.engine.schedule.admission import Admission
 from mlx_server.engine.schedule.pace import Pace
@@ -49,6 +50,7 @@ class Planner:
             decode=mixed or not self._gathering(rows, len(admitted)),
             chunk=chunk,
             mixed=mixed,
+            guess={} if mixed else _guessing(rows),
         )
 
     def learn(self, plan: Plan, outcome: Outcome) -> None:
@@ -144,3 +146,7 @@ class Planner:
         if chunk.behind_step:  # which the device had to compute first
             seconds = max(seconds - step, seconds / 2)
         self._pace.chunks.measured(chunk.tokens, chunk.keys, seconds)
+
+
+def _guessing(rows: list[Sequence]) -> dict[int, int]:
+    return {row.id: MOST for row in rows if row.lookup is not None and row.lookup.ready}

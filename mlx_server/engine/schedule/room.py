@@ -19,7 +19,8 @@ class Sized(Protocol):
 class KvRoom:
     """The KV limit, in bytes, for running requests and the prefix cache; what runs comes first.
 
-    `padded` tells from the lengths of sequences what they may be padded to.
+    `padded` tells from the lengths of sequences what they may be padded to. A step adds at most
+    `step` tokens to a row.
     """
 
     def __init__(
@@ -29,12 +30,14 @@ class KvRoom:
         prefix_limit: int,
         backoff: KvBackoff,
         padded: Callable[[list[int]], list[int]],
+        step: int = 1,
     ) -> None:
         self._cost = cost
         self._limit = limit
         self._prefix_limit = prefix_limit
         self._backoff = backoff
         self._padded = padded
+        self._step = step
 
     @property
     def usable(self) -> int:
@@ -55,7 +58,7 @@ class KvRoom:
         return max(0, min(self._prefix_limit, self.usable - self._next(admitted)))
 
     def _next(self, admitted: Many[Sized]) -> int:
-        return self._bytes([one.length + 1 for one in admitted])
+        return self._bytes([one.length + self._step for one in admitted])
 
     def _bytes(self, lengths: list[int]) -> int:
         return sum(self._cost.bytes(1, length) for length in self._padded(lengths))

@@ -28,6 +28,7 @@ from mlx_server.engine.protocol import (
 )
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.groups import padded
+from mlx_server.engine.run.lookup import MOST
 from mlx_server.engine.run.runner import Runner
 from mlx_server.engine.schedule import compiling
 from mlx_server.engine.schedule.admission import Admission
@@ -83,7 +84,8 @@ class Scheduler:
         self.pace = Pace(prefill_chunk, model.tokens_within_scores)
         self.backoff = KvBackoff(kv_share)
         lengths = padded(model.batching.decode, mixes=model.mixes)
-        self.room = KvRoom(model.kv_cost, kv_limit, prefix.limit, self.backoff, lengths)
+        step = 1 + MOST if model.guesses else 1
+        self.room = KvRoom(model.kv_cost, kv_limit, prefix.limit, self.backoff, lengths, step)
         self.admission = Admission(self.waiting, self.runner, self.room, self.suspects, max_batch)
         self.planner = Planner(self.runner, self.admission, self.room, self.pace)
         self.counts = Counts()

@@ -1,0 +1,104 @@
+"""Guessed tokens that are verified in the batch change no text."""
+
+import random
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from mlx_server.engine.protocol import Generate, Sampling
+from mlx_server.engine.run.batch import Batch
+from mlx_server.engine.run.lookup import MOST, Lookup
+from mlx_server.engine.schedule import planner
+from mlx_server.engine.sequence import Sequence
+from tests.engine.conftest import request
+from tests.engine.test_mixed import scheduler_of, tokens_of
+from tests.support.tiny import build_recurrent_model, build_tiny_model
+
+
+def requests_of(count: int) -> list[Generate]:
+    """Greedy and sampled, penalised, with and without log-probabilities."""
+    made = []
+    for seed in range(count):
+        sampling = Sampling(
+            seed=seed,
+            temperature=[0.0, 0.3, 0.9][seed % 3],
+            repetition_penalty=[1.0, 1.0, 1.1][seed // 3 % 3],
+            presence_penalty=[0.0, 0.4][seed // 2 % 2],
+        )
+        prompt = [(7 * i + seed) % 400 for i in range(20 + 31 * seed % 400)]
+        made.append(request(prompt, 40 + seed, sampling, logprobs=[None, 2][seed % 2]))
+    return made
+
+
+class Oracle:
+    """Guesses the `texts` that are to come, up to a mistake."""
+
+    def __init__(self, texts: dict[int, list[int]]) -> None:
+        self.texts = texts
+        self.right = self.wrong = 0
+
+    def guesses(self, batch: Batch, most: Mapping[int, int]) -> dict[int, list[int]]:
+        found = {}
+        for row in batch.rows:
+            at = len(row.completion)
+            rng = random.Random(1000 * row.id + at)
+            right = rng.randrange(5)
+            coming = self.texts[row.id][at : at + right]
+            guess = [*coming, *(rng.randrange(400) for _ in range(rng.randrange(3)))]
+            guess = guess[: row.limit - at - 1]
+            if guess and rng.random() < 0.7:
+                found[row.id] = guess
+                self.right += len(coming[: len(guess)])
+                self.wrong += len(guess) - len(coming[: len(guess)])
+        return found
+
+
+def always(rows: list[Sequence]) -> dict[int, int]:
+    return {row.id: MOST for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("kv_bits", "count"), [(None, 16), (8, 8), pytest.param(None, 100, marks=pytest.mark.soak)]
+)
+def test_guesses_right_and_wrong_change_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_bits: int | None, count: int
+) -> None:
+    path = build_tiny_model(tmp_path / "tiny", hidden=128)
+    scheduler = scheduler_of(path, kv_bits=kv_bits, speculation="auto")
+    wanted, half = requests_of(count), count // 2
+    plain = tokens_of(scheduler, wanted[:half], wanted[half:])
+    oracle = Oracle(plain)
+    monkeypatch.setattr(Batch, "guesses", lambda batch, most: oracle.guesses(batch, most))
+    monkeypatch.setattr(planner, "_guessing", always)
+    assert tokens_of(scheduler, wanted[:half], wanted[half:]) == plain
+    assert oracle.right > 10 * count
+    assert oracle.wrong > 2 * count
+
+
+def test_a_cache_that_cannot_be_shortened_takes_no_guesses(tmp_path: Path) -> None:
+    path = build_recurrent_model(tmp_path / "recurrent")
+    assert not scheduler_of(path, speculation="auto").model.guesses
+
+
+def test_what_followed_the_same_tokens_before_is_guessed() -> None:
+    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4])
+    assert lookup.guess(3) == [5, 6, 7]
+    lookup.append(5)
+    assert lookup.guess(3) == [6, 7, 8]
+    lookup.append(99)
+    assert not lookup.ready
+
+
+def test_guesses_pause_ever_longer_where_they_are_wrong() -> None:
+    lookup = Lookup([1, 2, 3, 4] * 3)
+    guessed = []
+    for step in range(400):
+        if lookup.ready:
+            guessed.append(step)
+            lookup.judge(len(lookup.guess(MOST)), 0)
+        lookup.append([1, 2, 3, 4][step % 4])
+    pauses = [later - earlier for earlier, later in pairwise(guessed)]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] >= 100
