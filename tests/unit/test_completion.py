@@ -376,14 +376,14 @@ def test_half_a_call_is_no_call() -> None:
     [
         "<tool_call>" * 20_000 + "</tool_call>",
         "<tool_call>{" * 20_000,
-        "<tool_call>" + " " * 200_000,
-        " " * 200_000,
-        "<think>" + "</thin" * 30_000,
-        '<tool_call>{"name": "add", "arguments": {"a": "' + "\\" * 200_001,
-        '<tool_call>{"name": "add", "arguments": {}}' + " ,;" * 60_000,
-        '<tool_call>{"name": "add", "arguments": ' + '{"a":' * 40_000,
-        *("{[" * 60_000, '{"id": "' * 20_000, '{"id": "x", ' * 10_000, "[add" * 30_000),
-        *("<add>" + '"\\' * 60_000, "<add>" + '"' * 60_000, "<call><a>" + "</" * 60_000),
+        "<tool_call>" + " " * 100_000,
+        " " * 100_000,
+        "<think>" + "</thin" * 15_000,
+        '<tool_call>{"name": "add", "arguments": {"a": "' + "\\" * 100_001,
+        '<tool_call>{"name": "add", "arguments": {}}' + " ,;" * 30_000,
+        '<tool_call>{"name": "add", "arguments": ' + '{"a":' * 20_000,
+        *("{[" * 30_000, '{"id": "' * 10_000, '{"id": "x", ' * 5_000, "[add" * 15_000),
+        *("<add>" + '"\\' * 30_000, "<add>" + '"' * 30_000, "<call><a>" + "</" * 30_000),
     ],
     ids=range(15),
 )
@@ -391,4 +391,4 @@ def test_half_a_call_is_no_call() -> None:
 def test_whatever_a_model_says_is_read_in_linear_time(calls: CallSyntax, flood: str) -> None:
     started = time.process_time()
     read(re.findall(".{1,3}", flood), calls=calls)
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 5
