@@ -150,11 +150,14 @@ class Tally:
         """(tokens, cached tokens) by prompt index."""
         self._completion_tokens = 0
         self._reasoning_tokens = 0
+        self._accepted = self._rejected = 0
 
     def feed(self, prompt: int, event: Event) -> None:
         if isinstance(event, Finished):
             self._completion_tokens += event.usage.completion_tokens
             self._reasoning_tokens += event.usage.reasoning_tokens
+            self._accepted += event.usage.accepted_guesses
+            self._rejected += event.usage.rejected_guesses
             # Choices share their prompt: count the smallest cache hit.
             cached = event.usage.cached_tokens
             _, before = self._prompts.get(prompt, (0, cached))
@@ -166,6 +169,8 @@ class Tally:
             completion_tokens=self._completion_tokens,
             cached_tokens=sum(cached for _, cached in self._prompts.values()),
             reasoning_tokens=self._reasoning_tokens,
+            accepted_guesses=self._accepted,
+            rejected_guesses=self._rejected,
         )
 
 

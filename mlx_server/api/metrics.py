@@ -82,6 +82,18 @@ FIGURES = (
     ),
     Figure(
         COUNTER,
+        "vllm:spec_decode_num_draft_tokens",
+        "Tokens guessed.",
+        lambda s: s.guessed,
+    ),
+    Figure(
+        COUNTER,
+        "vllm:spec_decode_num_accepted_tokens",
+        "Guessed tokens that came true.",
+        lambda s: s.accepted,
+    ),
+    Figure(
+        COUNTER,
         "vllm:prefix_cache_queries",
         "Prompt tokens looked up.",
         _of_prefixes("prompt_tokens"),

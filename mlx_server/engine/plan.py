@@ -96,9 +96,14 @@ class Outcome:
         """Prompt tokens and cached ones of each request that began for the first time."""
         self.joined_empty_batch = False
         self.step_seconds: float | None = None
+        self.rows = 0
+        """How many rows that step had."""
+        self.verified: tuple[dict[int, int], int, float] | None = None
+        """Of a pass with guesses: tokens taken by the ids of rows, tokens computed, seconds."""
+        self.guessed = self.accepted = 0
         self.chunk: ChunkTime | None = None
 
     @property
     def computed(self) -> bool:
         """Whether the device has given a result."""
-        return self.step_seconds is not None or self.chunk is not None
+        return any(one is not None for one in (self.step_seconds, self.verified, self.chunk))

@@ -243,7 +243,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """What one request got in one step.
 
     `tokens` include the stop token. The first row says how many prompt tokens were `cached`.
-    `vectors` are pairs of a text's index and little-endian float32 numbers.
+    `vectors` are pairs of a text's index and little-endian float32 numbers. Of the tokens `guessed`
+    for this step `accepted` came true.
     """
 
     id: int
@@ -253,6 +254,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     prompt_logprobs: list[Logprobs | None] | None = None
     cached: int | None = None
     vectors: list[tuple[int, bytes]] | None = None
+    guessed: int = 0
+    accepted: int = 0
 
 
 class Begun(msgspec.Struct, frozen=True, tag="begun"):
@@ -312,6 +315,9 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     memory: Memory
     longest_turn: float = 0.0
     """Seconds; nothing is sent during a turn."""
+    guessed: int = 0
+    """Tokens guessed so far, and how many of them came true."""
+    accepted: int = 0
 
 
 ToEngine = Load | Tokenizer | Generate | Embed | Abort | Stop

@@ -88,6 +88,8 @@ class AdminModel(ResponseObject):
     running: int
     waiting: int
     preempted: int
+    guessed: int
+    accepted: int
     step_seconds: float
     kv_bytes: int
     kv_limit: int | None

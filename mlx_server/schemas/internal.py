@@ -131,6 +131,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    accepted_guesses: int = 0
+    rejected_guesses: int = 0
 
 
 @dataclass(frozen=True, slots=True)

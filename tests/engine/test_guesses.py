@@ -10,7 +10,7 @@ import pytest
 from mlx_server.engine.protocol import Generate, Sampling
 from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.lookup import MOST, Lookup
-from mlx_server.engine.schedule import planner
+from mlx_server.engine.schedule.planner import Planner
 from mlx_server.engine.sequence import Sequence
 from tests.engine.conftest import request
 from tests.engine.test_mixed import scheduler_of, tokens_of
@@ -55,7 +55,7 @@ class Oracle:
         return found
 
 
-def always(rows: list[Sequence]) -> dict[int, int]:
+def always(planner: Planner, rows: list[Sequence]) -> dict[int, int]:
     return {row.id: MOST for row in rows}
 
 
@@ -71,7 +71,7 @@ def test_guesses_right_and_wrong_change_no_text(
     plain = tokens_of(scheduler, wanted[:half], wanted[half:])
     oracle = Oracle(plain)
     monkeypatch.setattr(Batch, "guesses", lambda batch, most: oracle.guesses(batch, most))
-    monkeypatch.setattr(planner, "_guessing", always)
+    monkeypatch.setattr(Planner, "_guesses", always)
     assert tokens_of(scheduler, wanted[:half], wanted[half:]) == plain
     assert oracle.right > 10 * count
     assert oracle.wrong > 2 * count

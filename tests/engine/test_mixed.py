@@ -137,7 +137,9 @@ def test_noise_of_half_precision_is_told_from_a_mistake(
         assert "logits differ" in (obstacle() or ""), "there is no noise"
     with monkeypatch.context() as mistaken:
         positions = Part.positions
-        mistaken.setattr(Part, "positions", lambda part: positions(part) + part.shape[1] // 2)
+        mistaken.setattr(
+            Part, "positions", lambda part: positions(part) + part.tokens.shape[1] // 2
+        )
         assert "logits differ" in (obstacle() or "")
     assert obstacle() is None
 

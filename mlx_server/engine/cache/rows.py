@@ -5,6 +5,7 @@ layer, an offset that nothing reads is added to for ever, and attention gets a m
 padded, for which CUDA has no fused kernel.
 """
 
+import itertools
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from functools import lru_cache
@@ -19,6 +20,11 @@ from mlx_server.engine.memory import device_name
 
 STEP = 256
 """Tokens by which arrays grow."""
+MOST_GAPS = 32
+"""Tokens in the gaps of a row, at most; closing them moves all of the cache."""
+
+Gaps = tuple[tuple[int, int], ...]
+"""Where a row's tokens from one place to another are none of its own, in rising order."""
 
 Mask = mx.array | str | None
 
@@ -45,7 +51,10 @@ def merge(layers: Many[Any]) -> Any:
 
 
 class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
-    """`padding` is how many tokens on the left of each row are not its own."""
+    """`padding` is how many tokens on the left of each row are not its own.
+
+    What single rows have to forget leaves gaps, which attention passes over until they are closed.
+    """
 
     keys: Any
     values: Any
@@ -55,11 +64,12 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         self.padding = tuple(left_padding)
         self._idx = 0
         self._right_padding: tuple[int, ...] | None = None
+        self._gaps: tuple[Gaps, ...] = ((),) * len(self.padding)
 
     @property
     def offset(self) -> mx.array:
         # A handle of its own, since models may change it in place.
-        return mx.array(_offsets(self.padding, self._idx))
+        return mx.array(_offsets(self.padding, self._gaps, self._idx))
 
     @property
     def left_padding(self) -> mx.array:
@@ -80,6 +90,11 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         self, tokens: int, window_size: int | None = None, return_array: bool = False
     ) -> Mask:
         all_seen = window_size is None or self._idx + tokens <= window_size
+        if any(self._gaps):
+            # A window counts the tokens in gaps too.
+            if all_seen:
+                return _mask_with_gaps(self.padding, self._gaps, self._idx, tokens)
+            self.close_gaps()
         if all_seen and not any(self.padding):
             if tokens == 1:
                 return None
@@ -90,6 +105,7 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
 
     def prepare(self, *, right_padding: Many[int], **_: Any) -> None:
         """Announce that so many of the next tokens of each row, the last ones, are not its own."""
+        self.close_gaps()
         self._right_padding = tuple(right_padding) if any(right_padding) else None
 
     def finalize(self) -> None:
@@ -105,24 +121,45 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         """Forget so many of the last tokens of each row."""
         common = min(rejected)
         self._idx -= common
-        self.prepare(right_padding=[one - common for one in rejected])
-        self.finalize()
+        self._gaps = tuple(
+            (*gaps, (self._idx - (one - common), self._idx)) if one > common else gaps
+            for gaps, one in zip(self._gaps, rejected, strict=True)
+        )
+        if max(map(_width, self._gaps)) > MOST_GAPS:
+            self.close_gaps()
+
+    def close_gaps(self) -> None:
+        if not any(self._gaps):
+            return
+        widths = [p + _width(g) for p, g in zip(self.padding, self._gaps, strict=True)]
+        excess = min(widths)
+        put_arrays(
+            self, [_closed(x, self.padding, self._gaps, self._idx) for x in token_arrays(self)]
+        )
+        self.padding = tuple(width - excess for width in widths)
+        self._idx -= excess
+        self._gaps = ((),) * len(self.padding)
 
     def trim(self, n: int) -> int:
+        self.close_gaps()
         n = min(self._idx, n)
         self._idx -= n
         return n
 
     def filter(self, batch_indices: Many[int]) -> None:
+        self.close_gaps()
         padding = [self.padding[row] for row in batch_indices]
         excess = min(padding)
         self.padding = tuple(one - excess for one in padding)
         self._idx -= excess
+        self._gaps = ((),) * len(padding)
         rows = mx.array(list(batch_indices))
         kept = [x[rows] for x in token_arrays(self)]
         put_arrays(self, [_moved(x, -excess, rounded(x.shape[2] - excess)) for x in kept])
 
     def extend(self, other: "BatchKVCache") -> None:
+        self.close_gaps()
+        other.close_gaps()
         mine, theirs = token_arrays(self), token_arrays(other)
         index = max(self._idx, other._idx)
         left, right = index - self._idx, index - other._idx
@@ -135,6 +172,7 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
             pairs = zip(mine, theirs, strict=True)
             put_arrays(self, [mx.concatenate(list(pair)) for pair in pairs])
         self.padding = (*(p + left for p in self.padding), *(p + right for p in other.padding))
+        self._gaps = ((),) * len(self.padding)
         self._idx = index
 
     @classmethod
@@ -218,8 +256,52 @@ class BatchRotatingKVCache(mlx_lm.BatchRotatingKVCache):  # type: ignore[misc]
 
 
 @lru_cache(maxsize=64)  # layers of a step share them
-def _offsets(padding: tuple[int, ...], index: int) -> mx.array:
-    return mx.array([index - one for one in padding])
+def _offsets(padding: tuple[int, ...], gaps: tuple[Gaps, ...], index: int) -> mx.array:
+    pairs = zip(padding, gaps, strict=True)
+    return mx.array([index - one - _width(others) for one, others in pairs])
+
+
+def _width(gaps: Gaps) -> int:
+    return sum(end - start for start, end in gaps)
+
+
+def _own(padding: int, gaps: Gaps, index: int) -> list[int]:
+    """The places of a row's own tokens, of those before `index`."""
+    ends = [start for start, _ in gaps]
+    parts = zip((padding, *(end for _, end in gaps)), (*ends, index), strict=True)
+    return list(itertools.chain.from_iterable(range(start, end) for start, end in parts))
+
+
+@lru_cache(maxsize=4)
+def _mask_with_gaps(
+    padding: tuple[int, ...], gaps: tuple[Gaps, ...], index: int, tokens: int
+) -> mx.array:
+    """(rows, 1, tokens, keys) for the next `tokens` of rows that hold `index` with their gaps."""
+    most = max(map(len, gaps))
+    filled = mx.array([[*others, *[(0, 0)] * (most - len(others))] for others in gaps])
+    keys = mx.arange(index + tokens)
+    starts, ends = filled[:, :, :1], filled[:, :, 1:]
+    in_gaps = mx.any((keys >= starts) & (keys < ends), axis=1)
+    own = (keys >= mx.array(padding)[:, None]) & ~in_gaps
+    seen = keys <= mx.arange(index, index + tokens)[:, None]
+    return own[:, None, None, :] & seen
+
+
+@lru_cache(maxsize=4)
+def _sources(
+    padding: tuple[int, ...], gaps: tuple[Gaps, ...], index: int, heads: int, size: int
+) -> mx.array:
+    """(rows, heads, size): which of the rows · heads · size tokens each is to become."""
+    own = [_own(one, others, index) for one, others in zip(padding, gaps, strict=True)]
+    longest = max(map(len, own))
+    places = [[0] * (longest - len(one)) + one + [0] * (size - longest) for one in own]
+    starts = mx.arange(len(own) * heads).reshape(len(own), heads, 1) * size
+    return starts + mx.array(places)[:, None, :]
+
+
+def _closed(x: mx.array, padding: tuple[int, ...], gaps: tuple[Gaps, ...], index: int) -> mx.array:
+    _, heads, size, width = x.shape
+    return x.reshape(-1, width)[_sources(padding, gaps, index, heads, size)]
 
 
 def _written(held: mx.array | None, new: mx.array, start: int) -> mx.array:

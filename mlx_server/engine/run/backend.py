@@ -87,14 +87,18 @@ class Backend:
         return logits
 
     def step(self, parts: Sequence[Part], answers: int) -> mx.array:
-        """Logits (answers, 1, vocab) of the first `answers` rows of `parts`; grows their caches.
+        """Logits (answers, 1, vocab) of the first `answers` tokens of `parts`; grows their caches.
 
         A part with a chunk of a prompt needs `mixes`.
         """
-        if len(parts) > 1 and self.mixes:
+        if self.mixes and (len(parts) > 1 or any(part.counts for part in parts)):
             return mixed.forward(self.model, parts, answers)
-        logits = [self.forward(part.tokens, part.cache) for part in parts]
+        logits = [self._logits(part) for part in parts]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
+
+    def _logits(self, part: Part) -> mx.array:
+        logits = self.forward(part.tokens, part.cache)
+        return logits if part.tokens.shape[1] == 1 else part.layout.flat(logits)[:, None]
 
     def prefill(self, tokens: mx.array, cache: Cache) -> None:
         """`tokens` are (batch, tokens); the output projection is never run."""

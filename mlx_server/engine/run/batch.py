@@ -13,7 +13,7 @@ from mlx_server.engine.run.groups import Groups, ids_of
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.prefill import Prefill
 from mlx_server.engine.run.store import logprob_entries
-from mlx_server.engine.run.verify import Guesses, Verification, last_token
+from mlx_server.engine.run.verify import Guesses, Verification, Verified, last_token
 from mlx_server.engine.sampling.sampler import BatchSampler, Draw
 from mlx_server.engine.sequence import Sequence
 
@@ -175,14 +175,15 @@ class Batch:
                 found[row.id] = row.lookup.guess(room) if room > 0 else []
         return {id_: guess for id_, guess in found.items() if guess}
 
-    def verify(self, guesses: Guesses) -> list[Row]:
+    def verify(self, guesses: Guesses, *chunk: Part) -> Verified:
         """Draw the next tokens of all rows, more than one where a guess is right; reads them."""
-        rows, failed = Verification(self._model, self._groups, guesses, self._mask_thread).finish()
-        self.failed += failed
+        thread = self._mask_thread
+        verified = Verification(self._model, self._groups, guesses, thread, chunk).finish()
+        self.failed += verified.failed
         self.inputs = Inputs()
         self.inputs.insert(0, [last_token(row) for row in self.rows])
         self._sampler = None
-        return rows
+        return verified
 
     def take_failed(self) -> list[Failed]:
         failed, self.failed = self.failed, []

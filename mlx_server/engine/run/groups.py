@@ -147,6 +147,7 @@ class Groups:
         keep = [i for i, row in enumerate(group.rows) if row.id not in ids]
         if len(keep) == len(group.rows):
             return
+        kv.close_gaps(group.cache)
         for i, row in enumerate(group.rows):
             if row.id in ids:
                 kept = store_blocks(self._prefix, row, group.cache, i, row.computed)

@@ -80,6 +80,7 @@ def extend(cache: Cache, other: Cache) -> Cache:
         return other
     for layer, more in zip(cache, other, strict=True):
         layer.extend(more)
+        _reuse(layer)
     return cache
 
 
@@ -88,6 +89,7 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
         return []
     for layer in cache:
         layer.filter(rows)
+        _reuse(layer)
     return cache
 
 
@@ -96,10 +98,27 @@ def can_roll_back(cache: Cache) -> bool:
     return all(isinstance(leaf, BatchKVCache) for leaf in leaves(cache))
 
 
+def close_gaps(cache: Cache) -> None:
+    """Move the tokens of each row together, so that arrays hold nothing else between them."""
+    for leaf in leaves(cache):
+        if isinstance(leaf, BatchKVCache):
+            leaf.close_gaps()
+            _reuse(leaf)
+
+
 def roll_back(cache: Cache, rejected: list[int]) -> None:
     """Forget so many of the last tokens of each row."""
     for leaf in leaves(cache):
         leaf.roll_back(rejected)
+        _reuse(leaf)
+
+
+def _reuse(layer: Any) -> None:
+    """On a CPU, compute moved arrays now, so that the next layer gets the memory of the old ones:
+    new memory costs more than moving.
+    """
+    if device_name() == "cpu":
+        mx.eval(layer.state)
 
 
 def loose_ends(cache: Cache) -> list[mx.array]:

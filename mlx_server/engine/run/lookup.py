@@ -8,13 +8,14 @@ from collections.abc import Sequence as Many
 
 NGRAM = 4
 """Tokens that must have come before."""
-FIRST, MOST = 4, 8
-"""Tokens guessed at first, and at most."""
-PRICE = 0.35
-"""What a guessed token costs, as a share of a decode step; what is accepted gains one."""
-MOST_CREDIT = 4.0
-FIRST_PAUSE, LONGEST_PAUSE = 16, 512
-"""Tokens without guesses after those that did not pay; doubled each time."""
+MOST = 8
+"""Tokens guessed at a time, at most."""
+RIGHT, WRONG = 1.5, 0.5
+"""Guesses that a request is taken to have seen come true and fail before its first."""
+FADING, RECOVERING = 0.9, 0.99
+"""What earlier guesses count after each further one, and after each token without one."""
+FIRST_PAUSE, LONGEST_PAUSE = 4, 512
+"""Tokens without guesses after one that was wrong at once; doubled each time."""
 
 
 class Lookup:
@@ -24,17 +25,24 @@ class Lookup:
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}
         self._source: int | None = None
-        self._most = FIRST
-        self._credit = 0.0
+        self._right = self._wrong = 0.0
         self._pause = FIRST_PAUSE
         self._silent_until = 0
         for token in tokens:
             self.append(token)
 
     @property
-    def ready(self) -> bool:
-        """Whether there is something to guess."""
-        return self._source is not None and len(self._tokens) >= self._silent_until
+    def ready(self) -> int:
+        """How many tokens there are to guess."""
+        if self._source is None or len(self._tokens) < self._silent_until:
+            return 0
+        return min(MOST, len(self._tokens) - self._source)
+
+    @property
+    def chance(self) -> float:
+        """How likely a guessed token is right where those before it are."""
+        right, wrong = self._right + RIGHT, self._wrong + WRONG
+        return right / (right + wrong)
 
     def append(self, token: int) -> None:
         tokens, source = self._tokens, self._source
@@ -42,6 +50,8 @@ class Lookup:
             self._after[tuple(tokens[-NGRAM:])] = len(tokens)
         goes_on = source is not None and source < len(tokens) and tokens[source] == token
         tokens.append(token)
+        self._right *= RECOVERING
+        self._wrong *= RECOVERING
         if goes_on and source is not None:
             self._source = source + 1
         else:
@@ -49,18 +59,16 @@ class Lookup:
 
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next."""
-        if not self.ready or self._source is None:
+        if self._source is None:
             return []
-        return self._tokens[self._source : self._source + min(most, self._most)]
+        return self._tokens[self._source : self._source + min(most, self.ready)]
 
     def judge(self, guessed: int, accepted: int) -> None:
         """Learn from what came of a guess."""
-        gain = accepted - PRICE * (1 + guessed)
-        self._credit = min(MOST_CREDIT, self._credit + gain)
-        self._most = min(MOST, 2 * guessed) if accepted == guessed else max(2, accepted + 1)
-        if accepted == guessed:
+        self._right = FADING * self._right + accepted
+        self._wrong = FADING * self._wrong + (accepted < guessed)
+        if accepted:
             self._pause = FIRST_PAUSE
-        if self._credit < 0:
-            self._credit = 0.0
+        else:
             self._silent_until = len(self._tokens) + self._pause
             self._pause = min(LONGEST_PAUSE, 2 * self._pause)

@@ -1,10 +1,13 @@
 """One forward pass over rows of several caches: sequences that decode, and a chunk of a prompt.
 
+Rows may have several tokens, and not equally many.
+
 Weights are then read once for both (piggybacking: Agrawal et al. 2023, SARATHI), and nothing is
 padded to the longest sequence. Every token is a row of length one at its own position, so that only
 attention tells parts apart.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,38 +27,73 @@ CHUNK = 5
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tokens (rows, tokens) for one cache; only the last part has several a row."""
+    """Tokens (rows, tokens) for one cache, of which row i has `counts[i]`, or all."""
 
     tokens: mx.array
     cache: Cache
+    counts: tuple[int, ...] | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def layout(self) -> "Layout":
         rows, tokens = self.tokens.shape
-        return rows, tokens
+        return Layout(rows, tokens, self.counts)
 
     def positions(self) -> mx.array:
-        rows, tokens = self.shape
+        rows, tokens = self.tokens.shape
         offset = mx.array(self.cache[0].offset).reshape(-1, 1)
-        return mx.broadcast_to(offset + mx.arange(tokens), (rows, tokens)).flatten()
+        return self.layout.flat(mx.broadcast_to(offset + mx.arange(tokens), (rows, tokens)))
+
+
+class Layout:
+    """From (rows, tokens) to single tokens and back; what a row has too few of is padding."""
+
+    def __init__(self, rows: int, tokens: int, counts: Sequence[int] | None = None) -> None:
+        self.rows, self.tokens = rows, tokens
+        self.count = rows * tokens
+        self._taken: mx.array | None = None
+        self._places: mx.array | None = None
+        if counts is not None and min(counts) < tokens:
+            self.count = sum(counts)
+            starts = [0, *itertools.accumulate(counts)]
+            self._taken = mx.array([r * tokens + t for r in range(rows) for t in range(counts[r])])
+            self._places = mx.array(
+                [starts[r] + min(t, counts[r] - 1) for r in range(rows) for t in range(tokens)]
+            )
+
+    def flat(self, array: mx.array) -> mx.array:
+        """(rows, tokens, …) to (count, …)."""
+        flat = array.reshape(self.rows * self.tokens, *array.shape[2:])
+        return flat if self._taken is None else flat[self._taken]
+
+    def gathered(self, array: mx.array) -> mx.array:
+        """(count, …) to (rows, tokens, …)."""
+        filled = array if self._places is None else array[self._places]
+        return filled.reshape(self.rows, self.tokens, *array.shape[1:])
 
 
 class MixedLayer:
     """What a model takes for one layer's cache of single-token rows.
 
     Keys, values and masks are lists with an item per part. The logits of the first `answers`
-    rows are wanted.
+    tokens are wanted.
     """
 
-    def __init__(self, parts: Sequence[Part], layer: int, positions: mx.array, answers: int):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        layouts: Sequence[Layout],
+        layer: int,
+        positions: mx.array,
+        answers: int,
+    ) -> None:
         self.caches = [part.cache[layer] for part in parts]
-        self.shapes = [part.shape for part in parts]
+        self.layouts = layouts
         self.offset = positions
         self.answers = answers
 
     def make_mask(self, _: int, **options: Any) -> list[Any]:
-        pairs = zip(self.caches, self.shapes, strict=True)
-        return [cache.make_mask(tokens, **options) for cache, (_, tokens) in pairs]
+        pairs = zip(self.caches, self.layouts, strict=True)
+        return [cache.make_mask(layout.tokens, **options) for cache, layout in pairs]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[list[Any], list[Any]]:
         """`keys` and `values` are (rows, heads, 1, width)."""
@@ -66,16 +104,21 @@ class MixedLayer:
     def split(self, array: mx.array) -> list[mx.array]:
         """(rows, heads, 1, width) to (part rows, heads, tokens, width) each."""
         parts, start = [], 0
-        for rows, tokens in self.shapes:
-            end = start + rows * tokens
+        for layout in self.layouts:
+            end = start + layout.count
             part = array[start:end]
-            parts.append(part if tokens == 1 else part.swapaxes(0, 2))
+            if layout.tokens > 1:
+                part = layout.gathered(part.squeeze(2)).swapaxes(1, 2)
+            parts.append(part)
             start = end
         return parts
 
     def join(self, parts: Sequence[mx.array]) -> mx.array:
-        shapes = zip(parts, self.shapes, strict=True)
-        return mx.concatenate([p if tokens == 1 else p.swapaxes(0, 2) for p, (_, tokens) in shapes])
+        flat = []
+        for part, layout in zip(parts, self.layouts, strict=True):
+            alone = layout.tokens == 1
+            flat.append(part if alone else layout.flat(part.swapaxes(1, 2))[:, :, None])
+        return mx.concatenate(flat)
 
 
 def attention_by_part(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -109,14 +152,17 @@ def body_of_answers(kind: type) -> type:
 
 
 def forward(model: Any, parts: Sequence[Part], answers: int) -> mx.array:
-    """Logits (answers, 1, vocab) of the first `answers` rows; grows all caches.
+    """Logits (answers, 1, vocab) of the first `answers` tokens; grows all caches, each row by as
+    many tokens as its part's longest has.
 
     Needs `patches.enable_mixed_passes`.
     """
-    tokens = mx.concatenate([part.tokens.flatten() for part in parts])
+    layouts = [part.layout for part in parts]
+    pairs = zip(parts, layouts, strict=True)
+    tokens = mx.concatenate([layout.flat(part.tokens) for part, layout in pairs])
     positions = mx.concatenate([part.positions() for part in parts])
     layers = range(len(parts[0].cache))
-    cache = [MixedLayer(parts, layer, positions, answers) for layer in layers]
+    cache = [MixedLayer(parts, layouts, layer, positions, answers) for layer in layers]
     logits: mx.array = model(tokens[:, None], cache=cache)
     return logits
 

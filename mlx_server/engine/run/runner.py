@@ -143,7 +143,7 @@ class Runner:
         started = time.perf_counter()
         rows = self.batch.step()
         if rows:
-            outcome.step_seconds = time.perf_counter() - started
+            outcome.step_seconds, outcome.rows = time.perf_counter() - started, len(rows)
         self._end_mixed(outcome)
         return rows
 
@@ -152,7 +152,15 @@ class Runner:
         yield Tokens(self._settle(outcome))
         self.batch.drop_ended()
         guesses = self.batch.guesses(most)
-        yield Tokens(self.batch.verify(guesses) if guesses else self._decode(outcome))
+        if not guesses:
+            yield Tokens(self._decode(outcome))
+            return
+        started = time.perf_counter()
+        verification = self.batch.verify(guesses)
+        yield Tokens(verification.rows)
+        seconds = time.perf_counter() - started
+        outcome.verified = verification.taken, verification.tokens, seconds
+        outcome.guessed, outcome.accepted = verification.guessed, verification.accepted
 
     def _mixed_step(
         self, prefill: PromptPrefill, budget: int, outcome: Outcome

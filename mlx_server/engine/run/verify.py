@@ -6,20 +6,35 @@ speed and nothing else (sample and match, at any temperature).
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
+from msgspec import structs
 
 from mlx_server.engine.grammar.masks import Masks, MaskThread
 from mlx_server.engine.protocol import Failed, Logprobs, Row, Sampling
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.groups import Groups
+from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import logprob_entries
 from mlx_server.engine.sampling.sampler import BatchSampler, Draw
 from mlx_server.engine.sequence import Sequence
 
 Guesses = Mapping[int, list[int]]
 """By the id of a request."""
+
+
+class Verified(NamedTuple):
+    """The rows drawn, requests that cannot go on, and how many tokens were taken (by the ids of
+    rows), computed, guessed, and accepted.
+    """
+
+    rows: list[Row]
+    failed: list[Failed]
+    taken: dict[int, int]
+    tokens: int
+    guessed: int
+    accepted: int
 
 
 class Place:
@@ -39,8 +54,14 @@ class Verification:
     """The pass of `groups` with `guesses`; nothing of it may be under way before."""
 
     def __init__(
-        self, model: Backend, groups: Groups, guesses: Guesses, thread: MaskThread
+        self,
+        model: Backend,
+        groups: Groups,
+        guesses: Guesses,
+        thread: MaskThread,
+        chunk: Many[Part] = (),
     ) -> None:
+        """Starts it, with a `chunk` of a prompt in the same pass."""
         self._groups = groups
         self._guesses = guesses
         rows = groups.rows
@@ -55,16 +76,20 @@ class Verification:
         inputs = mx.array([token for tokens in fed for token in tokens], dtype=mx.uint32)
         sampler = BatchSampler(self.places, inputs, model.vocab_size, wanted, bound)
         masks = Masks(thread) if bound else None
-        logits, self._widths = _logits(model, groups, fed)
-        self._draw: Draw = sampler.launch(logits.astype(mx.float32), masks)
+        parts = _parts(groups, fed)
+        self._widths = [part.tokens.shape[1] for part in parts for _ in range(part.tokens.shape[0])]
+        # Models that cannot mix compute the padding too.
+        self._tokens = len(self.places) if model.mixes else sum(self._widths)
+        logits = model.step([*parts, *chunk], len(self.places))
+        self._draw: Draw = sampler.launch(logits[:, -1, :].astype(mx.float32), masks)
         self._draw.start()
         self._masks = masks
         if masks is not None:
             constraints = ((i, self.places[i].row.constraint) for i in bound)
             masks.begin({i: one for i, one in constraints if one is not None})
 
-    def finish(self) -> tuple[list[Row], list[Failed]]:
-        """The rows drawn, with the caches rolled back to them, and requests that cannot go on."""
+    def finish(self) -> Verified:
+        """Read what was drawn, and roll the caches back to it."""
         self._draw.finish()
         allowed = self._masks.wait() if self._masks is not None else None
         failed = []
@@ -73,21 +98,24 @@ class Verification:
             failed.append(Failed(self.places[i].row.id, problem))
         drawn = cast(list[int], self._draw.tokens.tolist())
         entries = self._entries(drawn)
-        rows, at = [], 0
+        rows, at, accepted = [], 0, 0
         taken: dict[int, int] = {}
         for row in self._groups.rows:
             guess = self._guesses.get(row.id, [])
             if not row.done:
                 tokens = _accepted(drawn[at : at + len(guess) + 1], guess)
-                rows.append(row.accept(tokens, entries[at : at + len(tokens)]))
-                taken[row.id] = len(rows[-1].tokens)
+                told = row.accept(tokens, entries[at : at + len(tokens)])
+                taken[row.id] = len(told.tokens)
+                right = min(len(guess), len(told.tokens) - 1)
+                accepted += right
                 if row.lookup is not None and guess:
-                    row.lookup.judge(len(guess), taken[row.id] - 1)
+                    row.lookup.judge(len(guess), right)
+                rows.append(structs.replace(told, guessed=len(guess), accepted=right))
             at += len(guess) + 1
-        self._groups.roll_back(
-            {row.id: self._widths[row.id] - taken.get(row.id, 1) for row in self._groups.rows}
-        )
-        return rows, failed
+        widths = zip(self._groups.rows, self._widths, strict=True)
+        self._groups.roll_back({row.id: width - taken.get(row.id, 1) for row, width in widths})
+        guessed = len(self.places) - len(self._groups.rows)
+        return Verified(rows, failed, taken, self._tokens, guessed, accepted)
 
     def _entries(self, tokens: list[int]) -> list[Logprobs | None]:
         entries: list[Logprobs | None] = [None] * len(tokens)
@@ -114,18 +142,13 @@ def _accepted(drawn: list[int], guess: list[int]) -> list[int]:
     return drawn[: same + 1]
 
 
-def _logits(
-    model: Backend, groups: Groups, fed: Many[list[int]]
-) -> tuple[mx.array, dict[int, int]]:
-    """(places, vocab), and how many tokens each row's cache has got, padding included."""
-    logits, widths, start = [], {}, 0
+def _parts(groups: Groups, fed: Many[list[int]]) -> list[Part]:
+    parts, start = [], 0
     for rows, cache in groups.members():
         mine = fed[start : start + len(rows)]
-        width = max(map(len, mine))
+        counts = tuple(map(len, mine))
+        width = max(counts)
         tokens = mx.array([one + [0] * (width - len(one)) for one in mine])
-        flat = model.forward(tokens, cache).flatten(0, 1)
-        index = [i * width + t for i, one in enumerate(mine) for t in range(len(one))]
-        logits.append(flat if len(index) == flat.shape[0] else flat[mx.array(index)])
-        widths.update({row.id: width for row in rows})
+        parts.append(Part(tokens, cache, counts if min(counts) < width else None))
         start += len(rows)
-    return logits[0] if len(logits) == 1 else mx.concatenate(logits), widths
+    return parts

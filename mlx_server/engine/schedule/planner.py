@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Iterable
 
 from mlx_server.engine.plan import Begin, Chunk, ChunkTime, Outcome, Plan
-from mlx_server.engine.run.lookup import MOST
 from mlx_server.engine.run.runner import Runner
 from mlx_server.engine.schedule.admission import Admission
+from mlx_server.engine.schedule.guessing import Chance, Guessing
 from mlx_server.engine.schedule.pace import Pace
 from mlx_server.engine.schedule.request import WaitingRequest
 from mlx_server.engine.schedule.room import KvRoom, Sized
@@ -22,6 +22,7 @@ class Planner:
         self._admission = admission
         self._room = room
         self._pace = pace
+        self._guessing = Guessing(padded=not runner.model.mixes)
         self._rotation: deque[int] = deque()
         """Prefills in the order of their chunks; the last has had one most recently."""
         self._newcomers_next = False
@@ -50,13 +51,16 @@ class Planner:
             decode=mixed or not self._gathering(rows, len(admitted)),
             chunk=chunk,
             mixed=mixed,
-            guess={} if mixed else _guessing(rows),
+            guess={} if mixed else self._guesses(rows),
         )
 
     def learn(self, plan: Plan, outcome: Outcome) -> None:
         # After a chunk, what a step reads has been computed long since.
         if outcome.step_seconds is not None and not self._chunk_last_turn:
             self._pace.stepped(outcome.step_seconds)
+            self._guessing.stepped(outcome.rows, outcome.step_seconds)
+        if outcome.verified is not None:
+            self._guessing.verified(*outcome.verified)
         if outcome.chunk is not None:
             self._measure(outcome.chunk)
         if outcome.joined_empty_batch:
@@ -132,6 +136,9 @@ class Planner:
             return True
         return self._admission.some_short_prompt(places, chunk)
 
+    def _guesses(self, rows: list[Sequence]) -> dict[int, int]:
+        return self._guessing.allot([row.id for row in rows], _chances(rows))
+
     def _starting(self, begin: Begin | None) -> list[WaitingRequest]:
         longest = self._runner.context_length
         return [WaitingRequest(start, longest) for start in begin.starts] if begin else []
@@ -148,5 +155,6 @@ class Planner:
         self._pace.chunks.measured(chunk.tokens, chunk.keys, seconds)
 
 
-def _guessing(rows: list[Sequence]) -> dict[int, int]:
-    return {row.id: MOST for row in rows if row.lookup is not None and row.lookup.ready}
+def _chances(rows: list[Sequence]) -> dict[int, Chance]:
+    guessing = ((row.id, row.lookup) for row in rows if row.lookup is not None)
+    return {id_: Chance(one.ready, one.chance) for id_, one in guessing if one.ready}

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from mlx_server.engine.cache.prefix import PrefixCache, extend_keys
+from mlx_server.engine.cache.rows import MOST_GAPS
 from mlx_server.engine.faults import FailingTurns, is_out_of_memory
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.idle import RELEASE_SECONDS, REST_SECONDS, Chore
@@ -53,6 +54,8 @@ class Counts:
     cached_tokens: int = 0
     preempted: int = 0
     longest_turn: float = 0.0
+    guessed: int = 0
+    accepted: int = 0
 
 
 class Scheduler:
@@ -84,7 +87,7 @@ class Scheduler:
         self.pace = Pace(prefill_chunk, model.tokens_within_scores)
         self.backoff = KvBackoff(kv_share)
         lengths = padded(model.batching.decode, mixes=model.mixes)
-        step = 1 + MOST if model.guesses else 1
+        step = 1 + MOST + MOST_GAPS if model.guesses else 1
         self.room = KvRoom(model.kv_cost, kv_limit, prefix.limit, self.backoff, lengths, step)
         self.admission = Admission(self.waiting, self.runner, self.room, self.suspects, max_batch)
         self.planner = Planner(self.runner, self.admission, self.room, self.pace)
@@ -224,6 +227,8 @@ class Scheduler:
             ),
             memory=self.memory.read(),
             longest_turn=self.counts.longest_turn,
+            guessed=self.counts.guessed,
+            accepted=self.counts.accepted,
         )
 
     def _rest(self) -> None:
@@ -256,6 +261,8 @@ class Scheduler:
     def _account(self, plan: Plan, outcome: Outcome) -> None:
         self._put_back(outcome.returned)
         self.counts.preempted += len(plan.preempt)
+        self.counts.guessed += outcome.guessed
+        self.counts.accepted += outcome.accepted
         for prompt, cached in outcome.prompts:
             self.counts.prompt_tokens += prompt
             self.counts.cached_tokens += cached

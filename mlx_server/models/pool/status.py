@@ -42,6 +42,10 @@ class ModelStatus:
     running: int = 0
     waiting: int = 0
     preempted: int = 0
+    guessed: int = 0
+    """Tokens, by speculation."""
+    accepted: int = 0
+    """Of those, tokens that came true."""
     step_seconds: float = 0.0
     """Of a recent decode step."""
     kv_bytes: int = 0
@@ -91,6 +95,8 @@ def status_of(slot: Slot) -> ModelStatus:
             "running": stats.running + stats.prefilling,
             "waiting": stats.waiting,
             "preempted": stats.preempted,
+            "guessed": stats.guessed,
+            "accepted": stats.accepted,
             "step_seconds": stats.step_seconds,
             "kv_bytes": stats.kv_bytes,
             "prefix_cache": stats.prefix,

@@ -127,6 +127,8 @@ def added(stats: list[Stats]) -> Stats:
         ),
         memory=added_memory(one.memory for one in stats),
         longest_turn=max(one.longest_turn for one in stats),
+        guessed=sum(one.guessed for one in stats),
+        accepted=sum(one.accepted for one in stats),
     )
 
 

@@ -118,7 +118,11 @@ class PromptTokensDetails(ResponseObject):
 
 
 class CompletionTokensDetails(ResponseObject):
+    """`accepted_prediction_tokens` came true of all that were guessed, by a `prediction` or not."""
+
     reasoning_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
 
 
 class CompletionUsage(ResponseObject):

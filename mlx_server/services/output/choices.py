@@ -39,6 +39,17 @@ ID_LENGTH = 24
 log = logging.getLogger("mlx_server.services")
 
 
+class Guesses:
+    """How many guessed tokens of a choice came true, and how many did not."""
+
+    def __init__(self) -> None:
+        self.accepted = self.rejected = 0
+
+    def count(self, row: Row) -> None:
+        self.accepted += row.accepted
+        self.rejected += row.guessed - row.accepted
+
+
 class PlainChoice:
     def __init__(
         self, index: int, vocabulary: Vocabulary, stops: tuple[str, ...], prompt_tokens: int
@@ -48,10 +59,12 @@ class PlainChoice:
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.guesses = Guesses()
 
     def take(self, row: Row) -> list[Event]:
         events: list[Event] = []
         self.cached_tokens = row.cached or self.cached_tokens
+        self.guesses.count(row)
         # A stop token is no part of the text.
         text_tokens = len(row.tokens) - (row.finish == "stop")
         for position, token in enumerate(row.tokens):
@@ -72,7 +85,13 @@ class PlainChoice:
         return events
 
     def _finished(self, reason: FinishReason) -> Finished:
-        usage = Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+        usage = Usage(
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.cached_tokens,
+            accepted_guesses=self.guesses.accepted,
+            rejected_guesses=self.guesses.rejected,
+        )
         return Finished(self.index, reason, usage, self.text.stop)
 
 
@@ -104,6 +123,7 @@ class ParsedChoice:
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.guesses = Guesses()
         self._names = names
         self._text_side = text_side
         self._vocabulary = VisibleVocabulary(text_side)
@@ -120,6 +140,7 @@ class ParsedChoice:
 
     async def take(self, row: Row) -> list[Event]:
         self.cached_tokens = row.cached or self.cached_tokens
+        self.guesses.count(row)
         # A stop token is no part of the completion.
         text_tokens = len(row.tokens) - (row.finish == "stop")
         for position, token in enumerate(row.tokens):
@@ -204,6 +225,8 @@ class ParsedChoice:
             self.completion_tokens,
             self.cached_tokens,
             self._aligner.reasoning_tokens,
+            self.guesses.accepted,
+            self.guesses.rejected,
         )
         called = self._calls > 0 and reason == "stop"
         told = "tool_calls" if called else reason

@@ -1,0 +1,214 @@
+"""What speculation gains and costs: the same requests with it and without, in turns.
+
+    python -m benchmarks.speculation MODEL_FOLDER [--rounds 3] [--only editing]
+
+MODEL_FOLDER holds the model that writes freely; float32 is advised, as in the other benchmarks.
+Editing is measured with random weights in SmolLM2-135M's shapes that answer with a given text, so
+that guesses come true as often as with a model that is able to edit.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from llguidance import LLMatcher
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+from mlx_server.engine.client import EngineClient
+from mlx_server.engine.protocol import Generate, LoadOptions, Sampling
+from mlx_server.models.pool.resumable import ResumableEngine
+
+VOCABULARY, WIDTH = 49152, 576
+SHAPES = {
+    "model_type": "llama",
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 30,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": False,
+}
+TEXT, EDITED, BEGIN = 1000, 3000, 999
+"""The first tokens of the text and of its edited places, and the one that the answer follows."""
+TOKENS = 400
+EVERY = 40
+"""Tokens from one edited place to the next."""
+
+
+def answer_of(place: int) -> int:
+    """The token at a place of the edited text."""
+    return (EDITED if place % EVERY == EVERY - 1 else TEXT) + place
+
+
+def build_editor(folder: Path) -> Path:
+    """Write a model that answers with the edited text, one token after the other.
+
+    Its layers compute, but add nothing, so that the last token alone decides.
+    """
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(SHAPES))
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs.from_dict(SHAPES))
+    weights = dict(tree_flatten(model.parameters()))
+    for name in weights:
+        if "o_proj" in name or "down_proj" in name:
+            weights[name] = mx.zeros_like(weights[name])
+    known = mx.random.normal((VOCABULARY, WIDTH))
+    head = mx.zeros_like(known)
+    last = BEGIN
+    for place in range(TOKENS):
+        head[answer_of(place)] = known[last]
+        last = answer_of(place)
+    weights["model.embed_tokens.weight"], weights["lm_head.weight"] = known, head
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+def edits(streams: int) -> list[Generate]:
+    """The text comes in the prompt as it was before."""
+    prompt = [TEXT + place for place in range(TOKENS)]
+    return [
+        Generate(0, [100 + stream, *prompt, BEGIN], Sampling(temperature=0.0, seed=0), TOKENS)
+        for stream in range(streams)
+    ]
+
+
+def free(temperature: float) -> Callable[[int], list[Generate]]:
+    def requests(streams: int) -> list[Generate]:
+        return [
+            Generate(
+                0,
+                [(stream * 7919 + 31 * i) % 40000 + 100 for i in range(64)],
+                Sampling(temperature=temperature, seed=stream),
+                100,
+            )
+            for stream in range(streams)
+        ]
+
+    return requests
+
+
+def forms(streams: int) -> list[Generate]:
+    """Objects whose keys are long and forced."""
+    keys = [f"the_name_of_the_field_that_comes_as_number_{i}_of_all" for i in range(12)]
+    schema = {
+        "type": "object",
+        "properties": {key: {"type": "integer", "minimum": 0, "maximum": 9} for key in keys},
+        "required": keys,
+        "additionalProperties": False,
+    }
+    grammar = str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    return [
+        Generate(
+            0,
+            [(stream * 7919 + 31 * i) % 40000 + 100 for i in range(64)],
+            Sampling(temperature=1.0, seed=stream),
+            400,
+            grammar=grammar,
+        )
+        for stream in range(streams)
+    ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    name: str
+    editor: bool
+    requests: Callable[[int], list[Generate]]
+    streams: int
+    target: float
+
+
+CELLS = [
+    *(Cell("editing", True, edits, n, t) for n, t in ((1, 2.5), (4, 1.8), (8, 1.3))),
+    *(Cell("free, greedy", False, free(0.0), n, 0.98) for n in (1, 8, 16)),
+    *(Cell("free, T 0.7", False, free(0.7), n, 0.98) for n in (1, 8, 16)),
+    *(Cell("JSON by schema", False, forms, n, t) for n, t in ((1, 1.5), (8, 1.2))),
+]
+
+
+class Side:
+    """An engine, with or without speculation."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self.client = client
+        self._engine = ResumableEngine(client.model_id)
+        self._engine.replicas[0].attach(client)
+
+    @classmethod
+    async def start(cls, folder: Path, *, guesses: bool) -> "Side":
+        options = LoadOptions(speculation="auto" if guesses else "off", max_batch=32)
+        return cls(await EngineClient.start(folder.name, folder, options))
+
+    async def seconds(self, requests: list[Generate]) -> tuple[float, int]:
+        """From the first token to the last, and how many came."""
+        tokens, first = 0, 0.0
+        with self._engine.generate(requests, "benchmark") as stream:
+            async for _, row in stream.rows():
+                tokens += len(row.tokens)
+                first = first or time.perf_counter()
+        return time.perf_counter() - first, tokens
+
+
+async def measure(folder: Path, cells: list[Cell], rounds: int) -> None:
+    with_ = await Side.start(folder, guesses=True)
+    without = await Side.start(folder, guesses=False)
+    try:
+        for cell in cells:
+            ratios, lengths = [], set()
+            for side in (with_, without):
+                await side.seconds(cell.requests(cell.streams))
+            for _ in range(rounds):
+                plain, count = await without.seconds(cell.requests(cell.streams))
+                fast, same = await with_.seconds(cell.requests(cell.streams))
+                ratios.append(plain / fast)
+                lengths |= {count, same}
+            held = "yes" if statistics.median(ratios) >= cell.target else "NO"
+            print(
+                f"| {cell.name}, {cell.streams} streams | ≥ {cell.target} "
+                f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) "
+                f"| {held} | {max(lengths)} tokens |",
+                flush=True,
+            )
+            if len(lengths) > 1:
+                raise SystemExit(f"the answers' lengths differ: {lengths}")
+    finally:
+        await with_.client.stop()
+        await without.client.stop()
+
+
+async def compare(folder: Path, rounds: int, only: str) -> None:
+    cells = [cell for cell in CELLS if only in cell.name]
+    with tempfile.TemporaryDirectory() as home:
+        editing = [cell for cell in cells if cell.editor]
+        if editing:
+            await measure(build_editor(Path(home) / "editor"), editing, rounds)
+    rest = [cell for cell in cells if not cell.editor]
+    if rest:
+        await measure(folder, rest, rounds)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="part of a cell's name")
+    options = parser.parse_args()
+    asyncio.run(compare(options.model, options.rounds, options.only))
+
+
+if __name__ == "__main__":
+    main()

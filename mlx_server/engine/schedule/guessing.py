@@ -1,0 +1,151 @@
+"""How many tokens to guess for each row, from what passes take and how often guesses come true.
+
+A pass with guesses takes longer, also for the rows that have none. So each row keeps an account:
+it may be slowed down by as much as it was sped up before, and a little more. Within that, the pass
+wins by which the rows' expected speeds have the largest geometric mean (proportional fairness:
+Kelly 1997); it may be the one without guesses.
+"""
+
+import heapq
+import math
+import statistics
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+MARGIN = 1.05
+"""By how much a pass with guesses must be better, since times vary."""
+CREDIT = 0.25
+"""Steps that a row may fall behind before it has gained anything."""
+TOLERATED = 0.02
+"""By how much of a step a pass may always be longer."""
+MOST_AHEAD = 16.0
+"""Steps gained that a row's account holds."""
+KEPT = 5
+"""Measurements of which the median counts."""
+FORGOTTEN = 1000
+"""Passes after which a time that was not measured again is no longer believed."""
+SLOPE = 0.03
+"""What a token more is taken to cost, as a share of the smallest pass, until that is known."""
+SIZES: list[int] = [
+    *range(1, 9),
+    *range(10, 33, 2),
+    *range(36, 65, 4),
+    *range(72, 129, 8),
+    *range(160, 1025, 32),
+]
+
+
+class Chance(NamedTuple):
+    """What could be guessed for a row: up to `most` tokens, each right with `chance`."""
+
+    most: int
+    chance: float
+
+
+class PassTimes:
+    """Seconds of a pass by its tokens, measured as it goes."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, deque[float]] = {}
+        self._measured_at: dict[int, int] = {}
+        self._count = 0
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        size = _size(tokens)
+        self._count += 1
+        if self._count - self._measured_at.get(size, 0) > FORGOTTEN:
+            self._known.pop(size, None)
+        self._known.setdefault(size, deque(maxlen=KEPT)).append(seconds)
+        self._measured_at[size] = self._count
+
+    def seconds(self, tokens: int) -> float | None:
+        """None while nothing is known."""
+        times = {
+            size: statistics.median_low(times)
+            for size, times in self._known.items()
+            if self._count - self._measured_at[size] <= FORGOTTEN
+        }
+        if not times:
+            return None
+        size, sizes = _size(tokens), sorted(times)
+        at = bisect_left(sizes, size)
+        if at < len(sizes) and sizes[at] == size:
+            return times[size]
+        if 0 < at < len(sizes):
+            low, high = sizes[at - 1], sizes[at]
+            share = (size - low) / (high - low)
+            return times[low] + share * (times[high] - times[low])
+        nearest = sizes[0] if at == 0 else sizes[-1]
+        return max(times[sizes[0]] / 2, times[nearest] + SLOPE * times[sizes[0]] * (size - nearest))
+
+
+class Guessing:
+    """Decides for an engine's passes. `padded`: a pass computes as many tokens for each row as for
+    the one that has most.
+    """
+
+    def __init__(self, *, padded: bool) -> None:
+        self._padded = padded
+        self._last_rows = 0
+        self._steps, self._passes = PassTimes(), PassTimes()
+        self._accounts: dict[int, float] = {}
+        """Steps that rows are ahead of where they would be without guesses, by their ids."""
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """Learn from a step without guesses; the first one of a batch is not like the others."""
+        if rows == self._last_rows:
+            self._steps.measured(rows, seconds)
+        self._last_rows = rows
+
+    def verified(self, taken: Mapping[int, int], tokens: int, seconds: float) -> None:
+        """Learn from a pass of so many `tokens`, of which rows took `taken` by their ids."""
+        self._passes.measured(tokens, seconds)
+        self._last_rows = 0
+        base = self._steps.seconds(len(taken))
+        if not base:
+            return
+        cost = seconds / base - TOLERATED
+        self._accounts = {
+            id_: min(MOST_AHEAD, self._accounts.get(id_, 0.0) + count - cost)
+            for id_, count in taken.items()
+        }
+
+    def allot(self, rows: Sequence[int], chances: Mapping[int, Chance]) -> dict[int, int]:
+        """How many tokens to guess, by the ids of rows."""
+        base = self._steps.seconds(len(rows))
+        if not base or not chances:
+            return {}
+        # How many steps the pass may take for each row.
+        allowed = {id_: CREDIT + self._accounts.get(id_, 0.0) + 1 for id_ in rows}
+        best, most, deepest, gained = len(rows) * math.log(MARGIN), 0, 0, 0.0
+        order: list[int] = []
+        gains = [(-math.log1p(one.chance), id_, 1, 1.0) for id_, one in chances.items()]
+        heapq.heapify(gains)
+        while gains:
+            gain, id_, count, expected = heapq.heappop(gains)
+            gained -= gain
+            order.append(id_)
+            chance = chances[id_].chance
+            allowed[id_] += chance**count
+            if count < chances[id_].most:
+                expected += chance**count
+                more = math.log1p(chance ** (count + 1) / expected)
+                heapq.heappush(gains, (-more, id_, count + 1, expected))
+            deepest = max(deepest, count)
+            tokens = len(rows) * (1 + deepest) if self._padded else len(rows) + len(order)
+            cost = self._cost(tokens, len(rows), base)
+            value = gained - len(rows) * math.log(cost)
+            if value > best and cost - TOLERATED <= min(allowed.values()):
+                best, most = value, len(order)
+        return {id_: order[:most].count(id_) for id_ in dict.fromkeys(order[:most])}
+
+    def _cost(self, tokens: int, rows: int, base: float) -> float:
+        """Of a pass, in steps of `base` seconds."""
+        seconds = self._passes.seconds(tokens)
+        return 1 + SLOPE * (tokens - rows) if seconds is None else seconds / base
+
+
+def _size(tokens: int) -> int:
+    return SIZES[min(bisect_left(SIZES, tokens), len(SIZES) - 1)]
