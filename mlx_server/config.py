@@ -156,8 +156,9 @@ class Settings(BaseSettings):
         None, ge=1, description="Prompt tokens computed per turn; chosen by device if unset."
     )
     speculation: Literal["auto", "off"] = Field(
-        "off",
-        description="`auto`: guess tokens from prompt and answer and verify several in one step.",
+        "auto",
+        description="`auto`: guess tokens that came before in prompt or answer, and verify several "
+        "in one step where that pays.",
     )
     context_length: int | None = Field(
         None, ge=16, description="Caps every model's context, in tokens."

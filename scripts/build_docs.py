@@ -37,6 +37,7 @@ SECTIONS = {
     ),
     "Operation": (
         "caching",
+        "speculation",
         "reliability",
         "distributed",
         "monitoring",

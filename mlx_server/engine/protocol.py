@@ -131,6 +131,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", omit_defaults=True):
     caller: str = ""
     priority: int = 0
     """Lower comes first; callers take turns within a priority."""
+    prediction: list[int] = []
+    """What much of the completion is likely to be."""
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed", omit_defaults=True):

@@ -103,6 +103,8 @@ class InferenceRequest:
     priority: int = 0
     keep_alive: float | None = None
     """Seconds; None: per settings."""
+    prediction: str = ""
+    """What much of the answer is likely to be."""
 
 
 @dataclass(frozen=True, slots=True)

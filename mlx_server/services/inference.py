@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import msgspec
 
@@ -68,17 +69,18 @@ class InferenceService:
             spelled = [spell(request.prompt, model.text.syntax.calls) for request in requests]
             requests = [replace(r, prompt=s.prompt) for r, s in zip(requests, spelled, strict=True)]
             prompts = [await _prepare(request, model) for request in requests]
+            predictions = [await _predicted(request, model) for request in requests]
             self._backpressure.check_queue(
                 model.id, model.engine.in_flight, sum(request.n for request in requests)
             )
             stack.enter_context(self._backpressure.timed(model.id))
             streams = []
             generations = []
-            for request, prompt, watch, one in zip(
-                requests, prompts, watches, spelled, strict=True
+            for request, prompt, predicted, watch, one in zip(
+                requests, prompts, predictions, watches, spelled, strict=True
             ):
                 watch.prepared(len(prompt.tokens))
-                choices = _engine_requests(prompt, request, model)
+                choices = _engine_requests(prompt, predicted, request, model)
                 stream = model.engine.generate(choices, request.caller.request_id, watch)
                 streams.append(stack.enter_context(stream))
                 generation = Generation(
@@ -235,8 +237,21 @@ def _check_vocabulary(tokens: list[int], request: InferenceRequest, model: Loade
         )
 
 
+async def _predicted(request: InferenceRequest, model: LoadedModel) -> list[int]:
+    """The tokens of a prediction, as far as an answer can be long."""
+    if not request.prediction:
+        return []
+    longest = model.facts.longest_sequence
+    whole, front = await model.text.tokenize_cut([request.prediction, ""], longest)
+    # An answer has none of the special tokens that stand before texts.
+    skipped = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, front, strict=False))
+    )
+    return whole[skipped:]
+
+
 def _engine_requests(
-    prompt: Prepared, request: InferenceRequest, model: LoadedModel
+    prompt: Prepared, predicted: list[int], request: InferenceRequest, model: LoadedModel
 ) -> list[Generate]:
     room = model.facts.longest_sequence - len(prompt.tokens)
     seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
@@ -258,6 +273,7 @@ def _engine_requests(
             grammar=prompt.grammar,
             caller=request.caller.key,
             priority=request.priority,
+            prediction=predicted,
         )
         for index in range(request.n)
     ]

@@ -83,7 +83,10 @@ def test_a_cache_that_cannot_be_shortened_takes_no_guesses(tmp_path: Path) -> No
 
 
 def test_what_followed_the_same_tokens_before_is_guessed() -> None:
-    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4])
+    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3])
+    lookup.index(3)
+    lookup.index(100)
+    lookup.append(4)
     assert lookup.guess(3) == [5, 6, 7]
     lookup.append(5)
     assert lookup.guess(3) == [6, 7, 8]
@@ -91,8 +94,15 @@ def test_what_followed_the_same_tokens_before_is_guessed() -> None:
     assert not lookup.ready
 
 
+def test_a_prediction_is_guessed_from_its_beginning_on() -> None:
+    lookup = Lookup([1, 2, 3], [50, 51, 52, 53, 54, 55])
+    assert lookup.guess(2) == [50, 51]
+    lookup.append(50)
+    assert lookup.guess(2) == [51, 52]
+
+
 def test_guesses_pause_ever_longer_where_they_are_wrong() -> None:
-    lookup = Lookup([1, 2, 3, 4] * 3)
+    lookup = Lookup([], [], [1, 2, 3, 4] * 3)
     guessed = []
     for step in range(400):
         if lookup.ready:

@@ -99,7 +99,7 @@ CHAT_CASES: list[tuple[str, dict[str, Any], str | None]] = [
         },
         "functions",
     ),
-    ("prediction", {"prediction": {"type": "content", "content": "x"}}, "prediction"),
+    ("a prediction without content", {"prediction": {"type": "content"}}, "prediction.content"),
     ("web search", {"web_search_options": {}}, "web_search_options"),
     ("messages null", {"messages": None}, "messages"),
     ("messages empty", {"messages": []}, "messages"),

@@ -107,6 +107,7 @@ def to_inference(body: ChatCompletionRequest, caller: Caller, max_choices: int) 
         ignore_eos=body.ignore_eos,
         priority=body.priority,
         keep_alive=body.keep_alive,
+        prediction=body.prediction.text if body.prediction else "",
     )
 
 

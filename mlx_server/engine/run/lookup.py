@@ -8,6 +8,8 @@ from collections.abc import Sequence as Many
 
 NGRAM = 4
 """Tokens that must have come before."""
+LONGEST = 65_536
+"""Tokens of prompt and prediction, the last ones, in which guesses are looked up."""
 MOST = 8
 """Tokens guessed at a time, at most."""
 RIGHT, WRONG = 1.5, 0.5
@@ -19,17 +21,30 @@ FIRST_PAUSE, LONGEST_PAUSE = 4, 512
 
 
 class Lookup:
-    """One request's tokens, and where each of its n-grams was last followed by another token."""
+    """One request's tokens, and where each of its n-grams was last followed by another token.
 
-    def __init__(self, tokens: Many[int]) -> None:
-        self._tokens: list[int] = []
+    `prediction` is what the completion is likely to begin with.
+    """
+
+    def __init__(
+        self, prompt: Many[int], prediction: Many[int] = (), completion: Many[int] = ()
+    ) -> None:
+        self._tokens = [*prediction, *prompt]
         self._after: dict[tuple[int, ...], int] = {}
-        self._source: int | None = None
+        self._indexed = max(NGRAM, len(self._tokens) - LONGEST)
+        self._source: int | None = 0 if prediction else None
         self._right = self._wrong = 0.0
         self._pause = FIRST_PAUSE
         self._silent_until = 0
-        for token in tokens:
+        for token in completion:
             self.append(token)
+
+    def index(self, most: int) -> None:
+        """Make up to `most` tokens more known, where some are not yet."""
+        tokens, end = self._tokens, min(len(self._tokens), self._indexed + most)
+        for place in range(self._indexed, end):
+            self._after[tuple(tokens[place - NGRAM : place])] = place
+        self._indexed = max(self._indexed, end)
 
     @property
     def ready(self) -> int:
@@ -46,10 +61,9 @@ class Lookup:
 
     def append(self, token: int) -> None:
         tokens, source = self._tokens, self._source
-        if len(tokens) >= NGRAM:
-            self._after[tuple(tokens[-NGRAM:])] = len(tokens)
         goes_on = source is not None and source < len(tokens) and tokens[source] == token
         tokens.append(token)
+        self.index(2)
         self._right *= RECOVERING
         self._wrong *= RECOVERING
         if goes_on and source is not None:

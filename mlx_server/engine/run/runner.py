@@ -21,6 +21,9 @@ from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
 from mlx_server.engine.run.prefixes import WaitingPrefixes
 from mlx_server.engine.sequence import Sequence, usable_keys
 
+INDEXED = 4096
+"""Tokens of a prompt that are made known to guesses in a turn; they take some milliseconds."""
+
 
 class _MixedChunk(NamedTuple):
     """A chunk in a step under way: its tokens, keys each attends to, and when it began."""
@@ -72,6 +75,9 @@ class Runner:
         if plan.begin is not None:
             self._begin(plan.begin, outcome)
         self.prefix.resize(plan.prefix_limit)
+        for sequence in self.sequences:
+            if sequence.lookup is not None:
+                sequence.lookup.index(INDEXED)
         prefill = self.prefills.get(plan.chunk.id) if plan.chunk else None
         budget = plan.chunk.tokens if plan.chunk else 0
         if plan.mixed and isinstance(prefill, PromptPrefill) and prefill.mixes:
@@ -122,7 +128,9 @@ class Runner:
             if sequence.request.grammar is not None:
                 sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
             elif self.model.guesses:
-                sequence.lookup = Lookup(sequence.request.prompt)
+                sequence.lookup = Lookup(
+                    sequence.prompt, sequence.request.prediction, sequence.completion
+                )
         prefill: Prefill
         if len(sequences) == 1:
             prefill = PromptPrefill(self.model, self.prefix, sequences[0], begin.until)

@@ -1,7 +1,7 @@
 """OpenAI's wire format of chat completions."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
@@ -16,7 +16,7 @@ from mlx_server.schemas.objects import (
 )
 from mlx_server.schemas.openai.common import CompletionUsage
 from mlx_server.schemas.openai.constraints import ConstrainedRequest
-from mlx_server.schemas.openai.messages import Messages
+from mlx_server.schemas.openai.messages import MAX_PIECES, ContentPart, Messages
 from mlx_server.schemas.openai.tools import (
     AnyTool,
     Few,
@@ -32,7 +32,6 @@ UNSUPPORTED: Mapping[str, Refusal] = {
     "audio": Refusal(never, "it writes text only"),
     "modalities": Refusal(lambda value, body: value == ["text"], 'only ["text"] is'),
     "web_search_options": Refusal(never, "it does not search the web"),
-    "prediction": Refusal(never, "it gains nothing from one"),
     "moderation": Refusal(never, "it does not moderate"),
 }
 
@@ -89,6 +88,17 @@ class PromptOptions(RequestObject):
         return self
 
 
+class Prediction(RequestObject):
+    type: Literal["content"]
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PIECES)]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text or "" for part in self.content)
+
+
 class ChatCompletionRequest(PromptOptions, ConstrainedRequest):
     unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
     tolerated: ClassVar[Mapping[str, str]] = TOLERATED
@@ -107,6 +117,11 @@ class ChatCompletionRequest(PromptOptions, ConstrainedRequest):
     )
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    prediction: Prediction | None = Field(
+        None,
+        description="What much of the answer is likely to be: guessed from, and verified several "
+        "tokens at a time. Changes speed, never text.",
+    )
 
     @model_validator(mode="after")
     def _logprobs_agree(self) -> Self:
