@@ -11,7 +11,7 @@ from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row, Sa
 
 if TYPE_CHECKING:
     from mlx_server.engine.grammar.grammar import Constraint, Grammar
-    from mlx_server.engine.run.lookup import Lookup
+    from mlx_server.engine.run.lookup import Guesser
 
 EXPECTED_TOKENS = 256
 """Completion tokens that admission makes room for; what gets longer may be preempted."""
@@ -65,7 +65,7 @@ class Sequence:
         self.cached = start.cached
         self.reported = start.reported
         self.constraint: Constraint | None = None
-        self.lookup: Lookup | None = None
+        self.guesser: Guesser | None = None
         self.in_flight = False
         self.done = False
 
@@ -137,8 +137,8 @@ class Sequence:
             return "length"
         if self.constraint is not None:
             self.constraint.append(token)
-        if self.lookup is not None:
-            self.lookup.append(token)
+        if self.guesser is not None:
+            self.guesser.append(token)
         return None
 
     def report(

@@ -13,7 +13,14 @@ import pytest
 from llguidance import LLMatcher
 
 from mlx_server.engine.cache.prefix import PrefixCache
-from mlx_server.engine.grammar.grammar import Allowed, Constraint, Grammar, Masker, Vocabulary
+from mlx_server.engine.grammar.grammar import (
+    Allowed,
+    Asked,
+    Constraint,
+    Grammar,
+    Masker,
+    Vocabulary,
+)
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import Failed, Generate, LoadOptions, Row, Sampling, Tokens
 from mlx_server.engine.run.backend import Backend
@@ -250,9 +257,11 @@ def test_what_goes_wrong_with_one_mask_leaves_the_others_as_they_were(
     stops = frozenset(vocabulary.ends)
     said = TOKENIZER.encode("abc", add_special_tokens=False).ids
     broken, whole = (Constraint(grammar, stops, said) for _ in range(2))
-    expected = Masker(1).compute([(0, Constraint(grammar, stops, said), said)])
+    expected = Masker(1).compute([Asked(0, Constraint(grammar, stops, said), said)])
     monkeypatch.setattr(Constraint, "put_stops", panic)
-    allowed = Masker(1).compute([(0, broken, broken.take_new()), (1, whole, whole.take_new())])
+    allowed = Masker(1).compute(
+        [Asked(0, broken, broken.take_new()), Asked(1, whole, whole.take_new())]
+    )
     assert (expected.rows, allowed.rows) == ([0], [1])
     assert np.array_equal(allowed.words, expected.words)
     assert "lost its way" in allowed.problems[0]
@@ -422,10 +431,10 @@ def test_a_token_that_is_forced_is_known_as_such(model: Path) -> None:
     forced = Constraint(Grammar(vocabulary, 'start: "a"'), frozenset({STOP}), [])
     free = Constraint(Grammar(vocabulary, "start: /[ab]/"), frozenset({STOP}), [])
     masker = Masker(1)
-    allowed = masker.compute([(2, forced, []), (5, free, [])])
+    allowed = masker.compute([Asked(2, forced, []), Asked(5, free, [])])
     assert allowed.rows == [2, 5]
     assert allowed.forced == {2: letter}
-    allowed = masker.compute([(2, forced, [letter]), (5, free, [letter])])
+    allowed = masker.compute([Asked(2, forced, [letter]), Asked(5, free, [letter])])
     assert allowed.forced == {2: STOP, 5: STOP}
     assert {row: ids.tolist() for row, ids in allowed.choices(vocabulary.size).items()} == {
         2: [STOP],

@@ -9,12 +9,25 @@ import pytest
 
 from mlx_server.engine.protocol import Generate, Sampling
 from mlx_server.engine.run.batch import Batch
-from mlx_server.engine.run.lookup import MOST, Lookup
+from mlx_server.engine.run.lookup import MOST, Forced, Lookup
 from mlx_server.engine.schedule.planner import Planner
 from mlx_server.engine.sequence import Sequence
 from tests.engine.conftest import request
+from tests.engine.test_grammar import bound, grammar_of
 from tests.engine.test_mixed import scheduler_of, tokens_of
 from tests.support.tiny import build_recurrent_model, build_tiny_model
+
+FORM = grammar_of(
+    {
+        "type": "object",
+        "properties": {
+            f"the_long_name_of_field_{i}": {"type": "integer", "minimum": 0, "maximum": 9}
+            for i in range(5)
+        },
+        "required": [f"the_long_name_of_field_{i}" for i in range(5)],
+        "additionalProperties": False,
+    }
+)
 
 
 def requests_of(count: int) -> list[Generate]:
@@ -75,6 +88,28 @@ def test_guesses_right_and_wrong_change_no_text(
     assert tokens_of(scheduler, wanted[:half], wanted[half:]) == plain
     assert oracle.right > 10 * count
     assert oracle.wrong > 2 * count
+
+
+@pytest.mark.parametrize("mistaken", [False, True])
+def test_forced_text_is_guessed_and_changes_no_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistaken: bool
+) -> None:
+    path = build_tiny_model(tmp_path / "tiny", hidden=128)
+    wanted = [bound(seed, FORM, 120) for seed in range(6)] + requests_of(4)
+    scheduler = scheduler_of(path, speculation="off")
+    plain = tokens_of(scheduler, wanted, [])
+    scheduler.close()
+    monkeypatch.setattr(Planner, "_guesses", always)
+    right = Forced.guess
+    if mistaken:  # by tokens that the grammar allows and by others
+        monkeypatch.setattr(
+            Forced, "guess", lambda one, most: [*right(one, most)[:3], 3 + most, 9][:most]
+        )
+    guessing = scheduler_of(path, speculation="auto")
+    assert tokens_of(guessing, wanted, []) == plain
+    assert guessing.counts.accepted > 6 * 20
+    assert (guessing.counts.guessed > guessing.counts.accepted) == mistaken
+    guessing.close()
 
 
 def test_a_cache_that_cannot_be_shortened_takes_no_guesses(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 import pytest
 from mlx.nn.layers.linear import Linear
 from mlx_lm.models.cache import make_prompt_cache
@@ -58,9 +59,7 @@ def tokens_of(scheduler: Scheduler, first: list[Generate], late: list[Generate])
 
 
 def _numbered(one: Generate, number: int) -> Generate:
-    return Generate(
-        number, one.prompt, one.sampling, one.max_tokens, logprobs=one.logprobs, caller=str(number)
-    )
+    return msgspec.structs.replace(one, id=number, caller=str(number))
 
 
 @pytest.mark.parametrize(

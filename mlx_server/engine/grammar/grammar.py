@@ -1,15 +1,16 @@
 """Grammars and masks by llguidance, which `compiler` and `masks` import in their threads.
 
-Runs of forced text are not skipped: the tokens into which a tokenizer would cut them are not always
-those that the model would have drawn.
+Runs of forced text are guesses and no more: the tokens into which a tokenizer would cut them are
+not always those that the model draws.
 """
 
 import json
 import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from mlx_server.tokenizer_json import NAME, for_grammars
 Words = npt.NDArray[np.uint32]
 Ids = npt.NDArray[np.intp]
 
+MOST_FORCED_STARTS = 32
+"""A forced text may begin with the tokens of its first characters, and hardly with more."""
 WORD = 32
 """Tokens per word of a mask, the lowest in the lowest bit."""
 LIMITS = LLParserLimits(
@@ -162,6 +165,38 @@ class Constraint:
             return f"the constraint cannot be kept: {self.matcher.get_error()}"
         return None if words.any() else "the constraint leaves the model no token to go on with"
 
+    def complete(self, words: Words, guess: Many[int]) -> dict[int, str]:
+        """For the mask thread alone: given the matcher's mask in the first of `words` (1 + guesses,
+        width), fill in the rest, as if each guess had come; returns what is wrong, by row.
+
+        Where a guess may not come, it does not matter what follows it.
+        """
+        problems = {}
+        consumed = 0
+        for i, mine in enumerate(words):
+            if i > consumed:
+                mine[:] = self._midway
+                continue
+            if i:
+                self.matcher.unsafe_compute_mask_ptr(mine.ctypes.data, mine.nbytes)
+            self.put_stops(mine)
+            if problem := self.problem(mine):
+                problems[i] = problem
+            elif i < len(guess):
+                consumed += self.matcher.try_consume_tokens([guess[i]])
+        if consumed:
+            self.matcher.rollback(consumed)
+        return problems
+
+    def run(self, words: Words) -> list[int]:
+        """For the mask thread alone: tokens of a text that is forced, given the mask (width,)."""
+        if int(np.bitwise_count(words).sum()) > MOST_FORCED_STARTS:
+            return []
+        run: list[int] = self.matcher.compute_ff_tokens()
+        if not run and (forced := self.matcher.compute_ff_bytes()):  # by tokenizers that cut freely
+            run = self._grammar.vocabulary.tokens.tokenize_bytes(forced)
+        return run
+
     def put_stops(self, words: Words) -> None:
         """Allow stop tokens in `words` (width,) only where the grammar may end."""
         if self.matcher.is_accepting():
@@ -176,13 +211,15 @@ class Allowed:
     """What the constrained rows of a step may take.
 
     `rows` are their places in the batch, `words` (rows, width) uint32 their masks; `forced` has
-    the only token of a place, `problems` why a place, not in `rows`, cannot go on.
+    the only token of a place, `problems` why a place, not in `rows`, cannot go on. `runs` are
+    tokens that are likely to come from a place on, since their text is forced.
     """
 
     rows: list[int]
     words: Words
     forced: dict[int, int]
     problems: dict[int, str]
+    runs: dict[int, list[int]] = field(default_factory=dict)
 
     def choices(self, vocab_size: int) -> dict[int, Ids]:
         """In rising order."""
@@ -192,45 +229,59 @@ class Allowed:
         return {row: np.flatnonzero(mine) for row, mine in zip(self.rows, bits, strict=True)}
 
 
-NewTokens = tuple[int, Constraint, list[int]]
-"""A row's place, its constraint, and its tokens since the last mask."""
+class Asked(NamedTuple):
+    """A row's place, its constraint, its tokens since the last mask, and guesses of the next ones,
+    whose places follow its own.
+    """
+
+    place: int
+    constraint: Constraint
+    tokens: list[int]
+    guess: Many[int] = ()
 
 
 class Masker:
     def __init__(self, threads: int) -> None:
         self._executor = LLExecutor(threads)
 
-    def compute(self, new: Many[NewTokens]) -> Allowed:
+    def compute(self, new: Many[Asked]) -> Allowed:
         """Needs at least one row."""
         try:
             return self._together(new)
         except BaseException:  # a panic in Rust is no Exception
             log.exception("event=masks_failed rows=%d", len(new))
-        return _merged([self._alone(place, constraint) for place, constraint, _ in new])
+        return _merged([self._alone(one) for one in new])
 
-    def _alone(self, place: int, constraint: Constraint) -> Allowed:
+    def _alone(self, one: Asked) -> Allowed:
+        constraint = one.constraint
         try:
-            return self._together([(place, constraint, constraint.restart())])
+            return self._together([one._replace(tokens=constraint.restart())])
         except BaseException as error:
             log.exception("event=mask_failed")
             words = np.zeros((0, constraint.width), dtype=np.uint32)
-            return Allowed([], words, {}, {place: f"the constraint cannot be kept: {error}"})
+            return Allowed([], words, {}, {one.place: f"the constraint cannot be kept: {error}"})
 
-    def _together(self, new: Many[NewTokens]) -> Allowed:
-        self._consume([(constraint, tokens) for _, constraint, tokens in new])
-        words = np.zeros((len(new), new[0][1].width), dtype=np.uint32)
-        matchers = [(constraint.matcher, i) for i, (_, constraint, _) in enumerate(new)]
+    def _together(self, new: Many[Asked]) -> Allowed:
+        self._consume([(one.constraint, one.tokens) for one in new])
+        places = [one.place + i for one in new for i in range(1 + len(one.guess))]
+        words = np.zeros((len(places), new[0].constraint.width), dtype=np.uint32)
+        at = dict(zip(places, range(len(places)), strict=True))
+        matchers = [(one.constraint.matcher, at[one.place]) for one in new]
         self._executor.unsafe_compute_mask_ptr(
-            matchers, words.ctypes.data, words.strides[0], len(new)
+            matchers, words.ctypes.data, words.strides[0], len(places)
         )
         problems: dict[int, str] = {}
-        for (place, constraint, _), mine in zip(new, words, strict=True):
-            constraint.put_stops(mine)
-            if problem := constraint.problem(mine):
-                problems[place] = problem
-        kept = [i for i, (place, _, _) in enumerate(new) if place not in problems]
-        rows, words = [new[i][0] for i in kept], words[kept]
-        return Allowed(rows, words, _forced(rows, words), problems)
+        runs: dict[int, list[int]] = {}
+        for one in new:
+            start = at[one.place]
+            mine = words[start : start + 1 + len(one.guess)]
+            for i, problem in one.constraint.complete(mine, one.guess).items():
+                problems[one.place + i] = problem
+            if run := one.constraint.run(mine[0]):
+                runs[one.place] = run
+        kept = [place for place in places if place not in problems]
+        words = words[[at[place] for place in kept]]
+        return Allowed(kept, words, _forced(kept, words), problems, runs)
 
     def _consume(self, new: list[tuple[Constraint, list[int]]]) -> None:
         one_each = [(c.matcher, tokens[0]) for c, tokens in new if len(tokens) == 1]
@@ -247,6 +298,7 @@ def _merged(parts: list[Allowed]) -> Allowed:
         np.concatenate([part.words for part in parts]),
         {row: token for part in parts for row, token in part.forced.items()},
         {row: problem for part in parts for row, problem in part.problems.items()},
+        {row: run for part in parts for row, run in part.runs.items()},
     )
 
 

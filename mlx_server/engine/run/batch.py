@@ -10,6 +10,7 @@ from mlx_server.engine.grammar.masks import Masks, MaskThread
 from mlx_server.engine.protocol import Failed, Logprobs, Row
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.groups import Groups, ids_of
+from mlx_server.engine.run.lookup import Forced
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.prefill import Prefill
 from mlx_server.engine.run.store import logprob_entries
@@ -36,6 +37,10 @@ class Step:
         """Make the tokens valid; returns the requests that cannot go on."""
         self.draw.finish()
         allowed = self.masks.wait() if self.masks is not None else None
+        for place, run in allowed.runs.items() if allowed is not None else ():
+            guesser = self.rows[place].guesser
+            if isinstance(guesser, Forced):
+                guesser.begin(run)
         failed = []
         for place, problem in allowed.problems.items() if allowed is not None else ():
             sequence = self.rows[place]
@@ -170,9 +175,9 @@ class Batch:
         """What may come next in rows, up to `most` tokens by their ids; all steps must be read."""
         found = {}
         for row in self.rows:
-            if row.lookup is not None and row.id in most:
+            if row.guesser is not None and row.id in most:
                 room = min(most[row.id], row.limit - len(row.completion) - 1)
-                found[row.id] = row.lookup.guess(room) if room > 0 else []
+                found[row.id] = row.guesser.guess(room) if room > 0 else []
         return {id_: guess for id_, guess in found.items() if guess}
 
     def verify(self, guesses: Guesses, *chunk: Part) -> Verified:

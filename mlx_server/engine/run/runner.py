@@ -16,7 +16,7 @@ from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.even_prefill import EvenPrefill
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.kv import cache_bytes
-from mlx_server.engine.run.lookup import Lookup
+from mlx_server.engine.run.lookup import Forced, Lookup
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
 from mlx_server.engine.run.prefixes import WaitingPrefixes
 from mlx_server.engine.sequence import Sequence, usable_keys
@@ -76,8 +76,8 @@ class Runner:
             self._begin(plan.begin, outcome)
         self.prefix.resize(plan.prefix_limit)
         for sequence in self.sequences:
-            if sequence.lookup is not None:
-                sequence.lookup.index(INDEXED)
+            if isinstance(sequence.guesser, Lookup):
+                sequence.guesser.index(INDEXED)
         prefill = self.prefills.get(plan.chunk.id) if plan.chunk else None
         budget = plan.chunk.tokens if plan.chunk else 0
         if plan.mixed and isinstance(prefill, PromptPrefill) and prefill.mixes:
@@ -127,8 +127,9 @@ class Runner:
         for sequence in sequences:
             if sequence.request.grammar is not None:
                 sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
+                sequence.guesser = Forced() if self.model.guesses else None
             elif self.model.guesses:
-                sequence.lookup = Lookup(
+                sequence.guesser = Lookup(
                     sequence.prompt, sequence.request.prediction, sequence.completion
                 )
         prefill: Prefill

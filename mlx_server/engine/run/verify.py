@@ -44,6 +44,7 @@ class Place:
 
     def __init__(self, row: Sequence, guess: list[int]) -> None:
         self.row = row
+        self.guess = guess
         self.sampling: Sampling = row.sampling
         self.prompt = row.prompt
         self.completion = row.completion + guess if guess else row.completion
@@ -85,31 +86,38 @@ class Verification:
         self._draw.start()
         self._masks = masks
         if masks is not None:
-            constraints = ((i, self.places[i].row.constraint) for i in bound)
-            masks.begin({i: one for i, one in constraints if one is not None})
+            firsts = {i: self.places[i].row for i in bound if not self.places[i].guess}
+            masks.begin(
+                {i: row.constraint for i, row in firsts.items() if row.constraint is not None},
+                {i: guesses.get(row.id, []) for i, row in firsts.items()},
+            )
 
     def finish(self) -> Verified:
         """Read what was drawn, and roll the caches back to it."""
         self._draw.finish()
         allowed = self._masks.wait() if self._masks is not None else None
-        failed = []
-        for i, problem in allowed.problems.items() if allowed is not None else ():
-            self.places[i].row.done = True
-            failed.append(Failed(self.places[i].row.id, problem))
+        problems = allowed.problems if allowed is not None else {}
+        failed: list[Failed] = []
         drawn = cast(list[int], self._draw.tokens.tolist())
         entries = self._entries(drawn)
         rows, at, accepted = [], 0, 0
         taken: dict[int, int] = {}
         for row in self._groups.rows:
             guess = self._guesses.get(row.id, [])
+            tokens = _accepted(drawn[at : at + len(guess) + 1], guess)
+            problem = next(
+                (problems[at + i] for i in range(len(tokens)) if at + i in problems), None
+            )
+            if problem is not None and not row.done:
+                row.done = True
+                failed.append(Failed(row.id, problem))
             if not row.done:
-                tokens = _accepted(drawn[at : at + len(guess) + 1], guess)
                 told = row.accept(tokens, entries[at : at + len(tokens)])
                 taken[row.id] = len(told.tokens)
                 right = min(len(guess), len(told.tokens) - 1)
                 accepted += right
-                if row.lookup is not None and guess:
-                    row.lookup.judge(len(guess), right)
+                if row.guesser is not None and guess:
+                    row.guesser.judge(len(guess), right)
                 rows.append(structs.replace(told, guessed=len(guess), accepted=right))
             at += len(guess) + 1
         widths = zip(self._groups.rows, self._widths, strict=True)

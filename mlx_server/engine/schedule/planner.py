@@ -156,5 +156,5 @@ class Planner:
 
 
 def _chances(rows: list[Sequence]) -> dict[int, Chance]:
-    guessing = ((row.id, row.lookup) for row in rows if row.lookup is not None)
+    guessing = ((row.id, row.guesser) for row in rows if row.guesser is not None)
     return {id_: Chance(one.ready, one.chance) for id_, one in guessing if one.ready}
