@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
-from llguidance import LLMatcher
+from llguidance import JsonCompileOptions, LLMatcher
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Sampling
 from mlx_server.models.pool.resumable import ResumableEngine
+from mlx_server.models.text.grammars.parts import JSON_OPTIONS
 
 VOCABULARY, WIDTH = 49152, 576
 SHAPES = {
@@ -109,14 +111,15 @@ def forms(streams: int) -> list[Generate]:
         "required": keys,
         "additionalProperties": False,
     }
-    grammar = str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    options = cast(JsonCompileOptions, JSON_OPTIONS)
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
     return [
         Generate(
             0,
             [(stream * 7919 + 31 * i) % 40000 + 100 for i in range(64)],
             Sampling(temperature=1.0, seed=stream),
             400,
-            grammar=grammar,
+            grammar=str(grammar),
         )
         for stream in range(streams)
     ]
