@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
-from llguidance import JsonCompileOptions, LLMatcher
+from llguidance import LLMatcher
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
@@ -111,7 +111,7 @@ def forms(streams: int) -> list[Generate]:
         "required": keys,
         "additionalProperties": False,
     }
-    options = cast(JsonCompileOptions, JSON_OPTIONS)
+    options = cast(Any, JSON_OPTIONS)
     grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
     return [
         Generate(

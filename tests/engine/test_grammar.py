@@ -246,10 +246,10 @@ async def test_a_constraint_that_leaves_no_token_fails_its_request_alone(
 def test_what_goes_wrong_with_one_mask_leaves_the_others_as_they_were(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def panic(self: Constraint, words: object) -> None:
+    def panic(self: Constraint, words: object, matcher: object) -> None:
         if self is broken:
             raise Panic("the parser lost its way")
-        put_stops(self, words)
+        put_stops(self, words, matcher)
 
     put_stops = Constraint.put_stops
     vocabulary = Vocabulary(model, TOKENIZER.get_vocab_size())

@@ -5,17 +5,44 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mlx_server.engine.protocol import Generate, Sampling
 from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.lookup import MOST, Forced, Lookup
 from mlx_server.engine.schedule.planner import Planner
+from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.engine.sequence import Sequence
 from tests.engine.conftest import request
 from tests.engine.test_grammar import bound, grammar_of
 from tests.engine.test_mixed import scheduler_of, tokens_of
 from tests.support.tiny import build_recurrent_model, build_tiny_model
+
+
+def test_the_next_turn_finds_no_rejected_token_in_the_prefix_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build_tiny_model(tmp_path / "tiny", hidden=128)
+    wanted = requests_of(8)
+
+    def both_turns(scheduler: Scheduler) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        first = tokens_of(scheduler, wanted, [])
+        longer = [
+            msgspec.structs.replace(one, prompt=one.prompt + first[i])
+            for i, one in enumerate(wanted)
+        ]
+        return first, tokens_of(scheduler, longer, [])
+
+    plain = both_turns(scheduler_of(path))
+    oracle = Oracle(plain[0])
+    scheduler = scheduler_of(path, prefixes=1 << 26, speculation="auto")
+    monkeypatch.setattr(Batch, "guesses", lambda batch, most: oracle.guesses(batch, most))
+    monkeypatch.setattr(Planner, "_guesses", always)
+    assert both_turns(scheduler) == plain
+    assert scheduler.counts.cached_tokens > 100
+    assert oracle.wrong > 16
+
 
 FORM = grammar_of(
     {

@@ -34,10 +34,11 @@ LATE = [
 ]
 
 
-def scheduler_of(path: Path, **options: Any) -> Scheduler:
+def scheduler_of(path: Path, *, prefixes: int = 0, **options: Any) -> Scheduler:
+    """`prefixes`: bytes of the prefix cache."""
     memory = DeviceMemory("50%", None)
     backend = Backend(path, LoadOptions(**options), memory)
-    cache = PrefixCache(backend.layout, 0)
+    cache = PrefixCache(backend.layout, prefixes)
     return Scheduler(backend, memory, cache, max_batch=16, kv_limit=1 << 28, prefill_chunk=64)
 
 

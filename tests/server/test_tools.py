@@ -12,7 +12,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.support.server import CHAT, Server, chat, serving, stream_data
+from tests.support.server import CHAT, Server, chat, serving, settled, stream_data
 from tests.support.tiny import FAMILIES, build_scripted_model, build_tiny_model
 
 FORECAST: dict[str, Any] = {
@@ -147,7 +147,7 @@ class Reply:
         assert "error" not in body, body
         for choice in body["choices"]:
             self.choices[choice["index"]].take(choice)
-        self.usage = body.get("usage") or self.usage
+        self.usage = settled(body.get("usage")) or self.usage
 
 
 async def whole(client: httpx.AsyncClient, body: dict[str, Any]) -> Reply:

@@ -206,6 +206,14 @@ async def until(
 # answers
 
 
+def settled(usage: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Without what depends on how fast passes were: how many tokens were guessed."""
+    if usage is not None and (details := usage.get("completion_tokens_details")):
+        for name in ("accepted_prediction_tokens", "rejected_prediction_tokens"):
+            assert details.pop(name) >= 0
+    return usage
+
+
 @dataclass
 class Answer:
     """An answer, streamed or whole, folded: each choice's text, reason and log-probabilities."""
@@ -230,7 +238,7 @@ class Answer:
     def take(self, body: dict[str, Any]) -> None:
         """Add a chunk of a stream, or a whole answer."""
         self.error = body.get("error", self.error)
-        self.usage = body.get("usage") or self.usage
+        self.usage = settled(body.get("usage")) or self.usage
         for choice in body.get("choices", []):
             index = choice["index"]
             said = choice.get("delta") or choice.get("message") or choice

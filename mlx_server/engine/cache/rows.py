@@ -21,7 +21,7 @@ from mlx_server.engine.memory import device_name
 STEP = 256
 """Tokens by which arrays grow."""
 MOST_GAPS = 32
-"""Tokens in the gaps of a row, at most; closing them moves all of the cache."""
+"""Tokens that the gaps of a row may have before they are closed, which moves all of the cache."""
 
 Gaps = tuple[tuple[int, int], ...]
 """Where a row's tokens from one place to another are none of its own, in rising order."""
@@ -125,8 +125,11 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
             (*gaps, (self._idx - (one - common), self._idx)) if one > common else gaps
             for gaps, one in zip(self._gaps, rejected, strict=True)
         )
-        if max(map(_width, self._gaps)) > MOST_GAPS:
-            self.close_gaps()
+
+    @property
+    def most_gaps(self) -> int:
+        """Tokens in the gaps of the row that has most."""
+        return max(map(_width, self._gaps))
 
     def close_gaps(self) -> None:
         if not any(self._gaps):
@@ -259,6 +262,12 @@ class BatchRotatingKVCache(mlx_lm.BatchRotatingKVCache):  # type: ignore[misc]
 def _offsets(padding: tuple[int, ...], gaps: tuple[Gaps, ...], index: int) -> mx.array:
     pairs = zip(padding, gaps, strict=True)
     return mx.array([index - one - _width(others) for one, others in pairs])
+
+
+def forget() -> None:
+    """Free what was kept for the layers of one pass."""
+    for kept in (_offsets, _mask_with_gaps, _sources):
+        kept.cache_clear()
 
 
 def _width(gaps: Gaps) -> int:

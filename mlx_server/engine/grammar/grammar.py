@@ -160,9 +160,9 @@ class Constraint:
         self._matcher = None
         return self._completion[: self._consumed]
 
-    def problem(self, words: Words) -> str | None:
-        if self.matcher.is_error():
-            return f"the constraint cannot be kept: {self.matcher.get_error()}"
+    def problem(self, words: Words, matcher: LLMatcher) -> str | None:
+        if matcher.is_error():
+            return f"the constraint cannot be kept: {matcher.get_error()}"
         return None if words.any() else "the constraint leaves the model no token to go on with"
 
     def complete(self, words: Words, guess: Many[int]) -> dict[int, str]:
@@ -173,19 +173,19 @@ class Constraint:
         """
         problems = {}
         consumed = 0
+        # A copy, since some grammars cannot be rolled back.
+        matcher = self.matcher.deep_copy() if guess else self.matcher
         for i, mine in enumerate(words):
             if i > consumed:
                 mine[:] = self._midway
                 continue
             if i:
-                self.matcher.unsafe_compute_mask_ptr(mine.ctypes.data, mine.nbytes)
-            self.put_stops(mine)
-            if problem := self.problem(mine):
+                matcher.unsafe_compute_mask_ptr(mine.ctypes.data, mine.nbytes)
+            self.put_stops(mine, matcher)
+            if problem := self.problem(mine, matcher):
                 problems[i] = problem
             elif i < len(guess):
-                consumed += self.matcher.try_consume_tokens([guess[i]])
-        if consumed:
-            self.matcher.rollback(consumed)
+                consumed += matcher.try_consume_tokens([guess[i]])
         return problems
 
     def run(self, words: Words) -> list[int]:
@@ -197,9 +197,9 @@ class Constraint:
             run = self._grammar.vocabulary.tokens.tokenize_bytes(forced)
         return run
 
-    def put_stops(self, words: Words) -> None:
+    def put_stops(self, words: Words, matcher: LLMatcher) -> None:
         """Allow stop tokens in `words` (width,) only where the grammar may end."""
-        if self.matcher.is_accepting():
+        if matcher.is_accepting():
             words &= self._at_end
             words |= self._stops
         else:

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_server.engine.cache.layout import Cache, leaves
-from mlx_server.engine.cache.rows import BatchKVCache, rounded
+from mlx_server.engine.cache.rows import MOST_GAPS, BatchKVCache, rounded
 from mlx_server.engine.cache.rows import merge as merge_layers
 from mlx_server.engine.memory import device_name
 from mlx_server.engine.run.weights import ModelError
@@ -80,7 +80,6 @@ def extend(cache: Cache, other: Cache) -> Cache:
         return other
     for layer, more in zip(cache, other, strict=True):
         layer.extend(more)
-        _reuse(layer)
     return cache
 
 
@@ -89,7 +88,6 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
         return []
     for layer in cache:
         layer.filter(rows)
-        _reuse(layer)
     return cache
 
 
@@ -102,23 +100,25 @@ def close_gaps(cache: Cache) -> None:
     """Move the tokens of each row together, so that arrays hold nothing else between them."""
     for leaf in leaves(cache):
         if isinstance(leaf, BatchKVCache):
-            leaf.close_gaps()
-            _reuse(leaf)
+            _close_gaps(leaf)
 
 
 def roll_back(cache: Cache, rejected: list[int]) -> None:
     """Forget so many of the last tokens of each row."""
     for leaf in leaves(cache):
         leaf.roll_back(rejected)
-        _reuse(leaf)
+        if leaf.most_gaps > MOST_GAPS:
+            _close_gaps(leaf)
 
 
-def _reuse(layer: Any) -> None:
-    """On a CPU, compute moved arrays now, so that the next layer gets the memory of the old ones:
-    new memory costs more than moving.
-    """
+def _close_gaps(leaf: BatchKVCache) -> None:
+    if not leaf.most_gaps:
+        return
+    leaf.close_gaps()
     if device_name() == "cpu":
-        mx.eval(layer.state)
+        # Now, so that the next layer gets the memory of the old arrays: new memory costs more than
+        # moving.
+        mx.eval(leaf.keys, leaf.values)
 
 
 def loose_ends(cache: Cache) -> list[mx.array]:

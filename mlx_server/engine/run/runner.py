@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_server.engine.cache.prefix import BLOCK, PrefixCache
+from mlx_server.engine.cache.rows import forget
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.grammar.masks import MaskThread
 from mlx_server.engine.plan import Begin, ChunkTime, Outcome, Plan, Start
@@ -109,6 +110,7 @@ class Runner:
         """Let go of what outlives a step; for when nothing runs. `prefix_limit` is in bytes."""
         self.prefix.resize(prefix_limit)
         self.model.release()
+        forget()
 
     def _leave(self, plan: Plan, outcome: Outcome) -> None:
         for id_ in plan.drop:
