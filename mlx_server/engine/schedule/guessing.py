@@ -51,25 +51,24 @@ class PassTimes:
         self._known: dict[int, deque[float]] = {}
         self._measured_at: dict[int, int] = {}
         self._count = 0
+        self._times: dict[int, float] = {}
+        """The median by size, of what is believed; in rising order."""
 
     def measured(self, tokens: int, seconds: float) -> None:
         size = _size(tokens)
         self._count += 1
-        if self._count - self._measured_at.get(size, 0) > FORGOTTEN:
-            self._known.pop(size, None)
         self._known.setdefault(size, deque(maxlen=KEPT)).append(seconds)
         self._measured_at[size] = self._count
+        for old in [s for s, at in self._measured_at.items() if self._count - at > FORGOTTEN]:
+            del self._known[old], self._measured_at[old]
+        self._times = {s: statistics.median_low(self._known[s]) for s in sorted(self._known)}
 
     def seconds(self, tokens: int) -> float | None:
         """None while nothing is known."""
-        times = {
-            size: statistics.median_low(times)
-            for size, times in self._known.items()
-            if self._count - self._measured_at[size] <= FORGOTTEN
-        }
+        times = self._times
         if not times:
             return None
-        size, sizes = _size(tokens), sorted(times)
+        size, sizes = _size(tokens), list(times)
         at = bisect_left(sizes, size)
         if at < len(sizes) and sizes[at] == size:
             return times[size]

@@ -1,0 +1,68 @@
+"""How much is guessed: what pays, and at nobody's cost."""
+
+import time
+
+from mlx_server.engine.schedule.guessing import FORGOTTEN, Chance, Guessing, PassTimes
+
+SURE = Chance(8, 0.95)
+
+
+def learned(rows: int, *, step: float, token: float, padded: bool = False) -> Guessing:
+    """Of steps of `rows` that take `step` seconds, and `token` more for each guessed one."""
+    guessing = Guessing(padded=padded)
+    for _ in range(3):
+        guessing.stepped(rows, step)
+    for guesses in (1, 4, 8, 16, 64, 128):
+        guessing._passes.measured(rows + guesses, step + token * guesses)
+    return guessing
+
+
+def test_nothing_is_guessed_before_it_is_known_what_a_step_takes() -> None:
+    assert Guessing(padded=False).allot([1], {1: SURE}) == {}
+
+
+def test_likely_guesses_are_made_where_they_cost_little() -> None:
+    assert learned(1, step=1.0, token=0.05).allot([1], {1: SURE}) == {1: 8}
+
+
+def test_unlikely_or_dear_guesses_are_not_made() -> None:
+    assert learned(1, step=1.0, token=0.05).allot([1], {1: Chance(8, 0.05)}) == {}
+    assert learned(1, step=1.0, token=1.0).allot([1], {1: SURE}) == {}
+
+
+def test_a_row_without_guesses_is_not_slowed_down_by_those_of_others() -> None:
+    guessing = learned(2, step=1.0, token=0.1)
+    assert sum(guessing.allot([1, 2], {1: SURE}).values()) * 0.1 <= 0.3
+    for _ in range(10):
+        guessing.verified({1: 3, 2: 1}, 4, 1.2)
+    assert guessing.allot([1, 2], {1: SURE}) == {}, "its credit is used up"
+    assert guessing.allot([1, 2], {1: SURE, 2: SURE}) == {1: 8, 2: 8}
+
+
+def test_what_a_row_has_gained_it_may_lose_to_others() -> None:
+    guessing = learned(2, step=1.0, token=0.1)
+    guessing.verified({1: 9, 2: 9}, 18, 2.6)
+    assert guessing.allot([1, 2], {1: SURE})[1] > 4
+
+
+def test_passes_that_pad_count_what_they_compute() -> None:
+    alone = learned(8, step=1.0, token=0.02).allot([*range(8)], {0: SURE})
+    padded = learned(8, step=1.0, token=0.02, padded=True).allot([*range(8)], {0: SURE})
+    assert padded.get(0, 0) < alone[0]
+
+
+def test_a_time_that_was_an_accident_is_forgotten() -> None:
+    times = PassTimes()
+    times.measured(8, 50.0)
+    for _ in range(FORGOTTEN + 1):
+        times.measured(2, 1.0)
+    assert times.seconds(8) is not None
+    assert times.seconds(8) < 2.0  # type: ignore[operator]
+
+
+def test_deciding_takes_far_less_than_a_step() -> None:
+    guessing = learned(32, step=1.0, token=0.001)
+    started = time.process_time()
+    for _ in range(20):
+        assert guessing.allot([*range(32)], dict.fromkeys(range(32), SURE))
+    assert (time.process_time() - started) / 20 < 0.01
