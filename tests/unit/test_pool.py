@@ -161,7 +161,8 @@ async def test_models_are_made_room_for_in_the_order_in_which_they_were_asked_fo
         async with pool.held("a"):
             for name in ("b", "c"):
                 group.create_task(ask(pool, name))
-                await pool.reaches(lambda name=name: pool.status(name).waiting_to_load)
+                # In the line, that is: what it needs is known.
+                await pool.reaches(lambda name=name: pool.status(name).need)
         await pool.reaches(lambda: len(order) == 2)
         assert order == ["b", "c"]
 
