@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
+import mlx.core as mx
 import msgspec
 import pytest
 
+from mlx_server.engine.cache.rows import BatchKVCache
 from mlx_server.engine.protocol import Generate, Sampling
 from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.lookup import MOST, Forced, Lookup
@@ -142,6 +144,26 @@ def test_forced_text_is_guessed_and_changes_no_document(
 def test_a_cache_that_cannot_be_shortened_takes_no_guesses(tmp_path: Path) -> None:
     path = build_recurrent_model(tmp_path / "recurrent")
     assert not scheduler_of(path, speculation="auto").model.guesses
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_attention_passes_over_gaps_as_if_they_were_closed(window: int | None) -> None:
+    cache = BatchKVCache([0, 2])
+    cache.update_and_fetch(mx.zeros((2, 1, 12, 4)), mx.zeros((2, 1, 12, 4)))
+    cache.roll_back([1, 4])
+    cache.update_and_fetch(mx.zeros((2, 1, 3, 4)), mx.zeros((2, 1, 3, 4)))
+    cache.roll_back([2, 0])
+    open_, offsets = cache.make_mask(2, window_size=window), cache.offset.tolist()
+    own = [[0, *range(1, 11), 11, 14, 15], [*range(2, 8), 11, 12, 13, 14, 15]]
+    cache.close_gaps()
+    closed = cache.make_mask(2, window_size=window)
+    assert offsets == cache.offset.tolist() == [12, 9]
+    assert isinstance(open_, mx.array)
+    assert isinstance(closed, mx.array)
+    for row, places in enumerate(own):
+        seen = open_[row, 0][:, mx.array(places)]
+        assert seen.sum().item() == open_[row].sum().item(), "none but its own"
+        assert seen.tolist() == closed[row, 0][:, -len(places) :].tolist()
 
 
 def test_what_followed_the_same_tokens_before_is_guessed() -> None:

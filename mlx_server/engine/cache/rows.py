@@ -89,12 +89,9 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
     def make_mask(
         self, tokens: int, window_size: int | None = None, return_array: bool = False
     ) -> Mask:
-        all_seen = window_size is None or self._idx + tokens <= window_size
         if any(self._gaps):
-            # A window counts the tokens in gaps too.
-            if all_seen:
-                return _mask_with_gaps(self.padding, self._gaps, self._idx, tokens)
-            self.close_gaps()
+            return _mask_with_gaps(self.padding, self._gaps, self._idx, tokens, window_size)
+        all_seen = window_size is None or self._idx + tokens <= window_size
         if all_seen and not any(self.padding):
             if tokens == 1:
                 return None
@@ -283,17 +280,23 @@ def _own(padding: int, gaps: Gaps, index: int) -> list[int]:
 
 @lru_cache(maxsize=4)
 def _mask_with_gaps(
-    padding: tuple[int, ...], gaps: tuple[Gaps, ...], index: int, tokens: int
+    padding: tuple[int, ...], gaps: tuple[Gaps, ...], index: int, tokens: int, window: int | None
 ) -> mx.array:
-    """(rows, 1, tokens, keys) for the next `tokens` of rows that hold `index` with their gaps."""
+    """(rows, 1, tokens, keys) for the next `tokens` of rows that hold `index` with their gaps.
+
+    A `window` counts a row's own tokens.
+    """
     most = max(map(len, gaps))
     filled = mx.array([[*others, *[(0, 0)] * (most - len(others))] for others in gaps])
     keys = mx.arange(index + tokens)
     starts, ends = filled[:, :, :1], filled[:, :, 1:]
     in_gaps = mx.any((keys >= starts) & (keys < ends), axis=1)
     own = (keys >= mx.array(padding)[:, None]) & ~in_gaps
-    seen = keys <= mx.arange(index, index + tokens)[:, None]
-    return own[:, None, None, :] & seen
+    seen = own[:, None, :] & (keys <= mx.arange(index, index + tokens)[:, None])
+    if window is not None:
+        place = mx.cumsum(own.astype(mx.int32), axis=1)
+        seen &= place[:, index:, None] - place[:, None, :] < window
+    return seen[:, None]
 
 
 @lru_cache(maxsize=4)

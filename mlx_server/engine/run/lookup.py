@@ -1,7 +1,7 @@
-"""Guesses of the tokens to come, looked up in a request's own prompt and answer.
+"""Guesses of the tokens to come, of which `schedule` decides how many are made.
 
-Prompt lookup decoding (Saxena 2023): what followed the last few tokens when they came before. How
-many are guessed, and when, follows from the request's own tokens alone.
+Prompt lookup decoding (Saxena 2023): what followed the last few tokens when they came before in the
+request's own prompt and answer. And text that a grammar forces.
 """
 
 from collections.abc import Sequence as Many

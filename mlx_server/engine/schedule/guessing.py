@@ -10,7 +10,7 @@ import heapq
 import math
 import statistics
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -138,7 +138,7 @@ class Guessing:
             value = gained - len(rows) * math.log(cost)
             if value > best and cost - TOLERATED <= min(allowed.values()):
                 best, most = value, len(order)
-        return {id_: order[:most].count(id_) for id_ in dict.fromkeys(order[:most])}
+        return dict(Counter(order[:most]))
 
     def _cost(self, tokens: int, rows: int, base: float) -> float:
         """Of a pass, in steps of `base` seconds."""
