@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
-from openai.types import Completion, CompletionUsage
+from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionTokenLogprob
 from tokenizers import Tokenizer
 
 from tests.support.demo import MODEL
+from tests.support.sdk import counts
 
 CAPITAL = "What is the capital of France?"
 COUNT = "Count from 1 to 10, comma separated."
@@ -49,12 +50,6 @@ async def stream_complete(client: AsyncOpenAI, prompt: Any, **options: Any) -> l
         model=MODEL, prompt=prompt, stream=True, **options
     )
     return [chunk async for chunk in stream]
-
-
-def counts(usage: CompletionUsage | None) -> tuple[int, int, int]:
-    """Prompt, completion and total; how much was cached depends on what came before."""
-    assert usage is not None
-    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
 
 
 def said(answer: ChatCompletion) -> str:

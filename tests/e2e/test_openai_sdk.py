@@ -10,9 +10,11 @@ from openai import AsyncOpenAI, OpenAI
 from tokenizers import Tokenizer
 
 from tests.support.demo import MODEL
+from tests.support.sdk import counts
 
 PARIS: Any = [{"role": "user", "content": "What is the capital of France?"}]
-ENDLESS: dict[str, Any] = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+ON: dict[str, Any] = {"extra_body": {"ignore_eos": True}}
+ENDLESS = {"max_tokens": 4000, **ON}
 
 EngineIsFree = Callable[[], Awaitable[None]]
 
@@ -41,7 +43,7 @@ async def test_completions_take_a_string_or_token_ids_or_lists_of_them(
     assert many.usage is not None
     assert many.usage.prompt_tokens == sum(map(len, ids))
     assert many.usage.completion_tokens == 10
-    assert many_ids.usage == many.usage
+    assert counts(many_ids.usage) == counts(many.usage)
 
 
 async def test_a_streamed_completion_is_the_whole_completion(async_client: AsyncOpenAI) -> None:
@@ -64,7 +66,7 @@ async def test_a_streamed_completion_is_the_whole_completion(async_client: Async
             texts[choice.index] += choice.text
     assert texts == [choice.text for choice in whole.choices]
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
+    assert counts(chunks[-1].usage) == counts(whole.usage)
 
 
 # conversations
@@ -175,3 +177,23 @@ async def test_a_client_that_loses_patience_leaves_the_server_well(
         model=MODEL, messages=PARIS, temperature=0, max_tokens=8
     )
     assert answer.choices[0].message.content == "The capital of France is Paris."
+
+
+async def test_a_prediction_that_comes_true_changes_speed_and_no_text(
+    async_client: AsyncOpenAI,
+) -> None:
+    async def answer(**more: Any) -> tuple[str | None, int]:
+        said = await async_client.chat.completions.create(
+            model=MODEL, messages=PARIS, temperature=0, max_tokens=40, **ON, **more
+        )
+        assert said.usage is not None
+        assert said.usage.completion_tokens_details is not None
+        accepted = said.usage.completion_tokens_details.accepted_prediction_tokens
+        return said.choices[0].message.content, accepted or 0
+
+    text, _ = await answer()
+    again, accepted = await answer(prediction={"type": "content", "content": text})
+    assert again == text
+    assert accepted > 0
+    wrong = {"type": "content", "content": "Words that never come. " * 20}
+    assert (await answer(prediction=wrong))[0] == text

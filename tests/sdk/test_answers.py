@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
-from openai.types import Completion, CompletionUsage
+from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionTokenLogprob
 
 from tests.sdk.conftest import MODEL
+from tests.support.sdk import counts
 
 CAPITAL = "What is the capital of France?"
 COUNT = "Count from 1 to 10, comma separated."
@@ -36,12 +37,6 @@ async def stream_chat(client: AsyncOpenAI, text: str, **options: Any) -> list[Ch
 
 async def complete(client: AsyncOpenAI, prompt: Any, **options: Any) -> Completion:
     return await client.completions.create(model=MODEL, prompt=prompt, **options)
-
-
-def counts(usage: CompletionUsage | None) -> tuple[int, int, int]:
-    """Prompt, completion and total; how much was cached depends on what came before."""
-    assert usage is not None
-    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
 
 
 def said(answer: ChatCompletion) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types import CompletionUsage
 
 from tests.support.server import Server, until
 
@@ -76,3 +77,11 @@ def engine_is_free(
         await until(free, FREE_SECONDS, lambda: f"still at work: {work}")
 
     return wait
+
+
+def counts(usage: CompletionUsage | None) -> tuple[int, int, int]:
+    """Prompt, completion and total; how much was cached depends on what came before, and how much
+    was guessed on how long passes took.
+    """
+    assert usage is not None
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
