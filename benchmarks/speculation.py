@@ -54,7 +54,7 @@ def answer_of(place: int) -> int:
     return (EDITED if place % EVERY == EVERY - 1 else TEXT) + place
 
 
-def build_editor(folder: Path) -> Path:
+def build_editor(folder: Path, dtype: str) -> Path:
     """Write a model that answers with the edited text, one token after the other.
 
     Its layers compute, but add nothing, so that the last token alone decides.
@@ -74,6 +74,8 @@ def build_editor(folder: Path) -> Path:
         head[answer_of(place)] = known[last]
         last = answer_of(place)
     weights["model.embed_tokens.weight"], weights["lm_head.weight"] = known, head
+    kind = getattr(mx, dtype)
+    weights = {name: array.astype(kind) for name, array in weights.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder
 
@@ -192,12 +194,12 @@ async def measure(folder: Path, cells: list[Cell], rounds: int) -> None:
         await without.client.stop()
 
 
-async def compare(folder: Path, rounds: int, only: str) -> None:
+async def compare(folder: Path, rounds: int, only: str, dtype: str) -> None:
     cells = [cell for cell in CELLS if only in cell.name]
     with tempfile.TemporaryDirectory() as home:
         editing = [cell for cell in cells if cell.editor]
         if editing:
-            await measure(build_editor(Path(home) / "editor"), editing, rounds)
+            await measure(build_editor(Path(home) / "editor", dtype), editing, rounds)
     rest = [cell for cell in cells if not cell.editor]
     if rest:
         await measure(folder, rest, rounds)
@@ -209,8 +211,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="part of a cell's name")
+    parser.add_argument("--dtype", default="float32", help="of the model that edits")
     options = parser.parse_args()
-    asyncio.run(compare(options.model, options.rounds, options.only))
+    asyncio.run(compare(options.model, options.rounds, options.only, options.dtype))
 
 
 if __name__ == "__main__":

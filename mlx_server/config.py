@@ -399,6 +399,7 @@ class Settings(BaseSettings):
             disk_cache_folder=str(self.disk_cache_folder) if self.disk_cache_limit else None,
             disk_cache_limit=self.disk_cache_limit,
             disk_cache_daily=_bytes_or_off(self.disk_cache_daily),
+            kernels_folder=str(self.home / "kernels"),
             dequantize=self.dequantize,
             openblas=self.openblas,
             max_batch=self.max_batch,

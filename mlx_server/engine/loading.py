@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
-from mlx_server.engine.run.cuda import keep_prepared_graphs
+from mlx_server.engine.run.cuda import keep_prepared
 from mlx_server.engine.run.patches import leave_out_text_side
 from mlx_server.engine.spawn import give_way
 from mlx_server.units import parse_bytes
@@ -35,7 +35,7 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
     started = time.perf_counter()
     options = message.options
     blas = load_openblas(options.openblas)
-    keep_prepared_graphs()
+    keep_prepared(Path(options.kernels_folder) if options.kernels_folder else None)
     if not options.trust_remote_code:  # a model's own code may well read text
         leave_out_text_side()
     memory = _memory(options, blas)

@@ -61,6 +61,8 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """Bytes of all files in that folder."""
     disk_cache_daily: int | None = None
     """Bytes written to that folder in a day, at most."""
+    kernels_folder: str | None = None
+    """Where kernels that MLX compiles are kept; None leaves that to MLX."""
     dequantize: Literal["auto", "always", "never"] = "auto"
     """`auto`: to float32 on a CPU, if that fits the memory limit."""
     openblas: str = "auto"

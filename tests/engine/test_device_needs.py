@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,21 @@ from tests.support.tiny import build_tiny_model
 
 SHOW = """
 import os, sys
+from pathlib import Path
 from mlx_server.engine import worker
 from mlx_server.engine.run import cuda
 assert "mlx.core" not in sys.modules
-cuda.keep_prepared_graphs()
-print(*(os.environ[name] for name in cuda.ENVIRONMENT))
+cuda.keep_prepared(Path("kept"))
+print(*(os.environ[name] for name in [*cuda.ENVIRONMENT, "MLX_PTX_CACHE_DIR"]))
 """
 
 
 @pytest.mark.parametrize("own", [{}, {"MLX_CUDA_SDPA_CACHE_SIZE": "77"}])
-def test_cuda_keeps_more_prepared_graphs_unless_the_user_says_otherwise(
+def test_cuda_keeps_graphs_and_kernels_unless_the_user_says_otherwise(
     own: dict[str, str],
 ) -> None:
-    inherited = {k: v for k, v in os.environ.items() if k not in cuda.ENVIRONMENT}
+    kept = cuda.ENVIRONMENT | {"MLX_PTX_CACHE_DIR": f"kept/{version('mlx')}"}
+    inherited = {k: v for k, v in os.environ.items() if k not in kept}
     done = subprocess.run(
         [sys.executable, "-c", SHOW],
         env=inherited | own,
@@ -45,7 +48,7 @@ def test_cuda_keeps_more_prepared_graphs_unless_the_user_says_otherwise(
         text=True,
         check=True,
     )
-    assert done.stdout.split() == list((cuda.ENVIRONMENT | own).values())
+    assert done.stdout.split() == list((kept | own).values())
 
 
 @pytest.mark.parametrize("shape", [(6, 1, 64), (2, 5, 64), (1, 4, 64), (2, 3, 2, 64), (4, 64)])
@@ -75,22 +78,54 @@ def test_on_cuda_weights_are_read_once_for_all_rows(shape: tuple[int, ...]) -> N
 def test_on_cuda_few_rows_of_large_weights_become_enough_to_read_them_once(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], seen_rows: int
 ) -> None:
-    monkeypatch.setattr(cuda, "WORTH_ZEROS", 256 * 256)
+    monkeypatch.setattr(cuda, "WIDE", 256)
+    monkeypatch.setattr(cuda, "WORTH_ZEROS", 256)
     layer = QuantizedLinear(256, 256, bias=False, group_size=64, bits=4)
     layer.set_dtype(mx.bfloat16)
     x = mx.random.normal(shape, key=mx.random.key(1)).astype(mx.bfloat16)
     assert products(layer, x, monkeypatch) == [seen_rows]
 
 
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "added", "by head"])
+def test_on_cuda_attention_of_few_queries_is_what_it_was(heads: int, rows: int, kind: str) -> None:
+    keys_of = mx.random.split(mx.random.key(rows), 4)
+    queries, keys, values = (
+        mx.random.normal((rows, count, tokens, 16), key=key)
+        for count, tokens, key in zip((4, heads, heads), (9, 33, 33), keys_of[:3], strict=True)
+    )
+    shown = mx.random.uniform(shape=(rows, 4, 9, 33), key=keys_of[3]) > 0.3
+    mask = {
+        "none": None,
+        "causal": "causal",
+        "bool": shown[:, :1],
+        "added": mx.where(shown[:, :1], 0.0, -1e9),
+        "by head": shown,
+    }[kind]
+    calls: list[int] = []
+
+    def original(*arguments: Any, **options: Any) -> mx.array:
+        calls.append(1)
+        return mx.fast.scaled_dot_product_attention(*arguments, **options)
+
+    attend = cuda.attention_of_few(original)
+    found = attend(queries, keys, values, scale=0.3, mask=mask, sinks=None)
+    assert not calls
+    expected = original(queries, keys, values, scale=0.3, mask=mask)
+    assert mx.allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("outputs", "bits", "kind"),
-    [(32, 4, mx.bfloat16), (256, 5, mx.bfloat16), (256, 4, mx.float32), (128, 4, mx.bfloat16)],
-    ids=["outputs", "bits", "float32", "small"],
+    [(288, 4, mx.bfloat16), (256, 5, mx.bfloat16), (256, 4, mx.float32), (128, 4, mx.bfloat16)],
+    ids=["outputs", "bits", "float32", "narrow"],
 )
 def test_no_zeros_are_added_where_they_do_not_pay(
     monkeypatch: pytest.MonkeyPatch, outputs: int, bits: int, kind: mx.Dtype
 ) -> None:
-    monkeypatch.setattr(cuda, "WORTH_ZEROS", 2 * 256 * 256)
+    monkeypatch.setattr(cuda, "WIDE", 256)
+    monkeypatch.setattr(cuda, "WORTH_ZEROS", 256)
     layer = QuantizedLinear(256, outputs, bias=False, group_size=64, bits=bits)
     layer.set_dtype(kind)
     x = mx.random.normal((3, 1, 256), key=mx.random.key(1)).astype(kind)

@@ -105,6 +105,7 @@ def force(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention._attention)
     monkeypatch.setattr(mx, "quantized_matmul", mx.quantized_matmul)  # so that it is put back
     monkeypatch.setattr(cuda, "fewest_rows", lambda: cuda.FEWEST_ROWS)
+    monkeypatch.setattr(cuda, "WIDE", 0)
     monkeypatch.setattr(cuda, "WORTH_ZEROS", 0)
 
 

@@ -1,7 +1,9 @@
-"""What only CUDA needs. MLX is imported late: `keep_prepared_graphs` comes before."""
+"""What only CUDA needs. MLX is imported late: `keep_prepared` comes before."""
 
 import os
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,17 +20,28 @@ graphs in its life as it may keep. Measured on an H100: one of a pass takes some
 (with 1024 of them, an engine soon held 4 GB beside its arrays); one of attention takes 1.4 MB of
 the host, and 40 ms to make."""
 
+FEW_QUERIES = 16
+"""Of a sequence in one pass, up to which its attention is not left to cuDNN. Measured on an H200: 9
+tokens over some 600 in 32 layers take 2.6 ms, and 66 where cuDNN has not had that number yet."""
 FEWEST_ROWS, AMPERE = 8, 8
 MATRIX_BITS, MATRIX_TILE = (4, 8), 128
-WORTH_ZEROS = 3 << 24
-"""Weights read more often than once, from which padding pays. Measured on an H100: a product of 4
-rows with 14336 x 4096 weights of 4 bits takes 136 us, padded to 8 rows 47, with 4096 x 4096 as long
-either way."""
+WIDE, WORTH_ZEROS = 8192, 24_576
+"""Outputs from which padding can pay, since each group of 128 is computed by a multiprocessor of
+its own, and outputs computed more often than once from which it does. Measured on an H200, with
+weights of 4 bits, in us, row by row and padded: 2, 4 rows of 4096 x 14336 take 93, 163 and 237,
+239; of 14336 x 4096 101, 167 and 118, 113; of 49152 x 4096 263, 481 and 173, 157."""
 
 
-def keep_prepared_graphs() -> None:
-    """For before MLX is imported, which reads its environment once; what the user says stays."""
-    for name, value in ENVIRONMENT.items():
+def keep_prepared(kernels: Path | None) -> None:
+    """Graphs in memory, and compiled kernels in the folder `kernels`; among temporary files they
+    would be gone after a restart of the machine.
+
+    For before MLX is imported, which reads its environment once; what the user says stays.
+    """
+    environment = dict(ENVIRONMENT)
+    if kernels is not None:
+        environment["MLX_PTX_CACHE_DIR"] = str(kernels / version("mlx"))
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
 
 
@@ -58,6 +71,51 @@ def by_rows(
     return product
 
 
+def attention_of_few(attention: Callable[..., "mx.array"]) -> Callable[..., "mx.array"]:
+    """`mx.fast.scaled_dot_product_attention`, by two products where queries are few.
+
+    MLX prepares cuDNN's attention anew for each number of keys, which takes 40 ms; a pass that
+    verifies guesses has another number each time.
+    """
+    import mlx.core as mx
+
+    def attend(
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None = None,
+        **options: Any,
+    ) -> mx.array:
+        rows, heads, tokens, width = queries.shape
+        if not 1 < tokens <= FEW_QUERIES or any(value is not None for value in options.values()):
+            return attention(queries, keys, values, scale=scale, mask=mask, **options)
+        shared, length = keys.shape[1], keys.shape[2]
+        # Heads that share keys are rows of one product.
+        grouped = (queries * scale).reshape(rows, shared, heads // shared * tokens, width)
+        scores = (grouped @ keys.swapaxes(2, 3)).reshape(rows, shared, -1, tokens, length)
+        if isinstance(mask, str):
+            mask = mx.arange(length - tokens, length)[:, None] >= mx.arange(length)
+        if mask is not None:
+            mask = mask if mask.ndim < 4 else _by_group(mask, shared)
+            smallest = mx.finfo(scores.dtype).min
+            scores = mx.where(mask, scores, smallest) if mask.dtype == mx.bool_ else scores + mask
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        out = weights.reshape(rows, shared, -1, length) @ values
+        return out.reshape(rows, heads, tokens, values.shape[3])
+
+    return attend
+
+
+def _by_group(mask: "mx.array", shared: int) -> "mx.array":
+    """(rows, 1 or heads, tokens, keys) to an axis more, of the heads that share keys."""
+    rows, heads, tokens, length = mask.shape
+    if heads == 1:
+        return mask[:, :, None]
+    return mask.reshape(rows, shared, heads // shared, tokens, length)
+
+
 def fewest_rows() -> int:
     """Rows from which MLX reads quantized weights once: from Ampere on it has kernels for that."""
     import mlx.core as mx
@@ -69,12 +127,12 @@ def _is_worth_zeros(x: "mx.array", w: "mx.array", options: dict[str, Any]) -> bo
     """Whether MLX has those kernels for this product, and its rows take long enough one by one."""
     import mlx.core as mx
 
-    outputs, width = w.shape[0], x.shape[-1]
-    rows = x.size // width
+    outputs, rows = w.shape[0], x.size // x.shape[-1]
     return (
         bool(options.get("transpose", True))
         and options.get("bits") in MATRIX_BITS
         and x.dtype in (mx.float16, mx.bfloat16)
         and outputs % MATRIX_TILE == 0
-        and (rows - 1) * outputs * width >= WORTH_ZEROS
+        and outputs >= WIDE
+        and (rows - 1) * outputs >= WORTH_ZEROS
     )

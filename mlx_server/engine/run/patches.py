@@ -84,6 +84,9 @@ def use_cuda_products() -> None:
     from mlx_server.engine.run import cuda
 
     mx.quantized_matmul = cuda.by_rows(mx.quantized_matmul, cuda.fewest_rows())
+    mx.fast.scaled_dot_product_attention = cuda.attention_of_few(
+        mx.fast.scaled_dot_product_attention
+    )
 
 
 def use_cpu_kernels() -> Callable[[], None]:

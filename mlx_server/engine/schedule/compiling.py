@@ -1,8 +1,9 @@
 """What has to run once, so that no request waits for a compiler.
 
 On CUDA, MLX compiles kernels when they are first launched, for up to 20 seconds where a request is
-the first to ask for log-probabilities, and all streams stand still meanwhile. It keeps them in a
-folder, among temporary files unless `MLX_PTX_CACHE_DIR` says otherwise.
+the first to ask for log-probabilities, and all streams stand still meanwhile. Each takes
+up to a minute where weights are quantized: the first load of a 4-bit model on an H200 took 190
+seconds, the next 18.
 """
 
 from mlx_server.engine.protocol import Generate, Sampling

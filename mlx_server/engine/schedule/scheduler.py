@@ -144,7 +144,8 @@ class Scheduler:
     def warm_up(self) -> None:
         """Run a small request, so that kernels are compiled and the pace is known."""
         if device_name() == "cuda":
-            self._answer(compiling.requests(self.longest_sequence))
+            for request in compiling.requests(self.longest_sequence):
+                self._answer([request])  # together they would share one pass
         prompt = [0] * (2 * SMALLEST_CHUNK + 1)
         small = Generate(id=0, prompt=prompt, sampling=Sampling(temperature=0), max_tokens=3)
         self._answer([small])
