@@ -97,7 +97,9 @@ class Outcome:
         self.joined_empty_batch = False
         self.step_seconds: float | None = None
         self.rows = 0
-        """How many rows that step had."""
+        """How many rows that step had, or the one that was begun."""
+        self.start_seconds: float | None = None
+        """What it took to begin a step, where none was under way."""
         self.verified: tuple[dict[int, int], int, float] | None = None
         """Of a pass with guesses: tokens taken by the ids of rows, tokens computed, seconds."""
         self.guessed = self.accepted = 0

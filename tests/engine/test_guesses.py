@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ import pytest
 from mlx_server.engine.cache.rows import BatchKVCache
 from mlx_server.engine.protocol import Generate, Sampling
 from mlx_server.engine.run.batch import Batch
-from mlx_server.engine.run.lookup import MOST, Forced, Lookup
+from mlx_server.engine.run.lookup import MOST, Experience, Forced, Lookup
 from mlx_server.engine.schedule.planner import Planner
 from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.engine.sequence import Sequence
@@ -167,7 +166,7 @@ def test_attention_passes_over_gaps_as_if_they_were_closed(window: int | None) -
 
 
 def test_what_followed_the_same_tokens_before_is_guessed() -> None:
-    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3])
+    lookup = Lookup(Experience(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3])
     lookup.index(3)
     lookup.index(100)
     lookup.append(4)
@@ -179,20 +178,23 @@ def test_what_followed_the_same_tokens_before_is_guessed() -> None:
 
 
 def test_a_prediction_is_guessed_from_its_beginning_on() -> None:
-    lookup = Lookup([1, 2, 3], [50, 51, 52, 53, 54, 55])
+    lookup = Lookup(Experience(), [1, 2, 3], [50, 51, 52, 53, 54, 55])
     assert lookup.guess(2) == [50, 51]
     lookup.append(50)
     assert lookup.guess(2) == [51, 52]
 
 
-def test_guesses_pause_ever_longer_where_they_are_wrong() -> None:
-    lookup = Lookup([], [], [1, 2, 3, 4] * 3)
-    guessed = []
-    for step in range(400):
-        if lookup.ready:
-            guessed.append(step)
-            lookup.judge(len(lookup.guess(MOST)), 0)
-        lookup.append([1, 2, 3, 4][step % 4])
-    pauses = [later - earlier for earlier, later in pairwise(guessed)]
-    assert pauses == sorted(pauses)
-    assert pauses[-1] >= 100
+def test_what_a_request_may_hope_of_guesses_shows_without_any() -> None:
+    experience = Experience()
+    lookup = Lookup(experience, [1, 2, 3, 4] * 4)
+    lookup.index(100)
+    hoped = lookup.chances
+    for token in [1, 2, 3, 4] * 8:
+        lookup.append(token)
+    assert min(lookup.chances) > max(hoped)
+    assert Lookup(experience, []).chances > hoped, "so do those after it"
+    for token in range(100, 140):
+        for one in (1, 2, 3, 4, token):
+            lookup.append(one)
+    right_at_once, then = lookup.chances
+    assert right_at_once < 0.3 < then, "a place found anew, and one that was right before"

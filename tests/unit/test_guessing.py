@@ -2,7 +2,7 @@
 
 from mlx_server.engine.schedule.guessing import FORGOTTEN, Chance, Guessing, PassTimes
 
-SURE = Chance(8, 0.95)
+SURE = Chance(8, 0.95, 0.95)
 
 
 def learned(rows: int, *, step: float, token: float, padded: bool = False) -> Guessing:
@@ -24,7 +24,7 @@ def test_likely_guesses_are_made_where_they_cost_little() -> None:
 
 
 def test_unlikely_or_dear_guesses_are_not_made() -> None:
-    assert learned(1, step=1.0, token=0.05).allot([1], {1: Chance(8, 0.05)}) == {}
+    assert learned(1, step=1.0, token=0.05).allot([1], {1: Chance(8, 0.05, 0.05)}) == {}
     assert learned(1, step=1.0, token=1.0).allot([1], {1: SURE}) == {}
 
 
@@ -41,6 +41,26 @@ def test_what_a_row_has_gained_it_may_lose_to_others() -> None:
     guessing = learned(2, step=1.0, token=0.1)
     guessing.verified({1: 9, 2: 9}, 18, 2.6)
     assert guessing.allot([1, 2], {1: SURE})[1] > 4
+
+
+def test_guesses_that_are_likely_once_they_were_right_are_deep_or_none() -> None:
+    guessing = learned(1, step=1.0, token=0.05)
+    assert guessing.allot([1], {1: Chance(8, 0.5, 0.99)}) == {1: 8}
+    assert guessing.allot([1], {1: Chance(8, 0.02, 0.99)}) == {}
+
+
+def test_rows_pay_for_what_a_pass_leaves_to_do() -> None:
+    guessing = learned(2, step=1.0, token=0.1)
+    guessing.verified({1: 9, 2: 3}, 12, 1.0)
+    before = guessing.allot([1, 2], {1: SURE})[1]
+    guessing.started(2, 0.5)
+    guessing.stepped(2, 2.5)
+    guessing.stepped(2, 1.0)
+    after = guessing.allot([1, 2], {1: SURE})[1]
+    assert after < before
+    guessing.stepped(2, 9.0)
+    guessing.stepped(2, 9.0)
+    assert guessing.allot([1, 2], {1: SURE})[1] == after, "later ones have other reasons"
 
 
 def test_passes_that_pad_count_what_they_compute() -> None:

@@ -13,12 +13,12 @@ LONGEST = 65_536
 """Tokens of prompt and prediction, the last ones, in which guesses are looked up."""
 MOST = 8
 """Tokens guessed at a time, at most."""
-RIGHT, WRONG = 1.5, 0.5
-"""Guesses that a request is taken to have seen come true and fail before its first."""
-FADING, RECOVERING = 0.9, 0.99
-"""What earlier guesses count after each further one, and after each token without one."""
-FIRST_PAUSE, LONGEST_PAUSE = 4, 512
-"""Tokens without guesses after one that was wrong at once; doubled each time."""
+FADING = 0.9
+"""What earlier guesses of a request count after each further one."""
+PRIOR = 2.0
+"""How many guesses of its own what is known of other requests' counts as, for a request."""
+FIRST_HOPE, LONG_MEMORY = 0.6, 0.995
+"""What is hoped of an engine's first guesses, and what earlier ones count after each one more."""
 
 
 class Guesser(Protocol):
@@ -27,85 +27,98 @@ class Guesser(Protocol):
         """How many tokens there are to guess."""
 
     @property
-    def chance(self) -> float:
-        """How likely a guessed token is right where those before it are."""
+    def chances(self) -> tuple[float, float]:
+        """How likely the first guessed token is right, and each further one after right ones."""
 
     def append(self, token: int) -> None:
-        """The request got a token."""
+        """The request got a token, whether it was guessed or not."""
 
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next."""
 
-    def judge(self, guessed: int, accepted: int) -> None:
-        """Learn from what came of a guess."""
 
+class Rate:
+    """How often guesses come true; earlier ones count ever less."""
 
-class Trust:
-    """How often a request's guesses came true."""
-
-    def __init__(self) -> None:
+    def __init__(self, hope: "Rate | None" = None) -> None:
         self._right = self._wrong = 0.0
+        self._hope = hope
+        self._fading = FADING if hope is not None else LONG_MEMORY
 
     @property
     def chance(self) -> float:
-        right, wrong = self._right + RIGHT, self._wrong + WRONG
-        return right / (right + wrong)
+        hope = FIRST_HOPE if self._hope is None else self._hope.chance
+        return (self._right + PRIOR * hope) / (self._right + self._wrong + PRIOR)
 
-    def append(self) -> None:
-        self._right *= RECOVERING
-        self._wrong *= RECOVERING
+    def observe(self, *, right: bool) -> None:
+        self._right = self._fading * self._right + right
+        self._wrong = self._fading * self._wrong + (not right)
+        if self._hope is not None:
+            self._hope.observe(right=right)
 
-    def judge(self, guessed: int, accepted: int) -> None:
-        self._right = FADING * self._right + accepted
-        self._wrong = FADING * self._wrong + (accepted < guessed)
+
+class Experience:
+    """What an engine has seen of its requests' guesses: of a place found anew, of one that has been
+    right before, and of text that a grammar forces.
+    """
+
+    def __init__(self) -> None:
+        self.found = Rate()
+        self.followed = Rate()
+        self.forced = Rate()
 
 
 class Forced:
     """Guesses the tokens of a text that a grammar forces; the model may cut it in other ways."""
 
-    def __init__(self) -> None:
+    def __init__(self, experience: Experience) -> None:
         self._run: list[int] = []
-        self._trust = Trust()
+        self._rate = Rate(experience.forced)
 
     @property
     def ready(self) -> int:
         return min(MOST, len(self._run))
 
     @property
-    def chance(self) -> float:
-        return self._trust.chance
+    def chances(self) -> tuple[float, float]:
+        return self._rate.chance, self._rate.chance
 
     def begin(self, run: list[int]) -> None:
         """`run` may come from the next token on."""
         self._run = run
 
     def append(self, token: int) -> None:
-        self._trust.append()
-        self._run = self._run[1:] if self._run[:1] == [token] else []
+        if not self._run:
+            return
+        right = self._run[0] == token
+        self._rate.observe(right=right)
+        self._run = self._run[1:] if right else []
 
     def guess(self, most: int) -> list[int]:
         return self._run[: min(most, MOST)]
-
-    def judge(self, guessed: int, accepted: int) -> None:
-        self._trust.judge(guessed, accepted)
 
 
 class Lookup:
     """One request's tokens, and where each of its n-grams was last followed by another token.
 
-    `prediction` is what the completion is likely to begin with.
+    `prediction` is what the completion is likely to begin with. What would have been guessed is
+    compared with each token that comes, so that nothing need be guessed to learn whether it pays.
     """
 
     def __init__(
-        self, prompt: Many[int], prediction: Many[int] = (), completion: Many[int] = ()
+        self,
+        experience: Experience,
+        prompt: Many[int],
+        prediction: Many[int] = (),
+        completion: Many[int] = (),
     ) -> None:
         self._tokens = [*prediction, *prompt]
         self._after: dict[tuple[int, ...], int] = {}
         self._indexed = max(NGRAM, len(self._tokens) - LONGEST)
         self._source: int | None = 0 if prediction else None
-        self._trust = Trust()
-        self._pause = FIRST_PAUSE
-        self._silent_until = 0
+        self._found, self._followed = Rate(experience.found), Rate(experience.followed)
+        self._right = False
+        """Whether the place has been right before."""
         for token in completion:
             self.append(token)
 
@@ -118,21 +131,22 @@ class Lookup:
 
     @property
     def ready(self) -> int:
-        if self._source is None or len(self._tokens) < self._silent_until:
-            return 0
-        return min(MOST, len(self._tokens) - self._source)
+        return 0 if self._source is None else min(MOST, len(self._tokens) - self._source)
 
     @property
-    def chance(self) -> float:
-        return self._trust.chance
+    def chances(self) -> tuple[float, float]:
+        then = self._followed.chance
+        return then if self._right else self._found.chance, then
 
     def append(self, token: int) -> None:
         tokens, source = self._tokens, self._source
-        goes_on = source is not None and source < len(tokens) and tokens[source] == token
+        right = source is not None and tokens[source] == token
+        if source is not None:
+            (self._followed if self._right else self._found).observe(right=right)
         tokens.append(token)
         self.index(2)
-        self._trust.append()
-        if goes_on and source is not None:
+        self._right = right
+        if right and source is not None:
             self._source = source + 1
         else:
             self._source = self._after.get(tuple(tokens[-NGRAM:]))
@@ -141,11 +155,3 @@ class Lookup:
         if self._source is None:
             return []
         return self._tokens[self._source : self._source + min(most, self.ready)]
-
-    def judge(self, guessed: int, accepted: int) -> None:
-        self._trust.judge(guessed, accepted)
-        if accepted:
-            self._pause = FIRST_PAUSE
-        else:
-            self._silent_until = len(self._tokens) + self._pause
-            self._pause = min(LONGEST_PAUSE, 2 * self._pause)

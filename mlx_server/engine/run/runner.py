@@ -17,7 +17,7 @@ from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.even_prefill import EvenPrefill
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.kv import cache_bytes
-from mlx_server.engine.run.lookup import Forced, Lookup
+from mlx_server.engine.run.lookup import Experience, Forced, Lookup
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
 from mlx_server.engine.run.prefixes import WaitingPrefixes
 from mlx_server.engine.sequence import Sequence, usable_keys
@@ -52,6 +52,7 @@ class Runner:
         self.waiting = WaitingPrefixes(prefix)
         self.batch = Batch(model, Groups(model, prefix), self.mask_thread)
         self._mixed: _MixedChunk | None = None
+        self._experience = Experience()
 
     @property
     def busy(self) -> bool:
@@ -129,10 +130,13 @@ class Runner:
         for sequence in sequences:
             if sequence.request.grammar is not None:
                 sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
-                sequence.guesser = Forced() if self.model.guesses else None
+                sequence.guesser = Forced(self._experience) if self.model.guesses else None
             elif self.model.guesses:
                 sequence.guesser = Lookup(
-                    sequence.prompt, sequence.request.prediction, sequence.completion
+                    self._experience,
+                    sequence.prompt,
+                    sequence.request.prediction,
+                    sequence.completion,
                 )
         prefill: Prefill
         if len(sequences) == 1:
@@ -151,16 +155,23 @@ class Runner:
     def _decode(self, outcome: Outcome) -> list[Row]:
         if not self.batch.busy:
             return []
-        started = time.perf_counter()
+        started, reads = time.perf_counter(), self.batch.pending is not None
         rows = self.batch.step()
+        seconds = time.perf_counter() - started
         if rows:
-            outcome.step_seconds, outcome.rows = time.perf_counter() - started, len(rows)
+            outcome.step_seconds, outcome.rows = seconds, len(rows)
+        elif not reads:
+            outcome.start_seconds, outcome.rows = seconds, len(self.batch.rows)
         self._end_mixed(outcome)
         return rows
 
     def _verify(self, most: dict[int, int], outcome: Outcome) -> Iterator[Tokens]:
         """A guess needs to know all tokens before it, so nothing else is under way."""
-        yield Tokens(self._settle(outcome))
+        started = time.perf_counter()
+        rows = self._settle(outcome)
+        if rows:
+            outcome.step_seconds, outcome.rows = time.perf_counter() - started, len(rows)
+        yield Tokens(rows)
         self.batch.drop_ended()
         guesses = self.batch.guesses(most)
         if not guesses:

@@ -110,8 +110,6 @@ class Verification:
                 taken[row.id] = len(told.tokens)
                 right = min(len(guess), len(told.tokens) - 1)
                 accepted += right
-                if row.guesser is not None and guess:
-                    row.guesser.judge(len(guess), right)
                 rows.append(structs.replace(told, guessed=len(guess), accepted=right))
             at += len(guess) + 1
         widths = zip(self._groups.rows, self._widths, strict=True)

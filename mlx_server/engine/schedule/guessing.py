@@ -20,6 +20,8 @@ CREDIT = 0.25
 """Steps that a row may fall behind before it has gained anything."""
 TOLERATED = 0.02
 """By how much of a step a pass may always be longer."""
+AFTERMATH = 2
+"""Steps after a pass with guesses that may take longer because of it."""
 MOST_AHEAD = 16.0
 """Steps gained that a row's account holds."""
 KEPT = 5
@@ -38,10 +40,17 @@ SIZES: list[int] = [
 
 
 class Chance(NamedTuple):
-    """What could be guessed for a row: up to `most` tokens, each right with `chance`."""
+    """What could be guessed for a row: up to `most` tokens, the first right with the chance
+    `first`, each further one with `then` where those before it are.
+    """
 
     most: int
-    chance: float
+    first: float
+    then: float
+
+    def of(self, count: int) -> float:
+        """How likely the first `count` are all right."""
+        return self.first * self.then ** (count - 1)
 
 
 class PassTimes:
@@ -83,6 +92,9 @@ class PassTimes:
 class Guessing:
     """Decides for an engine's passes. `padded`: a pass computes as many tokens for each row as for
     the one that has most.
+
+    A pass with guesses also costs what comes around it: the host does not prepare the next step
+    meanwhile, and the first steps after it may have caches to put in order.
     """
 
     def __init__(self, *, padded: bool) -> None:
@@ -91,17 +103,24 @@ class Guessing:
         self._steps, self._passes = PassTimes(), PassTimes()
         self._accounts: dict[int, float] = {}
         """Steps that rows are ahead of where they would be without guesses, by their ids."""
+        self._aftermath = 0
 
     def stepped(self, rows: int, seconds: float) -> None:
         """Learn from a step without guesses; the first one of a batch is not like the others."""
         if rows == self._last_rows:
             self._steps.measured(rows, seconds)
         self._last_rows = rows
+        self._charge(rows, seconds, 1)
+
+    def started(self, rows: int, seconds: float) -> None:
+        """A step was begun, with no other under way to read meanwhile."""
+        self._charge(rows, seconds, 0)
 
     def verified(self, taken: Mapping[int, int], tokens: int, seconds: float) -> None:
         """Learn from a pass of so many `tokens`, of which rows took `taken` by their ids."""
         self._passes.measured(tokens, seconds)
         self._last_rows = 0
+        self._aftermath = AFTERMATH
         base = self._steps.seconds(len(taken))
         if not base:
             return
@@ -120,17 +139,17 @@ class Guessing:
         allowed = {id_: CREDIT + self._accounts.get(id_, 0.0) + 1 for id_ in rows}
         best, most, deepest, gained = len(rows) * math.log(MARGIN), 0, 0, 0.0
         order: list[int] = []
-        gains = [(-math.log1p(one.chance), id_, 1, 1.0) for id_, one in chances.items()]
+        gains = [(-math.log1p(one.first), id_, 1, 1.0) for id_, one in chances.items()]
         heapq.heapify(gains)
         while gains:
             gain, id_, count, expected = heapq.heappop(gains)
             gained -= gain
             order.append(id_)
-            chance = chances[id_].chance
-            allowed[id_] += chance**count
-            if count < chances[id_].most:
-                expected += chance**count
-                more = math.log1p(chance ** (count + 1) / expected)
+            chance = chances[id_]
+            allowed[id_] += chance.of(count)
+            if count < chance.most:
+                expected += chance.of(count)
+                more = math.log1p(chance.of(count + 1) / expected)
                 heapq.heappush(gains, (-more, id_, count + 1, expected))
             deepest = max(deepest, count)
             tokens = len(rows) * (1 + deepest) if self._padded else len(rows) + len(order)
@@ -139,6 +158,15 @@ class Guessing:
             if value > best and cost - TOLERATED <= min(allowed.values()):
                 best, most = value, len(order)
         return dict(Counter(order[:most]))
+
+    def _charge(self, rows: int, seconds: float, taken: int) -> None:
+        """Have rows pay for what a pass with guesses has left to do."""
+        base = self._steps.seconds(rows)
+        if not self._aftermath or not base:
+            return
+        self._aftermath -= taken
+        ahead = taken - seconds / base
+        self._accounts = {id_: min(MOST_AHEAD, n + ahead) for id_, n in self._accounts.items()}
 
     def _cost(self, tokens: int, rows: int, base: float) -> float:
         """Of a pass, in steps of `base` seconds."""

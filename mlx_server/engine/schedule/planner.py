@@ -59,6 +59,8 @@ class Planner:
         if outcome.step_seconds is not None and not self._chunk_last_turn:
             self._pace.stepped(outcome.step_seconds)
             self._guessing.stepped(outcome.rows, outcome.step_seconds)
+        if outcome.start_seconds is not None:
+            self._guessing.started(outcome.rows, outcome.start_seconds)
         if outcome.verified is not None:
             self._guessing.verified(*outcome.verified)
         if outcome.chunk is not None:
@@ -157,4 +159,4 @@ class Planner:
 
 def _chances(rows: list[Sequence]) -> dict[int, Chance]:
     guessing = ((row.id, row.guesser) for row in rows if row.guesser is not None)
-    return {id_: Chance(one.ready, one.chance) for id_, one in guessing if one.ready}
+    return {id_: Chance(one.ready, *one.chances) for id_, one in guessing if one.ready}
