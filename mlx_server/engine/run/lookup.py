@@ -36,6 +36,9 @@ class Guesser(Protocol):
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next."""
 
+    def index(self, most: int) -> None:
+        """Make up to `most` tokens more known, where some are not yet."""
+
 
 class Rate:
     """How often guesses come true; earlier ones count ever less."""
@@ -66,36 +69,6 @@ class Experience:
         self.found = Rate()
         self.followed = Rate()
         self.forced = Rate()
-
-
-class Forced:
-    """Guesses the tokens of a text that a grammar forces; the model may cut it in other ways."""
-
-    def __init__(self, experience: Experience) -> None:
-        self._run: list[int] = []
-        self._rate = Rate(experience.forced)
-
-    @property
-    def ready(self) -> int:
-        return min(MOST, len(self._run))
-
-    @property
-    def chances(self) -> tuple[float, float]:
-        return self._rate.chance, self._rate.chance
-
-    def begin(self, run: list[int]) -> None:
-        """`run` may come from the next token on."""
-        self._run = run
-
-    def append(self, token: int) -> None:
-        if not self._run:
-            return
-        right = self._run[0] == token
-        self._rate.observe(right=right)
-        self._run = self._run[1:] if right else []
-
-    def guess(self, most: int) -> list[int]:
-        return self._run[: min(most, MOST)]
 
 
 class Lookup:
@@ -155,3 +128,40 @@ class Lookup:
         if self._source is None:
             return []
         return self._tokens[self._source : self._source + min(most, self.ready)]
+
+
+class Forced:
+    """Guesses the tokens of a text that a grammar forces, which the model may cut in other ways,
+    and elsewhere what `lookup` does.
+    """
+
+    def __init__(self, experience: Experience, lookup: Lookup) -> None:
+        self._lookup = lookup
+        self._run: list[int] = []
+        self._rate = Rate(experience.forced)
+
+    @property
+    def ready(self) -> int:
+        return min(MOST, len(self._run)) or self._lookup.ready
+
+    @property
+    def chances(self) -> tuple[float, float]:
+        return (self._rate.chance, self._rate.chance) if self._run else self._lookup.chances
+
+    def begin(self, run: list[int]) -> None:
+        """`run` may come from the next token on."""
+        self._run = run
+
+    def append(self, token: int) -> None:
+        self._lookup.append(token)
+        if not self._run:
+            return
+        right = self._run[0] == token
+        self._rate.observe(right=right)
+        self._run = self._run[1:] if right else []
+
+    def guess(self, most: int) -> list[int]:
+        return self._run[: min(most, MOST)] or self._lookup.guess(most)
+
+    def index(self, most: int) -> None:
+        self._lookup.index(most)

@@ -17,7 +17,7 @@ from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.even_prefill import EvenPrefill
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.kv import cache_bytes
-from mlx_server.engine.run.lookup import Experience, Forced, Lookup
+from mlx_server.engine.run.lookup import Experience, Forced, Guesser, Lookup
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
 from mlx_server.engine.run.prefixes import WaitingPrefixes
 from mlx_server.engine.sequence import Sequence, usable_keys
@@ -78,7 +78,7 @@ class Runner:
             self._begin(plan.begin, outcome)
         self.prefix.resize(plan.prefix_limit)
         for sequence in self.sequences:
-            if isinstance(sequence.guesser, Lookup):
+            if sequence.guesser is not None:
                 sequence.guesser.index(INDEXED)
         prefill = self.prefills.get(plan.chunk.id) if plan.chunk else None
         budget = plan.chunk.tokens if plan.chunk else 0
@@ -130,14 +130,8 @@ class Runner:
         for sequence in sequences:
             if sequence.request.grammar is not None:
                 sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
-                sequence.guesser = Forced(self._experience) if self.model.guesses else None
-            elif self.model.guesses:
-                sequence.guesser = Lookup(
-                    self._experience,
-                    sequence.prompt,
-                    sequence.request.prediction,
-                    sequence.completion,
-                )
+            if self.model.guesses:
+                sequence.guesser = self._guesser(sequence)
         prefill: Prefill
         if len(sequences) == 1:
             prefill = PromptPrefill(self.model, self.prefix, sequences[0], begin.until)
@@ -151,6 +145,11 @@ class Runner:
                 outcome.prompts.append((len(sequence.request.prompt), sequence.cached or 0))
         self.prefills[sequences[0].id] = prefill
         outcome.begun = True
+
+    def _guesser(self, sequence: Sequence) -> Guesser:
+        prediction = sequence.request.prediction
+        lookup = Lookup(self._experience, sequence.prompt, prediction, sequence.completion)
+        return lookup if sequence.constraint is None else Forced(self._experience, lookup)
 
     def _decode(self, outcome: Outcome) -> list[Row]:
         if not self.batch.busy:
