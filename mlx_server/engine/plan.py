@@ -83,6 +83,17 @@ class ChunkTime(NamedTuple):
     """Whether the device had a decode step to finish first."""
 
 
+class VerifiedTime(NamedTuple):
+    """What a pass with guesses took: tokens `taken` by the ids of rows, and how many were computed,
+    without those of a `chunk` beside (its tokens, and keys that each attended to).
+    """
+
+    taken: dict[int, int]
+    tokens: int
+    seconds: float
+    chunk: tuple[int, float] | None
+
+
 class Outcome:
     """What came of a Plan besides rows: requests that changed hands, and how long things took."""
 
@@ -100,8 +111,7 @@ class Outcome:
         """How many rows that step had, or the one that was begun."""
         self.start_seconds: float | None = None
         """What it took to begin a step, where none was under way."""
-        self.verified: tuple[dict[int, int], int, float] | None = None
-        """Of a pass with guesses: tokens taken by the ids of rows, tokens computed, seconds."""
+        self.verified: VerifiedTime | None = None
         self.guessed = self.accepted = 0
         self.chunk: ChunkTime | None = None
 

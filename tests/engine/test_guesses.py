@@ -12,6 +12,8 @@ from mlx_server.engine.cache.rows import BatchKVCache
 from mlx_server.engine.protocol import Generate, Sampling
 from mlx_server.engine.run.batch import Batch
 from mlx_server.engine.run.lookup import MOST, Experience, Forced, Lookup
+from mlx_server.engine.run.mixed import Part
+from mlx_server.engine.run.verify import Guesses, Verified
 from mlx_server.engine.schedule.planner import Planner
 from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.engine.sequence import Sequence
@@ -113,7 +115,17 @@ def test_guesses_right_and_wrong_change_no_text(
     oracle = Oracle(plain)
     monkeypatch.setattr(Batch, "guesses", lambda batch, most: oracle.guesses(batch, most))
     monkeypatch.setattr(Planner, "_guesses", always)
+    beside = 0
+    verify = Batch.verify
+
+    def counting(batch: Batch, guesses: Guesses, *chunk: Part) -> Verified:
+        nonlocal beside
+        beside += len(chunk)
+        return verify(batch, guesses, *chunk)
+
+    monkeypatch.setattr(Batch, "verify", counting)
     assert tokens_of(scheduler, wanted[:half], wanted[half:]) == plain
+    assert beside > 3, "chunks of prompts shared the pass"
     assert oracle.right > 10 * count
     assert oracle.wrong > 2 * count
 

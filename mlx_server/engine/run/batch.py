@@ -180,10 +180,10 @@ class Batch:
                 found[row.id] = row.guesser.guess(room) if room > 0 else []
         return {id_: guess for id_, guess in found.items() if guess}
 
-    def verify(self, guesses: Guesses) -> Verified:
+    def verify(self, guesses: Guesses, *chunk: Part) -> Verified:
         """Draw the next tokens of all rows, more than one where a guess is right; reads them."""
         thread = self._mask_thread
-        verified = Verification(self._model, self._groups, guesses, thread).finish()
+        verified = Verification(self._model, self._groups, guesses, thread, chunk).finish()
         self.failed += verified.failed
         self.inputs = Inputs()
         self.inputs.insert(0, [last_token(row) for row in self.rows])

@@ -10,7 +10,7 @@ from mlx_server.engine.cache.prefix import BLOCK, PrefixCache
 from mlx_server.engine.cache.rows import forget
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.grammar.masks import MaskThread
-from mlx_server.engine.plan import Begin, ChunkTime, Outcome, Plan, Start
+from mlx_server.engine.plan import Begin, ChunkTime, Outcome, Plan, Start, VerifiedTime
 from mlx_server.engine.protocol import Row, Sharing, Tokens
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.batch import Batch
@@ -18,8 +18,10 @@ from mlx_server.engine.run.even_prefill import EvenPrefill
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.kv import cache_bytes
 from mlx_server.engine.run.lookup import Experience, Forced, Guesser, Lookup
+from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
 from mlx_server.engine.run.prefixes import WaitingPrefixes
+from mlx_server.engine.run.verify import Guesses
 from mlx_server.engine.sequence import Sequence, usable_keys
 
 INDEXED = 4096
@@ -83,7 +85,7 @@ class Runner:
         prefill = self.prefills.get(plan.chunk.id) if plan.chunk else None
         budget = plan.chunk.tokens if plan.chunk else 0
         if plan.mixed and isinstance(prefill, PromptPrefill) and prefill.mixes:
-            yield from self._mixed_step(prefill, budget, outcome)
+            yield from self._mixed_step(prefill, budget, plan.guess, outcome)
         else:
             if plan.decode and plan.guess:
                 yield from self._verify(plan.guess, outcome)
@@ -173,38 +175,55 @@ class Runner:
         yield Tokens(rows)
         self.batch.drop_ended()
         guesses = self.batch.guesses(most)
-        if not guesses:
+        if guesses:
+            yield Tokens(self._verified(guesses, outcome))
+        else:
             yield Tokens(self._decode(outcome))
-            return
+
+    def _verified(
+        self,
+        guesses: Guesses,
+        outcome: Outcome,
+        part: Part | None = None,
+        chunk: tuple[int, float] | None = None,
+    ) -> list[Row]:
+        """`chunk` is the size of `part`, which goes beside."""
         started = time.perf_counter()
-        verification = self.batch.verify(guesses)
-        yield Tokens(verification.rows)
+        verified = self.batch.verify(guesses, *([] if part is None else [part]))
         seconds = time.perf_counter() - started
-        outcome.verified = verification.taken, verification.tokens, seconds
-        outcome.guessed, outcome.accepted = verification.guessed, verification.accepted
+        outcome.verified = VerifiedTime(verified.taken, verified.tokens, seconds, chunk)
+        outcome.guessed, outcome.accepted = verified.guessed, verified.accepted
+        return verified.rows
 
     def _mixed_step(
-        self, prefill: PromptPrefill, budget: int, outcome: Outcome
+        self, prefill: PromptPrefill, budget: int, guess: dict[int, int], outcome: Outcome
     ) -> Iterator[Tokens]:
         """Rows are told before anything else may fail."""
-        if self.model.eager:
+        if self.model.eager or guess:
             yield Tokens(self._settle(outcome))
         self.batch.drop_ended()
         if not self.batch.rows:  # the last of them has just ended
             yield Tokens(self._decode(outcome))
             yield Tokens(self._prefill(prefill, budget, outcome))
             return
-        began = time.perf_counter()
+        guesses = self.batch.guesses(guess) if guess else {}
         chunk, part = prefill.size(budget), prefill.next_part(budget)
+        if guesses:
+            yield Tokens(self._verified(guesses, outcome, part, chunk))
+        else:
+            yield Tokens(self._step_beside(part, chunk, outcome))
+        written = [layer.state for layer in prefill.cache]
+        mx.async_eval(written, prefill.computed(part))  # type: ignore[no-untyped-call]
+        yield Tokens(self._after_chunk(prefill, outcome))
+
+    def _step_beside(self, part: Part, chunk: tuple[int, float], outcome: Outcome) -> list[Row]:
+        began = time.perf_counter()
         rows = self.batch.step(part)
         self._end_mixed(outcome)
         if not self.model.eager:  # the device begins once the step is done that has been read
             began = time.perf_counter()
         self._mixed = _MixedChunk(*chunk, began)
-        yield Tokens(rows)
-        written = [layer.state for layer in prefill.cache]
-        mx.async_eval(written, prefill.computed(part))  # type: ignore[no-untyped-call]
-        yield Tokens(self._after_chunk(prefill, outcome))
+        return rows
 
     def _settle(self, outcome: Outcome) -> list[Row]:
         rows = self.batch.settle()

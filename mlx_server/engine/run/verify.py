@@ -52,10 +52,17 @@ class Place:
 
 
 class Verification:
-    """The pass of `groups` with `guesses`; nothing of it may be under way before."""
+    """The pass of `groups` with `guesses`, and a chunk of a prompt beside them; nothing of it may
+    be under way before.
+    """
 
     def __init__(
-        self, model: Backend, groups: Groups, guesses: Guesses, thread: MaskThread
+        self,
+        model: Backend,
+        groups: Groups,
+        guesses: Guesses,
+        thread: MaskThread,
+        chunk: Many[Part] = (),
     ) -> None:
         self._groups = groups
         self._guesses = guesses
@@ -75,7 +82,7 @@ class Verification:
         self._widths = [part.tokens.shape[1] for part in parts for _ in range(part.tokens.shape[0])]
         # Models that cannot mix compute the padding too.
         self._tokens = len(self.places) if model.mixes else sum(self._widths)
-        logits = model.step(parts, len(self.places))
+        logits = model.step([*parts, *chunk], len(self.places))
         self._draw: Draw = sampler.launch(logits[:, -1, :].astype(mx.float32), masks)
         self._draw.start()
         self._masks = masks

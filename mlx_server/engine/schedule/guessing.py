@@ -110,15 +110,24 @@ class Guessing:
         if rows == self._last_rows:
             self._steps.measured(rows, seconds)
         self._last_rows = rows
-        self._charge(rows, seconds, 1)
+        self._settle(rows, seconds, 1)
 
     def started(self, rows: int, seconds: float) -> None:
         """A step was begun, with no other under way to read meanwhile."""
-        self._charge(rows, seconds, 0)
+        self._settle(rows, seconds, 0)
 
     def verified(self, taken: Mapping[int, int], tokens: int, seconds: float) -> None:
         """Learn from a pass of so many `tokens`, of which rows took `taken` by their ids."""
         self._passes.measured(tokens, seconds)
+        self.charge(taken, seconds)
+
+    def expected(self, tokens: int, rows: int) -> float:
+        """Seconds of a pass of `rows` with so many tokens; 0 while nothing is known."""
+        base = self._steps.seconds(rows)
+        return base * self._cost(tokens, rows, base) if base else 0.0
+
+    def charge(self, taken: Mapping[int, int], seconds: float) -> None:
+        """Have rows, by their ids, pay for a pass of which they took so many tokens."""
         self._last_rows = 0
         self._aftermath = AFTERMATH
         base = self._steps.seconds(len(taken))
@@ -159,7 +168,7 @@ class Guessing:
                 best, most = value, len(order)
         return dict(Counter(order[:most]))
 
-    def _charge(self, rows: int, seconds: float, taken: int) -> None:
+    def _settle(self, rows: int, seconds: float, taken: int) -> None:
         """Have rows pay for what a pass with guesses has left to do."""
         base = self._steps.seconds(rows)
         if not self._aftermath or not base:

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from mlx_server.engine.plan import Begin, Chunk, ChunkTime, Outcome, Plan
+from mlx_server.engine.plan import Begin, Chunk, ChunkTime, Outcome, Plan, VerifiedTime
 from mlx_server.engine.run.runner import Runner
 from mlx_server.engine.schedule.admission import Admission
 from mlx_server.engine.schedule.guessing import Chance, Guessing
@@ -51,7 +51,7 @@ class Planner:
             decode=mixed or not self._gathering(rows, len(admitted)),
             chunk=chunk,
             mixed=mixed,
-            guess={} if mixed else self._guesses(rows),
+            guess=self._guesses(rows),
         )
 
     def learn(self, plan: Plan, outcome: Outcome) -> None:
@@ -62,7 +62,7 @@ class Planner:
         if outcome.start_seconds is not None:
             self._guessing.started(outcome.rows, outcome.start_seconds)
         if outcome.verified is not None:
-            self._guessing.verified(*outcome.verified)
+            self._learn_from(outcome.verified)
         if outcome.chunk is not None:
             self._measure(outcome.chunk)
         if outcome.joined_empty_batch:
@@ -144,6 +144,16 @@ class Planner:
     def _starting(self, begin: Begin | None) -> list[WaitingRequest]:
         longest = self._runner.context_length
         return [WaitingRequest(start, longest) for start in begin.starts] if begin else []
+
+    def _learn_from(self, verified: VerifiedTime) -> None:
+        if verified.chunk is None:
+            self._guessing.verified(verified.taken, verified.tokens, verified.seconds)
+            return
+        alone = self._guessing.expected(verified.tokens, len(verified.taken))
+        self._guessing.charge(verified.taken, alone)
+        if alone:
+            longer_by = max(verified.seconds - alone, verified.seconds / 10)
+            self._pace.mixed.measured(*verified.chunk, longer_by)
 
     def _measure(self, chunk: ChunkTime) -> None:
         step = self._pace.step_seconds
