@@ -180,12 +180,12 @@ def answers(scheduler: Scheduler, prompts: list[list[int]]) -> list[list[int]]:
         for message in scheduler.turn():
             for row in message.rows if isinstance(message, Tokens) else ():
                 told[row.id] += row.tokens
+    assert {len(one) for one in told} == {TOKENS}
     return told
 
 
 def assert_right(model: Any, prompt: list[int], answer: list[int], near: float) -> None:
     """Each token is mlx-lm's for the prompt and the tokens before it, alone in its cache."""
-    assert len(answer) == TOKENS
     cache = make_prompt_cache(model)
     model(mx.array([prompt[:-1]]), cache=cache)  # as mlx-lm's generator does
     inputs = mx.array([prompt[-1:]])

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import msgspec
 import pytest
+from mlx_lm.utils import load_model
 
 from mlx_server.engine.cache.rows import BatchKVCache
 from mlx_server.engine.protocol import Generate, Sampling
@@ -18,8 +19,11 @@ from mlx_server.engine.schedule.planner import Planner
 from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.engine.sequence import Sequence
 from tests.engine.conftest import request
+from tests.engine.test_architectures import NEAR, USUALLY_NEAR, assert_right, prompt_of
+from tests.engine.test_architectures import scheduler_of as arranged
 from tests.engine.test_grammar import bound, grammar_of
-from tests.engine.test_mixed import scheduler_of, tokens_of
+from tests.engine.test_mixed import GREEDY, scheduler_of, tokens_of
+from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, build_architecture
 from tests.support.tiny import build_recurrent_model, build_tiny_model
 
 
@@ -78,8 +82,9 @@ def requests_of(count: int) -> list[Generate]:
 class Oracle:
     """Guesses the `texts` that are to come, up to a mistake."""
 
-    def __init__(self, texts: dict[int, list[int]]) -> None:
+    def __init__(self, texts: dict[int, list[int]], vocabulary: int = 400) -> None:
         self.texts = texts
+        self.vocabulary = vocabulary
         self.right = self.wrong = 0
 
     def guesses(self, batch: Batch, most: Mapping[int, int]) -> dict[int, list[int]]:
@@ -89,7 +94,7 @@ class Oracle:
             rng = random.Random(1000 * row.id + at)
             right = rng.randrange(5)
             coming = self.texts[row.id][at : at + right]
-            guess = [*coming, *(rng.randrange(400) for _ in range(rng.randrange(3)))]
+            guess = [*coming, *(rng.randrange(self.vocabulary) for _ in range(rng.randrange(3)))]
             guess = guess[: row.limit - at - 1]
             if guess and rng.random() < 0.7:
                 found[row.id] = guess
@@ -99,7 +104,7 @@ class Oracle:
 
 
 def always(planner: Planner, rows: list[Sequence]) -> dict[int, int]:
-    return {row.id: MOST for row in rows}
+    return {row.id: MOST for row in rows if row.guesser is not None}
 
 
 @pytest.mark.parametrize(
@@ -169,6 +174,31 @@ def test_what_came_before_is_guessed_under_a_grammar_too(
     assert tokens_of(guessing, foreseen, []) == plain
     assert guessing.counts.accepted > 40
     guessing.close()
+
+
+SHORT = ("gemma3", "gpt_oss", "deepseek_v3", "internlm3")
+"""Windows beside whole caches, windows with sinks, compressed keys, rows of equal length alone."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.soak) for n in ARCHITECTURES]
+)
+def test_guesses_change_no_text_of_any_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = build_architecture(tmp_path / name, name)
+    reference, _ = load_model(folder)
+    rng = random.Random(6)
+    prompts = [prompt_of(rng, length) for length in (3, 41, 70, 18)]
+    scheduler = arranged(folder, speculation="auto")
+    wanted = [Generate(i, prompt, GREEDY, 48) for i, prompt in enumerate(prompts)]
+    oracle = Oracle(tokens_of(scheduler, wanted, []), VOCAB_SIZE)
+    monkeypatch.setattr(Batch, "guesses", lambda batch, most: oracle.guesses(batch, most))
+    monkeypatch.setattr(Planner, "_guesses", always)
+    told = tokens_of(scheduler, wanted, [])
+    assert (oracle.right > 40 and oracle.wrong > 20) == scheduler.model.guesses
+    for prompt, answer in zip(prompts, told.values(), strict=True):
+        assert_right(reference, prompt, answer, NEAR.get(name, USUALLY_NEAR))
 
 
 def test_a_cache_that_cannot_be_shortened_takes_no_guesses(tmp_path: Path) -> None:

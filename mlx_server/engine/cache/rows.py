@@ -204,6 +204,11 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
 class BatchRotatingKVCache(mlx_lm.BatchRotatingKVCache):  # type: ignore[misc]
     """`lengths` is how many tokens each row has had, those beyond the window included."""
 
+    keys: Any
+    values: Any
+    left_padding: mx.array
+    offset: mx.array
+    _idx: int
     _offset: int
     max_size: int
 
@@ -239,6 +244,23 @@ class BatchRotatingKVCache(mlx_lm.BatchRotatingKVCache):  # type: ignore[misc]
         pairs = zip(self.lengths, self._right_padding or [0] * len(self.lengths), strict=True)
         self.lengths = [length - padding for length, padding in pairs]
         self._right_padding = []
+
+    def roll_back(self, rejected: Many[int]) -> None:
+        """Forget so many of the last tokens of each row; at least one of the pass just computed
+        must stay, so that a whole window is left.
+        """
+        end, common = self._idx - min(rejected), min(rejected)
+        extra = mx.array([one - common for one in rejected])
+        if common:
+            self.keys, self.values = self.keys[:, :, :end], self.values[:, :, :end]
+        if max(rejected) > common:
+            self.keys = dynamic_roll(self.keys, extra[:, None], axis=2)
+            self.values = dynamic_roll(self.values, extra[:, None], axis=2)
+            # What a row has too few of comes to its left. Negative: a full row has lost so many.
+            self.left_padding = mx.maximum(self.left_padding, 0) + extra
+        self.offset = self.offset - mx.array(list(rejected))
+        self.lengths = [n - one for n, one in zip(self.lengths, rejected, strict=True)]
+        self._idx, self._offset = end, self._offset - common
 
     def filter(self, batch_indices: Many[int]) -> None:
         super().filter(mx.array(list(batch_indices)))

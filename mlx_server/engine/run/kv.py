@@ -12,7 +12,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_server.engine.cache.layout import Cache, leaves
-from mlx_server.engine.cache.rows import MOST_GAPS, BatchKVCache, rounded
+from mlx_server.engine.cache.rows import MOST_GAPS, BatchKVCache, BatchRotatingKVCache, rounded
 from mlx_server.engine.cache.rows import merge as merge_layers
 from mlx_server.engine.memory import device_name
 from mlx_server.engine.run.weights import ModelError
@@ -93,7 +93,7 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
 
 def can_roll_back(cache: Cache) -> bool:
     """Whether single rows of this batch cache can be shortened."""
-    return all(isinstance(leaf, BatchKVCache) for leaf in leaves(cache))
+    return all(isinstance(leaf, BatchKVCache | BatchRotatingKVCache) for leaf in leaves(cache))
 
 
 def close_gaps(cache: Cache) -> None:
@@ -107,7 +107,7 @@ def roll_back(cache: Cache, rejected: list[int]) -> None:
     """Forget so many of the last tokens of each row."""
     for leaf in leaves(cache):
         leaf.roll_back(rejected)
-        if leaf.most_gaps > MOST_GAPS:
+        if isinstance(leaf, BatchKVCache) and leaf.most_gaps > MOST_GAPS:
             _close_gaps(leaf)
 
 
