@@ -70,6 +70,8 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     """Whether decode step and chunk go through the model in one pass."""
     guess: dict[int, int] = {}
     """How many tokens may be guessed for a request, by its id, and verified in a decode step."""
+    catch_up: Chunk | None = None
+    """Tokens of a request that decodes, for the caches of the draft model."""
 
 
 class ChunkTime(NamedTuple):
@@ -81,6 +83,14 @@ class ChunkTime(NamedTuple):
     mixed: bool
     behind_step: bool
     """Whether the device had a decode step to finish first."""
+
+
+class DraftTime(NamedTuple):
+    """What it took a draft model to draw up to `steps` tokens for so many `rows`."""
+
+    rows: int
+    steps: int
+    seconds: float
 
 
 class Outcome:
@@ -101,6 +111,9 @@ class Outcome:
         self.verified: tuple[dict[int, int], int, float] | None = None
         """Of a pass with guesses: tokens taken by the ids of rows, tokens computed, seconds."""
         self.guessed = self.accepted = 0
+        self.drafted: DraftTime | None = None
+        self.caught_up: ChunkTime | None = None
+        """What a chunk took in the draft model."""
         self.chunk: ChunkTime | None = None
 
     @property

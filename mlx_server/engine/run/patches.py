@@ -83,7 +83,8 @@ def use_cuda_products() -> None:
 
     from mlx_server.engine.run import cuda
 
-    mx.quantized_matmul = cuda.by_rows(mx.quantized_matmul, cuda.fewest_rows())
+    if not hasattr(mx.quantized_matmul, "__wrapped__"):  # a second model finds it done
+        mx.quantized_matmul = cuda.by_rows(mx.quantized_matmul, cuda.fewest_rows())
 
 
 def use_cpu_kernels() -> Callable[[], None]:
@@ -153,7 +154,7 @@ def enable_mixed_passes(model: Any, new_cache: "Callable[[], Cache]") -> str | N
 def _attend_by_part(model: Any, undo: ExitStack) -> None:
     """Wrap `scaled_dot_product_attention`, which mlx-lm's modules import by name.
 
-    Each token of a mixed pass attends to its own cache.
+    Each token of a mixed pass attends to its own cache. Models of one module share the wrapper.
     """
     from mlx_server.engine.run import mixed
 
@@ -161,6 +162,8 @@ def _attend_by_part(model: Any, undo: ExitStack) -> None:
     homes = [home for name in names if hasattr(home := sys.modules.get(name), ATTENTION)]
     for home in homes:
         original = getattr(home, ATTENTION)
+        if hasattr(original, "__wrapped__"):
+            continue
         setattr(home, ATTENTION, mixed.attention_by_part(original))
         undo.callback(setattr, home, ATTENTION, original)
 

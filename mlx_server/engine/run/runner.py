@@ -10,14 +10,16 @@ from mlx_server.engine.cache.prefix import BLOCK, PrefixCache
 from mlx_server.engine.cache.rows import forget
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.grammar.masks import MaskThread
-from mlx_server.engine.plan import Begin, ChunkTime, Outcome, Plan, Start
+from mlx_server.engine.plan import Begin, Chunk, ChunkTime, DraftTime, Outcome, Plan, Start
 from mlx_server.engine.protocol import Row, Sharing, Tokens
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.batch import Batch
+from mlx_server.engine.run.drafted import Drafted, own_guesser
+from mlx_server.engine.run.drafts import Drafts
 from mlx_server.engine.run.even_prefill import EvenPrefill
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.kv import cache_bytes
-from mlx_server.engine.run.lookup import Forced, Lookup
+from mlx_server.engine.run.lookup import Forced, Guesser, Lookup
 from mlx_server.engine.run.prefill import GroupPrefill, Prefill, PromptPrefill
 from mlx_server.engine.run.prefixes import WaitingPrefixes
 from mlx_server.engine.sequence import Sequence, usable_keys
@@ -41,10 +43,18 @@ class Runner:
     """
 
     def __init__(
-        self, model: Backend, prefix: PrefixCache, grammars: GrammarCompiler, context_length: int
+        self,
+        model: Backend,
+        prefix: PrefixCache,
+        grammars: GrammarCompiler,
+        context_length: int,
+        draft: Backend | None = None,
     ) -> None:
         self.model = model
         self.prefix = prefix
+        self.drafts = (
+            Drafts(draft, PrefixCache(draft.layout, 0), model.vocab_size) if draft else None
+        )
         self.grammars = grammars
         self.mask_thread = MaskThread()
         self.context_length = context_length
@@ -66,7 +76,8 @@ class Runner:
     @property
     def kv_bytes(self) -> int:
         prefilling = sum(cache_bytes(prefill.cache) for prefill in self.prefills.values())
-        return self.batch.nbytes + prefilling
+        drafts = self.drafts.nbytes if self.drafts else 0
+        return self.batch.nbytes + prefilling + drafts
 
     def run(self, plan: Plan, outcome: Outcome) -> Iterator[Tokens]:
         """Carry `plan` out; yields rows as soon as they are read, and fills `outcome`."""
@@ -75,10 +86,11 @@ class Runner:
         self.waiting.fetch(plan.fetch)
         if plan.begin is not None:
             self._begin(plan.begin, outcome)
-        self.prefix.resize(plan.prefix_limit)
+        self._resize_prefixes(plan.prefix_limit)
         for sequence in self.sequences:
-            if isinstance(sequence.guesser, Lookup):
-                sequence.guesser.index(INDEXED)
+            guesser = own_guesser(sequence.guesser)
+            if isinstance(guesser, Lookup):
+                guesser.index(INDEXED)
         prefill = self.prefills.get(plan.chunk.id) if plan.chunk else None
         budget = plan.chunk.tokens if plan.chunk else 0
         if plan.mixed and isinstance(prefill, PromptPrefill) and prefill.mixes:
@@ -90,6 +102,8 @@ class Runner:
                 yield Tokens(self._decode(outcome))
             if prefill is not None:
                 yield Tokens(self._prefill(prefill, budget, outcome))
+        if plan.catch_up is not None:
+            self._catch_up(plan.catch_up, outcome)
         outcome.failed += self.batch.take_failed()
         self.prefix.disk.pump()
 
@@ -101,16 +115,34 @@ class Runner:
             running |= {s.id: s for s in self.batch.pending.rows if not s.done}
         self.prefills.clear()
         self.waiting.clear()
-        self.prefix.clear()
+        self.clear_prefixes()
+        if self.drafts is not None:
+            self.drafts.clear()
         self.batch = Batch(self.model, Groups(self.model, self.prefix), self.mask_thread)
         self._mixed = None
         return [sequence.restart() for sequence in running.values()]
 
     def rest(self, prefix_limit: int) -> None:
         """Let go of what outlives a step; for when nothing runs. `prefix_limit` is in bytes."""
-        self.prefix.resize(prefix_limit)
+        if self.drafts is not None:
+            self.drafts.keep(frozenset())
+        self._resize_prefixes(prefix_limit)
         self.model.release()
         forget()
+
+    def clear_prefixes(self) -> None:
+        self.prefix.clear()
+        if self.drafts is not None:
+            self.drafts.prefix.clear()
+
+    def _resize_prefixes(self, limit: int) -> None:
+        """Bytes for both, so that each holds as many tokens."""
+        share = 0
+        if self.drafts is not None and self.drafts.prefix.layout.obstacle is None:
+            mine, theirs = (one.layout.bytes_per_token for one in (self.prefix, self.drafts.prefix))
+            share = limit * theirs // (mine + theirs)
+            self.drafts.prefix.resize(share)
+        self.prefix.resize(limit - share)
 
     def _leave(self, plan: Plan, outcome: Outcome) -> None:
         for id_ in plan.drop:
@@ -123,17 +155,16 @@ class Runner:
             if sequence.id in plan.preempt:
                 outcome.returned.append(sequence.restart())
         self.batch.leave(leaving)
+        if self.drafts is not None:
+            self.drafts.keep(frozenset(row.id for row in self.batch.rows if not row.done))
 
     def _begin(self, begin: Begin, outcome: Outcome) -> None:
         sequences = [Sequence(start, self.context_length) for start in begin.starts]
         for sequence in sequences:
             if sequence.request.grammar is not None:
                 sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
-                sequence.guesser = Forced() if self.model.guesses else None
-            elif self.model.guesses:
-                sequence.guesser = Lookup(
-                    sequence.prompt, sequence.request.prediction, sequence.completion
-                )
+            if self.model.guesses:
+                sequence.guesser = self._guesser(sequence)
         prefill: Prefill
         if len(sequences) == 1:
             prefill = PromptPrefill(self.model, self.prefix, sequences[0], begin.until)
@@ -147,6 +178,15 @@ class Runner:
                 outcome.prompts.append((len(sequence.request.prompt), sequence.cached or 0))
         self.prefills[sequences[0].id] = prefill
         outcome.begun = True
+
+    def _guesser(self, sequence: Sequence) -> Guesser:
+        own: Forced | Lookup = Forced()
+        if sequence.constraint is None:
+            own = Lookup(sequence.prompt, sequence.request.prediction, sequence.completion)
+        if self.drafts is None:
+            return own
+        draft = self.drafts.model
+        return Drafted(own, sequence.request.prompt, draft.context_length, draft.vocab_size)
 
     def _decode(self, outcome: Outcome) -> list[Row]:
         if not self.batch.busy:
@@ -162,7 +202,7 @@ class Runner:
         """A guess needs to know all tokens before it, so nothing else is under way."""
         yield Tokens(self._settle(outcome))
         self.batch.drop_ended()
-        guesses = self.batch.guesses(most)
+        guesses = self.batch.guesses(most) | self._drawn(most, outcome)
         if not guesses:
             yield Tokens(self._decode(outcome))
             return
@@ -172,6 +212,28 @@ class Runner:
         seconds = time.perf_counter() - started
         outcome.verified = verification.taken, verification.tokens, seconds
         outcome.guessed, outcome.accepted = verification.guessed, verification.accepted
+
+    def _drawn(self, most: dict[int, int], outcome: Outcome) -> dict[int, list[int]]:
+        """What the draft model guesses, for the rows for which it does."""
+        if self.drafts is None:
+            return {}
+        started = time.perf_counter()
+        guesses = self.drafts.guess(self.batch.room_for_drafts(most))
+        if guesses:
+            steps = max(map(len, guesses.values()))
+            outcome.drafted = DraftTime(len(guesses), steps, time.perf_counter() - started)
+        return guesses
+
+    def _catch_up(self, chunk: Chunk, outcome: Outcome) -> None:
+        row = next((row for row in self.batch.rows if row.id == chunk.id and not row.done), None)
+        if self.drafts is None or row is None:
+            return
+        started = time.perf_counter()
+        tokens, keys = self.drafts.catch_up(row, chunk.tokens)
+        seconds = time.perf_counter() - started
+        if tokens:
+            behind = self.batch.pending is not None
+            outcome.caught_up = ChunkTime(tokens, keys, seconds, mixed=False, behind_step=behind)
 
     def _mixed_step(
         self, prefill: PromptPrefill, budget: int, outcome: Outcome

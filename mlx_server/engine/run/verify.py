@@ -55,7 +55,7 @@ class Verification:
     """The pass of `groups` with `guesses`; nothing of it may be under way before."""
 
     def __init__(
-        self, model: Backend, groups: Groups, guesses: Guesses, thread: MaskThread
+        self, model: Backend, groups: Groups[Sequence], guesses: Guesses, thread: MaskThread
     ) -> None:
         self._groups = groups
         self._guesses = guesses
@@ -144,7 +144,7 @@ def _accepted(drawn: list[int], guess: list[int]) -> list[int]:
     return drawn[: same + 1]
 
 
-def _parts(groups: Groups, fed: Many[list[int]]) -> list[Part]:
+def _parts(groups: Groups[Sequence], fed: Many[list[int]]) -> list[Part]:
     parts, start = [], 0
     for rows, cache in groups.members():
         mine = fed[start : start + len(rows)]
