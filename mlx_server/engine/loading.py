@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
 from mlx_server.engine.run.cuda import keep_prepared_graphs
@@ -116,7 +118,10 @@ def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":
 def load_draft(
     path: Path, backend: "Backend", options: LoadOptions, memory: "DeviceMemory"
 ) -> "Backend":
-    """The model in folder `path`, to guess tokens for `backend`. Raises ModelError."""
+    """The model in folder `path`, to guess tokens for `backend`. Raises ModelError.
+
+    Code of its own it may not run.
+    """
     from mlx_server.engine.run.backend import Backend
     from mlx_server.engine.run.vocabulary import mismatch
     from mlx_server.engine.run.weights import ModelError
@@ -125,7 +130,7 @@ def load_draft(
     if not backend.guesses:
         raise ModelError(f"{named}: its own KV caches cannot be shortened")
     try:
-        draft = Backend(path, options, memory)
+        draft = Backend(path, structs.replace(options, trust_remote_code=False), memory)
     except ModelError as error:
         raise ModelError(f"the draft model in {path.name} cannot be loaded: {error}") from error
     if not draft.guesses:
