@@ -57,7 +57,8 @@ TEXT, EDITED, WRONG, BEGIN = 1000, 3000, 5000, 999
 """The first tokens of the text, of its edited places, and of the draft model's mistakes, and the
 one that the answer follows.
 """
-TOKENS = 400
+TOKENS, DRAFTED = 400, 160
+"""Of an edited text, and of one that a draft model guesses."""
 EVERY = 40
 """Tokens from one edited place to the next."""
 
@@ -121,7 +122,7 @@ def edits(streams: int) -> list[Generate]:
 def answers(streams: int) -> list[Generate]:
     """The text comes out of the blue, so that only a model can guess it."""
     return [
-        Generate(0, [100 + stream, BEGIN], Sampling(temperature=0.0, seed=0), TOKENS)
+        Generate(0, [100 + stream, BEGIN], Sampling(temperature=0.0, seed=0), DRAFTED)
         for stream in range(streams)
     ]
 

@@ -14,6 +14,7 @@ from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import Generate, LoadOptions
 from mlx_server.engine.run import patches
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.drafted import FAILURES, Drafted
 from mlx_server.engine.run.drafts import Drafts
 from mlx_server.engine.run.lookup import Forced, Lookup
 from mlx_server.engine.run.weights import ModelError
@@ -293,13 +294,39 @@ def test_a_draft_is_refused_where_caches_cannot_be_shortened(tmp_path: Path) -> 
         drafted_of(recurrent, path)
 
 
-def test_forced_text_comes_before_what_a_draft_guesses() -> None:
-    from mlx_server.engine.run.drafted import Drafted
-
+def test_a_text_that_came_before_is_guessed_before_a_draft_does() -> None:
     forced = Forced()
-    drafted = Drafted(forced, [1, 2, 3], 100, 50)
-    drafted.behind = 1
+    drafted = ready_draft(forced)
     assert drafted.drafts
     forced.begin([5, 6])
     assert not drafted.drafts
     assert drafted.guess(2) == [5, 6]
+    for _ in range(3):
+        drafted.judge(2, 0)
+    assert drafted.drafts, "a source that fails gives way"
+
+
+def test_a_draft_that_is_always_wrong_pauses_ever_longer() -> None:
+    drafted, asked = ready_draft(Forced()), []
+    for step in range(600):
+        if drafted.drafts:
+            asked.append(step)
+            assert drafted.guess(4) == []
+            drafted.judge(4, 0)
+        drafted.append(7)
+        drafted.behind = 1
+    assert asked[:FAILURES] == [*range(FAILURES)]
+    assert len(asked) < 15
+
+
+def test_a_draft_stops_at_a_token_that_it_does_not_know() -> None:
+    drafted = ready_draft(Forced())
+    drafted.append(50)
+    assert not drafted.drafts
+    assert not Drafted(Forced(), [1, 99], 1000, 50).wanted
+
+
+def ready_draft(own: Forced) -> Drafted:
+    drafted = Drafted(own, [1, 2, 3], longest=1000, vocabulary=50)
+    drafted.behind = 1
+    return drafted
