@@ -4,19 +4,21 @@
 
 MODEL_FOLDER holds the model that writes freely; float32 is advised, as in the other benchmarks.
 Editing is measured with random weights in SmolLM2-135M's shapes that answer with a given text, so
-that guesses come true as often as with a model that is able to edit.
+that guesses come true as often as with a model that is able to edit. So is a draft model: a small
+one answers with the same text, wrongly at some 30 % of its places.
 """
 
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 from llguidance import LLMatcher
@@ -42,9 +44,21 @@ SHAPES = {
     "rope_theta": 100000.0,
     "tie_word_embeddings": False,
 }
-TEXT, EDITED, BEGIN = 1000, 3000, 999
-"""The first tokens of the text and of its edited places, and the one that the answer follows."""
-TOKENS = 400
+DRAFT_SHAPES = SHAPES | {
+    "hidden_size": 192,
+    "num_hidden_layers": 3,
+    "intermediate_size": 512,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
+MISTAKEN = 0.3
+"""Share of the places at which the draft model is wrong."""
+TEXT, EDITED, WRONG, BEGIN = 1000, 3000, 5000, 999
+"""The first tokens of the text, of its edited places, and of the draft model's mistakes, and the
+one that the answer follows.
+"""
+TOKENS, DRAFTED = 400, 160
+"""Of an edited text, and of one that a draft model guesses."""
 EVERY = 40
 """Tokens from one edited place to the next."""
 
@@ -54,24 +68,44 @@ def answer_of(place: int) -> int:
     return (EDITED if place % EVERY == EVERY - 1 else TEXT) + place
 
 
+def draft_of(place: int) -> int:
+    """The token that the draft model takes to come there."""
+    mistaken = random.Random(place).random() < MISTAKEN
+    return WRONG + place if mistaken else answer_of(place)
+
+
 def build_editor(folder: Path, dtype: str) -> Path:
-    """Write a model that answers with the edited text, one token after the other.
+    """Write a model that answers with the edited text, one token after the other."""
+    return build_answering(folder, SHAPES, answer_of, dtype)
+
+
+def build_draft(folder: Path, dtype: str) -> Path:
+    """Write a small model that answers nearly so."""
+    return build_answering(folder, DRAFT_SHAPES, draft_of, dtype)
+
+
+def build_answering(
+    folder: Path, shapes: dict[str, Any], answer: Callable[[int], int], dtype: str
+) -> Path:
+    """Write a model that says `answer` of each place of the text, given the one before.
 
     Its layers compute, but add nothing, so that the last token alone decides.
     """
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(SHAPES))
+    (folder / "config.json").write_text(json.dumps(shapes))
+    vocabulary = {f"token {id_}": id_ for id_ in range(VOCABULARY)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
     mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs.from_dict(SHAPES))
+    model = llama.Model(llama.ModelArgs.from_dict(shapes))
     weights = dict(tree_flatten(model.parameters()))
     for name in weights:
         if "o_proj" in name or "down_proj" in name:
             weights[name] = mx.zeros_like(weights[name])
-    known = mx.random.normal((VOCABULARY, WIDTH))
+    known = mx.random.normal((VOCABULARY, shapes["hidden_size"]))
     head = mx.zeros_like(known)
     last = BEGIN
     for place in range(TOKENS):
-        head[answer_of(place)] = known[last]
+        head[answer(place)] = known[last]
         last = answer_of(place)
     weights["model.embed_tokens.weight"], weights["lm_head.weight"] = known, head
     kind = getattr(mx, dtype)
@@ -85,6 +119,14 @@ def edits(streams: int) -> list[Generate]:
     prompt = [TEXT + place for place in range(TOKENS)]
     return [
         Generate(0, [100 + stream, *prompt, BEGIN], Sampling(temperature=0.0, seed=0), TOKENS)
+        for stream in range(streams)
+    ]
+
+
+def answers(streams: int) -> list[Generate]:
+    """The text comes out of the blue, so that only a model can guess it."""
+    return [
+        Generate(0, [100 + stream, BEGIN], Sampling(temperature=0.0, seed=0), DRAFTED)
         for stream in range(streams)
     ]
 
@@ -130,17 +172,18 @@ def forms(streams: int) -> list[Generate]:
 @dataclass(frozen=True)
 class Cell:
     name: str
-    editor: bool
+    model: Literal["given", "editor", "drafted"]
     requests: Callable[[int], list[Generate]]
     streams: int
     target: float
 
 
 CELLS = [
-    *(Cell("editing", True, edits, n, t) for n, t in ((1, 2.5), (4, 1.8), (8, 1.3))),
-    *(Cell("free, greedy", False, free(0.0), n, 0.98) for n in (1, 8, 16)),
-    *(Cell("free, T 0.7", False, free(0.7), n, 0.98) for n in (1, 8, 16)),
-    *(Cell("JSON by schema", False, forms, n, t) for n, t in ((1, 1.5), (8, 1.2))),
+    *(Cell("editing", "editor", edits, n, t) for n, t in ((1, 2.5), (4, 1.8), (8, 1.3))),
+    *(Cell("draft model", "drafted", answers, n, t) for n, t in ((1, 1.3), (4, 0.98), (8, 0.98))),
+    *(Cell("free, greedy", "given", free(0.0), n, 0.98) for n in (1, 8, 16)),
+    *(Cell("free, T 0.7", "given", free(0.7), n, 0.98) for n in (1, 8, 16)),
+    *(Cell("JSON by schema", "given", forms, n, t) for n, t in ((1, 1.5), (8, 1.2))),
 ]
 
 
@@ -153,8 +196,12 @@ class Side:
         self._engine.replicas[0].attach(client)
 
     @classmethod
-    async def start(cls, folder: Path, *, guesses: bool) -> "Side":
-        options = LoadOptions(speculation="auto" if guesses else "off", max_batch=32)
+    async def start(cls, folder: Path, *, guesses: bool, draft: Path | None = None) -> "Side":
+        options = LoadOptions(
+            speculation="auto" if guesses else "off",
+            draft_path=str(draft) if draft else None,
+            max_batch=32,
+        )
         return cls(await EngineClient.start(folder.name, folder, options))
 
     async def seconds(self, requests: list[Generate]) -> tuple[float, int]:
@@ -167,8 +214,8 @@ class Side:
         return time.perf_counter() - first, tokens
 
 
-async def measure(folder: Path, cells: list[Cell], rounds: int) -> None:
-    with_ = await Side.start(folder, guesses=True)
+async def measure(folder: Path, cells: list[Cell], rounds: int, draft: Path | None = None) -> None:
+    with_ = await Side.start(folder, guesses=True, draft=draft)
     without = await Side.start(folder, guesses=False)
     try:
         for cell in cells:
@@ -197,11 +244,12 @@ async def measure(folder: Path, cells: list[Cell], rounds: int) -> None:
 async def compare(folder: Path, rounds: int, only: str, dtype: str) -> None:
     cells = [cell for cell in CELLS if only in cell.name]
     with tempfile.TemporaryDirectory() as home:
-        editing = [cell for cell in cells if cell.editor]
-        if editing:
-            await measure(build_editor(Path(home) / "editor", dtype), editing, rounds)
-    rest = [cell for cell in cells if not cell.editor]
-    if rest:
+        editor = build_editor(Path(home) / "editor", dtype)
+        if editing := [cell for cell in cells if cell.model == "editor"]:
+            await measure(editor, editing, rounds)
+        if drafted := [cell for cell in cells if cell.model == "drafted"]:
+            await measure(editor, drafted, rounds, build_draft(Path(home) / "draft", dtype))
+    if rest := [cell for cell in cells if cell.model == "given"]:
         await measure(folder, rest, rounds)
 
 

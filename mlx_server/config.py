@@ -160,6 +160,15 @@ class Settings(BaseSettings):
         description="`auto`: guess tokens that came before in prompt or answer, and verify several "
         "in one step where that pays.",
     )
+    draft_model: str | None = Field(
+        None,
+        description="A small model of the same vocabulary, by id, alias or path, that guesses the "
+        "tokens of every model that generates: see `docs/speculation.md`.",
+    )
+    draft_model_by_model: dict[str, str] = Field(
+        default_factory=dict,
+        description="`draft_model` of single models: id to id, or to an empty text for none.",
+    )
     context_length: int | None = Field(
         None, ge=16, description="Caps every model's context, in tokens."
     )
@@ -360,6 +369,20 @@ class Settings(BaseSettings):
 
     def replicas_of(self, model_id: str) -> int:
         return self.replicas_by_model.get(model_id, self.replicas)
+
+    def draft_model_of(self, model_id: str) -> str | None:
+        """As the operator calls it."""
+        if self.speculation == "off":
+            return None
+        return self.draft_model_by_model.get(model_id, self.draft_model) or None
+
+    @property
+    def draft_models(self) -> list[str]:
+        """All that are named, as the operator calls them."""
+        if self.speculation == "off":
+            return []
+        named = (self.draft_model, *self.draft_model_by_model.values())
+        return list(dict.fromkeys(name for name in named if name))
 
     @property
     def caches_prefixes(self) -> bool:

@@ -184,6 +184,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     ]
     try:
         wanted = [(await asyncio.to_thread(catalog.add, name)).id for name in settings.models]
+        for name in settings.draft_models:
+            await asyncio.to_thread(catalog.add, name)
         await pool.start(wanted)
         yield
     finally:

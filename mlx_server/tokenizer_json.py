@@ -27,8 +27,22 @@ class Parts(msgspec.Struct):
     decoder: Part = None
 
 
+class Vocabulary(msgspec.Struct):
+    """By piece, or of Unigram models a list in the order of ids, of pieces and scores."""
+
+    vocab: dict[str, int] | list[tuple[str, float]] = {}
+
+
+class Words(msgspec.Struct):
+    """Of the file, what names tokens."""
+
+    model: Vocabulary
+    added_tokens: list[AddedToken] = []
+
+
 # Made once: msgspec may crash where two threads come upon a type for the first time.
 _decode_parts = msgspec.json.Decoder(Parts).decode
+_decode_words = msgspec.json.Decoder(Words).decode
 _decode_whole = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -38,6 +52,20 @@ def read_parts(folder: Path) -> Parts | None:
         return _decode_parts((folder / NAME).read_bytes())
     except (OSError, msgspec.MsgspecError):
         return None
+
+
+def read_vocabulary(folder: Path) -> dict[int, str] | None:
+    """Pieces by the ids of tokens; None where there is no readable file. Takes a while."""
+    try:
+        words = _decode_words((folder / NAME).read_bytes())
+    except (OSError, msgspec.MsgspecError):
+        return None
+    vocab = words.model.vocab
+    if isinstance(vocab, dict):
+        pieces = {id_: piece for piece, id_ in vocab.items()}
+    else:
+        pieces = {id_: piece for id_, (piece, _) in enumerate(vocab)}
+    return pieces | {token.id: token.content for token in words.added_tokens}
 
 
 def for_grammars(content: bytes) -> bytes:

@@ -39,6 +39,7 @@ from mlx_server.schemas.admin import (
     AdminReloaded,
     AdminRequests,
     AdminStats,
+    LoadRequest,
     PullEvent,
     PullRequest,
     Removed,
@@ -74,11 +75,14 @@ async def list_models(catalog: CatalogDep, pool: PoolDep, pulls: PullsDep) -> Re
     response_model=AdminModel,
     responses=documented(400, 401, 403, 404, 413, 503),
 )
-async def load_model(model_id: str, catalog: CatalogDep, pool: PoolDep) -> Response:
+async def load_model(
+    model_id: str, catalog: CatalogDep, pool: PoolDep, body: LoadRequest | None = None
+) -> Response:
     """Load a model, making room for it; answers when it is ready."""
 
     async def loaded() -> bytes:
-        return await _encoded(catalog, await pool.load(model_id))
+        draft = body.draft_model if body else None
+        return await _encoded(catalog, await pool.load(model_id, draft))
 
     return WholeAnswer(loaded)
 

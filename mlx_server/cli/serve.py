@@ -65,6 +65,14 @@ def serve(
     dequantize: Annotated[
         str | None, Option(help="Dequantize weights at load: auto, always, never.")
     ] = None,
+    draft_model: Annotated[
+        str | None,
+        Option(
+            metavar="ID|PATH",
+            help="A small model that guesses tokens for the others.",
+            autocompletion=complete_model,
+        ),
+    ] = None,
     replicas: Annotated[
         int | None, Option(help="Engines that serve each model side by side (default 1).")
     ] = None,
@@ -90,6 +98,7 @@ def serve(
         "context_length": context_length,
         "kv_bits": kv_bits,
         "dequantize": dequantize,
+        "draft_model": draft_model,
         "replicas": replicas,
         "log_level": log_level,
         "log_file": log_file,
@@ -132,14 +141,14 @@ def _require_key(settings: "Settings", addresses: list[Address]) -> None:
 
 
 def catalog_with_models(settings: "Settings") -> "Catalog":
-    """Fetches those of `settings.models` that are not here."""
+    """Fetches those of `settings.models`, and draft models, that are not here."""
     from mlx_server.models.store.catalog import Catalog
     from mlx_server.models.store.fetch import can_fetch
     from mlx_server.models.store.sources import ModelSources
 
     sources = ModelSources.of(settings)
     catalog = Catalog(sources)
-    for name in settings.models:
+    for name in (*settings.models, *settings.draft_models):
         try:
             catalog.add(name)
         except ModelNotFound:

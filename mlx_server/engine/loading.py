@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
 from mlx_server.engine.run.cuda import keep_prepared
@@ -44,11 +46,14 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
     if message.embedding is None:
         work = _scheduler(message, memory)
         mixed_steps, batching = work.model.mixed_steps, work.model.batching
+        models = [work.model, *([work.draft] if work.draft else [])]
+        weights = [size for model in models for size in _sizes(model.model)]
     else:
         work = _embedder(message, message.embedding, memory)
         width = work.model.width
+        weights = _sizes(work.model.model)
     backend = work.model
-    memory.wiring.hold(_sizes(backend.model))
+    memory.wiring.hold(weights)
     work.warm_up()
     ready = Ready(
         pid=os.getpid(),
@@ -56,7 +61,7 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
         model_type=backend.model_type,
         context_length=backend.context_length,
         vocab_size=backend.vocab_size,
-        weights_bytes=backend.weights_bytes,
+        weights_bytes=sum(weights),
         kv_limit=work.kv_limit,
         longest_sequence=work.longest_sequence,
         load_seconds=time.perf_counter() - started,
@@ -94,7 +99,10 @@ def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":
     options = message.options
     adapter = Path(message.adapter_path) if message.adapter_path else None
     backend = Backend(Path(message.path), options, memory, adapter)
-    kv_limit = _kv_limit(options, memory, backend)
+    draft = None
+    if options.draft_path is not None and options.speculation == "auto":
+        draft = load_draft(Path(options.draft_path), backend, options, memory)
+    kv_limit = _kv_limit(options, memory, backend, draft)
     return Scheduler(
         backend,
         memory,
@@ -103,7 +111,33 @@ def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":
         kv_limit=kv_limit,
         prefill_chunk=options.prefill_chunk,
         kv_share=options.kv_share,
+        draft=draft,
     )
+
+
+def load_draft(
+    path: Path, backend: "Backend", options: LoadOptions, memory: "DeviceMemory"
+) -> "Backend":
+    """The model in folder `path`, to guess tokens for `backend`. Raises ModelError.
+
+    Code of its own it may not run.
+    """
+    from mlx_server.engine.run.backend import Backend
+    from mlx_server.engine.run.vocabulary import mismatch
+    from mlx_server.engine.run.weights import ModelError
+
+    named = f"the draft model in {path.name} cannot guess for it"
+    if not backend.guesses:
+        raise ModelError(f"{named}: its own KV caches cannot be shortened")
+    try:
+        draft = Backend(path, structs.replace(options, trust_remote_code=False), memory)
+    except ModelError as error:
+        raise ModelError(f"the draft model in {path.name} cannot be loaded: {error}") from error
+    if not draft.guesses:
+        raise ModelError(f"{named}: the draft's KV caches cannot be shortened")
+    if reason := mismatch(backend.path, path, min(backend.vocab_size, draft.vocab_size)):
+        raise ModelError(f"{named}: {reason}")
+    return draft
 
 
 def _embedder(message: Load, embedding: Embedding, memory: "DeviceMemory") -> "Embedder":
@@ -135,15 +169,19 @@ def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCa
     return PrefixCache(backend.layout, limit, disk)
 
 
-def _kv_limit(options: LoadOptions, memory: "DeviceMemory", backend: "Backend") -> int:
+def _kv_limit(
+    options: LoadOptions, memory: "DeviceMemory", backend: "Backend", draft: "Backend | None"
+) -> int:
     """Bytes that KV caches may take. Raises ModelError when that leaves room for no request."""
-    left = memory.limit - backend.weights_bytes
+    weights = backend.weights_bytes + (draft.weights_bytes if draft else 0)
+    cost = backend.kv_cost.beside(draft.kv_cost) if draft else backend.kv_cost
+    left = memory.limit - weights
     limit = left if options.kv_limit is None else min(options.kv_limit, left)
-    if backend.kv_cost.longest(limit, backend.context_length) == 0:
+    if cost.longest(limit, backend.context_length) == 0:
         from mlx_server.engine.run.weights import ModelError
 
         raise ModelError(
-            f"its weights take {backend.weights_bytes:,} of the {memory.limit:,} bytes that it may "
+            f"its weights take {weights:,} of the {memory.limit:,} bytes that it may "
             "use, which leaves too little for a KV cache"
         )
     return limit

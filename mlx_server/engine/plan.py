@@ -70,6 +70,8 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     """Whether decode step and chunk go through the model in one pass."""
     guess: dict[int, int] = {}
     """How many tokens may be guessed for a request, by its id, and verified in a decode step."""
+    catch_up: Chunk | None = None
+    """Tokens of a request that decodes, for the caches of the draft model."""
 
 
 class ChunkTime(NamedTuple):
@@ -94,6 +96,14 @@ class VerifiedTime(NamedTuple):
     chunk: tuple[int, float] | None
 
 
+class DraftTime(NamedTuple):
+    """What it took a draft model to draw up to `steps` tokens for so many `rows`."""
+
+    rows: int
+    steps: int
+    seconds: float
+
+
 class Outcome:
     """What came of a Plan besides rows: requests that changed hands, and how long things took."""
 
@@ -113,6 +123,9 @@ class Outcome:
         """What it took to begin a step, where none was under way."""
         self.verified: VerifiedTime | None = None
         self.guessed = self.accepted = 0
+        self.drafted: DraftTime | None = None
+        self.caught_up: ChunkTime | None = None
+        """What a chunk took in the draft model."""
         self.chunk: ChunkTime | None = None
 
     @property

@@ -72,6 +72,8 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """Prompt tokens per turn; None sizes it by measured speed."""
     speculation: Literal["auto", "off"] = "off"
     """`auto`: guess tokens from prompt and answer, and verify several in one step."""
+    draft_path: str | None = None
+    """The folder of a smaller model of the same vocabulary, which guesses tokens."""
     context_length: int | None = None
     """Caps the model's own."""
     trust_remote_code: bool = False

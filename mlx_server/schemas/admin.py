@@ -9,6 +9,14 @@ class PullRequest(RequestObject):
     model: NonEmpty
 
 
+class LoadRequest(RequestObject):
+    """`draft_model` is the id of a small model that guesses tokens, empty for none; it counts until
+    the server ends. What is left out is as in the settings.
+    """
+
+    draft_model: str | None = None
+
+
 class PullEvent(ResponseObject):
     """The last event of a successful pull has `status` "success" alone."""
 
@@ -98,6 +106,7 @@ class AdminModel(ResponseObject):
     replicas: list[Replica]
     waiting_to_load: int
     pinned: bool
+    draft_model: str | None
     last_used: float | None
     expires: float | None
     aliases: list[str]

@@ -226,6 +226,23 @@ def test_attention_passes_over_gaps_as_if_they_were_closed(window: int | None) -
         assert seen.tolist() == closed[row, 0][:, -len(places) :].tolist()
 
 
+def test_a_row_that_forgets_more_than_follows_its_last_gap_forgets_its_own_tokens() -> None:
+    cache = BatchKVCache([0, 0])
+    tokens = mx.arange(12.0).reshape(1, 1, 12, 1)
+    cache.update_and_fetch(mx.repeat(tokens, 2, 0), mx.repeat(tokens, 2, 0))
+    cache.roll_back([3, 0])
+    cache.roll_back([2, 1])
+    new = mx.full((2, 1, 2, 1), 50.0)
+    cache.update_and_fetch(new, new)
+    cache.roll_back([1, 0])
+    cache.roll_back([0, 3])
+    cache.close_gaps()
+    held = [
+        cache.keys[row, 0, padding : cache._idx, 0] for row, padding in enumerate(cache.padding)
+    ]
+    assert [row.tolist() for row in held] == [[*range(7), 50], [*range(10)]]
+
+
 def test_what_followed_the_same_tokens_before_is_guessed() -> None:
     lookup = Lookup(Experience(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3])
     lookup.index(3)

@@ -63,6 +63,27 @@ def test_rows_pay_for_what_a_pass_leaves_to_do() -> None:
     assert guessing.allot([1, 2], {1: SURE})[1] == after, "later ones have other reasons"
 
 
+def test_what_a_draft_model_takes_is_weighed_too() -> None:
+    drafted = SURE._replace(drafted=True)
+    cheap, dear = (learned(1, step=1.0, token=0.05) for _ in range(2))
+    for _ in range(5):
+        cheap.drafted(1, 4, 4 * 0.1)
+        dear.drafted(1, 4, 4 * 1.2)
+    assert cheap.allot([1], {1: drafted})[1] > 4
+    assert dear.allot([1], {1: drafted}) == {}
+    assert dear.allot([1], {1: SURE}) == {1: 8}, "other guesses cost nothing"
+
+
+def test_time_spent_on_drafting_is_charged_to_rows_without() -> None:
+    drafted = SURE._replace(drafted=True)
+    guessing = learned(2, step=1.0, token=0.02)
+    guessing.drafted(1, 1, 0.02)
+    assert guessing.allot([1, 2], {1: drafted})
+    for _ in range(3):
+        guessing.verified({1: 2, 2: 1}, 4, 1.0, drafting=0.1)
+    assert guessing.allot([1, 2], {1: drafted}) == {}
+
+
 def test_passes_that_pad_count_what_they_compute() -> None:
     alone = learned(8, step=1.0, token=0.02).allot([*range(8)], {0: SURE})
     padded = learned(8, step=1.0, token=0.02, padded=True).allot([*range(8)], {0: SURE})

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from mlx_server.engine.cache.prefix import BLOCK, extend_keys
-from mlx_server.engine.plan import ChunkTime, Outcome, Plan, Start
+from mlx_server.engine.plan import Chunk, ChunkTime, DraftTime, Outcome, Plan, Start
 from mlx_server.engine.protocol import Batching, Generate, Sampling, Sharing
+from mlx_server.engine.run.drafted import Drafted
 from mlx_server.engine.run.groups import padded
+from mlx_server.engine.run.lookup import Experience, Lookup
 from mlx_server.engine.schedule.admission import Admission
 from mlx_server.engine.schedule.backoff import KvBackoff
 from mlx_server.engine.schedule.pace import LARGEST_CHUNK, SMALLEST_CHUNK, Pace
@@ -73,6 +75,7 @@ class Side:
         self.prefix = Prefixes()
         self.grammars = Grammars()
         self.context_length = CONTEXT
+        self.drafts: Any = None
         self.prefills: dict[int, Any] = {}
         self.waiting = SimpleNamespace(reads={})
         self.rows: list[Sequence] = []
@@ -385,6 +388,46 @@ def test_chunks_are_sized_by_what_chunks_took() -> None:
     sizes = [plan.chunk.tokens for plan in (deciding.decide(), deciding.decide()) if plan.chunk]
     assert sizes
     assert sizes[0] == pytest.approx(2.5 * 0.01 / 0.001, abs=16)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.5])
+def test_a_draft_model_catches_up_where_its_guesses_would_pay(share: float) -> None:
+    deciding = Deciding()
+    deciding.side.drafts = SimpleNamespace(held=lambda _: 0)
+    deciding.running(1, prompt_of(900), max_tokens=500)
+    [row] = deciding.side.rows
+    row.guesser = Drafted(Lookup(Experience(), row.prompt), row.prompt, CONTEXT, 1 << 20)
+    idle = deciding.decide()
+    assert idle.catch_up is None, "what a step takes is not known yet"
+    outcome = Outcome()
+    outcome.step_seconds, outcome.rows = 0.1, 1
+    outcome.drafted = DraftTime(1, 4, 4 * 0.1 * share)
+    for _ in range(3):
+        deciding.planner.learn(idle, outcome)
+    wanted = deciding.decide().catch_up
+    assert wanted == (Chunk(1, CHUNK) if share < 1 else None)
+    row.guesser.behind = 1
+    plan = deciding.decide()
+    assert plan.catch_up is None
+    assert bool(plan.guess) == (share < 1)
+
+
+def test_a_draft_model_does_not_catch_up_beside_a_prompt() -> None:
+    deciding = Deciding()
+    deciding.side.drafts = SimpleNamespace(held=lambda _: 0)
+    deciding.running(1, prompt_of(900), max_tokens=500)
+    [row] = deciding.side.rows
+    row.guesser = Drafted(Lookup(Experience(), row.prompt), row.prompt, CONTEXT, 1 << 20)
+    outcome = Outcome()
+    outcome.step_seconds, outcome.rows = 0.1, 1
+    idle = deciding.decide()
+    for _ in range(3):
+        deciding.planner.learn(idle, outcome)
+    assert deciding.decide().catch_up is not None
+    deciding.ask(2, prompt_of(900, first=9))
+    plans = [deciding.decide(), deciding.decide()]
+    assert any(plan.chunk for plan in plans)
+    assert not any(plan.catch_up for plan in plans if plan.chunk)
 
 
 def test_a_chunk_has_no_more_tokens_than_there_is_memory_for_beside_those_before_it() -> None:

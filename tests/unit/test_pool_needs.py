@@ -74,6 +74,33 @@ def test_caches_hold_one_sequence_of_2048_tokens_at_least(path: Path) -> None:
         planner(least - 1).plan(entry(path), OPTIONS)
 
 
+def test_a_draft_model_takes_its_weights_and_caches_beside_the_models(
+    path: Path, tmp_path: Path
+) -> None:
+    draft = build_tiny_model(tmp_path / "draft", layers=1)
+    both = planner().plan(entry(path), OPTIONS, draft=ModelEntry("draft", draft, "folder"))
+    mine, theirs = read_footprint(path, True), read_footprint(draft, True)
+    assert both.need.weights == mine.weights + theirs.weights
+    assert both.need.kv == OPTIONS.max_batch * (mine.kv(4096) + theirs.kv(4096))
+    assert both.options.draft_path == str(draft)
+    assert planner().plan(entry(path), OPTIONS).options.draft_path is None
+
+
+@pytest.mark.parametrize(
+    ("draft", "reason"),
+    [
+        (ModelEntry("draft", None, "hub"), "`draft` has not been pulled yet"),
+        (ModelEntry("draft", Path("x"), "folder", embeds=True), "`draft` makes embeddings"),
+        (ModelEntry("draft", Path("x"), "folder", adapter_path=Path("y")), "is an adapter"),
+    ],
+)
+def test_what_cannot_be_a_draft_model_is_refused(
+    path: Path, draft: ModelEntry, reason: str
+) -> None:
+    with pytest.raises(ModelLoadFailed, match=reason):
+        planner().plan(entry(path), OPTIONS, draft=draft)
+
+
 @pytest.mark.parametrize(
     ("mode", "on_cpu", "told"),
     [

@@ -116,11 +116,11 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
 
     def roll_back(self, rejected: Many[int]) -> None:
         """Forget so many of the last tokens of each row."""
-        common = min(rejected)
-        self._idx -= common
+        pairs = zip(self._gaps, rejected, strict=True)
+        rows = [_shortened(gaps, self._idx, count) for gaps, count in pairs]
+        self._idx = max(end for _, end in rows)
         self._gaps = tuple(
-            (*gaps, (self._idx - (one - common), self._idx)) if one > common else gaps
-            for gaps, one in zip(self._gaps, rejected, strict=True)
+            (*gaps, (end, self._idx)) if end < self._idx else gaps for gaps, end in rows
         )
 
     @property
@@ -287,6 +287,14 @@ def forget() -> None:
     """Free what was kept for the layers of one pass."""
     for kept in (_offsets, _mask_with_gaps, _sources):
         kept.cache_clear()
+
+
+def _shortened(gaps: Gaps, end: int, count: int) -> tuple[Gaps, int]:
+    """A row's gaps and where its tokens end, without the last `count` of those before `end`."""
+    while gaps and end - gaps[-1][1] <= count:
+        count -= end - gaps[-1][1]
+        end, gaps = gaps[-1][0], gaps[:-1]
+    return gaps, end - count
 
 
 def _width(gaps: Gaps) -> int:

@@ -1,5 +1,6 @@
 """A loaded model that generates."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -96,9 +97,19 @@ class Backend:
         logits = [self._logits(part) for part in parts]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
+    def last_logits(self, parts: Sequence[Part]) -> mx.array:
+        """Logits (rows, vocab) after the last token of each row that has one; grows caches."""
+        counts = [count for part in parts for count in part.row_counts]
+        ends = zip(itertools.accumulate(counts), counts, strict=True)
+        lasts = [end - 1 for end, count in ends if count]
+        if self.mixes and max(counts) > 1:
+            return mixed.forward(self.model, parts, mx.array(lasts))[:, -1]
+        logits = self.step(parts, lasts[-1] + 1)
+        return logits[:, -1] if len(lasts) == logits.shape[0] else logits[mx.array(lasts), -1]
+
     def _logits(self, part: Part) -> mx.array:
-        logits = self.forward(part.tokens, part.cache)
-        return logits if part.tokens.shape[1] == 1 else part.layout.flat(logits)[:, None]
+        logits, layout = self.forward(part.tokens, part.cache), part.layout
+        return logits if layout.single else layout.flat(logits)[:, None]
 
     def prefill(self, tokens: mx.array, cache: Cache) -> None:
         """`tokens` are (batch, tokens); the output projection is never run."""

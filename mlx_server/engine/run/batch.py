@@ -1,6 +1,6 @@
 """The decoding batch: one row a request, one token a row and step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_server.engine.grammar.masks import Masks, MaskThread
 from mlx_server.engine.protocol import Failed, Logprobs, Row
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.drafted import Drafted, own_guesser
 from mlx_server.engine.run.groups import Groups, ids_of
 from mlx_server.engine.run.lookup import Forced
 from mlx_server.engine.run.mixed import Part
@@ -38,7 +39,7 @@ class Step:
         self.draw.finish()
         allowed = self.masks.wait() if self.masks is not None else None
         for place, run in allowed.runs.items() if allowed is not None else ():
-            guesser = self.rows[place].guesser
+            guesser = own_guesser(self.rows[place].guesser)
             if isinstance(guesser, Forced):
                 guesser.begin(run)
         failed = []
@@ -103,7 +104,7 @@ class Batch:
     so that host and device work side by side. Masks are computed meanwhile.
     """
 
-    def __init__(self, model: Backend, groups: Groups, mask_thread: MaskThread) -> None:
+    def __init__(self, model: Backend, groups: Groups[Sequence], mask_thread: MaskThread) -> None:
         self.pending: Step | None = None
         self.failed: list[Failed] = []
         self._model = model
@@ -174,11 +175,24 @@ class Batch:
     def guesses(self, most: Mapping[int, int]) -> dict[int, list[int]]:
         """What may come next in rows, up to `most` tokens by their ids; all steps must be read."""
         found = {}
-        for row in self.rows:
-            if row.guesser is not None and row.id in most:
-                room = min(most[row.id], row.limit - len(row.completion) - 1)
-                found[row.id] = row.guesser.guess(room) if room > 0 else []
+        for row, room in self._with_room(most):
+            if row.guesser is not None:
+                found[row.id] = row.guesser.guess(room)
         return {id_: guess for id_, guess in found.items() if guess}
+
+    def room_for_drafts(self, most: Mapping[int, int]) -> dict[int, int]:
+        """Up to how many tokens, of `most`, a draft model is to guess, by the ids of rows."""
+        return {
+            row.id: room
+            for row, room in self._with_room(most)
+            if isinstance(row.guesser, Drafted) and row.guesser.drafts
+        }
+
+    def _with_room(self, most: Mapping[int, int]) -> Iterator[tuple[Sequence, int]]:
+        for row in self.rows:
+            room = min(most.get(row.id, 0), row.limit - len(row.completion) - 1)
+            if room > 0:
+                yield row, room
 
     def verify(self, guesses: Guesses, *chunk: Part) -> Verified:
         """Draw the next tokens of all rows, more than one where a guess is right; reads them."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ def by_rows(
     """
     import mlx.core as mx
 
+    @wraps(quantized_matmul)
     def product(x: mx.array, w: mx.array, *arguments: Any, **options: Any) -> mx.array:
         if w.ndim != 2 or x.ndim < 2:
             return quantized_matmul(x, w, *arguments, **options)

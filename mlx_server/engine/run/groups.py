@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import mlx.core as mx
 
@@ -12,7 +13,7 @@ from mlx_server.engine.protocol import Sharing
 from mlx_server.engine.run import kv
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.mixed import Part
-from mlx_server.engine.run.store import store_blocks
+from mlx_server.engine.run.store import CachedRow, store_blocks
 from mlx_server.engine.sequence import Sequence
 
 MOST_PADDED = 2
@@ -46,11 +47,14 @@ def padded(sharing: Sharing, *, mixes: bool) -> Callable[[list[int]], list[int]]
     return within_groups if mixes else to_longest
 
 
+Row = TypeVar("Row", bound=CachedRow)
+
+
 @dataclass
-class Group:
+class Group(Generic[Row]):
     """Rows that share a batch cache, in which all are padded to the longest."""
 
-    rows: list[Sequence]
+    rows: list[Row]
     cache: Cache
 
     @property
@@ -58,17 +62,17 @@ class Group:
         lengths = [row.computed for row in self.rows]
         return min(lengths), max(lengths)
 
-    def suits(self, other: "Group") -> bool:
+    def suits(self, other: "Group[Row]") -> bool:
         """Whether the two should be one, considering what padding costs."""
         (low, high), (others_low, others_high) = self.lengths, other.lengths
         return alike(min(low, others_low), max(high, others_high))
 
-    def equals(self, other: "Group") -> bool:
+    def equals(self, other: "Group[Row]") -> bool:
         """Whether the rows of both are equally long, as those of each are."""
         return self.lengths == other.lengths
 
 
-class Groups:
+class Groups(Generic[Row]):
     """All rows of the batch by group.
 
     Several groups cost a pass each where the model cannot mix them in one. Then there is one group,
@@ -80,14 +84,14 @@ class Groups:
         self._sharing = model.batching.decode
         self._caches = model.caches
         self._prefix = prefix
-        self._groups: list[Group] = []
-        self.rows: list[Sequence] = []
+        self._groups: list[Group[Row]] = []
+        self.rows: list[Row] = []
 
     @property
     def nbytes(self) -> int:
         return sum(kv.cache_bytes(group.cache) for group in self._groups)
 
-    def add(self, rows: list[Sequence], cache: Cache) -> int:
+    def add(self, rows: list[Row], cache: Cache) -> int:
         new = Group(rows, cache)
         group = self._group_for(new)
         if group is None:
@@ -118,7 +122,7 @@ class Groups:
             yield Part(inputs[start:end, None], group.cache)
             start = end
 
-    def members(self) -> Iterator[tuple[list[Sequence], Cache]]:
+    def members(self) -> Iterator[tuple[list[Row], Cache]]:
         for group in self._groups:
             yield group.rows, group.cache
 
@@ -133,17 +137,17 @@ class Groups:
         """What a step leaves unevaluated, and would add to for ever."""
         return [array for group in self._groups for array in kv.loose_ends(group.cache)]
 
-    def _group_for(self, new: Group) -> Group | None:
+    def _group_for(self, new: Group[Row]) -> Group[Row] | None:
         match self._sharing:
             case Sharing.NONE:
-                fitting: Iterator[Group] = iter(())
+                fitting: Iterator[Group[Row]] = iter(())
             case Sharing.EQUAL:
                 fitting = (group for group in self._groups if group.equals(new))
             case Sharing.ANY:
                 fitting = (one for one in self._groups if not self._mixes or one.suits(new))
         return next(fitting, None)
 
-    def _shrink(self, group: Group, ids: frozenset[int]) -> None:
+    def _shrink(self, group: Group[Row], ids: frozenset[int]) -> None:
         keep = [i for i, row in enumerate(group.rows) if row.id not in ids]
         if len(keep) == len(group.rows):
             return

@@ -1,6 +1,7 @@
 """Operations on mlx-lm's KV caches, and their cost in bytes."""
 
 import bisect
+import copy
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +36,13 @@ class KvCost:
         parts = [_part(leaf) for leaf in leaves(cache)]
         self.fixed = sum(fixed for fixed, _, _ in parts)
         self._growing = [(size, window) for _, size, window in parts if size]
+
+    def beside(self, other: "KvCost") -> "KvCost":
+        """Of both models' caches for the same tokens."""
+        both = copy.copy(self)
+        both.fixed = self.fixed + other.fixed
+        both._growing = self._growing + other._growing
+        return both
 
     def bytes(self, rows: int, tokens: int) -> int:
         """Of `rows`, the longest of which holds `tokens`."""

@@ -17,8 +17,10 @@ FADING = 0.9
 """What earlier guesses of a request count after each further one."""
 PRIOR = 2.0
 """How many guesses of its own what is known of other requests' counts as, for a request."""
-FIRST_HOPE, LONG_MEMORY = 0.6, 0.995
-"""What is hoped of an engine's first guesses, and what earlier ones count after each one more."""
+LOOKED_UP, FORCED = 0.6, 0.75
+"""How likely an engine's first guesses are taken to be right, by where they come from."""
+LONG_MEMORY = 0.995
+"""What an engine's earlier guesses count after each further one."""
 
 
 class Guesser(Protocol):
@@ -41,22 +43,25 @@ class Guesser(Protocol):
 
 
 class Rate:
-    """How often guesses come true; earlier ones count ever less."""
+    """How often guesses come true; earlier ones count ever less.
 
-    def __init__(self, hope: "Rate | None" = None) -> None:
+    `hope` is what to expect of the first: a share, or how it is for other requests.
+    """
+
+    def __init__(self, hope: "Rate | float") -> None:
         self._right = self._wrong = 0.0
         self._hope = hope
-        self._fading = FADING if hope is not None else LONG_MEMORY
+        self._fading = FADING if isinstance(hope, Rate) else LONG_MEMORY
 
     @property
     def chance(self) -> float:
-        hope = FIRST_HOPE if self._hope is None else self._hope.chance
+        hope = self._hope.chance if isinstance(self._hope, Rate) else self._hope
         return (self._right + PRIOR * hope) / (self._right + self._wrong + PRIOR)
 
     def observe(self, *, right: bool) -> None:
         self._right = self._fading * self._right + right
         self._wrong = self._fading * self._wrong + (not right)
-        if self._hope is not None:
+        if isinstance(self._hope, Rate):
             self._hope.observe(right=right)
 
 
@@ -66,9 +71,8 @@ class Experience:
     """
 
     def __init__(self) -> None:
-        self.found = Rate()
-        self.followed = Rate()
-        self.forced = Rate()
+        self.found, self.followed = Rate(LOOKED_UP), Rate(LOOKED_UP)
+        self.forced = Rate(FORCED)
 
 
 class Lookup:

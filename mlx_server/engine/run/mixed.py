@@ -10,6 +10,7 @@ attention tells parts apart.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, cast
 
 import mlx.core as mx
@@ -38,6 +39,11 @@ class Part:
         rows, tokens = self.tokens.shape
         return Layout(rows, tokens, self.counts)
 
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        rows, tokens = self.tokens.shape
+        return self.counts or (tokens,) * rows
+
     def positions(self) -> mx.array:
         rows, tokens = self.tokens.shape
         offset = mx.array(self.cache[0].offset).reshape(-1, 1)
@@ -60,6 +66,11 @@ class Layout:
                 [starts[r] + min(t, counts[r] - 1) for r in range(rows) for t in range(tokens)]
             )
 
+    @property
+    def single(self) -> bool:
+        """Whether each row has one token."""
+        return self.tokens == 1 and self._taken is None
+
     def flat(self, array: mx.array) -> mx.array:
         """(rows, tokens, …) to (count, …)."""
         flat = array.reshape(self.rows * self.tokens, *array.shape[2:])
@@ -75,7 +86,7 @@ class MixedLayer:
     """What a model takes for one layer's cache of single-token rows.
 
     Keys, values and masks are lists with an item per part. The logits of the first `answers`
-    tokens are wanted.
+    tokens are wanted, or of those at these places.
     """
 
     def __init__(
@@ -84,7 +95,7 @@ class MixedLayer:
         layouts: Sequence[Layout],
         layer: int,
         positions: mx.array,
-        answers: int,
+        answers: int | mx.array,
     ) -> None:
         self.caches = [part.cache[layer] for part in parts]
         self.layouts = layouts
@@ -107,7 +118,7 @@ class MixedLayer:
         for layout in self.layouts:
             end = start + layout.count
             part = array[start:end]
-            if layout.tokens > 1:
+            if not layout.single:
                 part = layout.gathered(part.squeeze(2)).swapaxes(1, 2)
             parts.append(part)
             start = end
@@ -116,14 +127,15 @@ class MixedLayer:
     def join(self, parts: Sequence[mx.array]) -> mx.array:
         flat = []
         for part, layout in zip(parts, self.layouts, strict=True):
-            alone = layout.tokens == 1
-            flat.append(part if alone else layout.flat(part.swapaxes(1, 2))[:, :, None])
+            single = layout.single
+            flat.append(part if single else layout.flat(part.swapaxes(1, 2))[:, :, None])
         return mx.concatenate(flat)
 
 
 def attention_by_part(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """mlx-lm's `scaled_dot_product_attention`, part by part for a `MixedLayer`."""
 
+    @wraps(original)
     def attention(
         queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, **rest: Any
     ) -> mx.array:
@@ -144,16 +156,17 @@ def body_of_answers(kind: type) -> type:
         def __call__(self, inputs: mx.array, cache: Any = None, *args: Any, **options: Any) -> Any:
             hidden = super().__call__(inputs, cache, *args, **options)
             if cache and isinstance(cache[0], MixedLayer):
-                return hidden[: cache[0].answers]
+                answers = cache[0].answers
+                return hidden[answers if isinstance(answers, mx.array) else slice(answers)]
             return hidden
 
     Body.__name__, Body.__module__ = kind.__name__, kind.__module__
     return Body
 
 
-def forward(model: Any, parts: Sequence[Part], answers: int) -> mx.array:
-    """Logits (answers, 1, vocab) of the first `answers` tokens; grows all caches, each row by as
-    many tokens as its part's longest has.
+def forward(model: Any, parts: Sequence[Part], answers: int | mx.array) -> mx.array:
+    """Logits (answers, 1, vocab) of the first `answers` tokens, or of those at these places; grows
+    all caches, each row by as many tokens as its part's longest has.
 
     Needs `patches.enable_mixed_passes`.
     """

@@ -83,6 +83,8 @@ def use_cuda_products() -> None:
 
     from mlx_server.engine.run import cuda
 
+    if hasattr(mx.quantized_matmul, "__wrapped__"):  # a second model finds it done
+        return
     mx.quantized_matmul = cuda.by_rows(mx.quantized_matmul, cuda.fewest_rows())
     mx.fast.scaled_dot_product_attention = cuda.attention_of_few(
         mx.fast.scaled_dot_product_attention
@@ -156,7 +158,7 @@ def enable_mixed_passes(model: Any, new_cache: "Callable[[], Cache]") -> str | N
 def _attend_by_part(model: Any, undo: ExitStack) -> None:
     """Wrap `scaled_dot_product_attention`, which mlx-lm's modules import by name.
 
-    Each token of a mixed pass attends to its own cache.
+    Each token of a mixed pass attends to its own cache. Models of one module share the wrapper.
     """
     from mlx_server.engine.run import mixed
 
@@ -164,6 +166,8 @@ def _attend_by_part(model: Any, undo: ExitStack) -> None:
     homes = [home for name in names if hasattr(home := sys.modules.get(name), ATTENTION)]
     for home in homes:
         original = getattr(home, ATTENTION)
+        if hasattr(original, "__wrapped__"):
+            continue
         setattr(home, ATTENTION, mixed.attention_by_part(original))
         undo.callback(setattr, home, ATTENTION, original)
 

@@ -10,10 +10,21 @@ from mlx_server.engine.cache.prefix import BLOCK, PrefixCache
 from mlx_server.engine.cache.rows import forget
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.grammar.masks import MaskThread
-from mlx_server.engine.plan import Begin, ChunkTime, Outcome, Plan, Start, VerifiedTime
+from mlx_server.engine.plan import (
+    Begin,
+    Chunk,
+    ChunkTime,
+    DraftTime,
+    Outcome,
+    Plan,
+    Start,
+    VerifiedTime,
+)
 from mlx_server.engine.protocol import Row, Sharing, Tokens
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.batch import Batch
+from mlx_server.engine.run.drafted import Drafted
+from mlx_server.engine.run.drafts import Drafts
 from mlx_server.engine.run.even_prefill import EvenPrefill
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.kv import cache_bytes
@@ -43,10 +54,18 @@ class Runner:
     """
 
     def __init__(
-        self, model: Backend, prefix: PrefixCache, grammars: GrammarCompiler, context_length: int
+        self,
+        model: Backend,
+        prefix: PrefixCache,
+        grammars: GrammarCompiler,
+        context_length: int,
+        draft: Backend | None = None,
     ) -> None:
         self.model = model
         self.prefix = prefix
+        self.drafts = (
+            Drafts(draft, PrefixCache(draft.layout, 0), model.vocab_size) if draft else None
+        )
         self.grammars = grammars
         self.mask_thread = MaskThread()
         self.context_length = context_length
@@ -69,7 +88,8 @@ class Runner:
     @property
     def kv_bytes(self) -> int:
         prefilling = sum(cache_bytes(prefill.cache) for prefill in self.prefills.values())
-        return self.batch.nbytes + prefilling
+        drafts = self.drafts.nbytes if self.drafts else 0
+        return self.batch.nbytes + prefilling + drafts
 
     def run(self, plan: Plan, outcome: Outcome) -> Iterator[Tokens]:
         """Carry `plan` out; yields rows as soon as they are read, and fills `outcome`."""
@@ -78,7 +98,7 @@ class Runner:
         self.waiting.fetch(plan.fetch)
         if plan.begin is not None:
             self._begin(plan.begin, outcome)
-        self.prefix.resize(plan.prefix_limit)
+        self._resize_prefixes(plan.prefix_limit)
         for sequence in self.sequences:
             if sequence.guesser is not None:
                 sequence.guesser.index(INDEXED)
@@ -93,6 +113,8 @@ class Runner:
                 yield Tokens(self._decode(outcome))
             if prefill is not None:
                 yield Tokens(self._prefill(prefill, budget, outcome))
+        if plan.catch_up is not None:
+            self._catch_up(plan.catch_up, outcome)
         outcome.failed += self.batch.take_failed()
         self.prefix.disk.pump()
 
@@ -104,16 +126,34 @@ class Runner:
             running |= {s.id: s for s in self.batch.pending.rows if not s.done}
         self.prefills.clear()
         self.waiting.clear()
-        self.prefix.clear()
+        self.clear_prefixes()
+        if self.drafts is not None:
+            self.drafts.clear()
         self.batch = Batch(self.model, Groups(self.model, self.prefix), self.mask_thread)
         self._mixed = None
         return [sequence.restart() for sequence in running.values()]
 
     def rest(self, prefix_limit: int) -> None:
         """Let go of what outlives a step; for when nothing runs. `prefix_limit` is in bytes."""
-        self.prefix.resize(prefix_limit)
+        if self.drafts is not None:
+            self.drafts.keep(frozenset())
+        self._resize_prefixes(prefix_limit)
         self.model.release()
         forget()
+
+    def clear_prefixes(self) -> None:
+        self.prefix.clear()
+        if self.drafts is not None:
+            self.drafts.prefix.clear()
+
+    def _resize_prefixes(self, limit: int) -> None:
+        """Bytes for both, so that each holds as many tokens."""
+        share = 0
+        if self.drafts is not None and self.drafts.prefix.layout.obstacle is None:
+            mine, theirs = (one.layout.bytes_per_token for one in (self.prefix, self.drafts.prefix))
+            share = limit * theirs // (mine + theirs)
+            self.drafts.prefix.resize(share)
+        self.prefix.resize(limit - share)
 
     def _leave(self, plan: Plan, outcome: Outcome) -> None:
         for id_ in plan.drop:
@@ -126,6 +166,8 @@ class Runner:
             if sequence.id in plan.preempt:
                 outcome.returned.append(sequence.restart())
         self.batch.leave(leaving)
+        if self.drafts is not None:
+            self.drafts.keep(frozenset(row.id for row in self.batch.rows if not row.done))
 
     def _begin(self, begin: Begin, outcome: Outcome) -> None:
         sequences = [Sequence(start, self.context_length) for start in begin.starts]
@@ -151,7 +193,12 @@ class Runner:
     def _guesser(self, sequence: Sequence) -> Guesser:
         prediction = sequence.request.prediction
         lookup = Lookup(self._experience, sequence.prompt, prediction, sequence.completion)
-        return lookup if sequence.constraint is None else Forced(self._experience, lookup)
+        bound = sequence.constraint is not None
+        own = Forced(self._experience, lookup) if bound else lookup
+        if self.drafts is None:
+            return own
+        draft = self.drafts.model
+        return Drafted(own, sequence.request.prompt, draft.context_length, draft.vocab_size)
 
     def _decode(self, outcome: Outcome) -> list[Row]:
         if not self.batch.busy:
@@ -174,7 +221,7 @@ class Runner:
             outcome.step_seconds, outcome.rows = time.perf_counter() - started, len(rows)
         yield Tokens(rows)
         self.batch.drop_ended()
-        guesses = self.batch.guesses(most)
+        guesses = self.batch.guesses(most) | self._drawn(most, outcome)
         if guesses:
             yield Tokens(self._verified(guesses, outcome))
         else:
@@ -195,6 +242,28 @@ class Runner:
         outcome.guessed, outcome.accepted = verified.guessed, verified.accepted
         return verified.rows
 
+    def _drawn(self, most: dict[int, int], outcome: Outcome) -> dict[int, list[int]]:
+        """What the draft model guesses, for the rows for which it does."""
+        if self.drafts is None:
+            return {}
+        started = time.perf_counter()
+        guesses = self.drafts.guess(self.batch.room_for_drafts(most))
+        if guesses:
+            steps = max(map(len, guesses.values()))
+            outcome.drafted = DraftTime(len(guesses), steps, time.perf_counter() - started)
+        return guesses
+
+    def _catch_up(self, chunk: Chunk, outcome: Outcome) -> None:
+        row = next((row for row in self.batch.rows if row.id == chunk.id and not row.done), None)
+        if self.drafts is None or row is None:
+            return
+        started = time.perf_counter()
+        tokens, keys = self.drafts.catch_up(row, chunk.tokens)
+        seconds = time.perf_counter() - started
+        if tokens:
+            behind = self.batch.pending is not None
+            outcome.caught_up = ChunkTime(tokens, keys, seconds, mixed=False, behind_step=behind)
+
     def _mixed_step(
         self, prefill: PromptPrefill, budget: int, guess: dict[int, int], outcome: Outcome
     ) -> Iterator[Tokens]:
@@ -206,7 +275,7 @@ class Runner:
             yield Tokens(self._decode(outcome))
             yield Tokens(self._prefill(prefill, budget, outcome))
             return
-        guesses = self.batch.guesses(guess) if guess else {}
+        guesses = self.batch.guesses(guess) | self._drawn(guess, outcome) if guess else {}
         chunk, part = prefill.size(budget), prefill.next_part(budget)
         if guesses:
             yield Tokens(self._verified(guesses, outcome, part, chunk))

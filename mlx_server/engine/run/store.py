@@ -1,17 +1,29 @@
 """From sequences' caches to the prefix cache, and from arrays of log-probabilities to entries."""
 
-from typing import cast
+from typing import Protocol, cast
 
 import mlx.core as mx
 
 from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.cache.prefix import BLOCK, PrefixCache, extend_keys
 from mlx_server.engine.protocol import Logprobs
-from mlx_server.engine.sequence import Sequence
+
+
+class CachedRow(Protocol):
+    """A request in a cache; `keys` names the blocks of its tokens."""
+
+    id: int
+    prompt: list[int]
+    completion: list[int]
+    keys: list[bytes]
+
+    @property
+    def computed(self) -> int:
+        """Tokens in the cache."""
 
 
 def store_blocks(
-    prefix: PrefixCache, sequence: Sequence, cache: Cache, row: int, computed: int
+    prefix: PrefixCache, sequence: CachedRow, cache: Cache, row: int, computed: int
 ) -> list[mx.array]:
     """Keep the whole blocks of a row of `cache` that holds `computed` tokens of `sequence`.
 

@@ -14,6 +14,7 @@ from msgspec import structs
 from mlx_server.engine.grammar.masks import Masks, MaskThread
 from mlx_server.engine.protocol import Failed, Logprobs, Row, Sampling
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.drafted import Drafted
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import logprob_entries
@@ -59,7 +60,7 @@ class Verification:
     def __init__(
         self,
         model: Backend,
-        groups: Groups,
+        groups: Groups[Sequence],
         guesses: Guesses,
         thread: MaskThread,
         chunk: Many[Part] = (),
@@ -117,6 +118,8 @@ class Verification:
                 taken[row.id] = len(told.tokens)
                 right = min(len(guess), len(told.tokens) - 1)
                 accepted += right
+                if isinstance(row.guesser, Drafted) and guess:
+                    row.guesser.judge(len(guess), right)
                 rows.append(structs.replace(told, guessed=len(guess), accepted=right))
             at += len(guess) + 1
         widths = zip(self._groups.rows, self._widths, strict=True)
@@ -149,7 +152,7 @@ def _accepted(drawn: list[int], guess: list[int]) -> list[int]:
     return drawn[: same + 1]
 
 
-def _parts(groups: Groups, fed: Many[list[int]]) -> list[Part]:
+def _parts(groups: Groups[Sequence], fed: Many[list[int]]) -> list[Part]:
     parts, start = [], 0
     for rows, cache in groups.members():
         mine = fed[start : start + len(rows)]

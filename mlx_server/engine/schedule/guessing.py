@@ -30,6 +30,8 @@ FORGOTTEN = 1000
 """Passes after which a time that was not measured again is no longer believed."""
 SLOPE = 0.03
 """What a token more is taken to cost, as a share of the smallest pass, until that is known."""
+DRAFT_STEP = 0.1
+"""The same of a token of a draft model for each row."""
 SIZES: list[int] = [
     *range(1, 9),
     *range(10, 33, 2),
@@ -42,11 +44,14 @@ SIZES: list[int] = [
 class Chance(NamedTuple):
     """What could be guessed for a row: up to `most` tokens, the first right with the chance
     `first`, each further one with `then` where those before it are.
+
+    `drafted`: by a draft model, which takes time.
     """
 
     most: int
     first: float
     then: float
+    drafted: bool = False
 
     def of(self, count: int) -> float:
         """How likely the first `count` are all right."""
@@ -101,6 +106,8 @@ class Guessing:
         self._padded = padded
         self._last_rows = 0
         self._steps, self._passes = PassTimes(), PassTimes()
+        self._drafting = PassTimes()
+        """Of a token for each of so many rows, drawn by a draft model."""
         self._accounts: dict[int, float] = {}
         """Steps that rows are ahead of where they would be without guesses, by their ids."""
         self._aftermath = 0
@@ -116,10 +123,18 @@ class Guessing:
         """A step was begun, with no other under way to read meanwhile."""
         self._settle(rows, seconds, 0)
 
-    def verified(self, taken: Mapping[int, int], tokens: int, seconds: float) -> None:
-        """Learn from a pass of so many `tokens`, of which rows took `taken` by their ids."""
+    def drafted(self, rows: int, steps: int, seconds: float) -> None:
+        """Learn from so many tokens that a draft model drew for each of `rows`."""
+        self._drafting.measured(rows, seconds / steps)
+
+    def verified(
+        self, taken: Mapping[int, int], tokens: int, seconds: float, drafting: float = 0.0
+    ) -> None:
+        """Learn from a pass of so many `tokens`, of which rows took `taken` by their ids, after so
+        many seconds of `drafting`.
+        """
         self._passes.measured(tokens, seconds)
-        self.charge(taken, seconds)
+        self.charge(taken, seconds + drafting)
 
     def expected(self, tokens: int, rows: int) -> float:
         """Seconds of a pass of `rows` with so many tokens; 0 while nothing is known."""
@@ -146,6 +161,7 @@ class Guessing:
             return {}
         # How many steps the pass may take for each row.
         allowed = {id_: CREDIT + self._accounts.get(id_, 0.0) + 1 for id_ in rows}
+        drafted, depth = 0, 0
         best, most, deepest, gained = len(rows) * math.log(MARGIN), 0, 0, 0.0
         order: list[int] = []
         gains = [(-math.log1p(one.first), id_, 1, 1.0) for id_, one in chances.items()]
@@ -162,7 +178,9 @@ class Guessing:
                 heapq.heappush(gains, (-more, id_, count + 1, expected))
             deepest = max(deepest, count)
             tokens = len(rows) * (1 + deepest) if self._padded else len(rows) + len(order)
-            cost = self._cost(tokens, len(rows), base)
+            if chances[id_].drafted:
+                drafted, depth = drafted + (count == 1), max(depth, count)
+            cost = self._cost(tokens, len(rows), base) + self._draft_cost(drafted, depth, base)
             value = gained - len(rows) * math.log(cost)
             if value > best and cost - TOLERATED <= min(allowed.values()):
                 best, most = value, len(order)
@@ -181,6 +199,13 @@ class Guessing:
         """Of a pass, in steps of `base` seconds."""
         seconds = self._passes.seconds(tokens)
         return 1 + SLOPE * (tokens - rows) if seconds is None else seconds / base
+
+    def _draft_cost(self, rows: int, steps: int, base: float) -> float:
+        """Of `steps` tokens for each of `rows`, in steps of the model."""
+        if not rows:
+            return 0.0
+        seconds = self._drafting.seconds(rows)
+        return steps * (DRAFT_STEP if seconds is None else seconds / base)
 
 
 def _size(tokens: int) -> int:

@@ -40,6 +40,8 @@ class Pace:
         self.chunks = ChunkTimes()
         self.mixed = ChunkTimes()
         """By how much chunks make the step longer that computes them in the same pass."""
+        self.drafting = ChunkTimes()
+        """Of the draft model."""
 
     def stepped(self, seconds: float) -> None:
         previous = self.step_seconds or seconds
@@ -64,6 +66,13 @@ class Pace:
         tiles = math.floor(EXCESS * (rows + tokens) / TILE)
         least = math.ceil((rows + 1) / TILE)
         return min(self._most(position), max(least, tiles) * TILE - rows)
+
+    def draft_chunk(self, position: int) -> int:
+        """Tokens for the next chunk of a draft model, beside streams: no longer than a step."""
+        if self.fixed_chunk is not None:
+            return self.fixed_chunk
+        tokens = self.drafting.tokens_within(self.step_seconds, position)
+        return max(SMALLEST_CHUNK, min(self._most(position), tokens))
 
     def _most(self, position: int) -> int:
         return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, self._fits(position)))

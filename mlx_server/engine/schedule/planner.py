@@ -5,10 +5,12 @@ from collections import deque
 from collections.abc import Iterable
 
 from mlx_server.engine.plan import Begin, Chunk, ChunkTime, Outcome, Plan, VerifiedTime
+from mlx_server.engine.run.drafted import Drafted
+from mlx_server.engine.run.lookup import MOST
 from mlx_server.engine.run.runner import Runner
 from mlx_server.engine.schedule.admission import Admission
 from mlx_server.engine.schedule.guessing import Chance, Guessing
-from mlx_server.engine.schedule.pace import Pace
+from mlx_server.engine.schedule.pace import ChunkTimes, Pace
 from mlx_server.engine.schedule.request import WaitingRequest
 from mlx_server.engine.schedule.room import KvRoom, Sized
 from mlx_server.engine.sequence import Sequence
@@ -52,6 +54,7 @@ class Planner:
             chunk=chunk,
             mixed=mixed,
             guess=self._guesses(rows),
+            catch_up=self._next_catch_up(rows) if chunk is None else None,
         )
 
     def learn(self, plan: Plan, outcome: Outcome) -> None:
@@ -62,12 +65,17 @@ class Planner:
         if outcome.start_seconds is not None:
             self._guessing.started(outcome.rows, outcome.start_seconds)
         if outcome.verified is not None:
-            self._learn_from(outcome.verified)
+            drafting = outcome.drafted.seconds if outcome.drafted is not None else 0.0
+            self._learn_from(outcome.verified, drafting)
+        if outcome.drafted is not None:
+            self._guessing.drafted(*outcome.drafted)
+        if outcome.caught_up is not None:
+            self._measure(self._pace.drafting, outcome.caught_up)
         if outcome.chunk is not None:
-            self._measure(outcome.chunk)
+            self._measure(self._pace.chunks, outcome.chunk)
         if outcome.joined_empty_batch:
             self._gathering_until = time.perf_counter() + self._pace.gather_seconds()
-        self._chunk_last_turn = plan.chunk is not None
+        self._chunk_last_turn = plan.chunk is not None or plan.catch_up is not None
 
     def _without(self, ids: Iterable[int]) -> list[Sequence]:
         gone = frozenset(ids)
@@ -141,21 +149,33 @@ class Planner:
     def _guesses(self, rows: list[Sequence]) -> dict[int, int]:
         return self._guessing.allot([row.id for row in rows], _chances(rows))
 
+    def _next_catch_up(self, rows: list[Sequence]) -> Chunk | None:
+        """Tokens that the draft model's caches lack of a row for which it would pay to guess."""
+        drafts, lacking = self._runner.drafts, _lacking_draft(rows)
+        if drafts is None or not lacking:
+            return None
+        worth = self._guessing.allot([row.id for row in rows], _chances(rows) | lacking)
+        chosen = next((id_ for id_ in lacking if id_ in worth), None)
+        if chosen is None:
+            return None
+        return Chunk(chosen, self._pace.draft_chunk(drafts.held(chosen)))
+
     def _starting(self, begin: Begin | None) -> list[WaitingRequest]:
         longest = self._runner.context_length
         return [WaitingRequest(start, longest) for start in begin.starts] if begin else []
 
-    def _learn_from(self, verified: VerifiedTime) -> None:
+    def _learn_from(self, verified: VerifiedTime, drafting: float) -> None:
+        taken = verified.taken
         if verified.chunk is None:
-            self._guessing.verified(verified.taken, verified.tokens, verified.seconds)
+            self._guessing.verified(taken, verified.tokens, verified.seconds, drafting)
             return
-        alone = self._guessing.expected(verified.tokens, len(verified.taken))
-        self._guessing.charge(verified.taken, alone)
+        alone = self._guessing.expected(verified.tokens, len(taken))
+        self._guessing.charge(taken, alone + drafting)
         if alone:
             longer_by = max(verified.seconds - alone, verified.seconds / 10)
             self._pace.mixed.measured(*verified.chunk, longer_by)
 
-    def _measure(self, chunk: ChunkTime) -> None:
+    def _measure(self, times: ChunkTimes, chunk: ChunkTime) -> None:
         step = self._pace.step_seconds
         if chunk.mixed:
             longer_by = max(chunk.seconds - step, chunk.seconds / 10)
@@ -164,9 +184,25 @@ class Planner:
         seconds = chunk.seconds
         if chunk.behind_step:  # which the device had to compute first
             seconds = max(seconds - step, seconds / 2)
-        self._pace.chunks.measured(chunk.tokens, chunk.keys, seconds)
+        times.measured(chunk.tokens, chunk.keys, seconds)
 
 
 def _chances(rows: list[Sequence]) -> dict[int, Chance]:
     guessing = ((row.id, row.guesser) for row in rows if row.guesser is not None)
-    return {id_: Chance(one.ready, *one.chances) for id_, one in guessing if one.ready}
+    return {
+        id_: Chance(one.ready, *one.chances, isinstance(one, Drafted) and one.drafts)
+        for id_, one in guessing
+        if one.ready
+    }
+
+
+def _lacking_draft(rows: list[Sequence]) -> dict[int, Chance]:
+    """Of rows that a draft model is to guess for and has not caught up with: what it could do."""
+    return {
+        row.id: Chance(MOST, *row.guesser.draft_chances, drafted=True)
+        for row in rows
+        if isinstance(row.guesser, Drafted)
+        and row.guesser.wanted
+        and not row.guesser.drafts
+        and row.limit - len(row.completion) > MOST
+    }

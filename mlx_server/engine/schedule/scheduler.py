@@ -61,7 +61,8 @@ class Counts:
 class Scheduler:
     """Owns every request of an engine.
 
-    `kv_limit` is in bytes, for running requests and the prefix cache together.
+    `kv_limit` is in bytes, for running requests and the prefix cache together, and those of a
+    `draft` model.
     """
 
     def __init__(
@@ -74,13 +75,16 @@ class Scheduler:
         kv_limit: int,
         prefill_chunk: int | None,
         kv_share: float = 1.0,
+        draft: Backend | None = None,
     ) -> None:
         self.model = model
+        self.draft = draft
         self.memory = memory
         self.kv_limit = kv_limit
-        self.longest_sequence = model.kv_cost.longest(kv_limit, model.context_length)
+        cost = model.kv_cost if draft is None else model.kv_cost.beside(draft.kv_cost)
+        self.longest_sequence = cost.longest(kv_limit, model.context_length)
         grammars = GrammarCompiler(model.path, model.vocab_size)
-        self.runner = Runner(model, prefix, grammars, self.longest_sequence)
+        self.runner = Runner(model, prefix, grammars, self.longest_sequence, draft)
         self.waiting = WaitingQueue()
         self.suspects: set[int] = set()
         """Requests with which a turn has failed, and which have got nowhere since."""
@@ -88,7 +92,7 @@ class Scheduler:
         self.backoff = KvBackoff(kv_share)
         lengths = padded(model.batching.decode, mixes=model.mixes)
         step = 1 + MOST + MOST_GAPS if model.guesses else 1
-        self.room = KvRoom(model.kv_cost, kv_limit, prefix.limit, self.backoff, lengths, step)
+        self.room = KvRoom(cost, kv_limit, prefix.limit, self.backoff, lengths, step)
         self.admission = Admission(self.waiting, self.runner, self.room, self.suspects, max_batch)
         self.planner = Planner(self.runner, self.admission, self.room, self.pace)
         self.counts = Counts()
@@ -149,7 +153,7 @@ class Scheduler:
         prompt = [0] * (2 * SMALLEST_CHUNK + 1)
         small = Generate(id=0, prompt=prompt, sampling=Sampling(temperature=0), max_tokens=3)
         self._answer([small])
-        self.runner.prefix.clear()
+        self.runner.clear_prefixes()
         self.counts = Counts()
         self.release()
         self.memory.release_all()
@@ -237,7 +241,7 @@ class Scheduler:
         the weights are wired again.
         """
         if self.memory.wiring.wired:
-            self.runner.prefix.clear()
+            self.runner.clear_prefixes()
             self.memory.wiring.rest()
 
     def _problem(self, request: Generate) -> str | None:

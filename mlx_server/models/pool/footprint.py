@@ -89,6 +89,16 @@ class Footprint:
     activations_per_token: int
     largest_chunk: int = LARGEST_CHUNK
 
+    def beside(self, draft: "Footprint") -> "Footprint":
+        """With a draft model in the same engine, which computes in turns with it."""
+        return replace(
+            self,
+            weights=self.weights + draft.weights,
+            kv_per_token=self.kv_per_token + draft.kv_per_token,
+            vocabulary=max(self.vocabulary, draft.vocabulary),
+            activations_per_token=max(self.activations_per_token, draft.activations_per_token),
+        )
+
     def kv(self, tokens: int) -> int:
         return (tokens + KV_STEP) * self.kv_per_token
 

@@ -38,12 +38,13 @@ class LoadedModel:
     facts: Ready
     sampling: Mapping[str, float]
     """Recommended where a request says nothing, by `Sampling`'s names."""
-    lock: ModelLock
+    locks: tuple[ModelLock, ...]
     scores: bool = False
     """Whether it judges pairs of texts."""
 
     def close(self) -> None:
-        self.lock.release()
+        for lock in self.locks:
+            lock.release()
         self.text.close()
 
 
@@ -61,12 +62,13 @@ class ModelLoader:
         model_id = plan.entry.id
         sampling = await asyncio.to_thread(own_sampling, plan.path) if self.model_sampling else {}
         with load_span(model_id) as span:
-            lock = ModelLock(self.home, plan.path)
+            locks = tuple(self._locks(plan))
             try:
                 async with asyncio.timeout(self.load_timeout):
                     processes, text = await self._start_both(plan)
             except BaseException:
-                lock.release()
+                for lock in locks:
+                    lock.release()
                 raise
             for process in processes:
                 _prepare(process, text, plan)
@@ -81,7 +83,7 @@ class ModelLoader:
         ]
         supervisor = Supervisors(engine, supervisors)
         scores = plan.embedding is not None and plan.embedding.scores
-        return LoadedModel(model_id, engine, supervisor, text, facts, sampling, lock, scores)
+        return LoadedModel(model_id, engine, supervisor, text, facts, sampling, locks, scores)
 
     def failure(self, error: Exception, model_id: str) -> ServerError:
         match error:
@@ -93,6 +95,17 @@ class ModelLoader:
                 return ModelLoadFailed(f"its engine could not be started: {error}")
         log.error(event("model_load_crashed", model=model_id), exc_info=error)
         return ModelLoadFailed(f"{type(error).__name__}: {error}")
+
+    def _locks(self, plan: LoadPlan) -> list[ModelLock]:
+        """Of the model's folder and its draft's. Raises ModelLoadFailed."""
+        locks = [ModelLock(self.home, plan.path)]
+        if plan.draft is not None and plan.draft.path is not None:
+            try:
+                locks.append(ModelLock(self.home, plan.draft.path))
+            except ModelLoadFailed:
+                locks[0].release()
+                raise
+        return locks
 
     async def _start_both(self, plan: LoadPlan) -> tuple[list[EngineClient], ModelText]:
         trusted = plan.options.trust_remote_code

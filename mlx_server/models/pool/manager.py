@@ -12,7 +12,14 @@ from typing import Literal
 from mlx_server.config import Settings
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Device
-from mlx_server.errors import BadRequest, ModelLoading, ServerError, Unavailable
+from mlx_server.errors import (
+    BadRequest,
+    ModelLoadFailed,
+    ModelLoading,
+    ModelNotFound,
+    ServerError,
+    Unavailable,
+)
 from mlx_server.events import event
 from mlx_server.models.pool.arranger import Arranger
 from mlx_server.models.pool.device import find_device
@@ -133,9 +140,14 @@ class ModelPoolManager:
             slot.release(keep_alive, time.monotonic())
             self._arranger.arrange()
 
-    async def load(self, model_id: str) -> ModelStatus:
-        """Wait without a limit of our own. Raises as `acquire`."""
+    async def load(self, model_id: str, draft_model: str | None = None) -> ModelStatus:
+        """Wait without a limit of our own. Raises as `acquire`.
+
+        `draft_model` counts from now on, empty for none; None as it was.
+        """
         slot = await self._slot(model_id)
+        if draft_model is not None:
+            await self._choose_draft(slot, draft_model)
         if slot.available is None:
             await self._wait_for(slot, self.settings.load_timeout)
         return status_of(slot)
@@ -169,6 +181,18 @@ class ModelPoolManager:
         slot.pin(pinned, time.monotonic())
         self._arranger.arrange()
         return status_of(slot)
+
+    async def _choose_draft(self, slot: Slot, name: str) -> None:
+        """Raises ModelNotFound, and BadRequest where the model is there with another."""
+        draft = (await asyncio.to_thread(self.catalog.find, name)).id if name else None
+        present = slot.plan.draft if slot.plan else None
+        if slot.holds_memory and (present and present.id) != draft:
+            beside = f"the draft model `{present.id}`" if present else "no draft model"
+            raise BadRequest(
+                f"The model `{slot.entry.id}` is loaded with {beside}; unload it first.",
+                param="draft_model",
+            )
+        slot.draft_model = name
 
     async def _unload(self, slot: Slot, model: LoadedModel) -> None:
         slot.unloaders += 1
@@ -239,13 +263,29 @@ class ModelPoolManager:
         options = self.settings.load_options(slot.entry.id)
         replicas = self.settings.replicas_of(slot.entry.id)
         try:
-            slot.plan = await asyncio.to_thread(self.planner.plan, slot.entry, options, replicas)
+            draft = await asyncio.to_thread(self._draft_of, slot)
+            slot.plan = await asyncio.to_thread(
+                self.planner.plan, slot.entry, options, replicas, draft
+            )
         except ServerError as error:
             slot.fail(error)
             raise slot.failure() from error
         finally:
             slot.measuring = False
             slot.changed.notify()
+
+    def _draft_of(self, slot: Slot) -> ModelEntry | None:
+        """A model needs no guesses of its own, and one that makes vectors none at all."""
+        name = slot.draft_model
+        if name is None:
+            name = self.settings.draft_model_of(slot.entry.id)
+        if not name or slot.entry.embeds:
+            return None
+        try:
+            draft = self.catalog.find(name)
+        except ModelNotFound as error:
+            raise ModelLoadFailed(f"its draft model: {error.message}") from error
+        return None if draft.id == slot.entry.id else draft
 
 
 def _loaded(slots: Collection[Slot], model_id: str) -> Slot | None:

@@ -51,6 +51,7 @@ class LoadPlan:
     """Bytes that each engine may wire; once loaded, that it has wired."""
     replicas: int = 1
     """Engines, each of which takes `need`."""
+    draft: ModelEntry | None = None
 
     @property
     def bytes(self) -> int:
@@ -83,19 +84,30 @@ class MemoryPlanner:
             case limit:
                 self.wirable = min(parse_bytes(limit, 0), device.wirable)
 
-    def plan(self, entry: ModelEntry, options: LoadOptions, replicas: int = 1) -> LoadPlan:
-        """Blocks on files. Raises ModelLoadFailed, InsufficientMemory beyond `budget`."""
+    def plan(
+        self,
+        entry: ModelEntry,
+        options: LoadOptions,
+        replicas: int = 1,
+        draft: ModelEntry | None = None,
+    ) -> LoadPlan:
+        """With a `draft` model beside it. Blocks on files. Raises ModelLoadFailed,
+        InsufficientMemory beyond `budget`.
+        """
         if entry.path is None:
             raise ModelLoadFailed("it has not been pulled yet")
+        if draft is not None:
+            options = msgspec.structs.replace(options, draft_path=str(_draft_folder(draft)))
         mode = options.dequantize
         float32 = mode == "always" or (mode == "auto" and self.on_cpu)
         try:
-            return self._plan(entry, entry.path, options, float32, replicas)
+            plan = self._plan(entry, entry.path, options, float32, replicas)
         except InsufficientMemory:
             if not float32 or mode == "always":
                 raise
             # Slower as stored, but it runs.
-            return self._plan(entry, entry.path, options, False, replicas)
+            plan = self._plan(entry, entry.path, options, False, replicas)
+        return replace(plan, draft=draft)
 
     def grant_wired(self, plan: LoadPlan, others: int) -> LoadPlan:
         """`others`: bytes that other models may wire or have wired."""
@@ -120,6 +132,9 @@ class MemoryPlanner:
             footprint = read_embedding_footprint(path, float32, longest)
         else:
             footprint = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
+        if options.draft_path is not None:
+            draft = read_footprint(Path(options.draft_path), float32, kv_bits=options.kv_bits)
+            footprint = footprint.beside(draft)
         limits = [limit for limit in (options.context_length, longest) if limit is not None]
         options = msgspec.structs.replace(
             options,
@@ -148,3 +163,15 @@ class MemoryPlanner:
         largest = options.max_batch * footprint.kv(context)
         kv = min(largest, usual, self.budget // replicas - fixed)
         return Need(weights, kv, working, self.overhead)
+
+
+def _draft_folder(draft: ModelEntry) -> Path:
+    """Raises ModelLoadFailed for a model that cannot be one."""
+    named = f"its draft model `{draft.id}`"
+    if draft.path is None:
+        raise ModelLoadFailed(f"{named} has not been pulled yet")
+    if draft.embeds:
+        raise ModelLoadFailed(f"{named} makes embeddings and generates no text")
+    if draft.adapter_path is not None:
+        raise ModelLoadFailed(f"{named} is an adapter, which draft models cannot have")
+    return draft.path

@@ -42,6 +42,8 @@ class Slot:
     keep_alive: float | None = None
     """Seconds it stays unused; None for ever."""
     pinned: bool = False
+    draft_model: str | None = None
+    """As somebody chose it, empty for none; None per settings."""
     preloaded: bool = False
     """Named at the start: stays while there is room."""
     phase: Phase = "absent"

@@ -57,6 +57,8 @@ class ModelStatus:
     """Its engines."""
     waiting_to_load: int = 0
     pinned: bool = False
+    draft_model: str | None = None
+    """The id of the one beside it."""
     last_used: float | None = None
     expires: float | None = None
 
@@ -113,6 +115,7 @@ def status_of(slot: Slot) -> ModelStatus:
         batching=facts.batching,
         replicas=tuple(supervisor.replicas),
         memory=stats.memory if stats else facts.memory,
+        draft_model=slot.plan.draft.id if slot.plan and slot.plan.draft else None,
         expires=_expiry(slot),
     )
 

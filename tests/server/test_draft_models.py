@@ -1,0 +1,127 @@
+"""Draft models of a real server: chosen in settings or by the admin API, and told of."""
+
+import asyncio
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.test_errors import assert_refused
+from tests.support.bert import build_tiny_bert
+from tests.support.server import CHAT, Server, ask, chat, serving, until
+from tests.support.tiny import build_tiny_model
+
+LOAD = "/admin/models/{}/load"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    build_tiny_model(folder / "large", layers=4, hidden=128)
+    shutil.copytree(folder / "large", folder / "small")
+    build_tiny_model(folder / "other", extra_tokens=["<think>"])
+    build_tiny_bert(folder / "bert")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Server]:
+    flags = ("--model", "large", "--draft-model", "small")
+    by_model = {"other": "", "bert": "small"}
+    home = tmp_path_factory.mktemp("home")
+    more = {"model_dirs": [str(models)], "draft_model_by_model": by_model}
+    with serving(home, *flags, **more) as server:
+        yield server
+
+
+def sampled(seed: int, **more: Any) -> dict[str, Any]:
+    body = chat("large", max_tokens=200, ignore_eos=True, temperature=0.8, seed=seed, stream=True)
+    return body | {"stream_options": {"include_usage": True}} | more
+
+
+async def test_a_model_with_a_draft_says_what_it_says_without(
+    server: Server, models: Path, tmp_path: Path
+) -> None:
+    bodies = [sampled(seed) for seed in range(4)]
+    async with server.client(timeout=60) as client:
+        answers = [await ask(client, CHAT, body) for body in bodies]
+        status = (await server.models())["large"]
+    assert status["draft_model"] == "small"
+    assert status["guessed"] >= status["accepted"]
+    with serving(tmp_path, "--model", "large", model_dirs=[str(models)]) as without:
+        async with without.client(timeout=60) as client:
+            plain = [await ask(client, CHAT, body) for body in bodies]
+            alone = (await without.models())["large"]
+    assert [one.text for one in answers] == [one.text for one in plain]
+    assert alone["draft_model"] is None
+    assert status["need"] > 1.5 * alone["need"], "its memory is reserved"
+
+
+async def test_the_end_of_an_engine_with_a_draft_loses_nothing(server: Server) -> None:
+    async with server.client(timeout=60) as client:
+        expected = await asyncio.gather(*(ask(client, CHAT, sampled(seed)) for seed in range(4)))
+        before = (await server.idle("large"))["restarts"]
+        streams = [asyncio.create_task(ask(client, CHAT, sampled(seed))) for seed in range(4)]
+
+        async def works() -> bool:
+            return int((await server.models())["large"]["in_flight"]) == 4
+
+        await until(works, 30)
+        server.engines()[0].send_signal(signal.SIGKILL)
+        answers = await asyncio.gather(*streams)
+        assert [one.text for one in answers] == [one.text for one in expected]
+        status = (await server.models())["large"]
+        assert (status["restarts"], status["draft_model"]) == (before + 1, "small")
+
+
+async def test_a_draft_is_chosen_when_a_model_is_loaded(server: Server) -> None:
+    async with server.client(timeout=60) as client:
+        answer = await client.post(LOAD.format("small"))
+        assert answer.json()["draft_model"] is None, "a model needs none of itself"
+        refused = await client.post(LOAD.format("small"), json={"draft_model": "large"})
+        assert_refused(refused, 400)
+        assert "loaded with no draft model; unload it first" in refused.text
+        await client.post("/admin/models/small/unload")
+        answer = await client.post(LOAD.format("small"), json={"draft_model": "large"})
+        assert answer.json()["draft_model"] == "large", answer.text
+        again = await client.post(LOAD.format("small"), json={"draft_model": "large"})
+        assert again.status_code == 200
+        await client.post("/admin/models/small/unload")
+        answer = await client.post(LOAD.format("small"), json={"draft_model": ""})
+        assert answer.json()["draft_model"] is None
+        await client.post("/admin/models/small/unload")
+        assert_refused(await client.post(LOAD.format("small"), json={"draft_model": "none"}), 404)
+
+
+@pytest.mark.parametrize(
+    ("model", "draft", "reason"),
+    [
+        ("other", "large", "vocabularies differ"),
+        ("large", "other", "vocabularies differ"),
+        ("large", "bert", "makes embeddings"),
+    ],
+)
+async def test_a_draft_that_cannot_guess_is_refused_with_a_reason(
+    server: Server, model: str, draft: str, reason: str
+) -> None:
+    async with server.client(timeout=60) as client:
+        await client.post(f"/admin/models/{model}/unload")
+        refused = await client.post(LOAD.format(model), json={"draft_model": draft})
+        assert_refused(refused, 503)
+        status = (await server.models())[model]
+        assert status["state"] == "failed"
+        assert reason in status["reason"]
+        assert reason in refused.text
+        back = {"large": "small", "other": ""}[model]
+        answer = await client.post(LOAD.format(model), json={"draft_model": back})
+        assert answer.json()["state"] == "ready", answer.text
+
+
+async def test_a_model_that_makes_embeddings_has_no_draft(server: Server) -> None:
+    async with server.client(timeout=60) as client:
+        answer: httpx.Response = await client.post(LOAD.format("bert"))
+        assert (answer.json()["state"], answer.json()["draft_model"]) == ("ready", None)
