@@ -122,6 +122,7 @@ def load_draft(
 
     Code of its own it may not run.
     """
+    from mlx_server.engine.run import kv
     from mlx_server.engine.run.backend import Backend
     from mlx_server.engine.run.vocabulary import mismatch
     from mlx_server.engine.run.weights import ModelError
@@ -133,7 +134,7 @@ def load_draft(
         draft = Backend(path, structs.replace(options, trust_remote_code=False), memory)
     except ModelError as error:
         raise ModelError(f"the draft model in {path.name} cannot be loaded: {error}") from error
-    if not draft.guesses:
+    if not (draft.guesses and kv.can_shorten(draft.caches.merge([draft.new_cache()]))):
         raise ModelError(f"{named}: the draft's KV caches cannot be shortened")
     if reason := mismatch(backend.path, path, min(backend.vocab_size, draft.vocab_size)):
         raise ModelError(f"{named}: {reason}")

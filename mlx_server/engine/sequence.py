@@ -66,6 +66,9 @@ class Sequence:
         self.reported = start.reported
         self.constraint: Constraint | None = None
         self.guesser: Guesser | None = None
+        self.replay: list[int] = []
+        """Tokens, before the last, that were taken out of the caches and have to be computed again.
+        """
         self.in_flight = False
         self.done = False
 
@@ -90,7 +93,7 @@ class Sequence:
     @property
     def computed(self) -> int:
         """Tokens in the batch's cache once what is launched has been computed."""
-        return self.length - 1
+        return self.length - 1 - len(self.replay)
 
     @property
     def expected_length(self) -> int:

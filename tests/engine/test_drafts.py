@@ -25,6 +25,7 @@ from tests.engine.conftest import request
 from tests.engine.test_grammar import bound
 from tests.engine.test_guesses import FORM, requests_of
 from tests.engine.test_mixed import scheduler_of, tokens_of
+from tests.support.architectures import build_architecture
 from tests.support.tiny import build_recurrent_model, build_tiny_model
 
 KV_LIMIT = 1 << 28
@@ -292,7 +293,7 @@ def test_a_draft_is_refused_where_caches_cannot_be_shortened(tmp_path: Path) -> 
     with pytest.raises(ModelError, match="the draft's KV caches cannot be shortened"):
         drafted_of(path, recurrent)
     with pytest.raises(ModelError, match="its own KV caches cannot be shortened"):
-        drafted_of(recurrent, path)
+        drafted_of(build_architecture(tmp_path / "internlm3", "internlm3"), path)
 
 
 def test_a_text_that_came_before_is_guessed_before_a_draft_does() -> None:

@@ -24,7 +24,7 @@ from tests.engine.test_architectures import scheduler_of as arranged
 from tests.engine.test_grammar import bound, grammar_of
 from tests.engine.test_mixed import GREEDY, scheduler_of, tokens_of
 from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, build_architecture
-from tests.support.tiny import build_recurrent_model, build_tiny_model
+from tests.support.tiny import build_tiny_model
 
 
 def test_the_next_turn_finds_no_rejected_token_in_the_prefix_cache(
@@ -176,8 +176,8 @@ def test_what_came_before_is_guessed_under_a_grammar_too(
     guessing.close()
 
 
-SHORT = ("gemma3", "gpt_oss", "deepseek_v3", "internlm3")
-"""Windows beside whole caches, windows with sinks, compressed keys, rows of equal length alone."""
+SHORT = ("gemma3", "gpt_oss", "deepseek_v3", "qwen3_5")
+"""Windows beside whole caches, windows with sinks, compressed keys, recurrent states."""
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ def test_guesses_change_no_text_of_any_architecture(
         assert_right(reference, prompt, answer, NEAR.get(name, USUALLY_NEAR))
 
 
-def test_a_cache_that_cannot_be_shortened_takes_no_guesses(tmp_path: Path) -> None:
-    path = build_recurrent_model(tmp_path / "recurrent")
+def test_rows_that_only_share_passes_at_equal_length_take_no_guesses(tmp_path: Path) -> None:
+    path = build_architecture(tmp_path / "internlm3", "internlm3")
     assert not scheduler_of(path, speculation="auto").model.guesses
 
 

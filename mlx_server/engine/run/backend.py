@@ -35,7 +35,8 @@ class Backend:
     `tokens_within_scores`: from how many tokens are computed to how many a chunk may have.
     `eager`: passes over several tokens a row compute while they are built. `mixes`: several caches
     can share a pass; `mixed_steps` says so for people, or why not. `guesses`: rows can draw several
-    tokens in one.
+    tokens in one; where one is wrong, `goes_back` says that all tokens of the pass are undone for
+    the row, and those that were right are computed again.
     """
 
     def __init__(
@@ -70,7 +71,11 @@ class Backend:
         self.caches = batching.row_caches(self.batching)
         self._log_batching()
         sample = self.caches.merge([self.new_cache()])
-        able = self.batching.decode is Sharing.ANY and kv.can_roll_back(sample)
+        shortens = kv.can_roll_back(sample)
+        self.goes_back = not shortens and kv.can_go_back(sample)
+        # Rows of several lengths must not get into each other's states.
+        padded = self.batching.prefill if self.goes_back else self.batching.decode
+        able = (shortens or self.goes_back) and padded is Sharing.ANY
         self.guesses = able and options.speculation == "auto"
         obstacle = self._obstacle_to_mixed_passes()
         self.mixes = obstacle is None
@@ -108,7 +113,12 @@ class Backend:
         return logits[:, -1] if len(lasts) == logits.shape[0] else logits[mx.array(lasts), -1]
 
     def _logits(self, part: Part) -> mx.array:
+        padded = self.goes_back and part.counts is not None
+        if padded:
+            kv.pad_right(part.cache, list(part.row_counts))
         logits, layout = self.forward(part.tokens, part.cache), part.layout
+        if padded:
+            kv.unpad(part.cache)
         return logits if layout.single else layout.flat(logits)[:, None]
 
     def prefill(self, tokens: mx.array, cache: Cache) -> None:

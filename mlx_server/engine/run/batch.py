@@ -125,6 +125,11 @@ class Batch:
     def nbytes(self) -> int:
         return self._groups.nbytes
 
+    @property
+    def owes(self) -> bool:
+        """Whether a row has tokens to be computed again, which a step cannot do."""
+        return any(row.replay for row in self.rows if not row.done)
+
     def join(self, prefill: Prefill) -> None:
         new = prefill.sequences
         place = self._groups.add(new, prefill.batch_cache())

@@ -133,6 +133,16 @@ class Groups(Generic[Row]):
             if any(counts):
                 kv.roll_back(group.cache, counts)
 
+    def go_back(self, undone: dict[int, int], before: list[list[list[mx.array | None]]]) -> None:
+        """Forget so many of the last tokens of each row, all that were computed since its group's
+        layers had the states `before`, or none.
+        """
+        for group, states in zip(self._groups, before, strict=True):
+            counts = [undone[row.id] for row in group.rows]
+            if any(counts):
+                kv.roll_back(group.cache, counts)
+                kv.put_back(group.cache, states, [count > 0 for count in counts])
+
     def loose_ends(self) -> list[mx.array]:
         """What a step leaves unevaluated, and would add to for ever."""
         return [array for group in self._groups for array in kv.loose_ends(group.cache)]

@@ -100,8 +100,38 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
 
 
 def can_roll_back(cache: Cache) -> bool:
-    """Whether single rows of this batch cache can be shortened."""
+    """Whether single rows of this batch cache can be shortened by what a pass has computed."""
     return all(isinstance(leaf, BatchKVCache | BatchRotatingKVCache) for leaf in leaves(cache))
+
+
+def can_shorten(cache: Cache) -> bool:
+    """Whether they can be shortened by the tokens of several passes."""
+    return all(isinstance(leaf, BatchKVCache) for leaf in leaves(cache))
+
+
+def can_go_back(cache: Cache) -> bool:
+    """Whether states can be put back that cannot be shortened, and the rest be shortened."""
+    return all(isinstance(leaf, BatchKVCache | ArraysCache) for leaf in leaves(cache))
+
+
+def states(cache: Cache) -> list[list[mx.array | None]]:
+    """What layers keep in place of keys and values."""
+    return [list(leaf.cache) for leaf in leaves(cache) if isinstance(leaf, ArraysCache)]
+
+
+def put_back(cache: Cache, before: list[list[mx.array | None]], chosen: list[bool]) -> None:
+    """Give the `chosen` rows the states from `before`."""
+    rows = mx.array(chosen)
+    recurrent = (leaf for leaf in leaves(cache) if isinstance(leaf, ArraysCache))
+    for leaf, old in zip(recurrent, before, strict=True):
+        leaf.cache = [_put_back(new, was, rows) for new, was in zip(leaf.cache, old, strict=True)]
+
+
+def _put_back(new: mx.array | None, old: mx.array | None, rows: mx.array) -> mx.array | None:
+    if new is None:
+        return None
+    old = mx.zeros_like(new) if old is None else old
+    return mx.where(rows.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
 
 def close_gaps(cache: Cache) -> None:
@@ -114,6 +144,8 @@ def close_gaps(cache: Cache) -> None:
 def roll_back(cache: Cache, rejected: list[int]) -> None:
     """Forget so many of the last tokens of each row."""
     for leaf in leaves(cache):
+        if isinstance(leaf, ArraysCache):
+            continue
         leaf.roll_back(rejected)
         if isinstance(leaf, BatchKVCache) and leaf.most_gaps > MOST_GAPS:
             _close_gaps(leaf)

@@ -203,6 +203,9 @@ class Runner:
     def _decode(self, outcome: Outcome) -> list[Row]:
         if not self.batch.busy:
             return []
+        if self.batch.owes:
+            self.batch.drop_ended()
+            return self._verified({}, outcome)
         started, reads = time.perf_counter(), self.batch.pending is not None
         rows = self.batch.step()
         seconds = time.perf_counter() - started

@@ -13,6 +13,7 @@ from msgspec import structs
 
 from mlx_server.engine.grammar.masks import Masks, MaskThread
 from mlx_server.engine.protocol import Failed, Logprobs, Row, Sampling
+from mlx_server.engine.run import kv
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.drafted import Drafted
 from mlx_server.engine.run.groups import Groups
@@ -68,22 +69,29 @@ class Verification:
         self._groups = groups
         self._guesses = guesses
         rows = groups.rows
-        fed = [[last_token(row), *guesses.get(row.id, [])] for row in rows]
+        self._last = {row.id: last_token(row) for row in rows}
+        fed = [[*row.replay, last_token(row), *guesses.get(row.id, [])] for row in rows]
         self.places = [
-            Place(row, tokens[1:end])
-            for row, tokens in zip(rows, fed, strict=True)
-            for end in range(1, len(tokens) + 1)
+            Place(row, guess[:end])
+            for row, guess in zip(rows, [guesses.get(row.id, []) for row in rows], strict=True)
+            for end in range(len(guess) + 1)
         ]
         wanted = [place.row.request.logprobs for place in self.places]
         bound = [i for i, place in enumerate(self.places) if place.row.constraint is not None]
-        inputs = mx.array([token for tokens in fed for token in tokens], dtype=mx.uint32)
+        answers = [tokens[len(row.replay) :] for row, tokens in zip(rows, fed, strict=True)]
+        inputs = mx.array([token for tokens in answers for token in tokens], dtype=mx.uint32)
         sampler = BatchSampler(self.places, inputs, model.vocab_size, wanted, bound)
         masks = Masks(thread) if bound else None
         parts = _parts(groups, fed)
-        self._widths = [part.tokens.shape[1] for part in parts for _ in range(part.tokens.shape[0])]
+        widths = [part.tokens.shape[1] for part in parts for _ in range(part.tokens.shape[0])]
         # Models that cannot mix compute the padding too.
-        self._tokens = len(self.places) if model.mixes else sum(self._widths)
+        self._tokens = len(self.places) if model.mixes else sum(widths)
+        self._goes_back = model.goes_back
+        self._widths = list(map(len, fed)) if self._goes_back else widths
+        self._before = [kv.states(cache) for _, cache in groups.members()]
         logits = model.step([*parts, *chunk], len(self.places))
+        if any(row.replay for row in rows):
+            logits = logits[_answering(fed, answers)]
         self._draw: Draw = sampler.launch(logits[:, -1, :].astype(mx.float32), masks)
         self._draw.start()
         self._masks = masks
@@ -122,10 +130,22 @@ class Verification:
                     row.guesser.judge(len(guess), right)
                 rows.append(structs.replace(told, guessed=len(guess), accepted=right))
             at += len(guess) + 1
-        widths = zip(self._groups.rows, self._widths, strict=True)
-        self._groups.roll_back({row.id: width - taken.get(row.id, 1) for row, width in widths})
+        self._roll_back(taken)
         guessed = len(self.places) - len(self._groups.rows)
         return Verified(rows, failed, taken, self._tokens, guessed, accepted)
+
+    def _roll_back(self, taken: dict[int, int]) -> None:
+        widths = zip(self._groups.rows, self._widths, strict=True)
+        if not self._goes_back:
+            self._groups.roll_back({row.id: width - taken.get(row.id, 1) for row, width in widths})
+            return
+        undone = {}
+        for row, width in widths:
+            guess = self._guesses.get(row.id, [])
+            right = taken.get(row.id, 1) - 1
+            undone[row.id] = width if right < len(guess) else 0
+            row.replay = [*row.replay, self._last[row.id], *guess[:right]] if undone[row.id] else []
+        self._groups.go_back(undone, self._before)
 
     def _entries(self, tokens: list[int]) -> list[Logprobs | None]:
         entries: list[Logprobs | None] = [None] * len(tokens)
@@ -150,6 +170,16 @@ def _accepted(drawn: list[int], guess: list[int]) -> list[int]:
     while same < len(guess) and guess[same] == drawn[same]:
         same += 1
     return drawn[: same + 1]
+
+
+def _answering(fed: Many[list[int]], answers: Many[list[int]]) -> mx.array:
+    """Where the last tokens of each row, as many as in `answers`, are among all that are `fed`."""
+    places: list[int] = []
+    start = 0
+    for tokens, mine in zip(fed, answers, strict=True):
+        start += len(tokens)
+        places += range(start - len(mine), start)
+    return mx.array(places)
 
 
 def _parts(groups: Groups[Sequence], fed: Many[list[int]]) -> list[Part]:
