@@ -243,10 +243,7 @@ def test_caches_of_both_models_stay_within_the_limit(tmp_path: Path) -> None:
         for message in scheduler.turn():
             for row in getattr(message, "rows", ()):
                 told[row.id] += row.tokens
-        runner = scheduler.runner
-        most = max(
-            most, runner.kv_bytes + runner.prefix.nbytes + drafts_of(scheduler).prefix.nbytes
-        )
+        most = max(most, scheduler.runner.kv_bytes + scheduler.runner.prefix_bytes)
     assert told == plain
     assert scheduler.counts.guessed > 100
     assert most <= limit
