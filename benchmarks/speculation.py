@@ -103,10 +103,10 @@ def build_answering(
             weights[name] = mx.zeros_like(weights[name])
     known = mx.random.normal((VOCABULARY, shapes["hidden_size"]))
     head = mx.zeros_like(known)
-    last = BEGIN
-    for place in range(TOKENS):
-        head[answer(place)] = known[last]
-        last = answer_of(place)
+    text = [answer_of(place) for place in range(TOKENS)]
+    head[mx.array([answer(place) for place in range(TOKENS)])] = known[
+        mx.array([BEGIN, *text[:-1]])
+    ]
     weights["model.embed_tokens.weight"], weights["lm_head.weight"] = known, head
     kind = getattr(mx, dtype)
     weights = {name: array.astype(kind) for name, array in weights.items()}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import msgspec
 import pytest
 
@@ -245,10 +246,7 @@ def test_caches_of_both_models_stay_within_the_limit(tmp_path: Path) -> None:
         for message in scheduler.turn():
             for row in getattr(message, "rows", ()):
                 told[row.id] += row.tokens
-        runner = scheduler.runner
-        most = max(
-            most, runner.kv_bytes + runner.prefix.nbytes + drafts_of(scheduler).prefix.nbytes
-        )
+        most = max(most, scheduler.runner.kv_bytes + scheduler.runner.prefix_bytes)
     assert told == plain
     assert scheduler.counts.guessed > 100
     assert most <= limit
@@ -263,6 +261,34 @@ def test_a_draft_of_a_shorter_context_guesses_as_far_as_that(tmp_path: Path) -> 
     plain = tokens_of(scheduler_of(path), wanted, [])
     assert tokens_of(scheduler, wanted, []) == plain
     assert 30 < scheduler.counts.accepted < 60, "one of two tokens, up to there"
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("padded", ["the draft", "the model"])
+def test_the_same_vocabulary_may_be_padded_otherwise(tmp_path: Path, padded: str) -> None:
+    path = build_tiny_model(tmp_path / "tiny", hidden=128)
+    wide = build_tiny_model(tmp_path / "wide", hidden=128)
+    _pad_vocabulary(wide, 64)
+    wanted = [request(range(seed, 40), 80) for seed in range(4)]
+    pair = (path, wide) if padded == "the draft" else (wide, path)
+    plain = tokens_of(scheduler_of(pair[0]), wanted, [])
+    scheduler = drafted_of(*pair)
+    assert tokens_of(scheduler, wanted, []) == plain
+    assert scheduler.counts.accepted > 0.97 * scheduler.counts.guessed > 80
+
+
+def _pad_vocabulary(path: Path, more: int) -> None:
+    """Add tokens that no tokenizer has, and that are never the likeliest."""
+    file = str(path / "model.safetensors")
+    weights = mx.load(file)
+    assert isinstance(weights, dict)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = mx.pad(weights[name], [(0, more), (0, 0)])
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, metadata={"format": "mlx"})
+    config = json.loads((path / "config.json").read_text())
+    config["vocab_size"] += more
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.text.adapters.registry import load_adapter
 from mlx_server.models.text.tokenizer import TextTokenizer, is_stored
 from mlx_server.schemas.internal import ChatPrompt
-from mlx_server.tokenizer_json import for_grammars
+from mlx_server.tokenizer_json import for_grammars, read_vocabulary
 from tests.support.spm import write_sentencepiece
 from tests.support.tiny import FAMILIES, build_tiny_model, tiny_tokenizer, token_id
 
@@ -32,6 +32,23 @@ def rewritten(file: Path, **changes: Any) -> None:
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     content = {name: value for name, value in (content | changes).items() if value is not None}
     file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_vocabulary_is_read_as_the_tokenizer_has_it(tmp_path: Path, family: str) -> None:
+    tokenizer = tiny_tokenizer(family, extra_tokens=["<think>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    pieces = tokenizer.get_vocab(with_added_tokens=True)
+    assert read_vocabulary(tmp_path) == {id_: piece for piece, id_ in pieces.items()}
+
+
+def test_a_unigram_vocabulary_is_read_in_its_order(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2)], 0))
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert read_vocabulary(tmp_path) == {0: "<unk>", 1: "a", 2: "b", 3: "</s>"}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert read_vocabulary(tmp_path) is None
 
 
 def capabilities(folder: Path) -> Any:

@@ -44,15 +44,15 @@ class Trust:
 class Drafted:
     """Guesses what a draft model draws, where `own` has nothing that is as good.
 
-    The draft's cache lacks `behind` tokens of the request, at most. `longest` is how many it may
-    have, and its tokens are below `vocabulary`.
+    The draft's cache lacks `behind` tokens of the request, at most, and at first it has none.
+    `longest` is how many it may have, and its tokens are below `vocabulary`.
     """
 
     def __init__(
         self, own: Lookup | Forced, tokens: list[int], longest: int, vocabulary: int
     ) -> None:
         self.own = own
-        self.behind = len(tokens)
+        self.behind = max(len(tokens), NEARLY + 1)
         self._length = len(tokens)
         self._longest = longest - MOST
         self._vocabulary = vocabulary

@@ -91,6 +91,10 @@ class Runner:
         drafts = self.drafts.nbytes if self.drafts else 0
         return self.batch.nbytes + prefilling + drafts
 
+    @property
+    def prefix_bytes(self) -> int:
+        return self.prefix.nbytes + (self.drafts.prefix.nbytes if self.drafts else 0)
+
     def run(self, plan: Plan, outcome: Outcome) -> Iterator[Tokens]:
         """Carry `plan` out; yields rows as soon as they are read, and fills `outcome`."""
         self._leave(plan, outcome)

@@ -225,7 +225,7 @@ class Scheduler:
             preempted=self.counts.preempted,
             prefix=PrefixStats(
                 blocks=len(prefix),
-                bytes=prefix.nbytes,
+                bytes=self.runner.prefix_bytes,
                 prompt_tokens=self.counts.prompt_tokens,
                 cached_tokens=self.counts.cached_tokens,
                 disk=prefix.disk.figures(),

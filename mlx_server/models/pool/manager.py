@@ -183,7 +183,11 @@ class ModelPoolManager:
         return status_of(slot)
 
     async def _choose_draft(self, slot: Slot, name: str) -> None:
-        """Raises ModelNotFound, and BadRequest where the model is there with another."""
+        """Raises ModelNotFound, and BadRequest where the model is there with another, or none may
+        guess.
+        """
+        if name and self.settings.speculation == "off":
+            raise BadRequest("The setting `speculation` is off.", param="draft_model")
         draft = (await asyncio.to_thread(self.catalog.find, name)).id if name else None
         present = slot.plan.draft if slot.plan else None
         if slot.holds_memory and (present and present.id) != draft:
