@@ -14,8 +14,8 @@ from typer import Option
 from mlx_server.cli.completing import complete_model
 from mlx_server.cli.options import CommandError, ConfigOption, load_settings
 from mlx_server.cli.pull import fetch_with_bar
-from mlx_server.cli.sockets import Address, bind, find_addresses, is_local
-from mlx_server.errors import ModelNotFound
+from mlx_server.cli.sockets import Address, PortInUse, advice_on, bind, find_addresses, is_local
+from mlx_server.errors import ModelNotFound, reason
 
 if TYPE_CHECKING:
     import socket
@@ -107,13 +107,20 @@ def _serve(settings: "Settings", reread: Callable[[], "Settings"]) -> None:
     addresses = find_addresses(settings.host, settings.port)
     _require_key(settings, addresses)
     # Before loading, so that a port in use is reported at once.
-    sockets = bind(settings.host, settings.port, addresses)
+    sockets = _bound(settings.host, settings.port, addresses)
     settings = settings.model_copy(update={"port": sockets[0].getsockname()[1]})
     if settings.ollama_port is not None:
-        more = bind(settings.host, settings.ollama_port, addresses)
+        more = _bound(settings.host, settings.ollama_port, addresses)
         settings = settings.model_copy(update={"ollama_port": more[0].getsockname()[1]})
         sockets += more
     _run(settings, catalog_with_models(settings), sockets, reread)
+
+
+def _bound(host: str, port: int, addresses: list[Address]) -> list["socket.socket"]:
+    try:
+        return bind(host, port, addresses)
+    except PortInUse as error:
+        raise CommandError(f"{error}. {advice_on(port)}") from error
 
 
 def _require_key(settings: "Settings", addresses: list[Address]) -> None:
@@ -168,7 +175,7 @@ def _run(
             settings.log_level, settings.log_format, settings.log_levels, settings.log_file
         )
     except OSError as error:
-        raise CommandError(f"setting log_file: {error}") from error
+        raise CommandError(f"setting log_file: {reason(error)}") from error
     # Until the server installs its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
@@ -188,7 +195,7 @@ def _run(
         server.run(sockets)
     except OSError as error:
         # Two processes can bind a port until one listens.
-        raise CommandError(f"the server cannot start: {error}") from error
+        raise CommandError(f"the server cannot start: {reason(error)}") from error
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
