@@ -282,6 +282,18 @@ def test_several_models_are_pulled_their_sizes_first_and_one_that_fails_stops_no
     assert "together 0.00 GB to fetch" in done.stderr
 
 
+def test_the_hub_s_client_draws_no_bars_of_its_own_however_many_are_pulled_at_once(
+    environment: dict[str, str],
+) -> None:
+    names = [f"tiny/{number}" for number in range(8)]
+    with running(Hub(dict.fromkeys(names, TINY))) as hub:
+        environment["HF_ENDPOINT"] = hub.endpoint
+        said = [run(environment, "pull", *names).stderr for _ in range(2)]
+    lines = [line for text in said for line in text.splitlines()]
+    assert len(lines) == 2 * (len(names) + 2), lines
+    assert all(line.startswith(("tiny/", "together ", "fetching ")) for line in lines)
+
+
 def test_a_pull_that_is_broken_off_says_so_at_once_and_goes_on_from_there(
     environment: dict[str, str],
 ) -> None:

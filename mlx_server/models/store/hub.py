@@ -50,14 +50,15 @@ def fetch_repo(name: str, on_progress: OnProgress) -> Path:
         with write_lock(storage):
             check_space(storage, _missing(files, storage))
             fetch_blobs(_blobs(repo, commit, files), storage / "blobs", meter)
-            with disable_progress_bars():
-                folder = snapshot_download(
-                    repo,
-                    revision=revision,
-                    cache_dir=cache_folder(),
-                    endpoint=_endpoint(),
-                    allow_patterns=[file.rfilename for file in files],
-                )
+            # For good: as a context it would bring them back while another thread still fetches.
+            disable_progress_bars()
+            folder = snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_folder(),
+                endpoint=_endpoint(),
+                allow_patterns=[file.rfilename for file in files],
+            )
     meter.finish()
     if fault := folder_fault(Path(folder)):
         raise ServerError(f"{name} was downloaded, but {fault}")
