@@ -1,6 +1,14 @@
 """Exceptions shown to clients, which `api/http` puts into the protocol's shape."""
 
+import re
 from collections.abc import Iterable
+
+NUMBER = re.compile(r"\[Errno -?\d+\] ")
+
+
+def reason(error: BaseException) -> str:
+    """What the system or a library says, without its number; its kind if it says nothing."""
+    return NUMBER.sub("", str(error)) or type(error).__name__
 
 
 class ServerError(Exception):

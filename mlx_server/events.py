@@ -140,6 +140,9 @@ def set_levels(level: Level, areas: Mapping[Area, Level]) -> None:
             logging.getLogger(name).setLevel(logging.NOTSET)
     # At debug level it logs every chunk: the completion's text.
     logging.getLogger("sse_starlette").setLevel(logging.INFO)
+    # Of starting and stopping it tells what our own events tell.
+    told = logging.NOTSET if level == "debug" else logging.WARNING
+    logging.getLogger("uvicorn.error").setLevel(told)
     # They log download URLs, which may be signed.
     for name in ("httpx2", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)

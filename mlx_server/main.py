@@ -1,11 +1,13 @@
 """The FastAPI application."""
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
+from pydantic.warnings import UnsupportedFieldAttributeWarning
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -45,6 +47,9 @@ from mlx_server.telemetry.metrics import Metrics
 from mlx_server.telemetry.record import RecentRequests
 from mlx_server.telemetry.tracing import setup_tracing, untraced
 from mlx_server.units import parse_seconds
+
+# FastAPI silences this where it builds schemas; ours are built when they are first asked for.
+warnings.filterwarnings("ignore", category=UnsupportedFieldAttributeWarning)
 
 # FastAPI's own request spans: one per request, none per chunk, no bodies or arguments.
 REQUEST_SPANS = TelemetryConfig(operation_spans=False, logs=False, exclude=untraced)

@@ -2,6 +2,8 @@
 
 import os
 
+from hypothesis import settings
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has engines of its own, whose threads would wait for each other's.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -9,3 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Tests compare float32 models with themselves in other shapes of batch. On CUDA, MLX would multiply
 # float32 in TF32, which keeps three digits.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")

@@ -12,7 +12,7 @@ from mlx_server.cli.chat.command import chat
 from mlx_server.cli.doctor.command import doctor
 from mlx_server.cli.launch.command import launch
 from mlx_server.cli.model_commands import list_models, rm
-from mlx_server.cli.options import CommandError
+from mlx_server.cli.options import CommandError, complain
 from mlx_server.cli.ps import ps
 from mlx_server.cli.pull import pull
 from mlx_server.cli.serve import serve
@@ -29,17 +29,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(serve)
-app.command()(chat)
-app.command("list")(list_models)
-app.command()(ps)
-app.command()(launch)
-app.command()(pull)
-app.command()(rm)
-app.command()(bench)
-app.command()(doctor)
-app.add_typer(config_commands.app, name="config")
-app.add_typer(service.app, name="service")
+# The short help is what lists of commands have room for.
+app.command(short_help="Start the server.")(serve)
+app.command(short_help="Talk with a model.")(chat)
+app.command("list", short_help="Show the models on this machine.")(list_models)
+app.command(short_help="Show the models that a server holds.")(ps)
+app.command(short_help="Run an agent or a client with a model.")(launch)
+app.command(short_help="Fetch models.")(pull)
+app.command(short_help="Remove models from the disk.")(rm)
+app.command(short_help="Measure how fast a server answers.")(bench)
+app.command(short_help="Check the machine and the installation.")(doctor)
+app.add_typer(config_commands.app, name="config", short_help="Show the settings, or write a file.")
+app.add_typer(service.app, name="service", short_help="Run the server in the background.")
 
 
 def main() -> None:
@@ -47,8 +48,7 @@ def main() -> None:
     try:
         app()
     except (CommandError, ServerError) as error:
-        message = " ".join(str(error).split())
-        print(f"mlx-server: {message}", file=sys.stderr)
+        complain(str(error))
         sys.exit(1)
     finally:
         _flush()
@@ -73,7 +73,7 @@ def _mend_environment() -> None:
         os.environ["HOME"] = NOWHERE
 
 
-@app.command()
+@app.command(short_help="Print a shell's completions.")
 def completion(
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument()],
 ) -> None:

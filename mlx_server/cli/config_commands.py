@@ -44,6 +44,9 @@ def show(
         }
         print_json(facts)
         return
+    if not names:
+        print("Nothing is set: every setting has its default.")
+        return
     _print_table([(name, _masked(values[name]), origins.get(name, "")) for name in names])
 
 
@@ -87,7 +90,7 @@ def origins_of(config: Path | None) -> dict[str, str]:
     return found
 
 
-@app.command()
+@app.command(short_help="Write a file of all settings.")
 def init(
     file: Annotated[
         Path | None,

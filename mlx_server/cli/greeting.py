@@ -87,8 +87,8 @@ def _memory(pool: "ModelPoolManager") -> str:
         return "-"
     limit = pool.settings.memory_limit
     return (
-        f"{gigabytes(pool.planner.budget)} for models ({limit} of the {gigabytes(device.memory)}"
-        f" of this machine's {device.name})"
+        f"{gigabytes(pool.planner.budget)} for models: {limit} of the {gigabytes(device.memory)}"
+        f" of this machine ({device.name})"
     )
 
 

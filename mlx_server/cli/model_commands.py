@@ -7,7 +7,8 @@ import typer
 
 from mlx_server.cli.completing import complete_removable
 from mlx_server.cli.options import ConfigOption, JsonOption, gigabytes, load_settings, print_json
-from mlx_server.errors import BadRequest
+from mlx_server.cli.tables import Column, table
+from mlx_server.errors import BadRequest, reason
 
 if TYPE_CHECKING:
     from mlx_server.models.store.catalog import Catalog, ModelEntry
@@ -53,16 +54,17 @@ def _tell_faults(catalog: "Catalog") -> None:
 
 def _print_table(entries: list["ModelEntry"]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("ID", "Source", "Type", box=None, pad_edge=False, header_style="bold")
-    table.columns[0].overflow = "fold"
-    table.add_column("Size", justify="right", no_wrap=True)
-    table.add_column("Context", justify="right", no_wrap=True)
-    for entry in entries:
-        context = f"{entry.context_length:,}" if entry.context_length else "?"
-        table.add_row(entry.id, entry.source, entry.model_type, gigabytes(entry.size), context)
-    Console().print(table)
+    contexts = [f"{entry.context_length:,}" if entry.context_length else "?" for entry in entries]
+    columns = [
+        Column("ID", [entry.id for entry in entries]),
+        Column("Source", [entry.source for entry in entries], 4),
+        Column("Type", [entry.model_type or "?" for entry in entries], 3),
+        Column("Size", [gigabytes(entry.size) for entry in entries], 1, number=True),
+        Column("Context", contexts, 2, number=True),
+    ]
+    console = Console(markup=False, highlight=False)
+    console.print(table(columns, console.width))
 
 
 def rm(
@@ -115,5 +117,5 @@ def _size(removal: "Removal") -> int:
         files = [file for place in snapshots or [removal.place] for file in place.rglob("*")]
         stats = [file.stat() for file in files if file.is_file()]
     except OSError as error:
-        raise BadRequest(f"{removal.place} cannot be read: {error}") from error
+        raise BadRequest(f"{removal.place} cannot be read: {reason(error)}") from error
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())

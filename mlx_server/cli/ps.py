@@ -16,16 +16,25 @@ from mlx_server.cli.options import (
     print_json,
 )
 from mlx_server.cli.remote import Remote, find_remote
+from mlx_server.cli.tables import Column, table
+from mlx_server.cli.terminal import quiet_keyboard
 from mlx_server.errors import Unavailable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-WIDE = 110
-"""Columns that all figures need."""
-FIGURES = ("Memory", "In flight", "Waiting", "Restarts", "Expires")
-MORE_FIGURES = ("PID", "Reserved", "Last used")
+FIGURES = {
+    "Memory": 1,
+    "In flight": 2,
+    "Waiting": 3,
+    "Restarts": 5,
+    "Expires": 4,
+    "PID": 7,
+    "Reserved": 8,
+    "Last used": 6,
+}
+"""What is shown beside the state, and its rank where there is little room."""
 WATCH_SECONDS = 1.0
 UNITS = ((86400, "d"), (3600, "h"), (60, "m"))
 
@@ -73,7 +82,8 @@ def _watch(remote: Remote, as_json: bool) -> None:
             time.sleep(WATCH_SECONDS)
             models = _present(remote)
     console = Console()
-    with Live(_shown(models, console.width), console=console, auto_refresh=False) as live:
+    live = Live(_shown(models, console.width), console=console, auto_refresh=False)
+    with quiet_keyboard(), live:
         while True:
             time.sleep(WATCH_SECONDS)
             try:
@@ -87,17 +97,13 @@ def _shown(models: list[dict[str, Any]], width: int) -> "RenderableType":
 
 
 def _table(models: list[dict[str, Any]], width: int) -> "Table":
-    from rich.table import Table
-
-    names = (*FIGURES, *(MORE_FIGURES if width >= WIDE else ()))
-    table = Table("ID", "State", box=None, pad_edge=False, header_style="bold")
-    table.columns[0].overflow = "fold"
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for model in models:
-        cells = _cells(model)
-        table.add_row(model["id"], _state(model), *(cells[name] for name in names))
-    return table
+    cells = [_cells(model) for model in models]
+    figures = [
+        Column(name, [one[name] for one in cells], rank, number=True)
+        for name, rank in FIGURES.items()
+    ]
+    ids = Column("ID", [model["id"] for model in models])
+    return table([ids, Column("State", [_state(model) for model in models]), *figures], width)
 
 
 def _cells(model: dict[str, Any]) -> dict[str, str]:

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_server.cli.completing import complete_fetchable
-from mlx_server.cli.options import ConfigOption, JsonOption, gigabytes, load_settings, print_json
+from mlx_server.cli.options import (
+    ConfigOption,
+    JsonOption,
+    complain,
+    gigabytes,
+    load_settings,
+    print_json,
+)
+from mlx_server.cli.terminal import quiet_keyboard
 from mlx_server.errors import ServerError
 
 if TYPE_CHECKING:
@@ -58,15 +66,14 @@ def pull(
     try:
         _run(pulls, ModelSources.of(load_settings(config)))
     except KeyboardInterrupt:
-        print("mlx-server: stopped; the same command goes on from here", file=sys.stderr)
-        sys.stderr.flush()
+        complain("stopped; the same command goes on from here")
         # Not after the threads, which may hang on a connection: what is on the disk is resumed.
         os._exit(130)
     if as_json:
         print_json([one.facts for one in pulls])
     for one in pulls:
         if one.error:
-            print(f"mlx-server: {one.error}", file=sys.stderr)
+            complain(one.error)
         elif not as_json:
             print(f"{one.name} is ready in {one.path}")
     if any(one.error for one in pulls):
@@ -165,7 +172,8 @@ def _bars(names: Sequence[str]) -> Iterator[Sequence["OnProgress"]]:
     quiet = not console.is_terminal
     if quiet:
         print(f"fetching {', '.join(names)}", file=sys.stderr, flush=True)
-    with ProgressBar(text, *columns, console=console, transient=True, disable=quiet) as bar:
+    progress = ProgressBar(text, *columns, console=console, transient=True, disable=quiet)
+    with quiet_keyboard(), progress as bar:
 
         def reporter(task: TaskID) -> "OnProgress":
             def show(progress: "Progress") -> None:

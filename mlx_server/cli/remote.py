@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_server.cli.options import CommandError, load_settings
-from mlx_server.errors import Unavailable
+from mlx_server.errors import ModelLoading, Unavailable, reason
 
 if TYPE_CHECKING:
     import httpx2
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 TIMEOUT = 10.0
 SILENCE = 600.0
 """Of a stream: a model may have to load first."""
+RETRY_SECONDS = 1.0
+NOBODY = "Connection refused"
+"""The system's words for a port where nobody listens."""
 SHOWN = 8
 """Models that an error names."""
+START_ONE = "start one with `mlx-server serve`, or say --host and --port"
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
@@ -38,12 +43,19 @@ def event_of(line: str) -> dict[str, Any] | None:
     return event
 
 
+class Refused(Unavailable):
+    """`code` is what the server gave, if it gave one."""
+
+
 @dataclass(frozen=True)
 class Remote:
-    """`url` has no path. Every method raises Unavailable for no server, a refusal or a stranger."""
+    """`url` has no path; `advice` is what to do where nothing listens. Every method raises
+    Unavailable for no server, a refusal or a stranger.
+    """
 
     url: str
     key: str | None
+    advice: str = START_ONE
 
     @property
     def headers(self) -> dict[str, str]:
@@ -52,18 +64,32 @@ class Remote:
     def get(self, path: str) -> Any:
         import httpx2
 
-        with _reported(self.url):
+        with _reported(self.url, self.advice):
             with httpx2.Client(timeout=TIMEOUT, trust_env=False) as client:
                 answer = client.get(f"{self.url}{path}", headers=self.headers)
             return self._body(answer)
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """The data of each server-sent event; close the iterator to end the request."""
+        """The data of each server-sent event; close the iterator to end the request. While the
+        model still loads, the server is asked again.
+        """
+        while True:
+            try:
+                yield from self._streamed(path, body)
+                return
+            except Refused as error:
+                if error.code != ModelLoading.code:
+                    raise
+                time.sleep(RETRY_SECONDS)
+
+    def _streamed(
+        self, path: str, body: Mapping[str, Any]
+    ) -> Generator[dict[str, Any], None, None]:
         import httpx2
 
         timeout = httpx2.Timeout(SILENCE, connect=TIMEOUT)
         with (
-            _reported(self.url),
+            _reported(self.url, self.advice),
             httpx2.Client(timeout=timeout, trust_env=False) as client,
             client.stream(
                 "POST", f"{self.url}{path}", json=dict(body), headers=self.headers
@@ -79,12 +105,12 @@ class Remote:
                     yield event
 
     def admin_models(self) -> list[dict[str, Any]]:
-        with _reported(self.url):
+        with _reported(self.url, self.advice):
             models: list[dict[str, Any]] = self.get("/admin/models")["models"]
             return models
 
     def chat_models(self) -> list[dict[str, Any]]:
-        with _reported(self.url):
+        with _reported(self.url, self.advice):
             return [model for model in self.get("/v1/models")["data"] if _chats(model)]
 
     def _body(self, answer: "httpx2.Response") -> Any:
@@ -92,25 +118,27 @@ class Remote:
         if answer.status_code != 200:
             message = body["error"]["message"]
             if answer.status_code == 401:
-                message += " Give --api-key KEY, or set MLX_SERVER_API_KEYS."
-            raise Unavailable(f"the server at {self.url} refused: {message}")
+                message += " Give --api-key KEY, or put it into the setting `api_keys`."
+            raise Refused(
+                f"the server at {self.url} refused: {message}", code=body["error"].get("code")
+            )
         return body
 
 
 @contextmanager
-def _reported(url: str) -> Iterator[None]:
+def _reported(url: str, advice: str) -> Iterator[None]:
     """Turns what goes wrong between here and a server into Unavailable."""
     import httpx2
 
     try:
         yield
     except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-        raise Unavailable(
-            f"no server answers at {url} ({error}):"
-            " start one with `mlx-server serve`, or say --host and --port"
-        ) from error
+        said = reason(error)
+        why = "" if NOBODY in said else f" ({said})"
+        raise Unavailable(f"no server answers at {url}{why}: {advice}") from error
     except httpx2.TransportError as error:
-        raise Unavailable(f"the server at {url} broke off: {error or 'silence'}") from error
+        said = reason(error) if str(error) else "silence"
+        raise Unavailable(f"the server at {url} broke off: {said}") from error
     except httpx2.InvalidURL as error:
         raise Unavailable(f"{url} is no address ({error})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -156,7 +184,8 @@ def named_remote(url: str, api_key: str | None) -> Remote:
     """Any server that speaks OpenAI's API, with or without `/v1` at its end."""
     if "://" not in url:
         raise CommandError(f"--url {url!r} is no address such as http://127.0.0.1:8000")
-    return Remote(url.rstrip("/").removesuffix("/v1"), api_key)
+    advice = "start it, or mend --url"
+    return Remote(url.rstrip("/").removesuffix("/v1"), api_key, advice)
 
 
 def _first_key(settings: "Settings") -> str | None:

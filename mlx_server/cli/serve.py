@@ -14,14 +14,16 @@ from typer import Option
 from mlx_server.cli.completing import complete_model
 from mlx_server.cli.options import CommandError, ConfigOption, load_settings
 from mlx_server.cli.pull import fetch_with_bar
-from mlx_server.cli.sockets import Address, bind, find_addresses, is_local
-from mlx_server.errors import ModelNotFound
+from mlx_server.cli.sockets import Address, PortInUse, advice_on, bind, find_addresses, is_local
+from mlx_server.errors import ModelNotFound, reason
+from mlx_server.starting import for_good
 
 if TYPE_CHECKING:
     import socket
 
     from mlx_server.config import Settings
     from mlx_server.models.store.catalog import Catalog
+    from mlx_server.server import Server
 
 
 def serve(
@@ -103,7 +105,9 @@ def serve(
         "log_level": log_level,
         "log_file": log_file,
     }
-    _serve(load_settings(config, **flags), partial(_reread, config, flags))
+    with for_good():
+        settings = load_settings(config, **flags)
+    _serve(settings, partial(_reread, config, flags))
 
 
 def _reread(config: Path | None, flags: dict[str, Any]) -> "Settings":
@@ -116,13 +120,20 @@ def _serve(settings: "Settings", reread: Callable[[], "Settings"]) -> None:
     addresses = find_addresses(settings.host, settings.port)
     _require_key(settings, addresses)
     # Before loading, so that a port in use is reported at once.
-    sockets = bind(settings.host, settings.port, addresses)
+    sockets = _bound(settings.host, settings.port, addresses)
     settings = settings.model_copy(update={"port": sockets[0].getsockname()[1]})
     if settings.ollama_port is not None:
-        more = bind(settings.host, settings.ollama_port, addresses)
+        more = _bound(settings.host, settings.ollama_port, addresses)
         settings = settings.model_copy(update={"ollama_port": more[0].getsockname()[1]})
         sockets += more
     _run(settings, catalog_with_models(settings), sockets, reread)
+
+
+def _bound(host: str, port: int, addresses: list[Address]) -> list["socket.socket"]:
+    try:
+        return bind(host, port, addresses)
+    except PortInUse as error:
+        raise CommandError(f"{error}. {advice_on(port)}") from error
 
 
 def _require_key(settings: "Settings", addresses: list[Address]) -> None:
@@ -165,24 +176,34 @@ def _run(
     sockets: list["socket.socket"],
     reread: Callable[[], "Settings"],
 ) -> None:
-    from mlx_server.api.http.connection import ConnectionLimits
-    from mlx_server.cli.greeting import Greeting, print_greeting, show_loading
     from mlx_server.events import setup_logging
-    from mlx_server.main import create_app
-    from mlx_server.models.pool.manager import ModelPoolManager
-    from mlx_server.server import Server, raise_open_file_limit
 
     try:
         setup_logging(
             settings.log_level, settings.log_format, settings.log_levels, settings.log_file
         )
     except OSError as error:
-        raise CommandError(f"setting log_file: {error}") from error
+        raise CommandError(f"setting log_file: {reason(error)}") from error
     # Until the server installs its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
-    raise_open_file_limit(settings.max_connections)
+    with for_good():
+        server = _server(settings, catalog, reread)
+    try:
+        server.run(sockets)
+    except OSError as error:
+        # Two processes can bind a port until one listens.
+        raise CommandError(f"the server cannot start: {reason(error)}") from error
 
+
+def _server(settings: "Settings", catalog: "Catalog", reread: Callable[[], "Settings"]) -> "Server":
+    from mlx_server.api.http.connection import ConnectionLimits
+    from mlx_server.cli.greeting import Greeting, print_greeting, show_loading
+    from mlx_server.main import create_app
+    from mlx_server.models.pool.manager import ModelPoolManager
+    from mlx_server.server import Server, raise_open_file_limit
+
+    raise_open_file_limit(settings.max_connections)
     app = create_app(settings, catalog, reread=reread)
     pool: ModelPoolManager = app.state.pool
 
@@ -192,12 +213,7 @@ def _run(
         print_greeting(greeting, pool)
         await show_loading(pool)
 
-    server = Server(app, ConnectionLimits.of(settings), settings.grace_period, greet)
-    try:
-        server.run(sockets)
-    except OSError as error:
-        # Two processes can bind a port until one listens.
-        raise CommandError(f"the server cannot start: {error}") from error
+    return Server(app, ConnectionLimits.of(settings), settings.grace_period, greet)
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import errno
 import socket
+import sys
 from ipaddress import ip_address
 from typing import Any
 
@@ -13,6 +14,10 @@ SEND_BUFFER = 128 << 10
 Address = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 
+class PortInUse(CommandError):
+    """Another program, or another server of ours, listens there."""
+
+
 def find_addresses(host: str, port: int) -> list[Address]:
     """Raises CommandError."""
     try:
@@ -20,6 +25,14 @@ def find_addresses(host: str, port: int) -> list[Address]:
     except (OSError, UnicodeError) as error:
         raise CommandError(f"setting host: {host!r} is no address here") from error
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+
+
+def advice_on(port: int) -> str:
+    """What to do about one that is in use."""
+    tool = f"lsof -nP -iTCP:{port} -sTCP:LISTEN"
+    if sys.platform.startswith("linux"):
+        tool = f"ss -ltnp 'sport = :{port}'"
+    return f"`{tool}` names it; end it, or say another --port"
 
 
 def is_local(addresses: list[Address]) -> bool:
@@ -36,7 +49,8 @@ def bind(host: str, port: int, addresses: list[Address]) -> list[socket.socket]:
             # `localhost` includes an IPv6 address even where IPv6 is off.
             if len(addresses) > 1 and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 continue
-            raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+            kind = PortInUse if error.errno == errno.EADDRINUSE else CommandError
+            raise kind(f"cannot listen on {host} port {port}: {error.strerror}") from error
         port = sockets[-1].getsockname()[1]
     if not sockets:
         raise CommandError(f"setting host: {host!r} is no address of this machine")

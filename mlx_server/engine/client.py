@@ -220,4 +220,12 @@ class EngineClient:
             self.last_lines.append(text)
             if text.endswith(LAST_FRAME):
                 self._stacks_told.set()
-            log.info(event("engine_log", model=self.model_id, pid=self.pid, line=text))
+            level, told = _level_of(text)
+            log.log(level, event("engine_log", model=self.model_id, pid=self.pid, line=told))
+
+
+def _level_of(line: str) -> tuple[int, str]:
+    """What the engine logs begins with its level; what libraries print does not."""
+    name, _, rest = line.partition(" ")
+    level = logging.getLevelNamesMapping().get(name)
+    return (logging.INFO, line) if level is None else (level, rest)

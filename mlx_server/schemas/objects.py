@@ -48,9 +48,13 @@ def empty(value: Any, body: dict[str, Any]) -> bool:
 
 
 class RequestObject(BaseModel):
-    """Strict types; unknown fields are ignored; null means the default; 3.0 is as good as 3."""
+    """Strict types; unknown fields are ignored; null means the default; 3.0 is as good as 3.
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    Its schema is built when it is first asked for: those of all protocols take longer than a server
+    should take to start.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, defer_build=True)
     unsupported: ClassVar[Mapping[str, Refusal]] = {}
     tolerated: ClassVar[Mapping[str, str]] = {}
     """Known fields without effect, with remarks."""
@@ -78,6 +82,8 @@ class RequestObject(BaseModel):
 
 class ResponseObject(BaseModel):
     """Sent with exactly the fields that were set."""
+
+    model_config = ConfigDict(defer_build=True)
 
     def to_json(self) -> bytes:
         return self.__pydantic_serializer__.to_json(self, exclude_unset=True)

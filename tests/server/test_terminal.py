@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.conftest import MODEL
 from tests.support.command import COMMAND, refusal, run
-from tests.support.server import Server, logged
+from tests.support.server import Server, logged, serving
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
@@ -163,3 +163,33 @@ def test_serve_tells_what_is_where_shows_models_as_they_load_and_logs_to_a_file(
         child.wait()
         assert child.exitstatus == 0
     assert logged(log.read_text(), "stopping")
+
+
+def test_what_is_typed_during_an_answer_is_not_shown_and_waits_for_the_next_question(
+    environment: dict[str, str],
+) -> None:
+    with terminal(environment, "chat", "--max-tokens", "300") as child:
+        child.expect(PROMPT)
+        child.send("go on\r")
+        child.expect(ANSWERING)
+        child.send("typed ahead")
+        child.expect("ended by length")
+        assert isinstance(child.before, str)
+        assert "typed ahead" not in child.before
+        child.expect(PROMPT)
+        child.expect("typed ahead")
+
+
+def test_a_question_waits_for_a_model_that_loads_longer_than_the_server_waits(
+    environment: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = str(tiny_model.parent)
+    options = {"load_wait": 0.01, "model_dirs": [folder]}
+    with serving(tmp_path / "slow", **options) as slow:
+        port = slow.url.rpartition(":")[2]
+        asked = ("chat", "--port", port, "-m", MODEL, "--max-tokens", "4", "hi")
+        done = run(environment, *asked)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.strip()
+        answers = [one["status"] for one in logged(slow.log.read_text(), "request")]
+    assert answers.count(503) >= 1

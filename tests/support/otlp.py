@@ -53,8 +53,10 @@ class Receiver:
                     self._spans.setdefault(span.trace_id, []).append(span)
 
     def tree(self, trace_id: str) -> Node | None:
-        """The root span of that trace, once it has come."""
+        """The root span of that trace, once it has come: those below it may come earlier."""
         spans = [one for one in self._spans.get(bytes.fromhex(trace_id), []) if not _pending(one)]
+        if not any(one.kind == Span.SPAN_KIND_SERVER for one in spans):
+            return None
         nodes = {
             one.span_id: Node(
                 one.name,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_server.engine.protocol import FinishReason
@@ -275,7 +275,6 @@ PARTS = [
 ]
 
 
-@settings(deadline=None)
 @given(
     parts=st.lists(st.sampled_from(PARTS), max_size=16),
     sizes=st.lists(st.integers(0, 6), max_size=60),

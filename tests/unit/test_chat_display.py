@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mlx_server.cli.chat.display import MarkdownStream, finished_blocks, open_fence
+from mlx_server.cli.chat.display import MarkdownStream, PlainStream, finished_blocks, open_fence
 
 TEXT = """# A title
 
@@ -59,6 +59,31 @@ def test_what_is_left_on_the_screen_is_the_whole_text(size: int) -> None:
         for start in range(0, len(TEXT), size):
             stream.write(TEXT[start : start + size], None)
     assert _words(streamed) == _words(whole)
+
+
+@pytest.mark.parametrize("text", ["word " * 500, "- item\n" * 100, "```\n" + "code\n" * 100])
+def test_what_is_drawn_anew_is_no_taller_than_the_screen_and_ends_as_the_text_does(
+    text: str,
+) -> None:
+    console = Console(file=io.StringIO(), width=40, height=12)
+    stream = MarkdownStream(console, show_thinking=False)
+    stream.write(text + "END", None)
+    drawn = console.render_lines(stream.drawn(), pad=False)
+    assert len(drawn) < console.height
+    assert "END" in "".join(segment.text for line in drawn[-2:] for segment in line)
+
+
+def test_the_wait_for_a_first_word_is_shown() -> None:
+    console = _console()
+    stream = MarkdownStream(console, show_thinking=False)
+    console.print(stream.drawn())
+    assert "waiting," in _words(console)
+
+
+def test_nothing_is_printed_where_nothing_came(capsys: pytest.CaptureFixture[str]) -> None:
+    with PlainStream():
+        pass
+    assert capsys.readouterr().out == ""
 
 
 def test_thinking_is_folded_to_how_long_it_took() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_server.engine.protocol import FinishReason, Logprobs, Row
@@ -146,7 +146,6 @@ async def test_entries_are_those_of_the_answers_tokens(tokenizer: TextTokenizer)
         said += entry.bytes
 
 
-@settings(deadline=None)
 @given(
     parts=st.lists(
         st.sampled_from(["Hello", " <", "</", "\n", "日本", "<tool", "é ", "{", "STOP", "ST"]),

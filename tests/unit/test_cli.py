@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mlx_server import __version__
+from mlx_server.cli.options import folded
 from tests.support.command import COMMAND, environment, refusal, run
 from tests.support.hub import Hub, running
 from tests.support.store import make_model
@@ -42,6 +43,11 @@ def test_a_mistake_ends_the_process_with_one_line(environment: dict[str, str]) -
 def test_help_names_every_command(environment: dict[str, str]) -> None:
     text = run(environment, "--help").stdout
     assert all(command in text for command in COMMANDS)
+
+
+def test_no_command_s_line_is_cut_short(environment: dict[str, str]) -> None:
+    for group in ((), ("config",), ("service",)):
+        assert not re.search(r"[a-z]\.\.\.", run(environment, *group, "--help").stdout)
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -80,7 +86,8 @@ def test_a_bad_variable_is_named(environment: dict[str, str]) -> None:
 
 def test_a_variable_that_is_no_list_is_named(environment: dict[str, str]) -> None:
     environment["MLX_SERVER_MODELS"] = "a,b"
-    assert "models" in refusal(environment, "list")
+    line = refusal(environment, "list")
+    assert 'MLX_SERVER_MODELS is no JSON: it wants such as `["ONE", "TWO"]`' in line
 
 
 def test_a_missing_settings_file_is_reported(environment: dict[str, str], tmp_path: Path) -> None:
@@ -118,6 +125,7 @@ def test_a_port_in_use_is_reported_before_anything_is_loaded(environment: dict[s
         line = refusal(environment, "serve", "--port", port, "--model", "nothing")
     assert port in line
     assert "in use" in line
+    assert "say another --port" in line
 
 
 def test_an_unknown_model_is_reported(environment: dict[str, str], tmp_path: Path) -> None:
@@ -207,7 +215,29 @@ def test_a_folder_of_the_user_is_not_removed(environment: dict[str, str], tmp_pa
 
 def test_ps_without_a_server_is_one_line(environment: dict[str, str]) -> None:
     line = refusal(environment, "ps", "--port", "9")
-    assert "no server answers at http://127.0.0.1:9" in line
+    assert line.startswith("mlx-server: no server answers at http://127.0.0.1:9: start one with")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ps", "--port", "9"),
+        ("chat", "--url", "http://nowhere.invalid/v1", "hi"),
+        ("pull", "org/model"),
+        ("list", "--config", "/dev/null/config.toml"),
+        ("serve", "--port", "0", "--log-file", "/dev/null/server.log"),
+    ],
+)
+def test_the_system_s_reason_is_told_without_its_number(
+    environment: dict[str, str], arguments: tuple[str, ...]
+) -> None:
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    assert "Errno" not in refusal(environment, *arguments)
+
+
+def test_a_terminal_gets_whole_words_and_commands_that_can_be_copied() -> None:
+    text = folded("mlx-server: say `mlx-server serve --port 1`, or mend it", 30)
+    assert text == "mlx-server: say\n`mlx-server serve --port 1`,\nor mend it"
 
 
 def test_ps_tells_a_stranger_from_a_server(environment: dict[str, str]) -> None:
@@ -250,6 +280,18 @@ def test_several_models_are_pulled_their_sizes_first_and_one_that_fails_stops_no
     assert len(sizes) == 2
     assert "the hub has no model tiny/nothing" in done.stderr
     assert "together 0.00 GB to fetch" in done.stderr
+
+
+def test_the_hub_s_client_draws_no_bars_of_its_own_however_many_are_pulled_at_once(
+    environment: dict[str, str],
+) -> None:
+    names = [f"tiny/{number}" for number in range(8)]
+    with running(Hub(dict.fromkeys(names, TINY))) as hub:
+        environment["HF_ENDPOINT"] = hub.endpoint
+        said = [run(environment, "pull", *names).stderr for _ in range(2)]
+    lines = [line for text in said for line in text.splitlines()]
+    assert len(lines) == 2 * (len(names) + 2), lines
+    assert all(line.startswith(("tiny/", "together ", "fetching ")) for line in lines)
 
 
 def test_a_pull_that_is_broken_off_says_so_at_once_and_goes_on_from_there(

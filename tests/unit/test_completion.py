@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_server.engine.protocol import FinishReason
@@ -106,7 +106,6 @@ SIZES = st.lists(st.integers(0, 6), max_size=60)
 
 
 @pytest.mark.parametrize("calls", SYNTAXES, ids=lambda syntax: syntax.start)
-@settings(deadline=None)
 @given(
     parts=st.lists(st.sampled_from(PARTS), max_size=12),
     sizes=SIZES,
@@ -129,7 +128,6 @@ def test_a_completion_says_the_same_however_it_is_cut(
     assert read(list(text), **options) == whole
 
 
-@settings(deadline=None)
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=12), sizes=SIZES)
 def test_what_is_neither_thinking_nor_a_call_is_text_to_the_letter(
     parts: list[str], sizes: list[int]

@@ -63,3 +63,9 @@ def test_every_line_of_a_written_file_is_a_setting_once_uncommented() -> None:
     fields = Settings.model_fields.items()
     plain = {name for name, field in fields if field.get_default(call_default_factory=True)}
     assert Settings.model_validate({name: given[name] for name in plain - {"adapters"}})
+
+
+def test_nothing_that_is_set_is_said_in_words(environment: dict[str, str]) -> None:
+    del environment["MLX_SERVER_HOME"]
+    assert "Nothing is set" in run(environment, "config", "--changed").stdout
+    assert json.loads(run(environment, "config", "--changed", "--json").stdout) == {}

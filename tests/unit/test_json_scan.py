@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_server.services.output.json_scan import ObjectScan, find_header
@@ -34,7 +34,6 @@ def scanned(pieces: Sequence[str], marker: str) -> tuple[str, bool]:
     return taken, False
 
 
-@settings(deadline=None)
 @given(value=OBJECTS, sizes=SIZES, rest=TEXTS, marker=st.sampled_from(["</a>", ""]))
 def test_an_object_ends_where_a_parser_ends_it_however_it_is_cut(
     value: dict[str, Any], sizes: list[int], rest: str, marker: str
@@ -43,7 +42,6 @@ def test_an_object_ends_where_a_parser_ends_it_however_it_is_cut(
     assert scanned(pieces_of(written + rest, sizes), marker) == (written, True)
 
 
-@settings(deadline=None)
 @given(value=OBJECTS, sizes=SIZES)
 def test_a_marker_ends_an_object_that_is_not_closed(
     value: dict[str, Any], sizes: list[int]

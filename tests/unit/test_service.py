@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_server.cli.options import CommandError
 from mlx_server.cli.service import managers
 from mlx_server.cli.service.managers import Launchd, Systemd
 from mlx_server.cli.service.units import LABEL, Service, launchd_plist, systemd_unit
@@ -133,3 +134,21 @@ def test_without_a_service_manager_it_says_so(
     environment["PATH"] = str(tmp_path)
     line = refusal(environment, "service", "install")
     assert "neither launchd nor systemd" in line
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_service_that_the_system_does_not_take_leaves_everything_as_it_was(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    refusing = tmp_path / "bin" / "systemctl"
+    refusing.parent.mkdir()
+    refusing.write_text("#!/bin/sh\necho 'Failed to connect to bus: No medium found' >&2; exit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{refusing.parent}:/usr/bin:/bin")
+    systemd = Systemd(tmp_path / "mlx-server.service")
+    if installed:
+        systemd.file.write_text("the one before")
+    with pytest.raises(CommandError, match="no systemd session here"):
+        systemd.install(service)
+    assert systemd.file.exists() is installed
+    assert not installed or systemd.file.read_text() == "the one before"

@@ -75,6 +75,7 @@ def test_help_names_every_command(session: slash.Session) -> None:
         "/nothing",
         "/set colour 3",
         "/set temperature warm",
+        "/set temperature nan",
         '/set temperature "1"',
         "/schema [1]",
         "/schema {",
@@ -89,3 +90,18 @@ def test_what_cannot_be_done_is_told_and_changes_nothing(session: slash.Session,
     assert session.conversation.messages == TALK
     assert session.conversation.sampling == {}
     assert session.conversation.schema is None
+
+
+def test_what_got_no_answer_is_asked_again_with_what_was_attached(session: slash.Session) -> None:
+    session.unanswered = "a file\n\nWhat?"
+    slash.run("/retry", session)
+    assert session.retry == "a file\n\nWhat?"
+    assert session.conversation.messages == TALK
+
+
+@pytest.mark.parametrize("line", ["/exit", "/quit", "/bye"])
+def test_names_that_other_programs_have_for_leaving_are_known(
+    session: slash.Session, line: str
+) -> None:
+    slash.run(line, session)
+    assert session.ended

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_server.services.output.stops import StopMatcher
@@ -28,7 +28,6 @@ def longest_beginning(text: str, stops: Sequence[str]) -> int:
     return max(lengths, default=0)
 
 
-@settings(deadline=None)
 @given(
     text=st.text(st.sampled_from("abc"), max_size=40),
     stops=STOPS,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_server.engine.protocol import Logprobs
@@ -50,7 +50,6 @@ def continuation(tokenizer: TextTokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
-@settings(deadline=None)
 @given(text=TEXTS)
 def test_streamed_tokens_join_to_the_text(
     tokenizers: dict[str, TextTokenizer], family: str, text: str
@@ -63,7 +62,6 @@ def test_streamed_tokens_join_to_the_text(
         assert not decoder.inside_character
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=60))
 def test_any_bytes_stream_as_they_decode_with_at_most_three_held_back(data: bytes) -> None:
     decoder = TokenDecoder(lambda token: bytes([token]))
@@ -133,7 +131,6 @@ def run(
     return text + more, entries + list(released)
 
 
-@settings(deadline=None)
 @given(before=TEXTS, after=TEXTS, stop=st.sampled_from(["<end>", "\n\n#", "🦙🦙!", "ab"]))
 def test_entries_join_to_the_text_when_a_stop_falls_on_a_token_boundary(
     tokenizers: dict[str, TextTokenizer], before: str, after: str, stop: str
@@ -147,7 +144,6 @@ def test_entries_join_to_the_text_when_a_stop_falls_on_a_token_boundary(
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
-@settings(deadline=None)
 @given(text=TEXTS)
 def test_each_entry_tells_where_its_token_begins(
     tokenizers: dict[str, TextTokenizer], family: str, text: str

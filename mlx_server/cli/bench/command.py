@@ -1,7 +1,6 @@
 """`bench`: how fast a server answers, and what limits it."""
 
 import asyncio
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +15,11 @@ from mlx_server.cli.options import (
     JsonOption,
     KeyOption,
     PortOption,
+    complain,
     print_json,
 )
 from mlx_server.cli.remote import Remote, choose_model, find_remote, named_remote
+from mlx_server.cli.terminal import quiet_keyboard
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,26 +86,25 @@ def _counts(text: str) -> list[int]:
 
 
 def _sweep(remote: Remote, load: "Load", counts: list[int]) -> list[Level]:
-    """Ctrl-C ends it with the levels that are done. Raises CommandError if the model cannot be
+    """Ctrl-C ends it with the levels that are done. Raises Unavailable if the model cannot be
     asked at all.
     """
     from rich.console import Console
 
-    from mlx_server.cli.bench.load import run_level
+    from mlx_server.cli.bench.load import first_body, run_level
 
     console = Console(stderr=True, highlight=False)
     levels: list[Level] = []
     try:
-        with console.status("") as status:
+        with quiet_keyboard(), console.status("") as status:
             status.update(f"asking {load.model} for a first answer")
-            warm_up = asyncio.run(run_level(remote, load, 1))
-            if len(warm_up.errors) == warm_up.requests:
-                raise CommandError(f"{remote.url} answers with an error: {warm_up.errors[0]}")
+            for _ in remote.stream("/v1/chat/completions", first_body(load)):
+                pass  # It warms up, and may have to load.
             for count in counts:
-                status.update(f"{load.model}: {count} streams")
+                status.update(f"{load.model}: {count} {'streams' if count > 1 else 'stream'}")
                 levels.append(asyncio.run(run_level(remote, load, count)))
     except KeyboardInterrupt:
-        print("mlx-server: stopped", file=sys.stderr)
+        complain("stopped")
     return levels
 
 

@@ -67,6 +67,11 @@ async def _stream(
     return timings
 
 
+def first_body(load: Load) -> dict[str, Any]:
+    """What is asked before anything is measured."""
+    return _body(load, random.Random(0))
+
+
 def _body(load: Load, words: random.Random) -> dict[str, Any]:
     """Begins like no other, so that no cache of prefixes holds it."""
     prompt = " ".join(words.choices(WORDS, k=max(1, load.prompt_tokens)))

@@ -1,5 +1,6 @@
 """`chat`: talk with a model of a running server, or have one question answered."""
 
+import math
 import sys
 from contextlib import closing
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from mlx_server.cli.options import (
     print_json,
 )
 from mlx_server.cli.remote import choose_model, find_remote, named_remote
+from mlx_server.cli.terminal import quiet_keyboard
 
 if TYPE_CHECKING:
     from mlx_server.cli.chat.conversation import Answer, Conversation
@@ -55,12 +57,14 @@ def chat(
     from mlx_server.cli.chat.slash import attachment, read_schema
 
     parts = [attachment(str(one)) for one in file or ()]
-    question = " ".join(prompt or ())
+    question = " ".join(prompt or ()).strip()
     if not sys.stdin.isatty() and (piped := sys.stdin.read().strip()):
         parts.append(piped)
     form = read_schema(schema) if schema else None
     remote = named_remote(url, api_key) if url else find_remote(host, port, api_key, config)
     conversation = Conversation(remote, choose_model(remote, model), system, form)
+    if temperature is not None and not math.isfinite(temperature):
+        raise CommandError("--temperature must be a number such as 0.7")
     given = {"temperature": temperature, "max_tokens": max_tokens}
     conversation.sampling |= {name: value for name, value in given.items() if value is not None}
     if question or not sys.stdin.isatty():
@@ -103,6 +107,7 @@ def show(
     console = Console()
     plain = not console.is_terminal or conversation.schema is not None
     with (
+        quiet_keyboard(),
         PlainStream() if plain else MarkdownStream(console, show_thinking) as stream,
         closing(conversation.ask(question, answer)) as pieces,
     ):

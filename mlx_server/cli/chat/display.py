@@ -1,16 +1,21 @@
 """Answers on a terminal: Markdown that grows as it streams."""
 
 import re
+import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
+from rich.segment import Segment
+from rich.spinner import Spinner
 from rich.text import Text
 
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 SPARE_LINES = 3
+THOUGHTS = 3
+"""Lines of thinking that are shown."""
 REFRESHES = 10
 """Per second."""
 
@@ -26,9 +31,11 @@ class MarkdownStream:
         self._open = ""
         self._thinking = ""
         self._thought = False
+        self._begun = time.monotonic()
+        self._waiting = Spinner("dots", style="dim")
         # It takes what is printed for its own, and so do callers.
         self._live = Live(
-            console=console, transient=True, refresh_per_second=REFRESHES, get_renderable=self._tail
+            console=console, transient=True, refresh_per_second=REFRESHES, get_renderable=self.drawn
         )
 
     def __enter__(self) -> Self:
@@ -70,17 +77,34 @@ class MarkdownStream:
         if markdown.strip():
             self._console.print(Markdown(markdown))
 
-    def _tail(self) -> Text | Markdown:
-        height = max(1, self._console.height - SPARE_LINES)
+    def drawn(self) -> RenderableType:
+        """What is not finished yet."""
         if self._thinking:
-            lines = self._thinking.strip().splitlines()[-3:]
-            return Text("\n".join(["thinking…", *lines]), style="dim italic", overflow="fold")
-        lines = self._open.splitlines()
-        if len(lines) <= height:
-            return Markdown(self._open)
-        # A fence that was cut off is opened again.
-        fence = open_fence("\n".join(lines[:-height]))
-        return Markdown("\n".join([*([fence] if fence else []), *lines[-height:]]))
+            thinking = Text(self._thinking.strip(), style="dim italic", overflow="fold")
+            return Group(Text("thinking…", style="dim italic"), LastLines(thinking, THOUGHTS))
+        if self._thought:
+            return LastLines(Markdown(self._open), self._room)
+        seconds = time.monotonic() - self._begun
+        self._waiting.update(text=Text(f"waiting, {seconds:.0f} s", style="dim"))
+        return self._waiting
+
+    @property
+    def _room(self) -> int:
+        return max(1, self._console.height - SPARE_LINES)
+
+
+class LastLines:
+    """The end of what is too tall, in lines as the screen has them: long ones are folded."""
+
+    def __init__(self, whole: RenderableType, lines: int) -> None:
+        self._whole = whole
+        self._lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._whole, options.update(height=None), pad=False)
+        for line in lines[-self._lines :]:
+            yield from line
+            yield Segment.line()
 
 
 def finished_blocks(text: str) -> tuple[str, str]:
@@ -111,15 +135,20 @@ def open_fence(text: str) -> str | None:
 class PlainStream:
     """For pipes and files: the text as it is; thinking is left out."""
 
+    def __init__(self) -> None:
+        self._written = False
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        print(flush=True)
+        if self._written:
+            print(flush=True)
 
     def think(self, text: str) -> None: ...
 
     def write(self, text: str, thought: float | None) -> None:
+        self._written = True
         print(text, end="", flush=True)
 
 

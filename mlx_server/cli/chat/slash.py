@@ -1,6 +1,7 @@
 """The /commands of a chat."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,14 @@ NUMBERS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "repe
 
 @dataclass
 class Session:
-    """What /commands change. `attached` goes before the next question; `retry` is asked again."""
+    """What /commands change. `attached` goes before the next question; `retry` is asked again;
+    `unanswered` is the last question, with what was attached to it, if nothing came of it.
+    """
 
     conversation: Conversation
     attached: list[str] = field(default_factory=list)
     retry: str | None = None
+    unanswered: str | None = None
     show_thinking: bool = False
     ended: bool = False
 
@@ -33,6 +37,7 @@ class Session:
 def run(line: str, session: Session) -> str:
     """Carries out `/name argument`; returns what to tell. Raises CommandError."""
     name, _, argument = line[1:].partition(" ")
+    name = OTHER_NAMES.get(name, name)
     if name not in COMMANDS:
         known = ", ".join(f"/{one}" for one in COMMANDS)
         raise CommandError(f"there is no /{name}; there are {known}")
@@ -96,11 +101,18 @@ def _set(session: Session, argument: str) -> str:
     if not value:
         sampling.pop(name, None)
         return f"{name} is the model's own."
-    try:
-        sampling[name] = int(value) if value.lstrip("-").isdigit() else float(value)
-    except ValueError as error:
-        raise CommandError(f"{value!r} is no number") from error
+    sampling[name] = _number(value)
     return f"{name} is {sampling[name]}."
+
+
+def _number(text: str) -> float:
+    try:
+        number = int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError as error:
+        raise CommandError(f"{text!r} is no number") from error
+    if not math.isfinite(number):
+        raise CommandError(f"{text!r} is no number that JSON has")
+    return number
 
 
 def _schema(session: Session, argument: str) -> str:
@@ -115,7 +127,7 @@ def _file(session: Session, argument: str) -> str:
 
 
 def _retry(session: Session, argument: str) -> str:
-    session.retry = session.conversation.take_back()
+    session.retry = session.unanswered or session.conversation.take_back()
     if session.retry is None:
         raise CommandError("there is nothing to ask again")
     return ""
@@ -130,6 +142,7 @@ def _undo(session: Session, argument: str) -> str:
 def _clear(session: Session, argument: str) -> str:
     session.conversation.messages.clear()
     session.attached.clear()
+    session.unanswered = None
     return "The conversation begins anew."
 
 
@@ -174,3 +187,5 @@ COMMANDS = {
     "save": Command("FILE  write the conversation as Markdown", _save),
     "exit": Command("leave (Ctrl-D does, too)", _exit),
 }
+OTHER_NAMES = {"?": "help", "bye": "exit", "quit": "exit"}
+"""What people try who know other programs."""

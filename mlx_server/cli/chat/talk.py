@@ -54,11 +54,15 @@ def _turn(line: str, session: slash.Session, console: Console) -> None:
 
 def _answer(question: str, session: slash.Session, console: Console) -> None:
     answer = Answer()
+    session.unanswered = question
     try:
         show(session.conversation, question, answer, session.show_thinking)
     except KeyboardInterrupt:
         console.print(Text("stopped", style="dim"))
         return
+    finally:
+        if answer.text:
+            session.unanswered = None
     console.print(Text(answer.summary, style="dim"))
     console.print()
 

@@ -1,6 +1,5 @@
 """`doctor`: what works here, what does not, and how to mend it."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from mlx_server.cli.options import (
     HostOption,
     JsonOption,
     PortOption,
+    complain,
     load_settings,
     print_json,
 )
@@ -45,7 +45,7 @@ def doctor(
         print_json([asdict(finding) for finding in findings])
     failed = sum(finding.verdict == "fail" for finding in findings)
     if failed:
-        print(f"mlx-server: {failed} of {len(findings)} checks failed", file=sys.stderr)
+        complain(f"{failed} of {len(findings)} checks failed")
         raise typer.Exit(1)
 
 

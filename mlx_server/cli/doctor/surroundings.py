@@ -2,14 +2,14 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_server.cli.doctor.finding import Finding, fail, ok, warn
 from mlx_server.cli.options import CommandError, gigabytes
 from mlx_server.cli.remote import url_of
-from mlx_server.cli.sockets import bind, find_addresses
+from mlx_server.cli.sockets import advice_on, bind, find_addresses
+from mlx_server.errors import reason
 
 if TYPE_CHECKING:
     from mlx_server.config import Settings
@@ -88,7 +88,7 @@ def port(settings: "Settings") -> Finding:
     except CommandError as error:
         if _is_ours(url):
             return ok("port", f"an mlx-server answers at {url}")
-        return fail("port", str(error), _holder(settings.port))
+        return fail("port", str(error), advice_on(settings.port))
     return ok("port", f"{settings.host} port {settings.port} is free")
 
 
@@ -100,13 +100,6 @@ def _is_ours(url: str) -> bool:
             return bool(client.get(f"{url}/health").json() == {"status": "ok"})
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
         return False
-
-
-def _holder(number: int) -> str:
-    tool = f"lsof -nP -iTCP:{number} -sTCP:LISTEN"
-    if sys.platform.startswith("linux"):
-        tool = f"ss -ltnp 'sport = :{number}'"
-    return f"`{tool}` names it; end it, or say another --port"
 
 
 def hub() -> Finding:
@@ -122,7 +115,7 @@ def hub() -> Finding:
             status = client.head(f"{endpoint}/api/models?limit=1").status_code
     except httpx2.HTTPError as error:
         fix = "check the network and HTTPS_PROXY; models that are here can be served without"
-        return warn("hub", f"{endpoint} cannot be reached: {error or type(error).__name__}", fix)
+        return warn("hub", f"{endpoint} cannot be reached: {reason(error)}", fix)
     if status >= 500:
         return warn("hub", f"{endpoint} answers {status}", "try again later")
     token = "with a token" if os.environ.get("HF_TOKEN") else "without a token"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from typer import Argument, Option
 
-from mlx_server.cli.options import CommandError, ConfigOption, load_settings
+from mlx_server.cli.options import CommandError, ConfigOption, complain, load_settings
+from mlx_server.errors import reason
 
 if TYPE_CHECKING:
     from mlx_server.cli.launch.program import Program, Setup
@@ -54,7 +55,7 @@ def launch(
         raise CommandError(f"no mlx-server answers at {server.url}")
     offer = chosen(_local_offers(settings, model) if running is None else running, model)
     if hint := advice(known, offer):
-        _tell(hint)
+        complain(hint)
     given = tuple(arguments or ())
     if executable is None:
         _show(known, known.set_up(target_of(server, offer), SHOWN_FOLDER), given)
@@ -64,7 +65,7 @@ def launch(
     # It cleans up, whatever becomes of this process.
     servers.start_keeper(folder, serve)
     if running is None:
-        _tell(f"starting a server with {offer.id}")
+        complain(f"starting a server with {offer.id}")
         server = servers.started(folder, server.key)
     setup = known.set_up(target_of(server, offer), folder)
     _write(setup, folder)
@@ -123,10 +124,6 @@ def _write(setup: "Setup", folder: Path) -> None:
         (folder / name).symlink_to(place)
 
 
-def _tell(line: str) -> None:
-    print(f"mlx-server: {line}", file=sys.stderr, flush=True)
-
-
 def _become(executable: str, arguments: tuple[str, ...], own: "Mapping[str, str]") -> NoReturn:
     """This process is the program from now on: signals, terminal and exit code are its own."""
     sys.stdout.flush()
@@ -137,4 +134,4 @@ def _become(executable: str, arguments: tuple[str, ...], own: "Mapping[str, str]
     try:
         os.execve(executable, [executable, *arguments], os.environ | own)
     except OSError as error:
-        raise CommandError(f"{executable} cannot be run: {error}") from error
+        raise CommandError(f"{executable} cannot be run: {reason(error)}") from error

@@ -16,6 +16,7 @@ from mlx_server.cli.options import (
 )
 from mlx_server.cli.service.managers import Manager, log_file, manager
 from mlx_server.cli.service.units import Service
+from mlx_server.errors import reason
 
 KEPT = ("HF_", "HUGGINGFACE_", "MLX_", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "OTEL_")
 """How the names of variables begin that the server reads, and that a service would lack."""
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(short_help="Install the service and start it.")
 def install(
     model: Annotated[
         list[str] | None,
@@ -55,7 +56,7 @@ def _environment() -> dict[str, str]:
     return {"PATH": os.environ.get("PATH", os.defpath)} | kept
 
 
-@app.command()
+@app.command(short_help="Stop the service and remove it.")
 def remove() -> None:
     """Stop the service and remove it; models and settings stay."""
     ours = _installed()
@@ -63,7 +64,7 @@ def remove() -> None:
     print(f"The service is removed from {ours.file}.")
 
 
-@app.command()
+@app.command(short_help="Show what the system says of it.")
 def status(as_json: JsonOption = False) -> None:
     """Show what the system says of the service."""
     ours = manager()
@@ -86,7 +87,7 @@ def logs(
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        raise CommandError(f"{command[0]} cannot be run: {error}") from error
+        raise CommandError(f"{command[0]} cannot be run: {reason(error)}") from error
 
 
 def _installed() -> Manager:

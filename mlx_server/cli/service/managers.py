@@ -4,14 +4,22 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from mlx_server.cli.options import CommandError
 from mlx_server.cli.service.units import LABEL, UNIT, Service, launchd_plist, systemd_unit
+from mlx_server.errors import reason
 
 COMMAND_SECONDS = 60
+NO_BUS = "Failed to connect to bus"
+NO_SESSION = (
+    "This user has no systemd session here, as in a container or after `su`: log in as the user,"
+    " or have root run `loginctl enable-linger USER`"
+)
 
 
 class Manager(Protocol):
@@ -53,8 +61,9 @@ class Launchd:
         service.log.parent.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
             _tried("launchctl", "bootout", self._target)
-        _write(self.file, launchd_plist(service))
-        _ran("launchctl", "bootstrap", self._domain, str(self.file))
+        with _kept_only_if_installed(self.file):
+            _write(self.file, launchd_plist(service))
+            _ran("launchctl", "bootstrap", self._domain, str(self.file))
 
     def remove(self) -> None:
         _tried("launchctl", "bootout", self._target)
@@ -81,10 +90,11 @@ class Systemd:
     file: Path
 
     def install(self, service: Service) -> None:
-        _write(self.file, systemd_unit(service).encode())
-        _ran("systemctl", "--user", "daemon-reload")
-        _ran("systemctl", "--user", "enable", UNIT)
-        _ran("systemctl", "--user", "restart", UNIT)
+        with _kept_only_if_installed(self.file):
+            _write(self.file, systemd_unit(service).encode())
+            _ran("systemctl", "--user", "daemon-reload")
+            _ran("systemctl", "--user", "enable", UNIT)
+            _ran("systemctl", "--user", "restart", UNIT)
 
     def remove(self) -> None:
         _tried("systemctl", "--user", "disable", "--now", UNIT)
@@ -110,11 +120,25 @@ def _write(file: Path, content: bytes) -> None:
         raise CommandError(f"{file} cannot be written: {error.strerror}") from error
 
 
+@contextmanager
+def _kept_only_if_installed(file: Path) -> Iterator[None]:
+    """A service that the system did not take would begin with the next login all the same."""
+    before = file.read_bytes() if file.exists() else None
+    try:
+        yield
+    except CommandError:
+        file.unlink(missing_ok=True)
+        if before is not None:
+            _write(file, before)
+        raise
+
+
 def _ran(*command: str) -> str:
     done = _run(command)
     if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise CommandError(f"`{' '.join(command)}` failed: {said}")
+        said = " ".join((done.stderr or done.stdout).split()).rstrip(".")
+        advice = f". {NO_SESSION}" if NO_BUS in said else ""
+        raise CommandError(f"`{' '.join(command)}` failed: {said}{advice}")
     return done.stdout
 
 
@@ -128,4 +152,4 @@ def _run(command: tuple[str, ...]) -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CommandError(f"`{' '.join(command)}` cannot be run: {error}") from error
+        raise CommandError(f"`{' '.join(command)}` cannot be run: {reason(error)}") from error

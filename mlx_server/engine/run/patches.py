@@ -5,8 +5,8 @@ Nothing here imports mlx before it is called: `leave_out_text_side` comes first.
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "mlx_lm"
 TEXT_MODULE = "mlx_lm.tokenizer_utils"
+HUB = "huggingface_hub"
 ATTENTION = "scaled_dot_product_attention"
 STATE_SPACE = "ssm_update"
 GROUPED_SCORES = "mlx_lm.models.gemma2"
@@ -29,7 +30,8 @@ def leave_out_text_side() -> None:
 
     Replaces the package's `__init__` and `mlx_lm.tokenizer_utils` by empty modules: both import
     transformers, three quarters of the start of a small model's engine. `mlx_lm.utils` takes two
-    names from the latter, for text alone. If an import fails so, all is put back.
+    names from the latter, for text alone, and one from the hub's client, which it gets when it
+    asks. If an import fails so, all is put back.
     """
     spec = find_spec(PACKAGE)
     if PACKAGE in sys.modules or spec is None:
@@ -41,10 +43,32 @@ def leave_out_text_side() -> None:
     vars(text).update(TokenizerWrapper=object, load=None)
     sys.modules |= {PACKAGE: package, TEXT_MODULE: text}
     try:
-        import_module(f"{PACKAGE}.utils")
+        with _hub_left_out():
+            import_module(f"{PACKAGE}.utils")
     except ImportError:
         for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
             del sys.modules[name]
+
+
+@contextmanager
+def _hub_left_out() -> Iterator[None]:
+    """Models are folders here; `mlx_lm.utils` imports the hub's client for others."""
+    if HUB in sys.modules:
+        yield
+        return
+    hub = ModuleType(HUB)
+    vars(hub).update(snapshot_download=_snapshot_download)
+    sys.modules[HUB] = hub
+    try:
+        yield
+    finally:
+        del sys.modules[HUB]
+
+
+def _snapshot_download(*arguments: Any, **options: Any) -> Any:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(*arguments, **options)
 
 
 def leave_out_generation_config() -> None:

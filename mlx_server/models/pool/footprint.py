@@ -22,7 +22,7 @@ from mlx_server.dimensions import (
     number,
     text_part,
 )
-from mlx_server.errors import ModelLoadFailed
+from mlx_server.errors import ModelLoadFailed, reason
 from mlx_server.models.store.folder import WEIGHTS, read_config
 from mlx_server.models.store.lora import WEIGHTS as ADAPTER_WEIGHTS
 
@@ -181,7 +181,9 @@ def _tensors(file: Path) -> list[_Tensor]:
         tensors = [_tensor(name, entry) for name, entry in header.items()]
         size = file.stat().st_size
     except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
-        raise ModelLoadFailed(f"{file.name} is no readable safetensors file: {error}") from error
+        raise ModelLoadFailed(
+            f"{file.name} is no readable safetensors file: {reason(error)}"
+        ) from error
     expected = HEADER.size + length + end
     if size < expected:
         raise ModelLoadFailed(

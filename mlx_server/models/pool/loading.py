@@ -11,7 +11,7 @@ import msgspec
 
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Embedding, LoadOptions, Ready
-from mlx_server.errors import ModelLoadFailed, ServerError
+from mlx_server.errors import ModelLoadFailed, ServerError, reason
 from mlx_server.events import event
 from mlx_server.models.pool.needs import LoadPlan
 from mlx_server.models.pool.resumable import ResumableEngine
@@ -92,7 +92,7 @@ class ModelLoader:
             case TimeoutError():
                 return ModelLoadFailed(f"it did not load within {self.load_timeout:g} seconds")
             case OSError():
-                return ModelLoadFailed(f"its engine could not be started: {error}")
+                return ModelLoadFailed(f"its engine could not be started: {reason(error)}")
         log.error(event("model_load_crashed", model=model_id), exc_info=error)
         return ModelLoadFailed(f"{type(error).__name__}: {error}")
 

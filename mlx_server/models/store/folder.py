@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mlx_server.errors import ModelLoadFailed
+from mlx_server.errors import ModelLoadFailed, reason
 from mlx_server.events import event
 from mlx_server.models.store.families import family_fault
 
@@ -72,7 +72,7 @@ def folder_fault(folder: Path) -> str | None:
     try:
         return _weights_fault(folder)
     except (OSError, ModelLoadFailed) as error:
-        return f"its weights cannot be read ({error})"
+        return f"its weights cannot be read ({reason(error)})"
 
 
 def _weights_fault(folder: Path) -> str | None:

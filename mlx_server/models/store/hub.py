@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlx_server.errors import BadRequest, Forbidden, ModelNotFound, ServerError, Unavailable
+from mlx_server.errors import BadRequest, Forbidden, ModelNotFound, ServerError, Unavailable, reason
 from mlx_server.models.store.blobs import Blob, ProgressMeter, bytes_present, fetch_blobs
 from mlx_server.models.store.folder import WEIGHTS, folder_fault
 from mlx_server.models.store.hub_cache import cache_folder, repo_folder
@@ -50,14 +50,15 @@ def fetch_repo(name: str, on_progress: OnProgress) -> Path:
         with write_lock(storage):
             check_space(storage, _missing(files, storage))
             fetch_blobs(_blobs(repo, commit, files), storage / "blobs", meter)
-            with disable_progress_bars():
-                folder = snapshot_download(
-                    repo,
-                    revision=revision,
-                    cache_dir=cache_folder(),
-                    endpoint=_endpoint(),
-                    allow_patterns=[file.rfilename for file in files],
-                )
+            # For good: as a context it would bring them back while another thread still fetches.
+            disable_progress_bars()
+            folder = snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_folder(),
+                endpoint=_endpoint(),
+                allow_patterns=[file.rfilename for file in files],
+            )
     meter.finish()
     if fault := folder_fault(Path(folder)):
         raise ServerError(f"{name} was downloaded, but {fault}")
@@ -145,8 +146,8 @@ def _hub_errors(name: str) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise Unavailable("HF_HUB_OFFLINE is set, so nothing is fetched from the hub") from error
     except (httpx2.TransportError, errors.LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Unavailable(f"cannot reach the hub at {_endpoint()}: {reason}") from error
+        said = reason(error).splitlines()[0]
+        raise Unavailable(f"cannot reach the hub at {_endpoint()}: {said}") from error
     except errors.HfHubHTTPError as error:
         raise Unavailable(f"the hub answered {error.response.status_code} for {name}") from error
     except errors.HFValidationError as error:
@@ -154,4 +155,4 @@ def _hub_errors(name: str) -> Iterator[None]:
     except json.JSONDecodeError as error:
         raise Unavailable(f"what answers at {_endpoint()} is no model hub") from error
     except OSError as error:
-        raise Unavailable(f"downloading {name} failed: {error}") from error
+        raise Unavailable(f"downloading {name} failed: {reason(error)}") from error

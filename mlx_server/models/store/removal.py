@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_server.errors import BadRequest, ModelNotFound, Unavailable
+from mlx_server.errors import BadRequest, ModelNotFound, Unavailable, reason
 from mlx_server.models.store.catalog import Catalog, ModelEntry
 from mlx_server.models.store.folder import PARTIAL, subfolders
 from mlx_server.models.store.hub_cache import cache_folder, is_repo_id, repo_folder
@@ -94,7 +94,7 @@ def remove(removal: Removal, home: Path) -> None:
             else:
                 _remove_folder(removal.place)
         except OSError as error:
-            raise Unavailable(f"{removal.place.name} cannot be removed: {error}") from error
+            raise Unavailable(f"{removal.place.name} cannot be removed: {reason(error)}") from error
 
 
 def _remove_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from mlx_server.errors import ContextLengthExceeded, ModelLoadFailed
 from mlx_server.models.store.chat_template import OF_PROCESSOR, read_template
 from mlx_server.models.store.folder import one_line, read_config
+from mlx_server.models.text.narrow import narrow_transformers
 from mlx_server.models.text.token_bytes import TokenBytes, decoder_of
 from mlx_server.tokenizer_json import AddedToken, read_parts
 
@@ -149,10 +150,11 @@ def is_stored(tokenizer: Tokenizer, folder: Path) -> bool:
 
 
 def import_tokenizers() -> Any:
-    """mlx-lm's `tokenizer_utils`. Import in the main thread first: importing takes seconds and
+    """mlx-lm's `tokenizer_utils`. Import in the main thread first: importing takes a while and
     leaves MLX's state in its thread, and a thread that ends during interpreter shutdown aborts
     there.
     """
+    narrow_transformers()
     # mlx_lm first: it silences transformers' advice.
     from mlx_lm import tokenizer_utils
     from transformers.utils import logging

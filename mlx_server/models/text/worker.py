@@ -42,6 +42,7 @@ from mlx_server.models.text.protocol import (
 )
 from mlx_server.models.text.tokenizer import TextTokenizer, import_tokenizers, is_stored
 from mlx_server.schemas.internal import ChatPrompt, Prompt, TextPrompt
+from mlx_server.starting import for_good
 
 THREADS = 4
 RECEIVE_BYTES = 1 << 18
@@ -163,8 +164,9 @@ def main() -> None:
     leave_group()
     give_way()
     connection = socket.socket(fileno=int(sys.argv[1]))
-    # In the main thread: MLX keeps state in the importing thread.
-    import_tokenizers()
+    with for_good():
+        # In the main thread: MLX keeps state in the importing thread.
+        import_tokenizers()
     TextWorker(connection).run()
 
 

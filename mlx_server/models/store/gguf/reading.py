@@ -5,7 +5,7 @@ from typing import Any
 
 from gguf import GGUFReader, ReaderTensor
 
-from mlx_server.errors import BadRequest
+from mlx_server.errors import BadRequest, reason
 
 
 class GgufFile:
@@ -20,7 +20,7 @@ class GgufFile:
             self._metadata = {name: one.contents() for name, one in reader.fields.items()}
         except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
             # What the reader raises for damaged files.
-            raise BadRequest(f"it cannot be read ({error})") from error
+            raise BadRequest(f"it cannot be read ({reason(error)})") from error
         self.tensors: dict[str, ReaderTensor] = {one.name: one for one in reader.tensors}
         self.architecture = str(self._metadata.get("general.architecture"))
         if self._metadata.get("split.count", 1) > 1:
