@@ -70,6 +70,7 @@ class Runner:
 
     def run(self, plan: Plan, outcome: Outcome) -> Iterator[Tokens]:
         """Carry `plan` out; yields rows as soon as they are read, and fills `outcome`."""
+        self.model.ranks.begin(plan)
         self._leave(plan, outcome)
         self.waiting.load(plan.load)
         self.waiting.fetch(plan.fetch)
@@ -108,9 +109,14 @@ class Runner:
 
     def rest(self, prefix_limit: int) -> None:
         """Let go of what outlives a step; for when nothing runs. `prefix_limit` is in bytes."""
+        self.model.ranks.rest(prefix_limit)
         self.prefix.resize(prefix_limit)
         self.model.release()
         forget()
+
+    def forget_prefixes(self) -> None:
+        self.model.ranks.forget()
+        self.prefix.clear()
 
     def _leave(self, plan: Plan, outcome: Outcome) -> None:
         for id_ in plan.drop:
@@ -127,13 +133,7 @@ class Runner:
     def _begin(self, begin: Begin, outcome: Outcome) -> None:
         sequences = [Sequence(start, self.context_length) for start in begin.starts]
         for sequence in sequences:
-            if sequence.request.grammar is not None:
-                sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
-                sequence.guesser = Forced() if self.model.guesses else None
-            elif self.model.guesses:
-                sequence.guesser = Lookup(
-                    sequence.prompt, sequence.request.prediction, sequence.completion
-                )
+            self._equip(sequence)
         prefill: Prefill
         if len(sequences) == 1:
             prefill = PromptPrefill(self.model, self.prefix, sequences[0], begin.until)
@@ -147,6 +147,16 @@ class Runner:
                 outcome.prompts.append((len(sequence.request.prompt), sequence.cached or 0))
         self.prefills[sequences[0].id] = prefill
         outcome.begun = True
+
+    def _equip(self, sequence: Sequence) -> None:
+        """With what drawing and guessing its tokens takes."""
+        if sequence.request.grammar is not None:
+            sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
+            sequence.guesser = Forced() if self.model.guesses else None
+        elif self.model.guesses:
+            sequence.guesser = Lookup(
+                sequence.prompt, sequence.request.prediction, sequence.completion
+            )
 
     def _decode(self, outcome: Outcome) -> list[Row]:
         if not self.batch.busy:
@@ -162,7 +172,7 @@ class Runner:
         """A guess needs to know all tokens before it, so nothing else is under way."""
         yield Tokens(self._settle(outcome))
         self.batch.drop_ended()
-        guesses = self.batch.guesses(most)
+        guesses = self.model.ranks.guesses(self.batch.guesses(most))
         if not guesses:
             yield Tokens(self._decode(outcome))
             return
@@ -245,6 +255,16 @@ class Runner:
         outcome.returned.append(again)
         self.waiting.pin(sequence.id, usable_keys(again))
         return []
+
+
+class FollowingRunner(Runner):
+    """Of a rank that draws and guesses nothing."""
+
+    def __init__(self, model: Backend, prefix: PrefixCache, context_length: int) -> None:
+        grammars = GrammarCompiler(model.path, model.vocab_size)  # never asked
+        super().__init__(model, prefix, grammars, context_length)
+
+    def _equip(self, sequence: Sequence) -> None: ...
 
 
 def covered_blocks(prefills: Mapping[int, Prefill]) -> list[tuple[Sequence, int]]:

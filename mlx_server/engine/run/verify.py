@@ -11,13 +11,13 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 from msgspec import structs
 
-from mlx_server.engine.grammar.masks import Masks, MaskThread
+from mlx_server.engine.grammar.masks import MaskThread
 from mlx_server.engine.protocol import Failed, Logprobs, Row, Sampling
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import logprob_entries
-from mlx_server.engine.sampling.sampler import BatchSampler, Draw
+from mlx_server.engine.sampling.sampler import Draw
 from mlx_server.engine.sequence import Sequence
 
 Guesses = Mapping[int, list[int]]
@@ -67,10 +67,10 @@ class Verification:
             for end in range(1, len(tokens) + 1)
         ]
         wanted = [place.row.request.logprobs for place in self.places]
-        bound = [i for i, place in enumerate(self.places) if place.row.constraint is not None]
+        bound = [i for i, place in enumerate(self.places) if place.row.bound]
         inputs = mx.array([token for tokens in fed for token in tokens], dtype=mx.uint32)
-        sampler = BatchSampler(self.places, inputs, model.vocab_size, wanted, bound)
-        masks = Masks(thread) if bound else None
+        sampler = model.ranks.sampler(self.places, inputs, model.vocab_size, wanted, bound)
+        masks = model.ranks.masks(thread) if bound else None
         parts = _parts(groups, fed)
         self._widths = [part.tokens.shape[1] for part in parts for _ in range(part.tokens.shape[0])]
         # Models that cannot mix compute the padding too.
