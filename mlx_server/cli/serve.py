@@ -68,6 +68,9 @@ def serve(
     replicas: Annotated[
         int | None, Option(help="Engines that serve each model side by side (default 1).")
     ] = None,
+    ranks: Annotated[
+        int | None, Option(help="Processes among which a model is divided (default 1).")
+    ] = None,
     log_level: Annotated[
         str | None, Option(help="debug, info, warning or error (default info).")
     ] = None,
@@ -91,6 +94,7 @@ def serve(
         "kv_bits": kv_bits,
         "dequantize": dequantize,
         "replicas": replicas,
+        "ranks": ranks,
         "log_level": log_level,
         "log_file": log_file,
     }

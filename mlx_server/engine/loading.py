@@ -137,16 +137,15 @@ def _scheduler(message: Load, memory: "DeviceMemory", followers: "Followers | No
 
 
 def _ranks(message: Load, followers: "Followers") -> "Ranks":
-    """Raises ModelError before anything is loaded where the model cannot be divided."""
+    """Raises ModelError, RingError."""
     from mlx_server.engine.ranks import ring
     from mlx_server.engine.ranks.sharing import Leading
-    from mlx_server.engine.run import sharding
+    from mlx_server.engine.run.weights import ModelError
 
-    ranks = message.options.ranks
-    adapter = Path(message.adapter_path) if message.adapter_path else None
-    sharding.check(Path(message.path), ranks, adapter)
+    if message.adapter_path is not None:
+        raise ModelError("LoRA adapters are not applied to a model that is divided among ranks")
     followers.ready()
-    addresses = ring.free_addresses(ranks)
+    addresses = ring.free_addresses(message.options.ranks)
     group = ring.join(0, addresses, announce=lambda: followers.tell(Join(addresses)))
     return Leading(group, followers)
 

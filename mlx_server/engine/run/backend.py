@@ -59,7 +59,7 @@ class Backend:
         self.context_length = min(own, options.context_length or own)
         self.model, self.dequantized = as_computed(self.model, options, memory, ranks)
         if ranks.group is not None:
-            divide(self.model, ranks.group)
+            divide(self.model, config, ranks.group)
         self.kv_bits = _usable_kv_bits(self.model, options)
         self.weights_bytes = read_weights(self.model)
         # One token, never computed: only shapes are asked for. The output's width may differ from

@@ -48,14 +48,18 @@ class LoadPlan:
     options: LoadOptions
     embedding: Embedding | None
     wired: int = 0
-    """Bytes that each engine may wire; once loaded, that it has wired."""
+    """Bytes that each process may wire; once loaded, that it has wired."""
     replicas: int = 1
-    """Engines, each of which takes `need`."""
+    """Engines, each of as many processes as its options have `ranks`; each process takes `need`."""
+
+    @property
+    def processes(self) -> int:
+        return self.replicas * self.options.ranks
 
     @property
     def bytes(self) -> int:
-        """Of all engines."""
-        return self.need.total * self.replicas
+        """Of all processes."""
+        return self.need.total * self.processes
 
 
 @dataclass(slots=True)
@@ -99,7 +103,7 @@ class MemoryPlanner:
 
     def grant_wired(self, plan: LoadPlan, others: int) -> LoadPlan:
         """`others`: bytes that other models may wire or have wired."""
-        left = (self.wirable - others) // plan.replicas
+        left = (self.wirable - others) // plan.processes
         return replace(plan, wired=max(0, min(plan.need.arrays, left)))
 
     def correct(self, plan: LoadPlan, facts: Ready) -> LoadPlan:
@@ -118,8 +122,10 @@ class MemoryPlanner:
             files = read_embedding(path)
             embedding, longest = files.embedding, files.longest
             footprint = read_embedding_footprint(path, float32, longest)
+            options = msgspec.structs.replace(options, ranks=1)
         else:
-            footprint = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
+            whole = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
+            footprint = whole.of_rank(options.ranks)
         limits = [limit for limit in (options.context_length, longest) if limit is not None]
         options = msgspec.structs.replace(
             options,
@@ -130,21 +136,27 @@ class MemoryPlanner:
         return LoadPlan(entry, path, footprint, need, options, embedding, replicas=replicas)
 
     def _need(self, footprint: Footprint, options: LoadOptions, replicas: int) -> Need:
-        """Of each engine."""
+        """Of each process."""
+        processes = replicas * options.ranks
         weights = self._measured.get(footprint, footprint.weights)
         context = min(footprint.context_length, options.context_length or footprint.context_length)
         working = footprint.working(options.max_batch)
         smallest_kv = footprint.kv(min(context, MIN_KV_TOKENS))
         fixed = weights + working + self.overhead
         least = fixed + smallest_kv
-        if least * replicas > self.budget:
-            engines = f" for {replicas} engines" if replicas > 1 else ""
+        if least * processes > self.budget:
             raise InsufficientMemory(
-                f"it needs {least * replicas:,} bytes of memory{engines} and all models together "
-                f"may take {self.budget:,}"
+                f"it needs {least * processes:,} bytes of memory{_among(replicas, options.ranks)} "
+                f"and all models together may take {self.budget:,}"
             )
         of_all = parse_bytes(self.kv_cache or DEFAULT_KV_SHARE, self.budget)
-        usual = max(smallest_kv, of_all // replicas)
+        usual = max(smallest_kv, of_all // processes)
         largest = options.max_batch * footprint.kv(context)
-        kv = min(largest, usual, self.budget // replicas - fixed)
+        kv = min(largest, usual, self.budget // processes - fixed)
         return Need(weights, kv, working, self.overhead)
+
+
+def _among(replicas: int, ranks: int) -> str:
+    parts = [f"{replicas} engines"] if replicas > 1 else []
+    parts += [f"{ranks} ranks"] if ranks > 1 else []
+    return f" for {' of '.join(parts)}" if parts else ""
