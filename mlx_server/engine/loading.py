@@ -143,7 +143,7 @@ def _ranks(message: Load, followers: "Followers") -> "Ranks":
     from mlx_server.engine.run.weights import ModelError
 
     if message.adapter_path is not None:
-        raise ModelError("LoRA adapters are not applied to a model that is divided among ranks")
+        raise ModelError("LoRA adapters are not applied to models divided among ranks")
     followers.ready()
     addresses = ring.free_addresses(message.options.ranks)
     group = ring.join(0, addresses, announce=lambda: followers.tell(Join(addresses)))
