@@ -277,6 +277,16 @@ class Settings(BaseSettings):
     replicas_by_model: dict[str, Annotated[int, Field(ge=1, le=64)]] = Field(
         default_factory=dict, description="`replicas` of single models: id to number."
     )
+    ranks: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes among which each engine divides its model: see "
+        "`docs/distributed.md`. Embedding models are never divided.",
+    )
+    ranks_by_model: dict[str, Annotated[int, Field(ge=1, le=64)]] = Field(
+        default_factory=dict, description="`ranks` of single models: id to number."
+    )
     swap_interval: float = Field(
         2.0,
         ge=0,
@@ -384,6 +394,9 @@ class Settings(BaseSettings):
         named = (self.draft_model, *self.draft_model_by_model.values())
         return list(dict.fromkeys(name for name in named if name))
 
+    def ranks_of(self, model_id: str) -> int:
+        return self.ranks_by_model.get(model_id, self.ranks)
+
     @property
     def caches_prefixes(self) -> bool:
         return parse_bytes(self.prefix_cache, 1 << 40) > 0
@@ -430,4 +443,5 @@ class Settings(BaseSettings):
             speculation=self.speculation,
             context_length=self.context_length,
             trust_remote_code=model_id in self.trust_remote_code,
+            ranks=self.ranks_of(model_id),
         )

@@ -78,6 +78,9 @@ def serve(
     replicas: Annotated[
         int | None, Option(help="Engines that serve each model side by side (default 1).")
     ] = None,
+    ranks: Annotated[
+        int | None, Option(help="Processes among which a model is divided (default 1).")
+    ] = None,
     log_level: Annotated[
         str | None, Option(help="debug, info, warning or error (default info).")
     ] = None,
@@ -102,6 +105,7 @@ def serve(
         "dequantize": dequantize,
         "draft_model": draft_model,
         "replicas": replicas,
+        "ranks": ranks,
         "log_level": log_level,
         "log_file": log_file,
     }

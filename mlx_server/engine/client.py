@@ -208,6 +208,8 @@ class EngineClient:
                 await asyncio.wait([self._log_relay])
         except TimeoutError:
             await self._child.kill()
+            if not self._log_relay.done():  # something that it has started is stopped, or busy
+                self._child.kill_group()
         if not self._loaded.done():
             message = f"The engine of model `{self.model_id}` ended ({self.how_it_ended})."
             self._loaded.set_exception(LoadCrashed(message, self.last_lines))

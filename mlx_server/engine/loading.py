@@ -14,6 +14,7 @@ from msgspec import structs
 
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
+from mlx_server.engine.ranks.messages import Join, Loaded, Settled
 from mlx_server.engine.run.cuda import keep_prepared
 from mlx_server.engine.run.patches import leave_out_text_side
 from mlx_server.engine.spawn import give_way
@@ -23,35 +24,35 @@ if TYPE_CHECKING:
     from mlx_server.engine.cache.prefix import PrefixCache
     from mlx_server.engine.embedding.embedder import Embedder
     from mlx_server.engine.memory import DeviceMemory
+    from mlx_server.engine.ranks.followers import Followers
+    from mlx_server.engine.ranks.sharing import Ranks
     from mlx_server.engine.run.backend import Backend
     from mlx_server.engine.schedule.scheduler import Scheduler
 
 log = logging.getLogger("mlx_server.engine")
 
 
-def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
-    """Load the model that `message` names.
+def load(
+    message: Load, followers: "Followers | None" = None
+) -> "tuple[Scheduler | Embedder, Ready]":
+    """Load the model that `message` names, together with `followers` if it is divided.
 
     Raises ModelError when the folder does not hold a model that can run.
     """
     started = time.perf_counter()
     options = message.options
-    blas = load_openblas(options.openblas)
-    keep_prepared(Path(options.kernels_folder) if options.kernels_folder else None)
-    if not options.trust_remote_code:  # a model's own code may well read text
-        leave_out_text_side()
-    memory = _memory(options, blas)
+    memory, blas = prepare(options)
     work: Scheduler | Embedder
     width, mixed_steps, batching = 0, None, None
     if message.embedding is None:
-        work = _scheduler(message, memory)
+        work = _scheduler(message, memory, followers)
         mixed_steps, batching = work.model.mixed_steps, work.model.batching
         models = [work.model, *([work.draft] if work.draft else [])]
-        weights = [size for model in models for size in _sizes(model.model)]
+        weights = [size for model in models for size in array_sizes_of(model.model)]
     else:
         work = _embedder(message, message.embedding, memory)
         width = work.model.width
-        weights = _sizes(work.model.model)
+        weights = array_sizes_of(work.model.model)
     backend = work.model
     memory.wiring.hold(weights)
     work.warm_up()
@@ -75,6 +76,26 @@ def load(message: Load) -> "tuple[Scheduler | Embedder, Ready]":
     return work, ready
 
 
+def is_models_fault(error: Exception) -> bool:
+    """Whether a failed load would fail again. Else it may come of another rank's end."""
+    from mlx_server.engine.run.weights import ModelError
+
+    return isinstance(error, ModelError)
+
+
+def prepare(options: LoadOptions) -> "tuple[DeviceMemory, str | None]":
+    """What comes before MLX is imported, and the limits of its memory; also which BLAS it has."""
+    if options.ranks > 1:
+        # On one machine: threads that outnumber processors wait for each other.
+        threads = max(1, (os.cpu_count() or 1) // options.ranks)
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
+    blas = load_openblas(options.openblas)
+    keep_prepared(Path(options.kernels_folder) if options.kernels_folder else None)
+    if not options.trust_remote_code:  # a model's own code may well read text
+        leave_out_text_side()
+    return _memory(options, blas), blas
+
+
 def _memory(options: LoadOptions, blas: str | None) -> "DeviceMemory":
     from mlx_server.engine.memory import DeviceMemory
 
@@ -86,27 +107,35 @@ def _memory(options: LoadOptions, blas: str | None) -> "DeviceMemory":
     return memory
 
 
-def _sizes(model: Any) -> list[int]:
+def array_sizes_of(model: Any) -> list[int]:
     from mlx_server.engine.run.weights import array_sizes
 
     return array_sizes(model)
 
 
-def _scheduler(message: Load, memory: "DeviceMemory") -> "Scheduler":
+def _scheduler(message: Load, memory: "DeviceMemory", followers: "Followers | None") -> "Scheduler":
     from mlx_server.engine.run.backend import Backend
     from mlx_server.engine.schedule.scheduler import Scheduler
 
     options = message.options
     adapter = Path(message.adapter_path) if message.adapter_path else None
-    backend = Backend(Path(message.path), options, memory, adapter)
-    draft = None
-    if options.draft_path is not None and options.speculation == "auto":
-        draft = load_draft(Path(options.draft_path), backend, options, memory)
-    kv_limit = _kv_limit(options, memory, backend, draft)
+    path, draft = Path(message.path), None
+    if followers is None:
+        backend = Backend(path, options, memory, adapter)
+        if options.draft_path is not None and options.speculation == "auto":
+            draft = load_draft(Path(options.draft_path), backend, options, memory)
+        kv_limit = _kv_limit(options, memory, backend, draft, [])
+    else:
+        backend = Backend(path, options, memory, ranks=_ranks(message, followers))
+        kv_limit = _kv_limit(options, memory, backend, None, followers.loaded())
+    prefix = _prefix_cache(message, backend, kv_limit)
+    if followers is not None:
+        longest = backend.kv_cost.longest(kv_limit, backend.context_length)
+        followers.tell(Settled(longest, prefix.limit))
     return Scheduler(
         backend,
         memory,
-        _prefix_cache(message, backend, kv_limit),
+        prefix,
         max_batch=options.max_batch,
         kv_limit=kv_limit,
         prefill_chunk=options.prefill_chunk,
@@ -141,6 +170,20 @@ def load_draft(
     return draft
 
 
+def _ranks(message: Load, followers: "Followers") -> "Ranks":
+    """Raises ModelError, RingError."""
+    from mlx_server.engine.ranks import ring
+    from mlx_server.engine.ranks.sharing import Leading
+    from mlx_server.engine.run.weights import ModelError
+
+    if message.adapter_path is not None:
+        raise ModelError("LoRA adapters are not applied to models divided among ranks")
+    followers.ready()
+    addresses = ring.free_addresses(message.options.ranks)
+    group = ring.join(0, addresses, announce=lambda: followers.tell(Join(addresses)))
+    return Leading(group, followers)
+
+
 def _embedder(message: Load, embedding: Embedding, memory: "DeviceMemory") -> "Embedder":
     from mlx_server.engine.embedding.backend import EmbeddingBackend
     from mlx_server.engine.embedding.embedder import Embedder
@@ -163,7 +206,9 @@ def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCa
         log.info("event=prefix_cache_off reason=%s", backend.layout.obstacle)
         limit = 0
     disk = None
-    if limit > 0 and options.disk_cache_folder is not None:
+    if backend.ranks.size > 1:
+        log.info("event=disk_cache_off reason='the model is divided among ranks'")
+    elif limit > 0 and options.disk_cache_folder is not None:
         identity = model_identity(message, backend.layout.describe())
         folder, limit_on_disk = Path(options.disk_cache_folder), options.disk_cache_limit
         disk = DiskCache(folder, identity, limit_on_disk, options.disk_cache_daily)
@@ -171,12 +216,19 @@ def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCa
 
 
 def _kv_limit(
-    options: LoadOptions, memory: "DeviceMemory", backend: "Backend", draft: "Backend | None"
+    options: LoadOptions,
+    memory: "DeviceMemory",
+    backend: "Backend",
+    draft: "Backend | None",
+    others: list[Loaded],
 ) -> int:
-    """Bytes that KV caches may take. Raises ModelError when that leaves room for no request."""
+    """Bytes that KV caches may take, in each rank: `others` is what those besides this one say.
+
+    Raises ModelError when that leaves room for no request.
+    """
     weights = backend.weights_bytes + (draft.weights_bytes if draft else 0)
     cost = backend.kv_cost.beside(draft.kv_cost) if draft else backend.kv_cost
-    left = memory.limit - weights
+    left = min([memory.limit - weights, *(one.left for one in others)])
     limit = left if options.kv_limit is None else min(options.kv_limit, left)
     if cost.longest(limit, backend.context_length) == 0:
         from mlx_server.engine.run.weights import ModelError

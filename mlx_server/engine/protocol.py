@@ -4,7 +4,7 @@ The engine speaks token ids only; text belongs to the front.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import Literal
 
@@ -77,6 +77,8 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     context_length: int | None = None
     """Caps the model's own."""
     trust_remote_code: bool = False
+    ranks: int = 1
+    """Processes among which the model is divided; limits are those of each."""
 
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"]
@@ -189,6 +191,17 @@ class Memory(msgspec.Struct, frozen=True):
     cache: int
     limit: int
     wired: int = 0
+
+
+def total_memory(parts: Iterable[Memory]) -> Memory:
+    known = list(parts)
+    return Memory(
+        active=sum(one.active for one in known),
+        peak=sum(one.peak for one in known),
+        cache=sum(one.cache for one in known),
+        limit=sum(one.limit for one in known),
+        wired=sum(one.wired for one in known),
+    )
 
 
 class Sharing(StrEnum):
@@ -306,6 +319,15 @@ class PrefixStats(msgspec.Struct, frozen=True):
     disk: DiskStats | None = None
 
 
+class RankStats(msgspec.Struct, frozen=True):
+    """One of the processes of a divided model."""
+
+    rank: int
+    pid: int
+    memory: Memory | None
+    """None until it has told."""
+
+
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """Sent while the engine works and when it falls idle."""
 
@@ -324,6 +346,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     guessed: int = 0
     """Tokens guessed so far, and how many of them came true."""
     accepted: int = 0
+    ranks: list[RankStats] = []
+    """Of a divided model. `memory` is that of all together, other bytes are of each."""
 
 
 ToEngine = Load | Tokenizer | Generate | Embed | Abort | Stop

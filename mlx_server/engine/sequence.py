@@ -77,6 +77,11 @@ class Sequence:
         return self.request.prompt_logprobs is not None
 
     @property
+    def bound(self) -> bool:
+        """Whether a grammar binds it, which only the rank that draws need know."""
+        return self.request.grammar is not None
+
+    @property
     def decodes(self) -> bool:
         """Whether tokens are wanted, and not the prompt's scores alone."""
         return self.limit > self.launched

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -17,13 +18,25 @@ class Child:
     process: asyncio.subprocess.Process
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    leads_group: bool = False
 
     async def kill(self) -> None:
+        """With all that it has started in its group."""
         if self.process.returncode is None:
+            self.kill_group()
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
         await self.process.wait()
         self.writer.close()
+
+    def kill_group(self) -> None:
+        """The process may have ended, if something that it has started has not: only so long is
+        the group's number surely its own.
+        """
+        if self.leads_group:
+            # It may not have left the front's group yet; macOS refuses a group of the dead.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 async def spawn(module: str) -> Child:
@@ -51,7 +64,7 @@ async def spawn(module: str) -> Child:
             raise
     front.setblocking(False)
     reader, writer = await asyncio.open_unix_connection(sock=front)
-    return Child(process, reader, writer)
+    return Child(process, reader, writer, leads_group=True)
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -13,14 +13,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from mlx_server.engine.faults import DeviceGone
 from mlx_server.engine.idle import Chore, IdleTime
-from mlx_server.engine.loading import load
+from mlx_server.engine.loading import is_models_fault, load
 from mlx_server.engine.protocol import (
     Abort,
     Begun,
@@ -39,6 +39,7 @@ from mlx_server.engine.protocol import (
     decode_to_engine,
     frame,
 )
+from mlx_server.engine.ranks.followers import Followers
 from mlx_server.engine.schedule.pace import Pace
 from mlx_server.engine.spawn import leave_group
 
@@ -54,9 +55,13 @@ log = logging.getLogger("mlx_server.engine")
 
 
 class Inbox:
-    """Messages from the front, read by a thread of its own."""
+    """Messages from the front, read by a thread of its own.
+
+    When the front is gone, that calls `before_end` and ends the process.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
+        self.before_end: Callable[[], None] = lambda: None
         self._connection = connection
         self._messages: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
@@ -93,6 +98,7 @@ class Inbox:
             os._exit(1)
         # The front is gone and nobody is left to compute for. A device in mid-step must not delay
         # this, so the process ends here and now.
+        self.before_end()
         os._exit(0)
 
     def _receive(self) -> bytes:
@@ -196,6 +202,19 @@ class Engine:
         self.connection.sendall(frame(message))
 
 
+def start_followers(connection: socket.socket, inbox: Inbox, load: Load) -> Followers | None:
+    """The other ranks of a model that is divided."""
+    if load.options.ranks == 1 or load.embedding is not None:
+        return None
+
+    def failed(reason: str) -> None:
+        connection.sendall(frame(LoadFailed(reason)))
+
+    followers = Followers(load, failed)
+    inbox.before_end = followers.kill
+    return followers
+
+
 def main() -> None:
     """Entry of the engine process."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
@@ -207,11 +226,14 @@ def main() -> None:
     message = inbox.wait()
     if not isinstance(message, Load):
         raise SystemExit(f"expected a load message first, got {type(message).__name__}")
+    followers = start_followers(connection, inbox, message)
     try:
-        work, ready = load(message)
+        work, ready = load(message, followers)
     except Exception as error:
         # Whatever is wrong with a model folder, the front must hear of it.
         log.exception("event=load_failed path=%s", message.path)
+        if followers is not None and not is_models_fault(error):
+            followers.hear_out()
         connection.sendall(frame(LoadFailed(str(error) or type(error).__name__)))
         raise SystemExit(1) from error
     connection.sendall(frame(ready))
@@ -219,6 +241,8 @@ def main() -> None:
         Engine(connection, inbox, work).run()
     except DeviceGone as gone:
         log.critical("event=device_gone reason=%r", str(gone))
+        if followers is not None:
+            followers.hear_out()
         # Without ado: what tidies up on the way out would wait for the device.
         os._exit(DEVICE_GONE_CODE)
 

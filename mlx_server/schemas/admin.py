@@ -62,6 +62,14 @@ class Batching(ResponseObject):
     reason: str | None
 
 
+class Rank(ResponseObject):
+    """One of the processes among which an engine divides the model."""
+
+    rank: int
+    pid: int
+    memory: Memory | None
+
+
 class Replica(ResponseObject):
     """One of the model's engines."""
 
@@ -69,6 +77,7 @@ class Replica(ResponseObject):
     pid: int | None
     in_flight: int
     restarts: int
+    ranks: list[Rank]
 
 
 class Download(ResponseObject):

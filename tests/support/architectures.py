@@ -523,10 +523,14 @@ def own_config(name: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in kept}
 
 
-def build_architecture(folder: Path, name: str, seed: int = 0, kind: mx.Dtype = mx.float32) -> Path:
-    """Write a random model of `ARCHITECTURES[name]` to `folder`, without a text side."""
+def build_architecture(
+    folder: Path, name: str, seed: int = 0, kind: mx.Dtype = mx.float32, **more: Any
+) -> Path:
+    """Write a random model of `ARCHITECTURES[name]` to `folder`, without a text side; `more` goes
+    into its config.
+    """
     folder.mkdir(parents=True)
-    config = ARCHITECTURES[name]
+    config = ARCHITECTURES[name] | more
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weights = {
         name: weight.astype(kind) if weight.dtype == mx.float32 else weight

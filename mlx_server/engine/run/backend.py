@@ -15,9 +15,11 @@ from mlx_server.engine.cache.layout import Cache, KvLayout
 from mlx_server.engine.cache.quant import CannotQuantize, check_support, quantize_cache
 from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions, Sharing
+from mlx_server.engine.ranks.sharing import ALONE, Ranks
 from mlx_server.engine.run import batching, kv, mixed, patches, scores
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.run.mixed import Part
+from mlx_server.engine.run.sharding import divide
 from mlx_server.engine.run.weights import (
     ModelError,
     apply_adapter,
@@ -36,7 +38,8 @@ class Backend:
     `eager`: passes over several tokens a row compute while they are built. `mixes`: several caches
     can share a pass; `mixed_steps` says so for people, or why not. `guesses`: rows can draw several
     tokens in one; where one is wrong, `goes_back` says that all tokens of the pass are undone for
-    the row, and those that were right are computed again.
+    the row, and those that were right are computed again. `ranks`: the processes that compute it
+    together.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class Backend:
         options: LoadOptions,
         memory: DeviceMemory,
         adapter_path: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.path = path
+        self.ranks = ranks
         self.eager = device_name() == "cpu"
         self.release = patches.use_device_kernels()
         self.model, config = load_weights(path, options)
@@ -55,7 +60,9 @@ class Backend:
         self.model_type = str(config.get("model_type", "unknown"))
         own = context_length(config)
         self.context_length = min(own, options.context_length or own)
-        self.model, self.dequantized = as_computed(self.model, options, memory)
+        self.model, self.dequantized = as_computed(self.model, options, memory, ranks)
+        if ranks.group is not None:
+            divide(self.model, config, ranks.group)
         self.kv_bits = _usable_kv_bits(self.model, options)
         self.weights_bytes = read_weights(self.model)
         # One token, never computed: only shapes are asked for. The output's width may differ from
@@ -82,6 +89,10 @@ class Backend:
         self.mixed_steps = "on" if obstacle is None else f"off: {obstacle}"
         if obstacle is not None:
             log.info("event=mixed_steps_off reason=%r", obstacle)
+
+    def agreed(self, value: float) -> float:
+        """The same for all ranks."""
+        return self.ranks.agreed(value)
 
     def new_cache(self) -> Cache:
         cache = list(make_prompt_cache(self.model))
@@ -138,7 +149,7 @@ class Backend:
     def _obstacle_to_mixed_passes(self) -> str | None:
         if self.batching.decode is not Sharing.ANY:
             return "its rows cannot share every pass"
-        return patches.enable_mixed_passes(self.model, self.new_cache)
+        return patches.enable_mixed_passes(self.model, self.new_cache, self.ranks.agreed)
 
 
 def _usable_kv_bits(model: Any, options: LoadOptions) -> int | None:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_server.engine.grammar.masks import Masks, MaskThread
 from mlx_server.engine.protocol import Failed, Logprobs, Row
+from mlx_server.engine.ranks.sharing import Sampler
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.drafted import Drafted, own_guesser
 from mlx_server.engine.run.groups import Groups, ids_of
@@ -16,7 +17,7 @@ from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.prefill import Prefill
 from mlx_server.engine.run.store import logprob_entries
 from mlx_server.engine.run.verify import Guesses, Verification, Verified, last_token
-from mlx_server.engine.sampling.sampler import BatchSampler, Draw
+from mlx_server.engine.sampling.sampler import Draw
 from mlx_server.engine.sequence import Sequence
 
 
@@ -111,7 +112,7 @@ class Batch:
         self._groups = groups
         self._mask_thread = mask_thread
         self.inputs = Inputs()
-        self._sampler: BatchSampler | None = None
+        self._sampler: Sampler | None = None
 
     @property
     def rows(self) -> list[Sequence]:
@@ -215,12 +216,12 @@ class Batch:
 
     def _build(self, *chunk: Part) -> Step:
         """The graph of the next step; its inputs may still have to be drawn."""
-        rows, inputs = self.rows, self.inputs.tokens
+        rows, inputs, ranks = self.rows, self.inputs.tokens, self._model.ranks
         if self._sampler is None:
             wanted = [row.request.logprobs for row in rows]
-            bound = [i for i, row in enumerate(rows) if row.constraint is not None]
-            self._sampler = BatchSampler(rows, inputs, self._model.vocab_size, wanted, bound)
-        masks = Masks(self._mask_thread) if any(row.constraint for row in rows) else None
+            bound = [i for i, row in enumerate(rows) if row.bound]
+            self._sampler = ranks.sampler(rows, inputs, self._model.vocab_size, wanted, bound)
+        masks = ranks.masks(self._mask_thread) if any(row.bound for row in rows) else None
         logits = self._model.step([*self._groups.parts(inputs), *chunk], len(rows))
         draw = self._sampler.launch(logits[:, -1, :].astype(mx.float32), masks)
         for row in rows:

@@ -37,6 +37,7 @@ TINY = 1e-30
 class Model(Protocol):
     vocab_size: int
 
+    def agreed(self, value: float) -> float: ...
     def new_cache(self) -> Cache: ...
     def forward(self, tokens: mx.array, cache: Cache) -> mx.array: ...
     def prefill(self, tokens: mx.array, cache: Cache) -> None: ...
@@ -95,7 +96,8 @@ class Trial:
         """Feed `cache` the tokens of a step; returns how far its rows are from what they get."""
         tokens = mx.array([[self.rows[row][self.lengths[row] + number]] for row in rows])
         logits = self.model.forward(tokens, cache)[:, -1]
-        return distance(logits, mx.stack([self.expected[row][number] for row in rows]))
+        expected = mx.stack([self.expected[row][number] for row in rows])
+        return self.model.agreed(distance(logits, expected))
 
     def limit(self) -> float:
         """How far from `expected` is no mistake: rows alone, token by token, are too."""

@@ -180,17 +180,19 @@ def forward(model: Any, parts: Sequence[Part], answers: int | mx.array) -> mx.ar
     return logits
 
 
-def mistake(model: Any, new_cache: Callable[[], Cache]) -> str | None:
+def mistake(
+    model: Any, new_cache: Callable[[], Cache], agreed: Callable[[float], float] = float
+) -> str | None:
     """What is wrong with the logits of a mixed pass, if anything.
 
     Half precision rounds otherwise in each shape of batch, so they are measured against what
     another shape does to the logits of separate passes.
     """
     expected = _separate(model, new_cache)
-    error = _distance(_mixed(model, new_cache), expected)
+    error = agreed(_distance(_mixed(model, new_cache), expected))
     if error <= TOLERANCE:
         return None
-    noise = _distance(_regrouped(model, new_cache), expected)
+    noise = agreed(_distance(_regrouped(model, new_cache), expected))
     if error <= min(MOST, TIMES_NOISE * noise):
         return None
     return f"its logits differ by {error:.2g}, those of two shapes of batch by {noise:.2g}"

@@ -158,8 +158,10 @@ def mend_padding(model: Any) -> None:
             module.__class__ = mended[kind]
 
 
-def enable_mixed_passes(model: Any, new_cache: "Callable[[], Cache]") -> str | None:
-    """Prepare `model` for `mixed.forward` and try it.
+def enable_mixed_passes(
+    model: Any, new_cache: "Callable[[], Cache]", agreed: Callable[[float], float] = float
+) -> str | None:
+    """Prepare `model` for `mixed.forward` and try it; `agreed` is what all ranks go by.
 
     Returns the obstacle, if any; `model` is then as it was.
     """
@@ -169,7 +171,7 @@ def enable_mixed_passes(model: Any, new_cache: "Callable[[], Cache]") -> str | N
         try:
             _attend_by_part(model, undo)
             _drop_unanswered_rows(model, undo)
-            mistake = mixed.mistake(model, new_cache)
+            mistake = mixed.mistake(model, new_cache, agreed)
         except Exception as failure:  # noqa: BLE001
             # Some families' code asks more of a cache, each in its own way.
             return f"{type(failure).__name__}: {failure}"

@@ -97,6 +97,7 @@ class Runner:
 
     def run(self, plan: Plan, outcome: Outcome) -> Iterator[Tokens]:
         """Carry `plan` out; yields rows as soon as they are read, and fills `outcome`."""
+        self.model.ranks.begin(plan)
         self._leave(plan, outcome)
         self.waiting.load(plan.load)
         self.waiting.fetch(plan.fetch)
@@ -130,7 +131,7 @@ class Runner:
             running |= {s.id: s for s in self.batch.pending.rows if not s.done}
         self.prefills.clear()
         self.waiting.clear()
-        self.clear_prefixes()
+        self.forget_prefixes()
         if self.drafts is not None:
             self.drafts.clear()
         self.batch = Batch(self.model, Groups(self.model, self.prefix), self.mask_thread)
@@ -139,13 +140,15 @@ class Runner:
 
     def rest(self, prefix_limit: int) -> None:
         """Let go of what outlives a step; for when nothing runs. `prefix_limit` is in bytes."""
+        self.model.ranks.rest(prefix_limit)
         if self.drafts is not None:
             self.drafts.keep(frozenset())
         self._resize_prefixes(prefix_limit)
         self.model.release()
         forget()
 
-    def clear_prefixes(self) -> None:
+    def forget_prefixes(self) -> None:
+        self.model.ranks.forget()
         self.prefix.clear()
         if self.drafts is not None:
             self.drafts.prefix.clear()
@@ -176,10 +179,7 @@ class Runner:
     def _begin(self, begin: Begin, outcome: Outcome) -> None:
         sequences = [Sequence(start, self.context_length) for start in begin.starts]
         for sequence in sequences:
-            if sequence.request.grammar is not None:
-                sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
-            if self.model.guesses:
-                sequence.guesser = self._guesser(sequence)
+            self._equip(sequence)
         prefill: Prefill
         if len(sequences) == 1:
             prefill = PromptPrefill(self.model, self.prefix, sequences[0], begin.until)
@@ -193,6 +193,13 @@ class Runner:
                 outcome.prompts.append((len(sequence.request.prompt), sequence.cached or 0))
         self.prefills[sequences[0].id] = prefill
         outcome.begun = True
+
+    def _equip(self, sequence: Sequence) -> None:
+        """With what drawing and guessing its tokens takes."""
+        if sequence.request.grammar is not None:
+            sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
+        if self.model.guesses:
+            sequence.guesser = self._guesser(sequence)
 
     def _guesser(self, sequence: Sequence) -> Guesser:
         prediction = sequence.request.prediction
@@ -228,7 +235,7 @@ class Runner:
             outcome.step_seconds, outcome.rows = time.perf_counter() - started, len(rows)
         yield Tokens(rows)
         self.batch.drop_ended()
-        guesses = self.batch.guesses(most) | self._drawn(most, outcome)
+        guesses = self._found(most, outcome)
         if guesses:
             yield Tokens(self._verified(guesses, outcome))
         else:
@@ -248,6 +255,9 @@ class Runner:
         outcome.verified = VerifiedTime(verified.taken, verified.tokens, seconds, chunk)
         outcome.guessed, outcome.accepted = verified.guessed, verified.accepted
         return verified.rows
+
+    def _found(self, most: dict[int, int], outcome: Outcome) -> Guesses:
+        return self.model.ranks.guesses(self.batch.guesses(most) | self._drawn(most, outcome))
 
     def _drawn(self, most: dict[int, int], outcome: Outcome) -> dict[int, list[int]]:
         """What the draft model guesses, for the rows for which it does."""
@@ -282,7 +292,7 @@ class Runner:
             yield Tokens(self._decode(outcome))
             yield Tokens(self._prefill(prefill, budget, outcome))
             return
-        guesses = self.batch.guesses(guess) | self._drawn(guess, outcome) if guess else {}
+        guesses = self._found(guess, outcome) if guess else {}
         chunk, part = prefill.size(budget), prefill.next_part(budget)
         if guesses:
             yield Tokens(self._verified(guesses, outcome, part, chunk))
@@ -350,6 +360,16 @@ class Runner:
         outcome.returned.append(again)
         self.waiting.pin(sequence.id, usable_keys(again))
         return []
+
+
+class FollowingRunner(Runner):
+    """Of a rank that draws and guesses nothing."""
+
+    def __init__(self, model: Backend, prefix: PrefixCache, context_length: int) -> None:
+        grammars = GrammarCompiler(model.path, model.vocab_size)  # never asked
+        super().__init__(model, prefix, grammars, context_length)
+
+    def _equip(self, sequence: Sequence) -> None: ...
 
 
 def covered_blocks(prefills: Mapping[int, Prefill]) -> list[tuple[Sequence, int]]:

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 from msgspec import structs
 
-from mlx_server.engine.grammar.masks import Masks, MaskThread
+from mlx_server.engine.grammar.masks import MaskThread
 from mlx_server.engine.protocol import Failed, Logprobs, Row, Sampling
 from mlx_server.engine.run import kv
 from mlx_server.engine.run.backend import Backend
@@ -19,7 +19,7 @@ from mlx_server.engine.run.drafted import Drafted
 from mlx_server.engine.run.groups import Groups
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import logprob_entries
-from mlx_server.engine.sampling.sampler import BatchSampler, Draw
+from mlx_server.engine.sampling.sampler import Draw
 from mlx_server.engine.sequence import Sequence
 
 Guesses = Mapping[int, list[int]]
@@ -77,11 +77,11 @@ class Verification:
             for end in range(len(guess) + 1)
         ]
         wanted = [place.row.request.logprobs for place in self.places]
-        bound = [i for i, place in enumerate(self.places) if place.row.constraint is not None]
+        bound = [i for i, place in enumerate(self.places) if place.row.bound]
         answers = [tokens[len(row.replay) :] for row, tokens in zip(rows, fed, strict=True)]
         inputs = mx.array([token for tokens in answers for token in tokens], dtype=mx.uint32)
-        sampler = BatchSampler(self.places, inputs, model.vocab_size, wanted, bound)
-        masks = Masks(thread) if bound else None
+        sampler = model.ranks.sampler(self.places, inputs, model.vocab_size, wanted, bound)
+        masks = model.ranks.masks(thread) if bound else None
         parts = _parts(groups, fed)
         widths = [part.tokens.shape[1] for part in parts for _ in range(part.tokens.shape[0])]
         # Models that cannot mix compute the padding too.

@@ -18,6 +18,7 @@ from mlx_lm.utils import (
 
 from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions
+from mlx_server.engine.ranks.sharing import ALONE, Ranks
 from mlx_server.engine.run.patches import leave_out_generation_config
 
 FLOAT32_BYTES = 4
@@ -84,26 +85,30 @@ def apply_adapter(model: Any, path: Path) -> Any:
     return adapted
 
 
-def as_computed(model: Any, options: LoadOptions, memory: DeviceMemory) -> tuple[Any, bool]:
+def as_computed(
+    model: Any, options: LoadOptions, memory: DeviceMemory, ranks: Ranks = ALONE
+) -> tuple[Any, bool]:
     """`model` in the format it is computed in, and whether that was changed to float32."""
-    if not _wants_float32(options, model, memory):
+    if not ranks.agreed(_wants_float32(options, model, memory, ranks.size)):
         return model, False
     model = dequantize_model(model)
     model.set_dtype(mx.float32)
     return model, True
 
 
-def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory) -> bool:
+def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory, ranks: int) -> bool:
     """On a CPU float32 runs several times faster than any narrower format."""
     if options.dequantize != "auto":
         return options.dequantize == "always"
-    needed = int(get_total_parameters(model)) * FLOAT32_BYTES
+    needed = int(get_total_parameters(model)) * FLOAT32_BYTES // ranks
     return device_name() == "cpu" and needed < memory.limit
 
 
 def read_weights(model: Any) -> int:
     """Returns bytes."""
-    mx.eval(model.parameters())
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for array in arrays.values():
+        mx.eval(array)  # one by one, so that what a part is cut from does not stay
     return sum(array_sizes(model))
 
 

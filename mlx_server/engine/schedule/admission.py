@@ -60,8 +60,7 @@ class Admission:
             if not request.grammar.done():
                 continue
             try:
-                request.grammar.result().ends(frozenset(request.request.stop_tokens))
-                request.bound = True
+                request.bind(request.grammar.result())
             except ValueError as error:
                 failed.append(Failed(request.id, str(error)))
         return failed

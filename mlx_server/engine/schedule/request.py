@@ -3,6 +3,8 @@
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from mlx_server.engine.plan import Start
 from mlx_server.engine.protocol import Generate
 from mlx_server.engine.sequence import expected_length, token_limit, usable_keys
@@ -32,6 +34,13 @@ class WaitingRequest:
         self.grammar: Future[Grammar] | None = None
         self.bound = request.grammar is None
         """Whether its grammar, if it has one, is compiled."""
+
+    def bind(self, grammar: "Grammar") -> None:
+        """Its grammar is compiled. Raises GrammarError if nothing could end it."""
+        ends = sorted(grammar.ends(frozenset(self.request.stop_tokens)))
+        self.request = structs.replace(self.request, stop_tokens=ends)
+        self.start = structs.replace(self.start, request=self.request)
+        self.bound = True
 
     @property
     def scored(self) -> bool:

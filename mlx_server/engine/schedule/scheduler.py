@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mlx_server.engine.cache.prefix import PrefixCache, extend_keys
 from mlx_server.engine.cache.rows import MOST_GAPS
-from mlx_server.engine.faults import FailingTurns, is_out_of_memory
+from mlx_server.engine.faults import DeviceGone, FailingTurns, is_out_of_memory
 from mlx_server.engine.grammar.compiler import GrammarCompiler
 from mlx_server.engine.idle import RELEASE_SECONDS, REST_SECONDS, Chore
 from mlx_server.engine.memory import DeviceMemory, device_name, device_works
@@ -26,6 +26,7 @@ from mlx_server.engine.protocol import (
     Sampling,
     Stats,
     Tokens,
+    total_memory,
 )
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.groups import padded
@@ -153,7 +154,7 @@ class Scheduler:
         prompt = [0] * (2 * SMALLEST_CHUNK + 1)
         small = Generate(id=0, prompt=prompt, sampling=Sampling(temperature=0), max_tokens=3)
         self._answer([small])
-        self.runner.clear_prefixes()
+        self.runner.forget_prefixes()
         self.counts = Counts()
         self.release()
         self.memory.release_all()
@@ -169,8 +170,11 @@ class Scheduler:
         """Go on after a turn that raised `error`; returns the requests that are given up.
 
         Arrays cannot be trusted, so what had begun is computed again from its tokens, one request
-        at a time. A request that fails again while it runs alone is given up. Raises DeviceGone.
+        at a time. A request that fails again while it runs alone is given up. Raises DeviceGone, of
+        several ranks always: the others cannot know where this one's turn failed.
         """
+        if self.model.ranks.size > 1:
+            raise DeviceGone(f"a turn of all ranks failed: {error}") from error
         self.failing.failed(error)
         outcome = self._outcome
         begun = self._begun(outcome)
@@ -213,9 +217,12 @@ class Scheduler:
         self.runner.mask_thread.close()
         self.runner.prefix.close()
         self.memory.wiring.close()
+        self.model.ranks.close()
 
     def stats(self) -> Stats:
         running, prefix = len(self.runner.batch.rows), self.runner.prefix
+        memory = self.memory.read()
+        ranks = self.model.ranks.stats(memory)
         return Stats(
             running=running,
             prefilling=len(self.runner.sequences) - running,
@@ -230,10 +237,11 @@ class Scheduler:
                 cached_tokens=self.counts.cached_tokens,
                 disk=prefix.disk.figures(),
             ),
-            memory=self.memory.read(),
+            memory=total_memory(one.memory for one in ranks if one.memory) if ranks else memory,
             longest_turn=self.counts.longest_turn,
             guessed=self.counts.guessed,
             accepted=self.counts.accepted,
+            ranks=ranks,
         )
 
     def _rest(self) -> None:
@@ -241,7 +249,8 @@ class Scheduler:
         the weights are wired again.
         """
         if self.memory.wiring.wired:
-            self.runner.clear_prefixes()
+            self.runner.forget_prefixes()
+            self.model.ranks.sleep()
             self.memory.wiring.rest()
 
     def _problem(self, request: Generate) -> str | None:

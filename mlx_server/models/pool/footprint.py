@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +70,8 @@ EXPANDED_LATENTS = frozenset({"deepseek_v2", "minicpm3", "youtu_llm"})
 """Those whose caches hold keys and values."""
 TWO_CACHES = frozenset({"longcat_flash", "longcat_flash_ngram"})
 """In each layer."""
+UNDIVIDED = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|output)\.")
+"""Embeddings and the output projection."""
 LARGEST_HEADER = 100_000_000
 HEADER = struct.Struct("<Q")
 KV_STEP = 256
@@ -88,6 +91,10 @@ class Footprint:
     vocabulary: int
     activations_per_token: int
     largest_chunk: int = LARGEST_CHUNK
+    undivided: int = 0
+    """Bytes of `weights` that each rank has of a model that is divided."""
+    latent: bool = False
+    """Whether each rank has all of its KV caches then."""
 
     def beside(self, draft: "Footprint") -> "Footprint":
         """With a draft model in the same engine, which computes in turns with it."""
@@ -101,6 +108,17 @@ class Footprint:
 
     def kv(self, tokens: int) -> int:
         return (tokens + KV_STEP) * self.kv_per_token
+
+    def of_rank(self, ranks: int) -> "Footprint":
+        """Of each of the processes among which the model is divided."""
+        if ranks == 1:
+            return self
+        divided = self.weights - self.undivided
+        return replace(
+            self,
+            weights=self.undivided + -(-divided // ranks),
+            kv_per_token=self.kv_per_token if self.latent else -(-self.kv_per_token // ranks),
+        )
 
     def working(self, max_batch: int) -> int:
         """A chunk's activations, and a batch's logits while sampling."""
@@ -122,6 +140,10 @@ def read_footprint(
     stored = sum(tensor.bytes for tensor in (*tensors, *added))
     parameters = _parameters(tensors, config) + sum(tensor.elements for tensor in added)
     weights = parameters * FLOAT32_BYTES if float32 else stored
+    ends = [tensor for tensor in tensors if UNDIVIDED.search(tensor.name)]
+    undivided = (
+        _parameters(ends, config) * FLOAT32_BYTES if float32 else sum(one.bytes for one in ends)
+    )
     wide = sum(tensor.bytes for tensor in tensors if tensor.dtype == "F32") > stored / 2
     size = FLOAT32_BYTES if float32 or wide else KV_BYTES
     width = number(config, WIDTH)
@@ -132,6 +154,8 @@ def read_footprint(
         context_length=context_length(config),
         vocabulary=number(config, VOCABULARY),
         activations_per_token=size * (8 * width + 4 * number(config, INNER_WIDTH, 4 * width)),
+        undivided=undivided,
+        latent=bool(LATENTS.intersection(families(config))),
     )
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import msgspec
 
+from mlx_server.dimensions import uneven_parts
 from mlx_server.engine.protocol import Device, Embedding, LoadOptions, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed
 from mlx_server.models.pool.footprint import Footprint, read_embedding_footprint, read_footprint
 from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.store.embedding_files import read_embedding
+from mlx_server.models.store.folder import read_config
 from mlx_server.units import parse_bytes
 
 DEFAULT_KV_SHARE = "25%"
@@ -48,15 +50,19 @@ class LoadPlan:
     options: LoadOptions
     embedding: Embedding | None
     wired: int = 0
-    """Bytes that each engine may wire; once loaded, that it has wired."""
+    """Bytes that each process may wire; once loaded, that it has wired."""
     replicas: int = 1
-    """Engines, each of which takes `need`."""
+    """Engines, each of as many processes as its options have `ranks`; each process takes `need`."""
     draft: ModelEntry | None = None
 
     @property
+    def processes(self) -> int:
+        return self.replicas * self.options.ranks
+
+    @property
     def bytes(self) -> int:
-        """Of all engines."""
-        return self.need.total * self.replicas
+        """Of all processes."""
+        return self.need.total * self.processes
 
 
 @dataclass(slots=True)
@@ -111,7 +117,7 @@ class MemoryPlanner:
 
     def grant_wired(self, plan: LoadPlan, others: int) -> LoadPlan:
         """`others`: bytes that other models may wire or have wired."""
-        left = (self.wirable - others) // plan.replicas
+        left = (self.wirable - others) // plan.processes
         return replace(plan, wired=max(0, min(plan.need.arrays, left)))
 
     def correct(self, plan: LoadPlan, facts: Ready) -> LoadPlan:
@@ -130,8 +136,11 @@ class MemoryPlanner:
             files = read_embedding(path)
             embedding, longest = files.embedding, files.longest
             footprint = read_embedding_footprint(path, float32, longest)
+            options = msgspec.structs.replace(options, ranks=1)
         else:
-            footprint = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
+            _check_division(entry, path, options)
+            whole = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
+            footprint = whole.of_rank(options.ranks)
         if options.draft_path is not None:
             draft = read_footprint(Path(options.draft_path), float32, kv_bits=options.kv_bits)
             footprint = footprint.beside(draft)
@@ -145,23 +154,23 @@ class MemoryPlanner:
         return LoadPlan(entry, path, footprint, need, options, embedding, replicas=replicas)
 
     def _need(self, footprint: Footprint, options: LoadOptions, replicas: int) -> Need:
-        """Of each engine."""
+        """Of each process."""
+        processes = replicas * options.ranks
         weights = self._measured.get(footprint, footprint.weights)
         context = min(footprint.context_length, options.context_length or footprint.context_length)
         working = footprint.working(options.max_batch)
         smallest_kv = footprint.kv(min(context, MIN_KV_TOKENS))
         fixed = weights + working + self.overhead
         least = fixed + smallest_kv
-        if least * replicas > self.budget:
-            engines = f" for {replicas} engines" if replicas > 1 else ""
+        if least * processes > self.budget:
             raise InsufficientMemory(
-                f"it needs {least * replicas:,} bytes of memory{engines} and all models together "
-                f"may take {self.budget:,}"
+                f"it needs {least * processes:,} bytes of memory{_among(replicas, options.ranks)} "
+                f"and all models together may take {self.budget:,}"
             )
         of_all = parse_bytes(self.kv_cache or DEFAULT_KV_SHARE, self.budget)
-        usual = max(smallest_kv, of_all // replicas)
+        usual = max(smallest_kv, of_all // processes)
         largest = options.max_batch * footprint.kv(context)
-        kv = min(largest, usual, self.budget // replicas - fixed)
+        kv = min(largest, usual, self.budget // processes - fixed)
         return Need(weights, kv, working, self.overhead)
 
 
@@ -175,3 +184,21 @@ def _draft_folder(draft: ModelEntry) -> Path:
     if draft.adapter_path is not None:
         raise ModelLoadFailed(f"{named} is an adapter, which draft models cannot have")
     return draft.path
+
+
+def _check_division(entry: ModelEntry, path: Path, options: LoadOptions) -> None:
+    """Raises ModelLoadFailed where the model cannot be divided, as far as its config tells."""
+    if options.ranks == 1:
+        return
+    if options.draft_path is not None:
+        raise ModelLoadFailed("a draft model cannot guess for one that is divided among ranks")
+    if entry.adapter_path is not None:
+        raise ModelLoadFailed("LoRA adapters are not applied to models divided among ranks")
+    if (problem := uneven_parts(read_config(path), options.ranks)) is not None:
+        raise ModelLoadFailed(problem)
+
+
+def _among(replicas: int, ranks: int) -> str:
+    parts = [f"{replicas} engines"] if replicas > 1 else []
+    parts += [f"{ranks} ranks"] if ranks > 1 else []
+    return f" for {' of '.join(parts)}" if parts else ""

@@ -85,7 +85,7 @@ class Slot:
     @property
     def wired(self) -> int:
         """Bytes that it may wire, or has wired."""
-        return self.plan.wired * self.plan.replicas if self.plan else 0
+        return self.plan.wired * self.plan.processes if self.plan else 0
 
     @property
     def leaving(self) -> bool:

@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_server.engine.protocol import DiskStats, Memory, PrefixStats, Stats
+from mlx_server.engine.protocol import DiskStats, PrefixStats, RankStats, Stats, total_memory
 from mlx_server.errors import LoadCrashed
 from mlx_server.events import event
 from mlx_server.models.pool.replica import Replica
@@ -22,6 +22,8 @@ class ReplicaStatus:
     pid: int | None
     in_flight: int
     restarts: int
+    ranks: tuple[RankStats, ...] = ()
+    """Its processes, where the model is divided among several."""
 
 
 class Supervisors:
@@ -57,7 +59,9 @@ class Supervisors:
     @property
     def replicas(self) -> list[ReplicaStatus]:
         return [
-            ReplicaStatus(_state(replica), one.pid, len(replica.requests), one.restarts)
+            ReplicaStatus(
+                _state(replica), one.pid, len(replica.requests), one.restarts, _ranks(one.stats)
+            )
             for replica, one in zip(self._engine.replicas, self._supervisors, strict=True)
         ]
 
@@ -105,6 +109,10 @@ def _state(replica: Replica) -> Literal["ready", "restarting", "failed"]:
     return "restarting" if replica.process is None else "ready"
 
 
+def _ranks(stats: Stats | None) -> tuple[RankStats, ...]:
+    return tuple(stats.ranks) if stats is not None else ()
+
+
 def added(stats: list[Stats]) -> Stats:
     """Of several engines together; of times the longest."""
     if len(stats) == 1:
@@ -125,21 +133,10 @@ def added(stats: list[Stats]) -> Stats:
             cached_tokens=sum(one.cached_tokens for one in prefix),
             disk=_added_disks(disks) if disks else None,
         ),
-        memory=added_memory(one.memory for one in stats),
+        memory=total_memory(one.memory for one in stats),
         longest_turn=max(one.longest_turn for one in stats),
         guessed=sum(one.guessed for one in stats),
         accepted=sum(one.accepted for one in stats),
-    )
-
-
-def added_memory(parts: Iterable[Memory]) -> Memory:
-    known = list(parts)
-    return Memory(
-        active=sum(one.active for one in known),
-        peak=sum(one.peak for one in known),
-        cache=sum(one.cache for one in known),
-        limit=sum(one.limit for one in known),
-        wired=sum(one.wired for one in known),
     )
 
 

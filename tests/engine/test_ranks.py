@@ -1,0 +1,337 @@
+"""A model divided among processes: the text of one process, and one end for all of them."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from mlx_server.engine.protocol import Generate, LoadOptions, Logprobs, Row, Sampling
+from mlx_server.engine.ranks import ring
+from mlx_server.engine.spawn import Child, spawn
+from mlx_server.errors import LoadCrashed, ModelLoadFailed
+from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
+from tests.engine.test_grammar import grammar_of
+from tests.support.architectures import VOCAB_SIZE, build_architecture
+from tests.support.engines import DirectEngine
+from tests.support.tiny import build_tiny_model
+
+NEAR_TIE = 1e-3
+FAMILIES = (
+    *("qwen2", "qwen3", "qwen3_moe", "qwen3_5", "gpt_oss"),
+    *("deepseek_v3", "ministral3", "glm4_moe"),
+)
+
+FORM = grammar_of(
+    {
+        "type": "object",
+        "properties": {"a_long_name": {"type": "integer"}, "b": {"type": "boolean"}},
+        "required": ["a_long_name", "b"],
+        "additionalProperties": False,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", context=512)
+
+
+@pytest.fixture(scope="module")
+async def two(model: Path) -> AsyncIterator[DirectEngine]:
+    """Guesses whenever it can, so that all is tried with guesses too."""
+    options = LoadOptions(prefill_chunk=16, speculation="auto", ranks=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        client = await DirectEngine.start("tiny", model, options, spawn=spawn_guessing)
+    yield client
+    await client.stop()
+    said = list(client.last_lines)
+    assert not any("event=step_failed" in line for line in said), said
+
+
+async def spawn_guessing(module: str) -> Child:
+    return await spawn("tests.support.guessing")
+
+
+@pytest.fixture(scope="module")
+async def one(model: Path) -> AsyncIterator[DirectEngine]:
+    async with started(model, prefill_chunk=16, speculation="off") as client:
+        yield client
+
+
+def mixed(count: int, vocabulary: int = 400, most: int = 40) -> list[Generate]:
+    """Greedy and sampled, penalised and not, of all lengths; log-probabilities to judge ties by."""
+    rng = random.Random(3)
+    made = []
+    for seed in range(count):
+        sampling = Sampling(
+            seed=seed,
+            temperature=[0.0, 0.8, 1.0][seed % 3],
+            top_p=[1.0, 0.9][seed % 2],
+            repetition_penalty=[1.0, 1.2][seed // 2 % 2],
+        )
+        prompt = [rng.randrange(vocabulary) for _ in range(rng.choice([1, 5, 40, 90]))]
+        scored = 1 if seed % 7 == 3 else None
+        made.append(request(prompt, most, sampling, logprobs=2, prompt_logprobs=scored))
+    return made
+
+
+def assert_same(found: list[list[Row]], expected: list[list[Row]], near: float = NEAR_TIE) -> None:
+    """The same tokens, up to where two were as likely; the same of the prompts."""
+    for ours, theirs in zip(found, expected, strict=True):
+        for mine, known in zip(entries(ours), entries(theirs), strict=True):
+            if mine.token != known.token:
+                top = dict(known.top)
+                assert abs(top[mine.token] - top[known.token]) < near
+                break
+            assert mine.logprob == pytest.approx(known.logprob, abs=near)
+        else:
+            assert [row.finish for row in ours][-1] == [row.finish for row in theirs][-1]
+        prompts = zip(ours[0].prompt_logprobs or [], theirs[0].prompt_logprobs or [], strict=True)
+        for mine, known in prompts:
+            assert (mine is None) == (known is None)
+            if mine and known:
+                assert mine.logprob == pytest.approx(known.logprob, abs=near)
+
+
+def entries(rows: list[Row]) -> list[Logprobs]:
+    return [entry for row in rows for entry in row.logprobs or []]
+
+
+# the same text
+
+
+async def test_a_batch_gets_the_text_of_one_process(two: DirectEngine, one: DirectEngine) -> None:
+    asked = mixed(12)
+    assert_same(await rows_of(two, *asked), await rows_of(one, *asked))
+
+
+async def test_prefixes_are_found_where_one_process_finds_them(
+    two: DirectEngine, one: DirectEngine
+) -> None:
+    shared = [(7 * i) % 400 for i in range(130)]
+    asked = [request([*shared, 50 + i], 12, logprobs=2) for i in range(4)]
+    longer = [msgspec.structs.replace(each, prompt=[*each.prompt, 3, 4]) for each in asked]
+    for requests in (asked, longer):
+        found, expected = await rows_of(two, *requests), await rows_of(one, *requests)
+        assert_same(found, expected)
+        cached = [rows[0].cached for rows in found]
+        assert cached == [rows[0].cached for rows in expected]
+    assert min(count or 0 for count in cached) >= 128
+
+
+async def test_grammars_are_kept_with_and_without_a_stop_token(
+    two: DirectEngine, one: DirectEngine
+) -> None:
+    asked = [
+        request([5 + i, 6, 7], 40, Sampling(temperature=i % 2, seed=i), grammar=FORM, logprobs=2)
+        for i in range(3)
+    ]
+    # Nothing goes on where the grammar leaves no token: the others must not mind.
+    asked += [request([9, 9], 20, logprobs=2), request([8], 10, grammar="start: /a{3}/")]
+    found, expected = await rows_of(two, *asked), await rows_of(one, *asked)
+    assert_same(found, expected)
+    assert found[-1][-1].finish == expected[-1][-1].finish == "stop"
+
+
+async def test_guesses_change_nothing(two: DirectEngine, one: DirectEngine) -> None:
+    repeated = [11, 12, 13, 14, 15, 16, 17, 18] * 8
+    asked = [
+        request(repeated, 60, logprobs=2),
+        request([5, 6], 30, Sampling(temperature=1, seed=4), logprobs=2),
+        request([7, 8, 9], 30, grammar=FORM, logprobs=2),
+    ]
+    expected = await rows_of(one, *asked)
+    answer = [token for row in expected[1] for token in row.tokens]
+    asked[1] = msgspec.structs.replace(asked[1], prediction=[*answer[:12], 99, *answer[12:]])
+    await idle(two)
+    assert two.stats is not None
+    guessed, accepted = two.stats.guessed, two.stats.accepted
+    assert_same(await rows_of(two, *asked), expected)
+    await idle(two)
+    assert two.stats.guessed - guessed > two.stats.accepted - accepted > 12
+
+
+async def test_aborts_free_the_rows_of_all_ranks(two: DirectEngine, one: DirectEngine) -> None:
+    for _ in range(3):
+        with two.generate(mixed(6, most=300)) as stream:
+            async for _ in stream.rows():
+                break
+    await idle(two)
+    asked = mixed(4)
+    assert_same(await rows_of(two, *asked), await rows_of(one, *asked))
+    assert two.stats is not None
+    assert two.stats.kv_bytes == 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_families_compute_the_same(tmp_path: Path, name: str) -> None:
+    folder = build_architecture(tmp_path / name, name)
+    asked = mixed(8, VOCAB_SIZE, most=24)
+    async with started(folder) as alone:
+        expected = await rows_of(alone, *asked)
+    async with started(folder, ranks=2) as divided:
+        assert_same(await rows_of(divided, *asked), expected)
+
+
+@pytest.mark.soak
+async def test_three_ranks_and_quantized_caches(tmp_path: Path) -> None:
+    folder = build_architecture(tmp_path / "llama", "llama", **THREE)
+    asked = mixed(6, VOCAB_SIZE, most=24)
+    async with started(folder, kv_bits=8) as alone:
+        expected = await rows_of(alone, *asked)
+    async with started(folder, kv_bits=8, ranks=3) as divided:
+        # Rounding may take a number to the next of the 256 steps.
+        assert_same(await rows_of(divided, *asked), expected, near=0.02)
+        assert divided.stats is not None
+        assert [rank.rank for rank in divided.stats.ranks] == [0, 1, 2]
+
+
+THREE = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 3),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
+}
+
+
+# memory
+
+
+async def test_each_rank_holds_its_part(two: DirectEngine, one: DirectEngine) -> None:
+    assert one.ready is not None
+    assert two.ready is not None
+    whole = one.ready.weights_bytes
+    ends = 2 * one.ready.vocab_size * WIDTH * 4  # of embeddings and the output projection
+    part = ends + (whole - ends) / 2
+    assert two.ready.weights_bytes == pytest.approx(part, rel=0.02)
+    await tokens_of(two, *mixed(4))
+
+    def settled() -> bool:
+        """Once all have told what they use when nothing runs."""
+        if two.stats is None:
+            return False
+        active = [rank.memory.active for rank in two.stats.ranks if rank.memory]
+        # With a prefix cache, of which each has half.
+        most = whole + two.stats.prefix.bytes + SMALL
+        return (
+            len(active) == 2
+            and sum(active) == two.stats.memory.active
+            and all(part <= used < most for used in active)
+        )
+
+    await until(settled)
+
+
+WIDTH = 32
+SMALL = 1 << 17
+"""Bytes of what is kept beside weights and caches."""
+
+
+# ends
+
+
+async def test_all_ranks_end_when_the_front_does_even_a_stopped_one(model: Path) -> None:
+    async with mortal(model) as client:
+        engine = psutil.Process(client.pid)
+        [rank] = engine.children()
+        rank.send_signal(signal.SIGSTOP)
+        client._child.writer.close()
+        await until(lambda: gone(engine) and gone(rank), 2.0)
+
+
+@pytest.mark.soak
+async def test_a_rank_that_is_killed_ends_the_engine_as_it_ended(model: Path) -> None:
+    async with mortal(model) as client:
+        [rank] = psutil.Process(client.pid).children()
+        rank.send_signal(signal.SIGKILL)
+        await asyncio.wait_for(client.closed.wait(), 5)
+        await client.process.wait()
+        assert client.how_it_ended == "signal 9"
+
+
+@pytest.mark.soak
+async def test_a_stopped_rank_goes_when_rank_0_dies(model: Path) -> None:
+    async with mortal(model) as client:
+        [rank] = psutil.Process(client.pid).children()
+        rank.send_signal(signal.SIGSTOP)
+        os.kill(client.pid, signal.SIGKILL)
+        await asyncio.wait_for(client.closed.wait(), 5)
+        await until(lambda: gone(rank))
+
+
+async def test_a_load_that_a_rank_does_not_survive_has_crashed(model: Path) -> None:
+    others = ranks_here()
+    starting = asyncio.create_task(DirectEngine.start("tiny", model, LoadOptions(ranks=2)))
+    await until(lambda: ranks_here() - others)
+    for rank in ranks_here() - others:
+        rank.kill()
+    with pytest.raises(LoadCrashed):
+        await starting
+    await until(lambda: ranks_here() == others)
+
+
+@pytest.mark.soak
+async def test_a_family_that_mlx_lm_cannot_divide_is_named(tmp_path: Path) -> None:
+    others = ranks_here()
+    folder = build_architecture(tmp_path / "gemma2", "gemma2")
+    with pytest.raises(ModelLoadFailed, match="no way to divide models of type gemma2 among 2"):
+        await DirectEngine.start("tiny", folder, LoadOptions(ranks=2))
+    await until(lambda: ranks_here() == others)
+
+
+def mortal(model: Path) -> Any:
+    return started(model, steps_may_fail=True, ranks=2)
+
+
+def gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def ranks_here() -> set[psutil.Process]:
+    return {one for one in psutil.Process().children(recursive=True) if is_rank(one)}
+
+
+def is_rank(process: psutil.Process) -> bool:
+    try:
+        return "mlx_server.engine.follower" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def test_an_address_in_use_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind((ring.LOOPBACK, 0))
+        taken.listen()
+        address = f"{ring.LOOPBACK}:{taken.getsockname()[1]}"
+        with pytest.raises(ring.RingError, match=f"rank 0 cannot listen on {address}"):
+            ring.join(0, [address, *ring.free_addresses(1)])
+
+
+def test_free_addresses_differ() -> None:
+    addresses = ring.free_addresses(8)
+    assert len(set(addresses)) == 8
+
+
+@pytest.fixture(autouse=True)
+def _ring_of_nobody(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process that has tried to join a ring must not take later tests for ranks."""
+    yield
+    for name in ("MLX_RANK", "MLX_HOSTFILE"):
+        os.environ.pop(name, None)
