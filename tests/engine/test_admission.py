@@ -110,11 +110,12 @@ async def alone(engine: DirectEngine, requests: list[Generate]) -> list[object]:
     return [told((await rows_of(engine, one))[0]) for one in requests]
 
 
+@pytest.mark.parametrize("count", [18, pytest.param(24, marks=pytest.mark.soak)])
 async def test_a_crowd_that_fits_eight_at_a_time_finishes_within_the_limit_and_unchanged(
-    model: Path, cost: KvCost
+    model: Path, cost: KvCost, count: int
 ) -> None:
     limit = cost.bytes(PLACES, EXPECTED)
-    requests = crowd(24, 8)
+    requests = crowd(count, 8)
     async with started(model, max_batch=64, kv_limit=limit) as engine:
         expected = await alone(engine, requests)
         async with watched(engine) as watch:
@@ -126,11 +127,12 @@ async def test_a_crowd_that_fits_eight_at_a_time_finishes_within_the_limit_and_u
     print(f"{watch.reports[-1].preempted} preemptions, {watch.most_kv / limit:.0%} of the limit")
 
 
+@pytest.mark.parametrize("count", [12, pytest.param(20, marks=pytest.mark.soak)])
 async def test_the_limit_holds_while_requests_come_and_leave_at_random(
-    model: Path, cost: KvCost
+    model: Path, cost: KvCost, count: int
 ) -> None:
     limit = cost.bytes(4, EXPECTED)
-    requests = crowd(20, 5)
+    requests = crowd(count, 5)
     async with started(model, max_batch=16, kv_limit=limit, prefill_chunk=48) as engine:
         expected = await alone(engine, requests)
 
@@ -146,9 +148,9 @@ async def test_the_limit_holds_while_requests_come_and_leave_at_random(
             return told(rows)
 
         async with watched(engine) as watch:
-            got = await asyncio.gather(*(ask(i) for i in range(20)))
+            got = await asyncio.gather(*(ask(i) for i in range(count)))
     answered = [(i, answer) for i, answer in enumerate(got) if answer is not None]
-    assert len(answered) >= 16
+    assert len(answered) >= count - count // 5 - 1
     assert all(answer == expected[i] for i, answer in answered)
     assert 0 < watch.most_kv <= limit
 

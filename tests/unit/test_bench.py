@@ -1,9 +1,12 @@
 """`bench`: figures from timings, and what limits a server concluded from them."""
 
 import dataclasses
+import io
 
 import pytest
+from rich.console import Console
 
+from mlx_server.cli.bench.command import _plot, _table
 from mlx_server.cli.bench.figures import Level, ServerState, Timing, measure
 from mlx_server.cli.bench.limits import verdict
 
@@ -24,6 +27,19 @@ def test_figures_count_what_was_answered_and_keep_what_failed() -> None:
     assert (figures.ttft_p50, figures.ttft_p95) == (0.3, 0.3)
     assert (figures.itl_p50, figures.itl_p95) == (0.02, 0.02)
     assert figures.errors == ("503: the queue is full",)
+
+
+@pytest.mark.parametrize("width", [30, 40, 80])
+def test_the_table_and_the_plot_fit_and_no_figure_is_cut(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    levels = [level(1, 335.7), level(16, 11070.5)]
+    console.print(_table(levels, width))
+    _plot(console, levels)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert shown.count("11,070.5") == 2
+    assert max(map(len, shown.splitlines())) <= width
 
 
 SATURATED = (level(1, 10), level(2, 19), level(4, 30))

@@ -1,6 +1,7 @@
 """`bench`: how fast a server answers, and what limits it."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from mlx_server.cli.options import (
     print_json,
 )
 from mlx_server.cli.remote import Remote, choose_model, find_remote, named_remote
+from mlx_server.cli.tables import Column, table
 from mlx_server.cli.terminal import quiet_keyboard
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from mlx_server.cli.bench.load import Load
 
 BAR = 40
+FIGURES = 22
+"""Columns beside the bars."""
 
 
 def bench(
@@ -66,7 +70,7 @@ def bench(
         facts = {"url": remote.url, "model": load.model, "levels": [asdict(one) for one in levels]}
         print_json(facts | {"limit": conclusion})
     elif levels:
-        console.print(_table(levels))
+        console.print(_table(levels, console.width))
         console.print()
         _plot(console, levels)
         console.print()
@@ -108,22 +112,21 @@ def _sweep(remote: Remote, load: "Load", counts: list[int]) -> list[Level]:
     return levels
 
 
-def _table(levels: list[Level]) -> "Table":
-    from rich.table import Table
+def _table(levels: list[Level], width: int) -> "Table":
+    def column(name: str, rank: int, cell: Callable[[Level], str]) -> Column:
+        return Column(name, [cell(level) for level in levels], rank, number=True)
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("Streams", "Tokens/s", "Input/s", "TTFT p50", "p95", "ITL p50", "p95", "Failed"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for level in levels:
-        table.add_row(
-            str(level.concurrency),
-            f"{level.output_rate:,.1f}",
-            f"{level.input_rate:,.0f}",
-            *(_milliseconds(one) for one in (level.ttft_p50, level.ttft_p95)),
-            *(_milliseconds(one) for one in (level.itl_p50, level.itl_p95)),
-            str(len(level.errors)),
-        )
-    return table
+    columns = [
+        column("Streams", 0, lambda level: str(level.concurrency)),
+        column("Tokens/s", 0, lambda level: f"{level.output_rate:,.1f}"),
+        column("Input/s", 4, lambda level: f"{level.input_rate:,.0f}"),
+        column("TTFT p50", 1, lambda level: _milliseconds(level.ttft_p50)),
+        column("p95", 5, lambda level: _milliseconds(level.ttft_p95)),
+        column("ITL p50", 2, lambda level: _milliseconds(level.itl_p50)),
+        column("p95", 6, lambda level: _milliseconds(level.itl_p95)),
+        column("Failed", 3, lambda level: str(len(level.errors))),
+    ]
+    return table(columns, width)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -136,11 +139,12 @@ def _plot(console: "Console", levels: list[Level]) -> None:
     from rich.table import Table
 
     most = max(level.output_rate for level in levels) or 1.0
+    room = max(1, min(BAR, console.width - FIGURES))
     plot = Table(box=None, pad_edge=False, header_style="bold")
     plot.add_column("Streams", justify="right")
-    plot.add_column("Tokens/s", width=BAR)
+    plot.add_column("Tokens/s", width=room)
     plot.add_column("", justify="right")
     for level in levels:
-        bar = Bar(most, 0, level.output_rate, width=BAR)
+        bar = Bar(most, 0, level.output_rate, width=room)
         plot.add_row(str(level.concurrency), bar, f"{level.output_rate:,.1f}")
     console.print(plot)
