@@ -112,6 +112,7 @@ def test_models_that_cannot_mix_caches_in_a_pass_draft_all_the_same(
     scheduler = drafted_of(path, path)
     assert not drafts_of(scheduler).model.mixes
     assert scheduler.model.mixes == (mixing == "the model alone")
+    assert scheduler.room._padded([10, 600, 2000]) == [2000] * 3, "as the draft pads them"
     assert tokens_of(scheduler, wanted, []) == plain
     assert scheduler.counts.accepted > 0.97 * scheduler.counts.guessed > 200
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from mlx_server.errors import (
 from mlx_server.models.pool import supervisor
 from mlx_server.models.pool.footprint import read_footprint
 from mlx_server.models.store.catalog import ModelEntry
+from mlx_server.models.store.locks import RemovalLock
 from tests.support.engines import CRASH
 from tests.support.pool import BATCH, NAMES, Pool, local_pool, need_of, three_models
 from tests.support.tiny import build_tiny_model
@@ -744,3 +746,38 @@ async def test_a_models_own_sampling_can_be_turned_off(
         pool.manager.acquire("a") as model,
     ):
         assert model.sampling == expected
+
+
+# draft models
+
+
+async def test_a_draft_model_is_not_removed_while_it_guesses(tmp_path: Path, models: Path) -> None:
+    async with local_pool(tmp_path, models, 1 << 30, draft_model_by_model={"a": "b"}) as pool:
+        await pool.ask("a")
+        assert pool.status("a").draft_model == "b"
+        assert pool.loaded == {"a"}, "it serves no requests by that"
+        with pytest.raises(BadRequest, match="loaded by a running server"):
+            RemovalLock(tmp_path / "home", models / "b")
+        await pool.manager.unload("a")
+        with RemovalLock(tmp_path / "home", models / "b"):
+            pass
+
+
+async def test_a_draft_model_that_is_not_there_fails_the_load_with_a_reason(
+    tmp_path: Path, models: Path
+) -> None:
+    more: dict[str, Any] = {"draft_model": "nobody", "draft_model_by_model": {"b": ""}}
+    async with local_pool(tmp_path, models, 1 << 30, **more) as pool:
+        with pytest.raises(ModelLoadFailed, match="its draft model: There is no model 'nobody'"):
+            await pool.ask("a")
+        assert pool.status("a").state == "failed"
+        assert await pool.ask("b") == [3, 4, 5]
+
+
+async def test_without_speculation_no_draft_model_is_loaded(tmp_path: Path, models: Path) -> None:
+    more = {"draft_model": "b", "speculation": "off"}
+    async with local_pool(tmp_path, models, 1 << 30, **more) as pool:
+        await pool.ask("a")
+        assert pool.status("a").draft_model is None
+        with pytest.raises(BadRequest, match="`speculation` is off"):
+            await pool.manager.load("a", "c")

@@ -129,8 +129,9 @@ class Drafts:
 
     def held(self, id_: int) -> int:
         """Tokens of a request in the cache."""
-        row = self._row(id_)
-        return row.computed if row is not None else 0
+        catching = (one.row for one in self._catching.values())
+        rows = itertools.chain(self._groups.rows, catching)
+        return next((row.computed for row in rows if row.id == id_), 0)
 
     def keep(self, ids: frozenset[int]) -> None:
         """Drop all other rows."""
@@ -151,22 +152,13 @@ class Drafts:
         """Compute up to about `budget` tokens of a request that the cache lacks; returns how many,
         and how many keys each attended to on average.
         """
-        row = self._row(sequence.id)
-        start = row.held if row is not None else 0
-        if row is not None and sequence.id not in self._catching:
+        row = next((row for row in self._groups.rows if row.id == sequence.id), None)
+        if row is not None:
             count = self._catch_up_beside(row, budget)
         else:
-            catching = self._catching.get(sequence.id)
-            if catching is None:
-                catching = CatchUp(self.model, self.prefix, DraftRow(sequence))
-                self._catching[sequence.id] = catching
-            row, start = catching.row, catching.row.held
-            count = catching.advance(budget)
-            if row.length - row.held <= NEARLY:
-                del self._catching[sequence.id]
-                self._groups.add([row], self.model.caches.merge([catching.cache]))
+            row, count = self._catch_up_alone(sequence, budget)
         row.note()
-        return count, start + count / 2
+        return count, row.held - count / 2
 
     def guess(self, most: Mapping[int, int]) -> dict[int, list[int]]:
         """Up to `most` tokens that the draft draws next, by the ids of rows that have caught up."""
@@ -195,13 +187,18 @@ class Drafts:
             for row in rows:
                 row.ahead.append(guesses[row.id][-1])
 
-    def _row(self, id_: int) -> DraftRow | None:
-        if id_ in self._catching:
-            return self._catching[id_].row
-        return next((row for row in self._groups.rows if row.id == id_), None)
-
     def _settle(self) -> None:
         self._groups.roll_back({row.id: row.settle() for row in self._groups.rows})
+
+    def _catch_up_alone(self, sequence: Sequence, budget: int) -> tuple[DraftRow, int]:
+        known = self._catching.get(sequence.id)
+        one = known or CatchUp(self.model, self.prefix, DraftRow(sequence))
+        self._catching[sequence.id] = one
+        count = one.advance(budget)
+        if one.row.length - one.row.held <= NEARLY:
+            del self._catching[sequence.id]
+            self._groups.add([one.row], self.model.caches.merge([one.cache]))
+        return one.row, count
 
     def _catch_up_beside(self, row: DraftRow, budget: int) -> int:
         self._settle()

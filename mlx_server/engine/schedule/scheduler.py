@@ -29,6 +29,7 @@ from mlx_server.engine.protocol import (
     total_memory,
 )
 from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.drafts import MOST_BESIDE
 from mlx_server.engine.run.groups import padded
 from mlx_server.engine.run.lookup import MOST
 from mlx_server.engine.run.runner import Runner
@@ -91,8 +92,10 @@ class Scheduler:
         """Requests with which a turn has failed, and which have got nowhere since."""
         self.pace = Pace(prefill_chunk, model.tokens_within_scores)
         self.backoff = KvBackoff(kv_share)
-        lengths = padded(model.batching.decode, mixes=model.mixes)
+        mixes = model.mixes and (draft is None or draft.mixes)
+        lengths = padded(model.batching.decode, mixes=mixes)
         step = 1 + MOST + MOST_GAPS if model.guesses else 1
+        step += MOST_BESIDE if draft is not None else 0
         self.room = KvRoom(cost, kv_limit, prefix.limit, self.backoff, lengths, step)
         self.admission = Admission(self.waiting, self.runner, self.room, self.suspects, max_batch)
         self.planner = Planner(self.runner, self.admission, self.room, self.pace)
