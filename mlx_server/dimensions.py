@@ -22,6 +22,16 @@ INNER_WIDTH = ("intermediate_size", "n_inner", "ffn_hidden_size", "mlp_hidden_si
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
 KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "kv_n_heads")
 HEAD = ("head_dim", "kv_channels", "hidden_size_per_head")
+DIVIDED: dict[str, Names] = {
+    "attention heads": HEADS,
+    "key and value heads": KV_HEADS,
+    "linear key heads": ("linear_num_key_heads",),
+    "linear value heads": ("linear_num_value_heads",),
+    "inner dimensions": INNER_WIDTH,
+    "inner dimensions of an expert": ("moe_intermediate_size",),
+    "inner dimensions of shared experts": ("shared_expert_intermediate_size",),
+}
+"""Of which each rank of a divided model gets an equal number. mlx-lm does not check it."""
 VOCABULARY = ("vocab_size", "num_vocab")
 CONTEXT = (
     "max_position_embeddings",
@@ -113,6 +123,18 @@ def number(config: Config, names: Iterable[str], default: int = 0) -> int:
             if type(value) is int and value >= 0:
                 return value
     return default
+
+
+def uneven_parts(config: Config, ranks: int) -> str | None:
+    """Why so many ranks cannot have equal parts of the model, if they cannot."""
+    counts = {what: count for what, names in DIVIDED.items() if (count := number(config, names))}
+    uneven = [f"{count} {what}" for what, count in counts.items() if count % ranks]
+    if not uneven:
+        return None
+    common = math.gcd(*counts.values())
+    fitting = [str(n) for n in range(2, common + 1) if common % n == 0]
+    hint = f"; it can be divided among {' or '.join(fitting)}" if fitting else ""
+    return f"{ranks} ranks cannot share its {' and '.join(uneven)}{hint}"
 
 
 def families(config: Config) -> list[str]:

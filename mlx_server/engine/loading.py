@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
-from mlx_server.engine.ranks.messages import Join, Loaded, Settled
 from mlx_server.engine.run.cuda import keep_prepared_graphs
 from mlx_server.engine.run.patches import leave_out_text_side
 from mlx_server.engine.spawn import give_way
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_server.engine.embedding.embedder import Embedder
     from mlx_server.engine.memory import DeviceMemory
     from mlx_server.engine.ranks.followers import Followers
+    from mlx_server.engine.ranks.messages import Loaded
     from mlx_server.engine.ranks.sharing import Ranks
     from mlx_server.engine.run.backend import Backend
     from mlx_server.engine.schedule.scheduler import Scheduler
@@ -123,6 +123,8 @@ def _scheduler(message: Load, memory: "DeviceMemory", followers: "Followers | No
         kv_limit = _kv_limit(options, memory, backend, followers.loaded())
     prefix = _prefix_cache(message, backend, kv_limit)
     if followers is not None:
+        from mlx_server.engine.ranks.messages import Settled
+
         longest = backend.kv_cost.longest(kv_limit, backend.context_length)
         followers.tell(Settled(longest, prefix.limit))
     return Scheduler(
@@ -139,11 +141,12 @@ def _scheduler(message: Load, memory: "DeviceMemory", followers: "Followers | No
 def _ranks(message: Load, followers: "Followers") -> "Ranks":
     """Raises ModelError, RingError."""
     from mlx_server.engine.ranks import ring
+    from mlx_server.engine.ranks.messages import Join
     from mlx_server.engine.ranks.sharing import Leading
     from mlx_server.engine.run.weights import ModelError
 
     if message.adapter_path is not None:
-        raise ModelError("LoRA adapters are not applied to a model that is divided among ranks")
+        raise ModelError("LoRA adapters are not applied to models divided among ranks")
     followers.ready()
     addresses = ring.free_addresses(message.options.ranks)
     group = ring.join(0, addresses, announce=lambda: followers.tell(Join(addresses)))
@@ -182,7 +185,7 @@ def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCa
 
 
 def _kv_limit(
-    options: LoadOptions, memory: "DeviceMemory", backend: "Backend", others: list[Loaded]
+    options: LoadOptions, memory: "DeviceMemory", backend: "Backend", others: "list[Loaded]"
 ) -> int:
     """Bytes that KV caches may take, in each rank: `others` is what those besides this one say.
 

@@ -21,6 +21,7 @@ from mlx_server.dimensions import (
     UNKNOWN_CONTEXT,
     context_length,
     number,
+    uneven_parts,
 )
 from tests.support.architectures import ARCHITECTURES, LAYERS, VOCAB_SIZE, own_config
 from tests.support.architectures import CONTEXT as TOLD
@@ -144,3 +145,30 @@ def test_what_is_no_length_is_passed_over(odd: object) -> None:
 def test_recurrent_models_have_no_limit() -> None:
     for family in RECURRENT:
         assert context_length({"model_type": family, "max_position_embeddings": 2048}) == NO_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks", "says"),
+    [
+        (9, 3, 2, "2 ranks cannot share its 9 attention heads and 3 key and value heads; it can"),
+        (8, 2, 4, "4 ranks cannot share its 2 key and value heads; it can be divided among 2"),
+        (
+            6,
+            6,
+            4,
+            "4 ranks cannot share its 6 attention heads and 6 key and value heads; it can be",
+        ),
+        (7, 7, 3, "3 ranks cannot share its 7 attention heads and 7 key and value heads"),
+    ],
+)
+def test_parts_that_would_be_uneven_are_named(
+    heads: int, kv_heads: int, ranks: int, says: str
+) -> None:
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    problem = uneven_parts({"text_config": config, "intermediate_size": 768}, ranks)
+    assert problem is not None
+    assert problem.startswith(says)
+
+
+def test_equal_parts_are_no_problem() -> None:
+    assert uneven_parts({"num_attention_heads": 9, "num_key_value_heads": 3}, 3) is None

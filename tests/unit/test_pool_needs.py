@@ -1,5 +1,6 @@
 """What a model is promised of the budget, and what its engine is told."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -162,3 +163,54 @@ def test_what_an_engine_takes_beside_its_arrays_comes_off_the_budget(path: Path)
 def test_a_model_that_is_not_there_has_no_plan() -> None:
     with pytest.raises(ModelLoadFailed, match="not been pulled"):
         planner().plan(entry(None), OPTIONS)
+
+
+def test_ranks_take_a_part_of_the_weights_and_caches_each(path: Path) -> None:
+    options = msgspec.structs.replace(OPTIONS, ranks=2)
+    whole, part = read_footprint(path, True), planner().plan(entry(path), options).footprint
+    assert 0 < whole.undivided < whole.weights
+    assert part.weights == whole.undivided + (whole.weights - whole.undivided) / 2
+    assert part.kv_per_token == whole.kv_per_token / 2
+    both = planner().plan(entry(path), options)
+    assert both.processes == 2
+    assert both.bytes == 2 * both.need.total
+
+
+def test_ranks_hold_the_tokens_that_one_process_would(path: Path) -> None:
+    options = msgspec.structs.replace(OPTIONS, max_batch=64, ranks=2)
+    one = planner(1 << 28, "32MB").plan(entry(path), msgspec.structs.replace(options, ranks=1))
+    two = planner(1 << 28, "32MB").plan(entry(path), options)
+    assert two.need.kv == one.need.kv // 2
+    assert two.need.kv // two.footprint.kv_per_token == one.need.kv // one.footprint.kv_per_token
+
+
+def test_a_refusal_counts_the_ranks_of_all_replicas(path: Path) -> None:
+    options = msgspec.structs.replace(OPTIONS, ranks=2)
+    with pytest.raises(
+        InsufficientMemory, match="bytes of memory for 3 engines of 2 ranks and all"
+    ):
+        planner(1 << 20).plan(entry(path), options, replicas=3)
+
+
+def test_models_that_embed_are_never_divided(tmp_path: Path) -> None:
+    bert = build_tiny_bert(tmp_path / "bert")
+    options = msgspec.structs.replace(OPTIONS, ranks=2)
+    assert planner().plan(entry(bert, embeds=True), options).options.ranks == 1
+
+
+def test_ranks_share_what_may_be_wired(path: Path) -> None:
+    options = msgspec.structs.replace(OPTIONS, ranks=2)
+    one = MemoryPlanner(None, AMPLE, wirable=1 << 20)
+    assert one.grant_wired(one.plan(entry(path), options), others=0).wired == 1 << 19
+
+
+def test_what_cannot_be_divided_is_refused_before_an_engine_starts(path: Path) -> None:
+    options = msgspec.structs.replace(OPTIONS, ranks=3)
+    with pytest.raises(
+        ModelLoadFailed, match="3 ranks cannot share its 4 attention heads and 2 key"
+    ):
+        planner().plan(entry(path), options)
+    adapted = replace(entry(path), adapter_path=path)
+    options = msgspec.structs.replace(OPTIONS, ranks=2)
+    with pytest.raises(ModelLoadFailed, match="LoRA adapters are not applied to models divided"):
+        planner().plan(adapted, options)

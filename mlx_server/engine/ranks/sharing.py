@@ -1,7 +1,8 @@
 """What the ranks of a model have in common while each computes its part of a pass.
 
-All build the same passes in the same order, since they follow the same Plans. Rank 0 alone draws:
-its tokens go around in the passes themselves, as sums to which the others add nothing.
+All build and evaluate the same passes in the same order, since they follow the same Plans: sums are
+told apart by nothing but their order. Rank 0 alone draws: its tokens go around in the passes
+themselves, as sums to which the others add nothing.
 """
 
 import os
@@ -229,14 +230,15 @@ class _ToldSampler:
         self._group = group
 
     def launch(self, logits: mx.array, masks: Masks | None = None) -> Draw:
-        return _ToldDraw(self._own.launch(logits, masks), self._group)
+        return _ToldDraw(self._own.launch(logits, masks), logits, self._group)
 
 
 class _ToldDraw:
-    """Rank 0's draw. Its tokens are evaluated where others evaluate theirs: a part of a pass."""
+    """Rank 0's draw."""
 
-    def __init__(self, own: Draw, group: mx.distributed.Group) -> None:
+    def __init__(self, own: Draw, logits: mx.array, group: mx.distributed.Group) -> None:
         self._own = own
+        self._logits = logits
         self._group = group
 
     @cached_property
@@ -244,6 +246,8 @@ class _ToldDraw:
         return _first(self._own.tokens, self._group)
 
     def start(self) -> None:
+        # First what all ranks evaluate, so that sums come in the same order everywhere.
+        mx.async_eval(self._logits)  # type: ignore[no-untyped-call]
         self._own.start()
 
     def finish(self) -> None:

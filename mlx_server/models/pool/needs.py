@@ -5,11 +5,13 @@ from pathlib import Path
 
 import msgspec
 
+from mlx_server.dimensions import uneven_parts
 from mlx_server.engine.protocol import Device, Embedding, LoadOptions, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed
 from mlx_server.models.pool.footprint import Footprint, read_embedding_footprint, read_footprint
 from mlx_server.models.store.catalog import ModelEntry
 from mlx_server.models.store.embedding_files import read_embedding
+from mlx_server.models.store.folder import read_config
 from mlx_server.units import parse_bytes
 
 DEFAULT_KV_SHARE = "25%"
@@ -124,6 +126,7 @@ class MemoryPlanner:
             footprint = read_embedding_footprint(path, float32, longest)
             options = msgspec.structs.replace(options, ranks=1)
         else:
+            _check_division(entry, path, options.ranks)
             whole = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
             footprint = whole.of_rank(options.ranks)
         limits = [limit for limit in (options.context_length, longest) if limit is not None]
@@ -154,6 +157,16 @@ class MemoryPlanner:
         largest = options.max_batch * footprint.kv(context)
         kv = min(largest, usual, self.budget // processes - fixed)
         return Need(weights, kv, working, self.overhead)
+
+
+def _check_division(entry: ModelEntry, path: Path, ranks: int) -> None:
+    """Raises ModelLoadFailed where the model cannot be divided, as far as its config tells."""
+    if ranks == 1:
+        return
+    if entry.adapter_path is not None:
+        raise ModelLoadFailed("LoRA adapters are not applied to models divided among ranks")
+    if (problem := uneven_parts(read_config(path), ranks)) is not None:
+        raise ModelLoadFailed(problem)
 
 
 def _among(replicas: int, ranks: int) -> str:
