@@ -4,8 +4,10 @@
 
 Without MODEL_FOLDER, random weights nearly in SmolLM2-135M's shapes, with heads that two ranks can
 share. A decode step of as many rows, in milliseconds: as it is, and with sums left out, so that
-computing is left. The difference is what ranks wait for each other and for their sums. The model
-for other links divides a step and adds so many sums of so many microseconds.
+computing is left; the median and, in brackets, the least, which other work on the machine disturbs
+least. The difference is what ranks wait for each other and for their sums. The model
+for other links divides a step and adds so many sums of so many microseconds. Each rank has one
+thread, as if it had a processor to itself.
 """
 
 import argparse
@@ -59,10 +61,10 @@ class Measured(Alone):
 
 @dataclass
 class Step:
-    """Milliseconds of a step, and bytes of the weights of a rank."""
+    """Milliseconds of each step, and bytes of the weights of a rank."""
 
-    whole: float
-    computing: float
+    whole: list[float]
+    computing: list[float]
     weights: int
 
 
@@ -79,7 +81,7 @@ def measure(folder: Path, rank: int, addresses: list[str], rows: list[int], step
     backend = Backend(folder, LoadOptions(ranks=size), memory, ranks=ranks)
     summed = mx.distributed.all_sum
 
-    def stepped(count: int) -> float:
+    def stepped(count: int) -> list[float]:
         caches = [backend.new_cache() for _ in range(count)]
         for cache in caches:
             backend.prefill(mx.array([list(range(LENGTH))]), cache)
@@ -88,8 +90,8 @@ def measure(folder: Path, rank: int, addresses: list[str], rows: list[int], step
         for _ in range(steps + 2):
             started = time.perf_counter()
             mx.eval(backend.step([part], count))
-            times.append(time.perf_counter() - started)
-        return statistics.median(times[2:])
+            times.append(1000 * (time.perf_counter() - started))
+        return times[2:]
 
     together = {count: stepped(count) for count in rows}
     mx.distributed.all_sum = lambda x, **_: x
@@ -110,7 +112,6 @@ def divided(folder: Path, ranks: int, rows: list[int], steps: int) -> dict[int, 
     """All ranks at once; by number of rows what rank 0 has found."""
     addresses = ring.free_addresses(ranks)
     numbers = [*map(str, rows)]
-    threads = max(1, (os.cpu_count() or 1) // ranks)
     processes = [
         subprocess.Popen(
             [
@@ -120,18 +121,14 @@ def divided(folder: Path, ranks: int, rows: list[int], steps: int) -> dict[int, 
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": str(threads)},
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
         )
         for rank in range(ranks)
     ]
     first, *_ = [process.communicate()[0] for process in processes]
     found = json.loads(first)
     return {
-        count: Step(
-            1000 * found["whole"][str(count)],
-            1000 * found["computing"][str(count)],
-            found["weights"],
-        )
+        count: Step(found["whole"][str(count)], found["computing"][str(count)], found["weights"])
         for count in rows
     }
 
@@ -143,12 +140,19 @@ def table(found: dict[int, dict[int, Step]]) -> list[str]:
     ]
     for ranks, steps in found.items():
         for rows, step in steps.items():
-            waiting = step.whole - step.computing if ranks > 1 else 0.0
+            waits = [at(step.whole) - at(step.computing) for at in (statistics.median, min)]
             lines.append(
-                f"| {ranks} | {rows} | {step.whole:.1f} | {step.computing:.1f} | {waiting:.1f} | "
+                f"| {ranks} | {rows} | {_told(step.whole)} | {_told(step.computing)} | "
+                f"{waits[0]:.0f} ({waits[1]:.0f}) | {step.weights / 1e6:.0f} |"
+                if ranks > 1
+                else f"| 1 | {rows} | {_told(step.whole)} | {_told(step.whole)} | - | "
                 f"{step.weights / 1e6:.0f} |"
             )
     return lines
+
+
+def _told(times: list[float]) -> str:
+    return f"{statistics.median(times):.0f} ({min(times):.0f})"
 
 
 def predicted(step: float, sums: int, ranks: int, link: float) -> float:

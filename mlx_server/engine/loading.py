@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlx_server.engine.embedding.embedder import Embedder
     from mlx_server.engine.memory import DeviceMemory
     from mlx_server.engine.ranks.followers import Followers
+    from mlx_server.engine.ranks.messages import Loaded
     from mlx_server.engine.ranks.sharing import Ranks
     from mlx_server.engine.run.backend import Backend
     from mlx_server.engine.schedule.scheduler import Scheduler

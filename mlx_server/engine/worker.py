@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -39,9 +39,11 @@ from mlx_server.engine.protocol import (
     decode_to_engine,
     frame,
 )
-from mlx_server.engine.ranks.followers import Followers
 from mlx_server.engine.schedule.pace import Pace
 from mlx_server.engine.spawn import leave_group
+
+if TYPE_CHECKING:
+    from mlx_server.engine.ranks.followers import Followers
 
 STATS_INTERVAL = 1.0
 """Seconds between statistics while the engine works."""
@@ -202,10 +204,11 @@ class Engine:
         self.connection.sendall(frame(message))
 
 
-def start_followers(connection: socket.socket, inbox: Inbox, load: Load) -> Followers | None:
+def start_followers(connection: socket.socket, inbox: Inbox, load: Load) -> "Followers | None":
     """The other ranks of a model that is divided."""
     if load.options.ranks == 1 or load.embedding is not None:
         return None
+    from mlx_server.engine.ranks.followers import Followers  # seldom needed
 
     def failed(reason: str) -> None:
         connection.sendall(frame(LoadFailed(reason)))

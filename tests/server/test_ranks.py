@@ -130,7 +130,7 @@ async def test_fifty_killed_ranks_change_nothing_in_any_stream(two: Server) -> N
 
 
 async def test_a_stopped_rank_is_replaced_and_its_memory_freed(two: Server) -> None:
-    bodies = asked(200)
+    bodies = asked(80)
     async with two.client(timeout=300) as client:
         expected = await all_of(client, bodies)
         streams = asyncio.create_task(all_of(client, bodies))

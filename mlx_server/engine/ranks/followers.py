@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import msgspec
+
 from mlx_server.engine.protocol import FrameReader, Load, Memory, RankStats, frame
 from mlx_server.engine.ranks.messages import (
     Begin,
@@ -144,19 +146,25 @@ class Followers:
         return [one for one in answers if isinstance(one, kind)]
 
     def _read(self, one: Follower) -> None:
-        for message in one.messages():
-            match message:
-                case Using(memory=memory):
-                    one.memory = memory
-                case Failing(message=reason):
-                    with self._ending:  # nobody else's end is told
-                        self._failed(reason)
-                        self.kill()
-                        os._exit(1)
-                case _:
-                    one.answers.put(message)
+        try:
+            for message in one.messages():
+                self._take(one, message)
+        except msgspec.MsgspecError:
+            log.exception("event=frame_unreadable rank=%d", one.rank)
         if not self._stopping:
             self._end_as(one)
+
+    def _take(self, one: Follower, message: FromRank) -> None:
+        match message:
+            case Using(memory=memory):
+                one.memory = memory
+            case Failing(message=reason):
+                with self._ending:  # nobody else's end is told
+                    self._failed(reason)
+                    self.kill()
+                    os._exit(1)
+            case _:
+                one.answers.put(message)
 
     def _end_as(self, one: Follower) -> None:
         """End this process, so that all of them are started again."""

@@ -1,9 +1,12 @@
 """Rank 0 to another rank: what it says, in queues by what waits for it."""
 
+import logging
 import os
 import queue
 import socket
 import threading
+
+import msgspec
 
 from mlx_server.engine.protocol import FrameReader, frame
 from mlx_server.engine.ranks.messages import (
@@ -11,10 +14,13 @@ from mlx_server.engine.ranks.messages import (
     FromRank,
     Guesses,
     Problems,
+    ToRank,
     decode_to_rank,
 )
 
 RECEIVE_BYTES = 1 << 16
+
+log = logging.getLogger("mlx_server.engine")
 
 
 class LeaderConnection:
@@ -45,16 +51,23 @@ class LeaderConnection:
 
     def _read(self) -> None:
         frames = FrameReader()
-        while data := self._receive():
-            for body in frames.feed(data):
-                match message := decode_to_rank(body):
-                    case Guesses():
-                        self._guesses.put(message)
-                    case Problems():
-                        self._problems.put(message)
-                    case _:
-                        self._commands.put(message)
+        try:
+            while data := self._receive():
+                for body in frames.feed(data):
+                    self._take(decode_to_rank(body))
+        except msgspec.MsgspecError:
+            log.exception("event=frame_unreadable")
+            os._exit(1)
         os._exit(0)
+
+    def _take(self, message: ToRank) -> None:
+        match message:
+            case Guesses():
+                self._guesses.put(message)
+            case Problems():
+                self._problems.put(message)
+            case _:
+                self._commands.put(message)
 
     def _receive(self) -> bytes:
         try:
