@@ -28,7 +28,7 @@ from mlx_lm.models import llama
 
 from benchmarks.machine import machine
 from mlx_server.engine.loading import prepare
-from mlx_server.engine.protocol import LoadOptions
+from mlx_server.engine.protocol import Load, LoadOptions
 from mlx_server.engine.ranks import ring
 from mlx_server.engine.ranks.sharing import Alone
 
@@ -71,12 +71,12 @@ class Step:
 def measure(folder: Path, rank: int, addresses: list[str], rows: list[int], steps: int) -> None:
     """One rank's part; with one address alone. Prints a line of JSON, times by number of rows."""
     size = len(addresses)
-    memory, _ = prepare(LoadOptions(ranks=size))
+    memory, _ = prepare(Load(str(folder), LoadOptions(ranks=size)))
     from mlx_server.engine.run import kv
     from mlx_server.engine.run.backend import Backend
     from mlx_server.engine.run.mixed import Part
 
-    group = ring.join(rank, addresses) if size > 1 else None
+    group = ring.join(rank, [[one] for one in addresses]) if size > 1 else None
     ranks = Alone() if group is None else Measured(group)
     backend = Backend(folder, LoadOptions(ranks=size), memory, ranks=ranks)
     summed = mx.distributed.all_sum
@@ -110,7 +110,7 @@ def build(folder: Path) -> Path:
 
 def divided(folder: Path, ranks: int, rows: list[int], steps: int) -> dict[int, Step]:
     """All ranks at once; by number of rows what rank 0 has found."""
-    addresses = ring.free_addresses(ranks)
+    addresses = ring.free_addresses([ring.LOOPBACK] * ranks)
     numbers = [*map(str, rows)]
     processes = [
         subprocess.Popen(

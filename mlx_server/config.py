@@ -287,6 +287,48 @@ class Settings(BaseSettings):
     ranks_by_model: dict[str, Annotated[int, Field(ge=1, le=64)]] = Field(
         default_factory=dict, description="`ranks` of single models: id to number."
     )
+    workers: list[str] = Field(
+        default_factory=list,
+        description="Other machines that each take one rank of every model, this one taking the "
+        "first: names under which a `mlx-server worker` joins. See `docs/distributed.md`.",
+    )
+    workers_by_model: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="`workers` of single models: id to names, none for a model of this machine.",
+    )
+    worker_host: str | None = Field(
+        None,
+        description="IPv4 address at which workers join; if unset, this machine's first one in "
+        "`hosts_file`, or else all.",
+    )
+    worker_port: int = Field(
+        32322, ge=0, le=65535, description="Port at which workers may join; 0 takes a free one."
+    )
+    worker_secret: SecretStr | None = Field(
+        None,
+        description="What a server and its workers must both know: at least 16 characters, better "
+        "given by MLX_SERVER_WORKER_SECRET than in a settings file.",
+    )
+    worker_secret_file: UserPath | None = Field(
+        None, description="A file that holds it, where `worker_secret` is unset."
+    )
+    hosts_file: UserPath | None = Field(
+        None,
+        description="MLX's file of hosts: `workers` are all but the first, and are started over "
+        "ssh. The first is this machine.",
+    )
+    hosts_python: str | None = Field(
+        None, description="Their Python; the path of this machine's if unset."
+    )
+    hosts_folder: str | None = Field(
+        None, description="Their working directory; this machine's, where there is one, if unset."
+    )
+    host_wait: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds that loading a model, or starting its engine again, waits for a "
+        "machine that is away; then the model fails.",
+    )
     swap_interval: float = Field(
         2.0,
         ge=0,

@@ -16,7 +16,7 @@ Level = Literal["debug", "info", "warning", "error"]
 Area = Literal["requests", "pool", "engine", "text", "models", "server"]
 AREAS: dict[Area, tuple[str, ...]] = {
     "requests": ("mlx_server.api",),
-    "pool": ("mlx_server.pool", "mlx_server.supervisor"),
+    "pool": ("mlx_server.pool", "mlx_server.supervisor", "mlx_server.hosts"),
     "engine": ("mlx_server.engine",),
     "text": ("mlx_server.text", "mlx_server.services"),
     "models": ("mlx_server.store", "mlx_server.pulls"),

@@ -17,6 +17,7 @@ from mlx_server.cli.ps import ps
 from mlx_server.cli.pull import pull
 from mlx_server.cli.serve import serve
 from mlx_server.cli.service import command as service
+from mlx_server.cli.worker import worker
 from mlx_server.errors import ServerError
 
 FOLDERS = ("HOME", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
@@ -37,6 +38,7 @@ app.command(short_help="Show the models that a server holds.")(ps)
 app.command(short_help="Run an agent or a client with a model.")(launch)
 app.command(short_help="Fetch models.")(pull)
 app.command(short_help="Remove models from the disk.")(rm)
+app.command(short_help="Take ranks of a server's models.")(worker)
 app.command(short_help="Measure how fast a server answers.")(bench)
 app.command(short_help="Check the machine and the installation.")(doctor)
 app.add_typer(config_commands.app, name="config", short_help="Show the settings, or write a file.")

@@ -81,6 +81,14 @@ def serve(
     ranks: Annotated[
         int | None, Option(help="Processes among which a model is divided (default 1).")
     ] = None,
+    worker: Annotated[
+        list[str] | None,
+        Option(metavar="NAME", help="A machine that takes a rank of each model. Repeatable."),
+    ] = None,
+    hosts: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="MLX's file of hosts: a rank on each, started over ssh."),
+    ] = None,
     log_level: Annotated[
         str | None, Option(help="debug, info, warning or error (default info).")
     ] = None,
@@ -106,6 +114,8 @@ def serve(
         "draft_model": draft_model,
         "replicas": replicas,
         "ranks": ranks,
+        "workers": worker or None,
+        "hosts_file": hosts,
         "log_level": log_level,
         "log_file": log_file,
     }

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import signal
+import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, Self
@@ -20,6 +21,7 @@ from mlx_server.engine.protocol import (
     Load,
     LoadFailed,
     LoadOptions,
+    RankHost,
     Ready,
     Row,
     Stats,
@@ -46,7 +48,8 @@ STACKS_SECONDS = 3.0
 LAST_FRAME = "_run_module_as_main"
 """Of its main thread, whose stack comes last."""
 
-Spawn = Callable[[str], Awaitable[Child]]
+Spawn = Callable[[str, Sequence[socket.socket]], Awaitable[Child]]
+"""A module, with sockets that it inherits."""
 
 log = logging.getLogger("mlx_server.engine")
 
@@ -61,10 +64,39 @@ class Recipient(Protocol):
         """The next row, or why there will be none."""
 
 
+class Elsewhere(Protocol):
+    """The engine's ranks on other machines, which have been started. `hosts`: of all ranks;
+    `sockets` lead to the others than the first.
+    """
+
+    hosts: list[RankHost]
+    sockets: Sequence[socket.socket]
+
+    @property
+    def lost_host(self) -> str | None:
+        """A machine that is gone."""
+
+    @property
+    def killed(self) -> bool:
+        """Whether a rank there was killed."""
+
+    async def until_lost(self) -> None:
+        """Until a machine is gone."""
+
+    async def heard(self) -> None:
+        """What the others tell tells all that they know of the engine's end."""
+
+    def close_sockets(self) -> None:
+        """Another process has them."""
+
+    def release(self) -> None:
+        """The engine has ended."""
+
+
 class EngineClient:
     """When `closed` is set, recipients hear nothing more."""
 
-    def __init__(self, model_id: str, child: Child) -> None:
+    def __init__(self, model_id: str, child: Child, elsewhere: Elsewhere | None = None) -> None:
         self.model_id = model_id
         self.process = child.process
         self.pid = child.process.pid
@@ -74,12 +106,14 @@ class EngineClient:
         self.closed = asyncio.Event()
         self.reads = 0
         self._child = child
+        self._elsewhere = elsewhere
         self._stacks_told = asyncio.Event()
         self._loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._recipients: dict[int, Recipient] = {}
         assert child.process.stderr is not None
         self._log_relay = asyncio.create_task(self._relay_log(child.process.stderr))
         self._receiver = asyncio.create_task(self._receive(child.reader))
+        self._watch = asyncio.create_task(self._end_when_lost()) if elsewhere else None
 
     @classmethod
     async def start(
@@ -89,17 +123,20 @@ class EngineClient:
         options: LoadOptions,
         adapter_path: Path | None = None,
         embedding: Embedding | None = None,
+        elsewhere: Elsewhere | None = None,
         spawn: Spawn = spawn,
     ) -> Self:
-        """Start an engine and wait until it has loaded the model folder `path`.
+        """Start an engine and wait until it has loaded the model folder `path`. The ranks
+        `elsewhere` are released when it has ended.
 
         Raises ModelLoadFailed, or LoadCrashed when it ended without a reason. No process is left
         behind then, nor on cancellation.
         """
-        client = cls(model_id, await spawn("mlx_server.engine.worker"))
+        client = cls(model_id, await _spawned(spawn, elsewhere), elsewhere)
         try:
             adapter = str(adapter_path) if adapter_path else None
-            client._send(Load(str(path), options, adapter, embedding))
+            hosts = elsewhere.hosts if elsewhere else []
+            client._send(Load(str(path), options, adapter, embedding, hosts))
             client.ready = await client._loaded
         except BaseException:
             await client.kill()
@@ -153,6 +190,17 @@ class EngineClient:
                 log.error(event("engine_protocol", model=self.model_id, error=repr(error)))
 
     @property
+    def killed(self) -> bool:
+        """Whether a process of it was, perhaps for want of memory."""
+        elsewhere = self._elsewhere is not None and self._elsewhere.killed
+        return elsewhere or self.process.returncode == -signal.SIGKILL
+
+    @property
+    def lost_host(self) -> str | None:
+        """The machine of a rank, if it ended because that is gone."""
+        return self._elsewhere.lost_host if self._elsewhere else None
+
+    @property
     def how_it_ended(self) -> str:
         code = self.process.returncode
         return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
@@ -200,8 +248,21 @@ class EngineClient:
         if recipient is not None:  # else it was aborted meanwhile
             recipient.put(item)
 
+    async def _end_when_lost(self) -> None:
+        assert self._elsewhere is not None
+        await self._elsewhere.until_lost()
+        log.error(event("host_lost", model=self.model_id, host=self.lost_host))
+        self._child.kill_group()
+        with suppress(ProcessLookupError):
+            self.process.kill()
+
     async def _end(self) -> None:
         self.closed.set()
+        if self._elsewhere is not None:
+            self._elsewhere.release()
+            await self._elsewhere.heard()
+        if self._watch is not None:
+            self._watch.cancel()
         try:
             async with asyncio.timeout(EXIT_SECONDS):
                 await self.process.wait()
@@ -212,6 +273,8 @@ class EngineClient:
                 self._child.kill_group()
         if not self._loaded.done():
             message = f"The engine of model `{self.model_id}` ended ({self.how_it_ended})."
+            if self.lost_host is not None:
+                message = f"host `{self.lost_host}` went away while the model was loading"
             self._loaded.set_exception(LoadCrashed(message, self.last_lines))
             # The starter may have been cancelled and never ask.
             self._loaded.exception()
@@ -224,6 +287,18 @@ class EngineClient:
                 self._stacks_told.set()
             level, told = _level_of(text)
             log.log(level, event("engine_log", model=self.model_id, pid=self.pid, line=told))
+
+
+async def _spawned(spawn: Spawn, elsewhere: Elsewhere | None) -> Child:
+    try:
+        return await spawn("mlx_server.engine.worker", elsewhere.sockets if elsewhere else ())
+    except BaseException:
+        if elsewhere is not None:
+            elsewhere.release()
+        raise
+    finally:
+        if elsewhere is not None:
+            elsewhere.close_sockets()
 
 
 def _level_of(line: str) -> tuple[int, str]:

@@ -1,4 +1,8 @@
-"""A rank beside rank 0: `python -m mlx_server.engine.follower FD`, FD an open socket to rank 0.
+"""A rank beside rank 0: `python -m mlx_server.engine.follower FD [FD]`, the first an open socket to
+rank 0.
+
+On another machine than rank 0's the second is one to the process that has started it, which says
+what to load here, and ends the rank when it ends.
 
 It holds its part of the model's weights and caches, and carries out the Plans that rank 0 writes.
 It knows no requests but those in Plans, and draws no tokens.
@@ -6,9 +10,11 @@ It knows no requests but those in Plans, and draws no tokens.
 
 import faulthandler
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +22,8 @@ from typing import TYPE_CHECKING
 from mlx_server.engine.idle import RELEASE_SECONDS, Chore, IdleTime
 from mlx_server.engine.loading import array_sizes_of, is_models_fault, prepare
 from mlx_server.engine.plan import Outcome, Plan
-from mlx_server.engine.ranks.leader import LeaderConnection
+from mlx_server.engine.protocol import FrameReader, Load, decode_to_engine
+from mlx_server.engine.ranks.leader import RECEIVE_BYTES, LeaderConnection
 from mlx_server.engine.ranks.messages import (
     Begin,
     Failing,
@@ -87,18 +94,19 @@ class Rank:
 
 def load(leader: LeaderConnection, begin: Begin) -> Rank:
     """Raises ModelError, RingError."""
-    options = begin.load.options
-    memory, _ = prepare(options)
+    options, hosts = begin.load.options, begin.load.hosts
+    memory, _ = prepare(begin.load)
     from mlx_server.engine.cache.prefix import PrefixCache
     from mlx_server.engine.ranks import ring
     from mlx_server.engine.ranks.sharing import Following
     from mlx_server.engine.run.backend import Backend
     from mlx_server.engine.run.runner import FollowingRunner
 
-    leader.tell(Prepared())
+    own = ring.free_addresses(hosts[begin.rank].addresses) if hosts else []
+    leader.tell(Prepared(os.getpid(), own))
     join = leader.command()
     assert isinstance(join, Join)
-    ranks = Following(ring.join(begin.rank, join.addresses), leader)
+    ranks = Following(ring.join(begin.rank, join.ranks), leader)
     backend = Backend(Path(begin.load.path), options, memory, ranks=ranks)
     leader.tell(Loaded(memory.limit - backend.weights_bytes))
     settled = leader.command()
@@ -109,13 +117,36 @@ def load(leader: LeaderConnection, begin: Begin) -> Rank:
     return Rank(leader, runner, memory)
 
 
+def load_here(starter: socket.socket) -> Load:
+    """What the process that has started this one wants loaded. From then on a thread ends this
+    process when that one ends.
+    """
+    frames = FrameReader()
+    while data := starter.recv(RECEIVE_BYTES):
+        for body in frames.feed(data):
+            threading.Thread(target=_end_with, args=(starter,), name="starter", daemon=True).start()
+            message = decode_to_engine(body)
+            assert isinstance(message, Load)
+            return message
+    raise SystemExit("nothing to load")
+
+
+def _end_with(starter: socket.socket) -> None:
+    while starter.recv(RECEIVE_BYTES):
+        continue
+    os._exit(0)
+
+
 def main() -> None:
-    """Entry of the process, which is in rank 0's group."""
+    """Entry of the process, which is in rank 0's group, or in one of its own."""
     faulthandler.register(signal.SIGUSR1)
+    here = load_here(socket.socket(fileno=int(sys.argv[2]))) if len(sys.argv) > 2 else None
     leader = LeaderConnection(socket.socket(fileno=int(sys.argv[1])))
     begin = leader.command()
     if not isinstance(begin, Begin):
         raise SystemExit(f"expected to be told to begin, got {type(begin).__name__}")
+    if here is not None:
+        begin = Begin(begin.rank, here)
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(levelname)s rank={begin.rank} %(message)s",

@@ -41,8 +41,7 @@ def load(
     Raises ModelError when the folder does not hold a model that can run.
     """
     started = time.perf_counter()
-    options = message.options
-    memory, blas = prepare(options)
+    memory, blas = prepare(message)
     work: Scheduler | Embedder
     width, mixed_steps, batching = 0, None, None
     if message.embedding is None:
@@ -84,9 +83,10 @@ def is_models_fault(error: Exception) -> bool:
     return isinstance(error, ModelError)
 
 
-def prepare(options: LoadOptions) -> "tuple[DeviceMemory, str | None]":
+def prepare(message: Load) -> "tuple[DeviceMemory, str | None]":
     """What comes before MLX is imported, and the limits of its memory; also which BLAS it has."""
-    if options.ranks > 1:
+    options = message.options
+    if options.ranks > 1 and not message.hosts:
         # On one machine: threads that outnumber processors wait for each other.
         threads = max(1, (os.cpu_count() or 1) // options.ranks)
         os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
@@ -179,9 +179,13 @@ def _ranks(message: Load, followers: "Followers") -> "Ranks":
 
     if message.adapter_path is not None:
         raise ModelError("LoRA adapters are not applied to models divided among ranks")
-    followers.ready()
-    addresses = ring.free_addresses(message.options.ranks)
-    group = ring.join(0, addresses, announce=lambda: followers.tell(Join(addresses)))
+    prepared = followers.ready()
+    if message.hosts:
+        own = ring.free_addresses(message.hosts[0].addresses)
+        ranks = [own, *(one.addresses for one in prepared)]
+    else:
+        ranks = [[one] for one in ring.free_addresses([ring.LOOPBACK] * message.options.ranks)]
+    group = ring.join(0, ranks, announce=lambda: followers.tell(Join(ranks)))
     return Leading(group, followers)
 
 

@@ -81,6 +81,13 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """Processes among which the model is divided; limits are those of each."""
 
 
+class RankHost(msgspec.Struct, frozen=True):
+    """The machine of a rank: what operators call it, and its IPv4 addresses for MLX's ring."""
+
+    name: str
+    addresses: list[str]
+
+
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"]
 
 
@@ -106,6 +113,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """A folder of LoRA adapters."""
     embedding: Embedding | None = None
     """None for a model that generates."""
+    hosts: list[RankHost] = []
+    """Of each rank of a model on several machines; empty if all ranks are on this one."""
 
 
 class Tokenizer(msgspec.Struct, frozen=True, tag="tokenizer"):
@@ -181,6 +190,16 @@ class Device(msgspec.Struct, frozen=True):
     def budget(self, limit: str) -> int:
         """Bytes: `limit`, which may be a share of all memory, but no more than is usable."""
         return min(parse_bytes(limit, self.memory), self.usable)
+
+    def wired(self, limit: str) -> int:
+        """Bytes that may be kept from being paged out: `auto`, `off`, or the most."""
+        match limit.strip():
+            case "auto":
+                return self.wirable
+            case "off":
+                return 0
+            case most:
+                return min(parse_bytes(most, 0), self.wirable)
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -326,6 +345,8 @@ class RankStats(msgspec.Struct, frozen=True):
     pid: int
     memory: Memory | None
     """None until it has told."""
+    host: str = ""
+    """Its machine, if the ranks are on several."""
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
@@ -367,7 +388,9 @@ def frame(message: msgspec.Struct) -> bytes:
 
 
 class FrameReader:
-    """Splits a byte stream into bodies of frames."""
+    """Splits a byte stream into bodies of frames. Raises msgspec.DecodeError for one that no
+    sender of ours would send.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -377,6 +400,8 @@ class FrameReader:
         start = 0
         while len(self._buffer) - start >= HEADER.size:
             (length,) = HEADER.unpack_from(self._buffer, start)
+            if length > MAX_FRAME:
+                raise msgspec.DecodeError(f"a frame of {length} bytes")
             end = start + HEADER.size + length
             if len(self._buffer) < end:
                 break

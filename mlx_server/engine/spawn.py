@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NICENESS = 5
@@ -39,22 +40,23 @@ class Child:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-async def spawn(module: str) -> Child:
-    """Run `module` with the number of its end of a socketpair as the only argument.
+async def spawn(module: str, sockets: Sequence[socket.socket] = ()) -> Child:
+    """Run `module` with the numbers of its end of a socketpair and of `sockets` as arguments.
 
     Standard error is a pipe to read. The child calls `leave_group` first and ends when its socket
     closes.
     """
     front, child = socket_pair()
     with child:
+        inherited = [child.fileno(), *(one.fileno() for one in sockets)]
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",
                 "-m",
                 module,
-                str(child.fileno()),
-                pass_fds=[child.fileno()],
+                *map(str, inherited),
+                pass_fds=inherited,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,

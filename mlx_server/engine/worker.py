@@ -1,4 +1,5 @@
-"""The engine process: `python -m mlx_server.engine.worker FD`, FD an open socket to the front.
+"""The engine process: `python -m mlx_server.engine.worker FD [FD …]`, the first an open socket to
+the front, the others to the model's ranks on other machines.
 
 One thread owns every array and runs the loop; another reads the socket, so that an abort or the
 end of the front is noticed while the device works.
@@ -204,8 +205,10 @@ class Engine:
         self.connection.sendall(frame(message))
 
 
-def start_followers(connection: socket.socket, inbox: Inbox, load: Load) -> "Followers | None":
-    """The other ranks of a model that is divided."""
+def start_followers(
+    connection: socket.socket, inbox: Inbox, load: Load, elsewhere: Sequence[socket.socket]
+) -> "Followers | None":
+    """The other ranks of a model that is divided; `elsewhere`: to those on other machines."""
     if load.options.ranks == 1 or load.embedding is not None:
         return None
     from mlx_server.engine.ranks.followers import Followers  # seldom needed
@@ -213,7 +216,7 @@ def start_followers(connection: socket.socket, inbox: Inbox, load: Load) -> "Fol
     def failed(reason: str) -> None:
         connection.sendall(frame(LoadFailed(reason)))
 
-    followers = Followers(load, failed)
+    followers = Followers(load, failed, elsewhere)
     inbox.before_end = followers.kill
     return followers
 
@@ -224,12 +227,12 @@ def main() -> None:
     leave_group()
     # The front asks before it ends an engine that hangs.
     faulthandler.register(signal.SIGUSR1)
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection, *elsewhere = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     inbox = Inbox(connection)
     message = inbox.wait()
     if not isinstance(message, Load):
         raise SystemExit(f"expected a load message first, got {type(message).__name__}")
-    followers = start_followers(connection, inbox, message)
+    followers = start_followers(connection, inbox, message, elsewhere)
     try:
         work, ready = load(message, followers)
     except Exception as error:

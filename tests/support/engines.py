@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from mlx_server.engine.client import EngineClient
+from mlx_server.engine.client import Elsewhere, EngineClient
 from mlx_server.engine.protocol import (
     Abort,
     Begun,
@@ -218,7 +218,7 @@ class Fleet:
     def __post_init__(self) -> None:
         self.may_load.set()
 
-    async def spawn(self, module: str) -> Child:
+    async def spawn(self, module: str, sockets: Sequence[socket.socket] = ()) -> Child:
         engine = ScriptedEngine(self, 1_000_000 + len(self.engines))
         self.engines.append(engine)
         try:
@@ -234,10 +234,11 @@ class Fleet:
         options: LoadOptions,
         adapter_path: Path | None = None,
         embedding: Embedding | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> EngineClient:
         """Start an engine as `EngineClient.start` does."""
         return await EngineClient.start(
-            model_id, path, options, adapter_path, embedding, spawn=self.spawn
+            model_id, path, options, adapter_path, embedding, elsewhere, spawn=self.spawn
         )
 
     @property

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,11 @@ def serving(
     ready: bool = True,
     steps_may_fail: bool = False,
     may_hang: bool = False,
+    before: Sequence[str] = (),
     **settings: object,
 ) -> Iterator[Server]:
-    """Run `mlx-server serve` with `flags`, and with `settings` as environment variables.
+    """Run `mlx-server serve` with `flags`, and with `settings` as environment variables; `before`
+    is what runs it.
 
     Waits for it to be ready, or just for it to answer. Ends all of its processes, and fails if
     SIGTERM had not done so already, or if an engine's step failed or hung: recovery hides that.
@@ -111,7 +113,7 @@ def serving(
     own |= {f"MLX_SERVER_{name.upper()}": _as_variable(value) for name, value in settings.items()}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_server", "serve", "--port", "0", *flags],
+            [*before, sys.executable, "-m", "mlx_server", "serve", "--port", "0", *flags],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

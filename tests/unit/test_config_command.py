@@ -34,9 +34,9 @@ def test_each_setting_tells_where_it_came_from(environment: dict[str, str], file
 
 
 def test_no_key_is_shown(environment: dict[str, str], file: Path) -> None:
-    file.write_text('api_keys = ["secret"]\n')
+    file.write_text('api_keys = ["hidden"]\nworker_secret = "hidden"\n')
     for arguments in (("config",), ("config", "--json")):
-        assert "secret" not in run(environment, *arguments).stdout
+        assert "hidden" not in run(environment, *arguments).stdout
 
 
 def test_only_what_was_set_is_shown_where_asked(environment: dict[str, str]) -> None:

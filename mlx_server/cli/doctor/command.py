@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,14 +30,31 @@ def doctor(
     as_json: JsonOption = False,
     host: HostOption = None,
     port: PortOption = None,
+    hosts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="MLX's file of hosts: check these and the links between them."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="ID|PATH",
+            help="With --hosts: compare this model's files. Repeatable.",
+        ),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Check the machine, the installation, folders, models, port and hub."""
+    """Check the machine, the installation, folders, models, port and hub; or other machines."""
     from rich.console import Console
 
     console = Console(highlight=False)
     findings = []
-    for finding in _findings(load_settings(config, host=host, port=port)):
+    settings = load_settings(config, host=host, port=port)
+    checks = _of_hosts(settings, hosts, model or []) if hosts else _findings(settings)
+    for finding in checks:
         findings.append(finding)
         if as_json:
             continue
@@ -61,6 +79,13 @@ def _lines(finding: Finding) -> "Table":
     if finding.fix:
         lines.add_row("", "", Text(f"→ {finding.fix}", "cyan"))
     return lines
+
+
+def _of_hosts(settings: "Settings", file: Path, models: list[str]) -> Iterator[Finding]:
+    from mlx_server.cli.doctor import hosts, machine
+
+    yield machine.versions()
+    yield from hosts.hosts(settings, file, models or settings.models)
 
 
 def _findings(settings: "Settings") -> Iterator[Finding]:

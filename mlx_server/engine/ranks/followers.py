@@ -1,6 +1,7 @@
-"""The processes of a model's other ranks, to rank 0, which starts them and ends when one ends.
+"""A model's other ranks to rank 0, which ends when one of them ends.
 
-They are in its process group, so that whoever ends the group ends them too.
+Those on this machine it starts itself, in its process group, so that whoever ends the group ends
+them too. Those on other machines have been started for it; it has a connection to each.
 """
 
 import contextlib
@@ -8,11 +9,12 @@ import logging
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -47,21 +49,34 @@ log = logging.getLogger("mlx_server.engine")
 
 
 class Follower:
-    """Another rank. `memory` is what it last said it uses."""
+    """Another rank. `memory` is what it last said it uses; `host` its machine, if not this one."""
 
-    def __init__(self, rank: int, load: Load) -> None:
+    def __init__(
+        self,
+        rank: int,
+        connection: socket.socket,
+        process: "subprocess.Popen[bytes] | None" = None,
+        host: str = "",
+    ) -> None:
         self.rank = rank
+        self.host = host
+        self.pid = process.pid if process else 0
         self.memory: Memory | None = None
         self.answers: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
-        self._connection, its = socket_pair()
+        self._connection = connection
+        self._process = process
+
+    @classmethod
+    def here(cls, rank: int) -> "Follower":
+        own, its = socket_pair()
         with its:
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "mlx_server.engine.follower", str(its.fileno())],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
-        self.tell(frame(Begin(rank, load)))
+        return cls(rank, own, process)
 
     def tell(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # it has ended, as the thread that reads will see
@@ -75,12 +90,30 @@ class Follower:
                 yield decode_from_rank(body)
 
     def how_it_ended(self) -> int:
-        """Its exit code, once its socket has closed; a negative number is a signal."""
-        try:
-            return self.process.wait(EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        """Its exit code, once its socket has closed; a negative number is a signal. That of a
+        process elsewhere is not known here.
+        """
+        if self._process is None:
             return GONE_CODE
+        try:
+            return self._process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return GONE_CODE
+
+    def wait(self, seconds: float) -> None:
+        """For its end, if it is a process of this machine."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+
+    def kill(self) -> None:
+        """Elsewhere it ends with its connection."""
+        if self._process is not None:
+            self._process.kill()
+        else:
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
 
     def _receive(self) -> bytes:
         try:
@@ -90,13 +123,29 @@ class Follower:
 
 
 class Followers:
-    """`failed` is told, in a thread, what a rank says of a model that it cannot load."""
+    """`failed` is told, in a thread, what a rank says of a model that it cannot load. `connections`
+    are to the ranks on other machines.
+    """
 
-    def __init__(self, load: Load, failed: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        load: Load,
+        failed: Callable[[str], None],
+        connections: Sequence[socket.socket] = (),
+    ) -> None:
         self._failed = failed
         self._stopping = False
         self._ending = threading.Lock()
-        self._all = [Follower(rank, load) for rank in range(1, load.options.ranks)]
+        if load.hosts:
+            places = zip(load.hosts[1:], connections, strict=True)
+            self._all = [
+                Follower(rank, connection, host=host.name)
+                for rank, (host, connection) in enumerate(places, 1)
+            ]
+        else:
+            self._all = [Follower.here(rank) for rank in range(1, load.options.ranks)]
+        for one in self._all:
+            one.tell(frame(Begin(one.rank, load)))
         self._readers = [
             threading.Thread(target=self._read, args=(one,), name=f"rank {one.rank}", daemon=True)
             for one in self._all
@@ -104,9 +153,12 @@ class Followers:
         for reader in self._readers:
             reader.start()
 
-    def ready(self) -> None:
+    def ready(self) -> list[Prepared]:
         """Waits until all are ready to join the ring."""
-        self._await(Prepared)
+        prepared = self._await(Prepared)
+        for one, told in zip(self._all, prepared, strict=True):
+            one.pid = told.pid
+        return prepared
 
     def loaded(self) -> list[Loaded]:
         """Waits until all have loaded."""
@@ -118,27 +170,31 @@ class Followers:
             one.tell(data)
 
     def stats(self) -> list[RankStats]:
-        return [RankStats(one.rank, one.process.pid, one.memory) for one in self._all]
+        return [RankStats(one.rank, one.pid, one.memory, one.host) for one in self._all]
 
     def hear_out(self) -> None:
         """This process has failed. If that is because another has, this does not return."""
-        deadline = time.monotonic() + REASON_SECONDS
-        for reader in self._readers:
-            reader.join(max(0.0, deadline - time.monotonic()))
+        self._join_readers(REASON_SECONDS)
 
     def close(self) -> None:
         """Returns once all have ended."""
         self._stopping = True
         self.tell(Stop())
         deadline = time.monotonic() + STOP_SECONDS
+        self._join_readers(STOP_SECONDS)
         for one in self._all:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                one.process.wait(max(0.0, deadline - time.monotonic()))
+            one.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
 
     def kill(self) -> None:
         for one in self._all:
-            one.process.kill()
+            one.kill()
+
+    def _join_readers(self, seconds: float) -> None:
+        """A reader ends when its rank has ended."""
+        deadline = time.monotonic() + seconds
+        for reader in self._readers:
+            reader.join(max(0.0, deadline - time.monotonic()))
 
     def _await(self, kind: type[Answer]) -> list[Answer]:
         answers = [one.answers.get() for one in self._all]
@@ -160,7 +216,7 @@ class Followers:
                 one.memory = memory
             case Failing(message=reason):
                 with self._ending:  # nobody else's end is told
-                    self._failed(reason)
+                    self._failed(f"host `{one.host}`: {reason}" if one.host else reason)
                     self.kill()
                     os._exit(1)
             case _:
@@ -170,7 +226,10 @@ class Followers:
         """End this process, so that all of them are started again."""
         code = one.how_it_ended()
         with self._ending:
-            log.critical("event=rank_ended rank=%d pid=%d code=%d", one.rank, one.process.pid, code)
+            log.critical(
+                "event=rank_ended rank=%d host=%s pid=%d code=%d",
+                *(one.rank, one.host or "here", one.pid, code),
+            )
             self.kill()
             if code == -signal.SIGKILL:
                 # By which the front knows that memory may have run out.

@@ -6,7 +6,7 @@ from mlx_server.engine.plan import Plan
 from mlx_server.engine.protocol import Load, Memory
 
 Addresses = list[str]
-"""Where each rank listens, as `address:port`."""
+"""Where a rank listens, each as `address:port`; it has as many links to each neighbour."""
 
 
 # rank 0 → the others
@@ -22,7 +22,7 @@ class Begin(msgspec.Struct, frozen=True, tag="begin"):
 class Join(msgspec.Struct, frozen=True, tag="join"):
     """All are ready: join the ring, and load."""
 
-    addresses: Addresses
+    ranks: list[Addresses]
 
 
 class Settled(msgspec.Struct, frozen=True, tag="settled"):
@@ -71,7 +71,12 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"): ...
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
-    """All that comes before the weights is done."""
+    """All that comes before the weights is done. `addresses`: free ones, where ranks are on several
+    machines.
+    """
+
+    pid: int
+    addresses: Addresses = []
 
 
 class Loaded(msgspec.Struct, frozen=True, tag="loaded"):

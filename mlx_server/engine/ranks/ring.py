@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,17 +26,24 @@ class RingError(Exception):
     """The ranks cannot be connected."""
 
 
-def free_addresses(count: int) -> Addresses:
-    """On this machine; all of them were free a moment ago."""
+def free_addresses(hosts: Iterable[str]) -> Addresses:
+    """A port of each of `hosts`, addresses of this machine; all of them were free a moment ago.
+    Raises RingError.
+    """
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind((LOOPBACK, 0))
-        return [f"{LOOPBACK}:{one.getsockname()[1]}" for one in sockets]
+        found = []
+        for host in hosts:
+            one = stack.enter_context(socket.socket())
+            try:
+                one.bind((host, 0))
+            except OSError as error:
+                raise RingError(f"{host} is no address of this machine") from error
+            found.append(f"{host}:{one.getsockname()[1]}")
+        return found
 
 
 def join(
-    rank: int, addresses: Addresses, announce: Callable[[], None] = lambda: None
+    rank: int, ranks: list[Addresses], announce: Callable[[], None] = lambda: None
 ) -> mx.distributed.Group:
     """Connect to the neighbours, all of whom do the same now. Raises RingError.
 
@@ -45,13 +52,14 @@ def join(
     """
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder, "hosts.json")
-        hosts.write_text(json.dumps([[address] for address in addresses]))
+        hosts.write_text(json.dumps(ranks))
         os.environ |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
         faulthandler.dump_traceback_later(JOIN_SECONDS, exit=True)
         announce()
         try:
             return mx.distributed.init(strict=True, backend="ring")
         except RuntimeError as error:
-            raise RingError(f"rank {rank} cannot listen on {addresses[rank]}: {error}") from error
+            where = ", ".join(ranks[rank])
+            raise RingError(f"rank {rank} cannot listen on {where}: {error}") from error
         finally:
             faulthandler.cancel_dump_traceback_later()

@@ -4,8 +4,10 @@ from collections.abc import Collection
 
 from mlx_server.models.pool.open_requests import OpenRequest
 
-CRASH, KILL = 2, 1
-"""SIGKILL is weaker evidence: it comes from outside, if perhaps for a request's memory."""
+CRASH, KILL, LOSS = 2, 1, 0
+"""SIGKILL is weaker evidence: it comes from outside, if perhaps for a request's memory. The loss of
+another machine is none.
+"""
 SUSPICION = 4
 """From here a request runs alone."""
 PROOF = 6

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import msgspec
 
-from mlx_server.engine.client import EngineClient
-from mlx_server.engine.protocol import Embedding, LoadOptions, Ready
+from mlx_server.engine.client import Elsewhere, EngineClient
+from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
 from mlx_server.errors import ModelLoadFailed, ServerError, reason
 from mlx_server.events import event
+from mlx_server.models.hosts.elsewhere import RanksElsewhere
+from mlx_server.models.hosts.machines import Machines
 from mlx_server.models.pool.needs import LoadPlan
 from mlx_server.models.pool.resumable import ResumableEngine
 from mlx_server.models.pool.supervisor import EngineSupervisor
@@ -23,7 +25,8 @@ from mlx_server.models.text.client import ModelText, TextProcess
 from mlx_server.telemetry.tracing import load_span
 
 StartEngine = Callable[
-    [str, Path, LoadOptions, Path | None, Embedding | None], Awaitable[EngineClient]
+    [str, Path, LoadOptions, Path | None, Embedding | None, Elsewhere | None],
+    Awaitable[EngineClient],
 ]
 
 log = logging.getLogger("mlx_server.pool")
@@ -56,6 +59,7 @@ class ModelLoader:
     texts: TextProcess
     start_engine: StartEngine
     model_sampling: bool
+    machines: Machines
 
     async def load(self, plan: LoadPlan) -> LoadedModel:
         """Leaves nothing behind on failure or cancellation."""
@@ -151,9 +155,16 @@ class ModelLoader:
         )
         entry = plan.entry
         async with asyncio.timeout(self.load_timeout):
+            elsewhere = await self._ranks_elsewhere(plan, options)
             return await self.start_engine(
-                entry.id, plan.path, options, entry.adapter_path, plan.embedding
+                entry.id, plan.path, options, entry.adapter_path, plan.embedding, elsewhere
             )
+
+    async def _ranks_elsewhere(self, plan: LoadPlan, options: LoadOptions) -> RanksElsewhere | None:
+        if not plan.hosts:
+            return None
+        load = Load(str(plan.path), options)
+        return await self.machines.take(plan.hosts, plan.entry.id, plan.path, plan.need.total, load)
 
 
 async def _stop_all(processes: Iterable[EngineClient]) -> None:

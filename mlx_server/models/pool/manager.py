@@ -21,6 +21,7 @@ from mlx_server.errors import (
     Unavailable,
 )
 from mlx_server.events import event
+from mlx_server.models.hosts.machines import Machines
 from mlx_server.models.pool.arranger import Arranger
 from mlx_server.models.pool.device import find_device
 from mlx_server.models.pool.loading import LoadedModel, ModelLoader, StartEngine
@@ -59,6 +60,7 @@ class ModelPoolManager:
         self._find_device = find_device
         self._texts = texts or TextProcess(settings.prompt_timeout, settings.stable_prompts)
         self.planner = MemoryPlanner(settings.kv_cache)
+        self.machines = Machines(settings)
         loader = ModelLoader(
             home=settings.home,
             load_timeout=settings.load_timeout,
@@ -66,6 +68,7 @@ class ModelPoolManager:
             texts=self._texts,
             start_engine=start_engine,
             model_sampling=settings.model_sampling,
+            machines=self.machines,
         )
         self._slots: dict[str, Slot] = {}
         self._arranger = Arranger(self._slots, self.planner, loader, settings.swap_interval)
@@ -74,7 +77,9 @@ class ModelPoolManager:
         """Known once started."""
 
     async def start(self, models: list[str]) -> None:
-        """Begin to load `models` in the background. Raises Unavailable if MLX is unusable."""
+        """Begin to load `models` in the background. Raises Unavailable if MLX is unusable, or the
+        address where workers join.
+        """
         self.device = device = await self._find_device()
         self.planner.use(device, self.settings.memory_limit, self.settings.wired_memory)
         log.info(
@@ -87,6 +92,7 @@ class ModelPoolManager:
                 wirable=self.planner.wirable,
             )
         )
+        await self.machines.start(device)
         for name in self.settings.pinned:
             (await self._slot(name)).pinned = True
         for model_id in models:
@@ -100,6 +106,7 @@ class ModelPoolManager:
         self._stopping = True
         await self._arranger.stop()
         await self._texts.kill()
+        await self.machines.stop()
 
     @property
     def not_ready_reason(self) -> str | None:
@@ -266,10 +273,11 @@ class ModelPoolManager:
         slot.measuring = True
         options = self.settings.load_options(slot.entry.id)
         replicas = self.settings.replicas_of(slot.entry.id)
+        hosts = self.machines.of_model(slot.entry.id)
         try:
             draft = await asyncio.to_thread(self._draft_of, slot)
             slot.plan = await asyncio.to_thread(
-                self.planner.plan, slot.entry, options, replicas, draft
+                self.planner.plan, slot.entry, options, replicas, draft, hosts
             )
         except ServerError as error:
             slot.fail(error)

@@ -54,14 +54,17 @@ class LoadPlan:
     replicas: int = 1
     """Engines, each of as many processes as its options have `ranks`; each process takes `need`."""
     draft: ModelEntry | None = None
+    hosts: tuple[str, ...] = ()
+    """Other machines, each of which takes one rank of each engine; this one has rank 0 then."""
 
     @property
     def processes(self) -> int:
-        return self.replicas * self.options.ranks
+        """On this machine."""
+        return self.replicas * (1 if self.hosts else self.options.ranks)
 
     @property
     def bytes(self) -> int:
-        """Of all processes."""
+        """Of this machine."""
         return self.need.total * self.processes
 
 
@@ -82,13 +85,7 @@ class MemoryPlanner:
         self.budget = device.budget(memory_limit)
         self.on_cpu = device.name == "cpu"
         self.overhead = CUDA_CONTEXT if device.name == "cuda" else 0
-        match wired_memory.strip():
-            case "auto":
-                self.wirable = device.wirable
-            case "off":
-                self.wirable = 0
-            case limit:
-                self.wirable = min(parse_bytes(limit, 0), device.wirable)
+        self.wirable = device.wired(wired_memory)
 
     def plan(
         self,
@@ -96,23 +93,26 @@ class MemoryPlanner:
         options: LoadOptions,
         replicas: int = 1,
         draft: ModelEntry | None = None,
+        hosts: tuple[str, ...] = (),
     ) -> LoadPlan:
-        """With a `draft` model beside it. Blocks on files. Raises ModelLoadFailed,
-        InsufficientMemory beyond `budget`.
+        """With a `draft` model beside it, divided among this machine and `hosts`. Blocks on files.
+        Raises ModelLoadFailed, InsufficientMemory beyond `budget`.
         """
         if entry.path is None:
             raise ModelLoadFailed("it has not been pulled yet")
         if draft is not None:
             options = msgspec.structs.replace(options, draft_path=str(_draft_folder(draft)))
+        if hosts:
+            options = msgspec.structs.replace(options, ranks=1 + len(hosts))
         mode = options.dequantize
         float32 = mode == "always" or (mode == "auto" and self.on_cpu)
         try:
-            plan = self._plan(entry, entry.path, options, float32, replicas)
+            plan = self._plan(entry, entry.path, options, float32, replicas, hosts)
         except InsufficientMemory:
             if not float32 or mode == "always":
                 raise
             # Slower as stored, but it runs.
-            plan = self._plan(entry, entry.path, options, False, replicas)
+            plan = self._plan(entry, entry.path, options, False, replicas, hosts)
         return replace(plan, draft=draft)
 
     def grant_wired(self, plan: LoadPlan, others: int) -> LoadPlan:
@@ -129,14 +129,20 @@ class MemoryPlanner:
         return replace(plan, need=corrected, wired=facts.memory.wired)
 
     def _plan(
-        self, entry: ModelEntry, path: Path, options: LoadOptions, float32: bool, replicas: int
+        self,
+        entry: ModelEntry,
+        path: Path,
+        options: LoadOptions,
+        float32: bool,
+        replicas: int,
+        hosts: tuple[str, ...],
     ) -> LoadPlan:
         embedding, longest = None, None
         if entry.embeds:
             files = read_embedding(path)
             embedding, longest = files.embedding, files.longest
             footprint = read_embedding_footprint(path, float32, longest)
-            options = msgspec.structs.replace(options, ranks=1)
+            options, hosts = msgspec.structs.replace(options, ranks=1), ()
         else:
             _check_division(entry, path, options)
             whole = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
@@ -150,12 +156,15 @@ class MemoryPlanner:
             dequantize="always" if float32 else "never",
             context_length=min(limits, default=None),
         )
-        need = self._need(footprint, options, replicas)
-        return LoadPlan(entry, path, footprint, need, options, embedding, replicas=replicas)
+        ranks = 1 if hosts else options.ranks
+        need = self._need(footprint, options, replicas, ranks)
+        return LoadPlan(
+            entry, path, footprint, need, options, embedding, replicas=replicas, hosts=hosts
+        )
 
-    def _need(self, footprint: Footprint, options: LoadOptions, replicas: int) -> Need:
-        """Of each process."""
-        processes = replicas * options.ranks
+    def _need(self, footprint: Footprint, options: LoadOptions, replicas: int, ranks: int) -> Need:
+        """Of each process, `ranks` of each engine being on this machine."""
+        processes = replicas * ranks
         weights = self._measured.get(footprint, footprint.weights)
         context = min(footprint.context_length, options.context_length or footprint.context_length)
         working = footprint.working(options.max_batch)
@@ -164,7 +173,7 @@ class MemoryPlanner:
         least = fixed + smallest_kv
         if least * processes > self.budget:
             raise InsufficientMemory(
-                f"it needs {least * processes:,} bytes of memory{_among(replicas, options.ranks)} "
+                f"it needs {least * processes:,} bytes of memory{_among(replicas, ranks)} "
                 f"and all models together may take {self.budget:,}"
             )
         of_all = parse_bytes(self.kv_cache or DEFAULT_KV_SHARE, self.budget)

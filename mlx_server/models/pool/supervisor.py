@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import Awaitable, Callable
 
@@ -10,7 +9,7 @@ from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Stats
 from mlx_server.errors import LoadCrashed, Unavailable
 from mlx_server.events import event
-from mlx_server.models.pool.blame import CRASH, KILL
+from mlx_server.models.pool.blame import CRASH, KILL, LOSS
 from mlx_server.models.pool.replica import Replica
 
 MAX_LOAD_ATTEMPTS = 3
@@ -122,11 +121,15 @@ class EngineSupervisor:
                 model=engine.model_id,
                 pid=process.pid,
                 how=process.how_it_ended,
+                lost_host=process.lost_host,
                 requests=engine.in_flight,
             )
         )
         self._fruitless = 0 if engine.progressed else self._fruitless + 1
-        killed = process.process.returncode == -signal.SIGKILL and not hung
+        if process.lost_host is not None:
+            engine.detach(LOSS)
+            return 1.0
+        killed = process.killed and not hung
         engine.detach(KILL if killed else CRASH)
         return KV_SHARE_AFTER_KILL if killed else 1.0
 

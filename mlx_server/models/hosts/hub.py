@@ -1,0 +1,242 @@
+"""Where workers on other machines join the server, and are asked to take ranks."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Collection, Sequence
+
+import msgspec
+
+from mlx_server.engine.protocol import Device, Load, RankHost
+from mlx_server.errors import ModelLoadFailed, reason
+from mlx_server.events import event
+from mlx_server.models.hosts.connection import Connection, ConnectionLost
+from mlx_server.models.hosts.elsewhere import RanksElsewhere
+from mlx_server.models.hosts.host import Host, HostLost, Lease, RankRefused
+from mlx_server.models.hosts.messages import (
+    MAX_OPENING,
+    Digests,
+    Dismissed,
+    Join,
+    Purpose,
+    decode_purpose,
+)
+from mlx_server.models.hosts.opening import OPENING_SECONDS, NotTrusted, admit
+
+MOST_OPENINGS = 32
+"""Connections that have not shown yet that they know the secret."""
+BACKLOG = 128
+
+log = logging.getLogger("mlx_server.hosts")
+
+
+class Hub:
+    """`names`: of the machines that may join. `own_addresses`: of this one, for MLX's ring; if
+    none, the one that workers see. `patience`: seconds that a machine may be away.
+    """
+
+    def __init__(
+        self,
+        names: Collection[str],
+        secret: bytes,
+        versions: dict[str, str],
+        patience: float,
+        own_addresses: Sequence[str] = (),
+    ) -> None:
+        self.troubles: dict[str, str] = {}
+        """Why a machine is not there, as far as somebody knows."""
+        self._names = frozenset(names)
+        self._secret = secret
+        self._versions = versions
+        self._patience = patience
+        self._own_addresses = list(own_addresses)
+        self._device: Device | None = None
+        self._hosts: dict[str, Host] = {}
+        self._unfit: dict[str, str] = {}
+        self._joined = asyncio.Condition()
+        self._openings = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, listener: socket.socket, device: Device) -> None:
+        """`device` is this machine's."""
+        self._device = device
+        listener.setblocking(False)
+        listener.listen(BACKLOG)
+        self._own(asyncio.create_task(self._accept(listener), name="hosts"))
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def names(self) -> list[str]:
+        """Of the machines that are there."""
+        return [name for name, host in self._hosts.items() if not host.lost.is_set()]
+
+    async def take(
+        self, names: Sequence[str], model: str, digests: Digests, need: int, load: Load
+    ) -> RanksElsewhere:
+        """Have each of `names` take a rank, waiting for those that are away. Raises
+        ModelLoadFailed, which names the machine that stays away or refuses.
+        """
+        deadline = asyncio.get_running_loop().time() + self._patience
+        while True:
+            hosts = [await self.present(name, deadline) for name in names]
+            load = msgspec.structs.replace(load, hosts=self._rank_hosts(hosts))
+            leases = [host.lease(model, digests, need, load) for host in hosts]
+            try:
+                return RanksElsewhere(load.hosts, leases, await _connections(leases))
+            except HostLost:
+                continue
+
+    async def present(self, name: str, deadline: float | None = None) -> Host:
+        """Waits for it. Raises ModelLoadFailed, which names it and tells why it cannot be had."""
+        if deadline is None:
+            deadline = asyncio.get_running_loop().time() + self._patience
+        try:
+            async with asyncio.timeout_at(deadline), self._joined:
+                while (host := self._hosts.get(name)) is None or host.lost.is_set():
+                    if (why := self._unfit.get(name)) is not None:
+                        raise ModelLoadFailed(f"host `{name}`: {why}")
+                    await self._joined.wait()
+                return host
+        except TimeoutError:
+            trouble = f" ({self.troubles[name]})" if name in self.troubles else ""
+            raise ModelLoadFailed(
+                f"host `{name}` is away: no worker of it has joined within "
+                f"{self._patience:g} seconds{trouble}"
+            ) from None
+
+    def _rank_hosts(self, hosts: Sequence[Host]) -> list[RankHost]:
+        """Raises ModelLoadFailed."""
+        # Only the last rank connects to the first.
+        own = self._own_addresses or [hosts[-1].seen_from]
+        for host in hosts:
+            if len(host.addresses) != len(own):
+                raise ModelLoadFailed(
+                    f"host `{host.name}` has {len(host.addresses)} addresses for the ring and this "
+                    f"machine {len(own)}"
+                )
+        return [RankHost("", own), *(RankHost(host.name, host.addresses) for host in hosts)]
+
+    # who comes
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except OSError as error:  # of the connection, or for want of files
+                    log.warning(event("worker_not_accepted", reason=reason(error)))
+                    await asyncio.sleep(1)
+                    continue
+                if self._openings >= MOST_OPENINGS:
+                    sock.close()
+                else:
+                    self._own(asyncio.create_task(self._receive(sock)))
+
+    def _own(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _receive(self, sock: socket.socket) -> None:
+        try:
+            connection = Connection(sock)
+        except OSError:  # it has gone
+            sock.close()
+            return
+        lease = None
+        try:
+            purpose = await self._admitted(connection)
+            if isinstance(purpose, Join):
+                await self._welcome(connection, purpose)
+            elif purpose is not None and (lease := self._lease(purpose.ticket)) is not None:
+                lease.connection.set_result(connection.hand_over())
+        except ConnectionLost as error:
+            log.info(event("worker_gone", peer=connection.peer, reason=error))
+        finally:
+            if lease is None:
+                connection.close()
+
+    async def _admitted(self, connection: Connection) -> Purpose | None:
+        """What it wants, if it knows the secret. Raises ConnectionLost."""
+        self._openings += 1
+        try:
+            async with asyncio.timeout(OPENING_SECONDS):
+                await admit(connection, self._secret)
+                purpose: Purpose = decode_purpose(await connection.receive(MAX_OPENING))
+                return purpose
+        except (NotTrusted, TimeoutError, msgspec.MsgspecError) as error:
+            why = str(error) or "nothing was said"
+            log.warning(event("worker_refused", peer=connection.peer, reason=why))
+            return None
+        finally:
+            self._openings -= 1
+
+    def _lease(self, ticket: str) -> Lease | None:
+        found = (host.expects(ticket) for host in self._hosts.values())
+        return next((lease for lease in found if lease is not None), None)
+
+    async def _welcome(self, connection: Connection, join: Join) -> None:
+        name = join.name
+        if (why := self._fault(join)) is not None:
+            log.warning(event("worker_refused", host=name, peer=connection.peer, reason=why))
+            if name in self._names:
+                await self._note(name, why)
+            await connection.send(Dismissed(why))
+            return
+        if (former := self._hosts.get(name)) is not None:
+            await former.dismiss(f"another worker has joined as `{name}`")
+        host = Host(connection, join)
+        self._hosts[name] = host
+        await self._note(name, None)
+        log.info(event("worker_joined", host=name, peer=connection.peer, budget=join.budget))
+        try:
+            why = await host.run()
+            log.warning(event("worker_lost", host=name, reason=why))
+        finally:
+            if self._hosts.get(name) is host:
+                del self._hosts[name]
+
+    async def _note(self, name: str, unfit: str | None) -> None:
+        """Why a machine that has come cannot be used; None for one that can."""
+        self._unfit.pop(name, None)
+        if unfit is not None:
+            self._unfit[name] = unfit
+        async with self._joined:
+            self._joined.notify_all()
+
+    def _fault(self, join: Join) -> str | None:
+        """Why a worker is of no use here."""
+        if join.name not in self._names:
+            return f"the server has no use for a worker called `{join.name}`"
+        for name, ours in self._versions.items():
+            if (theirs := join.versions.get(name, "missing")) != ours:
+                return f"it has {name} {theirs} and the server {ours}"
+        assert self._device is not None
+        if join.device.name != self._device.name:
+            return f"its device is {join.device.name} and the server's {self._device.name}"
+        return None
+
+
+async def _connections(leases: Sequence[Lease]) -> list[socket.socket]:
+    """Of all, or of none. Raises HostLost, ModelLoadFailed."""
+    waits = [lease.connection for lease in leases]
+    try:
+        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_EXCEPTION)
+        for one in done:
+            one.result()
+    except RankRefused as error:
+        name = next(lease.host.name for lease in leases if lease.refused)
+        _release(leases)
+        raise ModelLoadFailed(f"host `{name}`: {error}") from error
+    except BaseException:
+        _release(leases)
+        raise
+    return [wait.result() for wait in waits]
+
+
+def _release(leases: Sequence[Lease]) -> None:
+    for lease in leases:
+        lease.release()

@@ -1,0 +1,204 @@
+"""A model divided among machines, for which workers on this one stand, behind a real server."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.test_ranks import SETTINGS, all_of, asked, ranks_of
+from tests.support.hosts import SECRET, Worker, free_port, over, working
+from tests.support.server import Answer, Server, logged, serving, until
+from tests.support.ties import same
+from tests.support.tiny import build_tiny_model
+
+PATIENCE = 60.0
+ENDS_SECONDS = 2.0
+TOKENS = 100
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", context=4096)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[Answer]:
+    """What one process answers."""
+
+    async def answers(server: Server) -> list[Answer]:
+        async with server.client(timeout=300) as client:
+            return await all_of(client, asked(TOKENS))
+
+    with serving(tmp_path_factory.mktemp("alone"), "--model", str(model), **SETTINGS) as server:
+        return asyncio.run(answers(server))
+
+
+class Second:
+    """Another machine, whose worker may end and come back."""
+
+    def __init__(self, home: Path, port: int, stack: contextlib.ExitStack) -> None:
+        self.port = port
+        self.worker: Worker
+        self._home = home
+        self._stack = stack
+
+    def come(self) -> None:
+        self.worker = self._stack.enter_context(working(self._home, self.port))
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Second]:
+    with contextlib.ExitStack() as stack:
+        made = Second(tmp_path_factory.mktemp("second"), free_port(), stack)
+        made.come()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, model: Path, second: Second) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("home")
+    flags = ("--model", str(model), "--worker", "second")
+    with serving(home, *flags, may_hang=True, steps_may_fail=True, **ours(second.port)) as server:
+        yield server
+
+
+def ours(port: int) -> dict[str, Any]:
+    own = {"worker_host": "127.0.0.1", "worker_port": port, "worker_secret": SECRET}
+    return SETTINGS | own
+
+
+async def heals(pair: Server, expected: list[Answer], harm: Any) -> None:
+    """Streams that run while `harm` is done get what one process answers."""
+    ranks = await ranks_of(pair)
+    async with pair.client(timeout=300) as client:
+        streams = asyncio.create_task(all_of(client, asked(TOKENS)))
+        await asyncio.sleep(0.3)
+        await harm(ranks)
+        for answer, known in zip(await streams, expected, strict=True):
+            same(answer, known)
+    after = await ranks_of(pair, other_than=ranks)
+    assert all(map(over, ranks)), (ranks, after)
+
+
+async def test_the_text_is_that_of_one_process(
+    pair: Server, second: Second, expected: list[Answer]
+) -> None:
+    async with pair.client(timeout=300) as client:
+        for answer, known in zip(await all_of(client, asked(TOKENS)), expected, strict=True):
+            same(answer, known)
+    state = (await pair.models())["tiny"]
+    ranks = state["replicas"][0]["ranks"]
+    assert [(rank["rank"], rank["host"]) for rank in ranks] == [(0, ""), (1, "second")]
+    assert [rank["pid"] for rank in ranks] == [state["pid"], second.worker.ranks()[0].pid]
+    # What is reserved here is this machine's rank.
+    assert state["need"] < sum(rank["memory"]["limit"] for rank in ranks)
+
+
+async def test_a_rank_elsewhere_that_is_killed_is_replaced(
+    pair: Server, expected: list[Answer]
+) -> None:
+    async def kill(ranks: list[int]) -> None:
+        os.kill(ranks[1], signal.SIGKILL)
+
+    await heals(pair, expected, kill)
+
+
+async def test_a_rank_elsewhere_that_hangs_is_replaced(
+    pair: Server, expected: list[Answer]
+) -> None:
+    async def stop(ranks: list[int]) -> None:
+        os.kill(ranks[1], signal.SIGSTOP)
+
+    await heals(pair, expected, stop)
+
+
+async def test_a_machine_that_goes_and_comes_back(
+    pair: Server, second: Second, expected: list[Answer]
+) -> None:
+    """Its rank ends with it, wherever it was."""
+
+    async def leave(ranks: list[int]) -> None:
+        second.worker.process.kill()
+
+        async def ended() -> bool:
+            return over(ranks[1])
+
+        await until(ended, ENDS_SECONDS)
+        second.come()
+
+    await heals(pair, expected, leave)
+    lost = [one for one in logged(pair.log.read_text(), "engine_ended") if one.get("lost_host")]
+    assert [one["lost_host"] for one in lost] == ["second"]
+
+
+async def test_all_ends_with_the_server(model: Path, tmp_path: Path) -> None:
+    """Even one that is killed; the worker waits for the next."""
+    port = free_port()
+    with working(tmp_path / "second", port) as worker:
+        flags = ("--model", str(model), "--worker", "second")
+        with serving(tmp_path / "home", *flags, **ours(port)) as server:
+            processes = [one.pid for one in (*worker.ranks(), *server.engines())]
+            assert len(processes) == 2
+            server.process.kill()
+
+            async def all_over() -> bool:
+                return all(map(over, processes))
+
+            await until(all_over, ENDS_SECONDS)
+        with serving(tmp_path / "home", *flags, **ours(port)):
+            assert len(worker.ranks()) == 1
+
+
+# what ends the command in one line
+
+
+def ended(home: Path, *command: str, **variables: str) -> tuple[int, list[str]]:
+    """The exit code, and the lines that are no events."""
+    own = {"MLX_SERVER_HOME": str(home), "HF_HOME": str(home / "hub")}
+    own |= {f"MLX_SERVER_{name.upper()}": value for name, value in variables.items()}
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_server", *command],
+        capture_output=True,
+        text=True,
+        env=os.environ | own,
+        timeout=60,
+    )
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    return done.returncode, lines
+
+
+async def test_a_worker_with_another_secret_ends(pair: Server, second: Second, home: Path) -> None:
+    join = ("worker", "--join", f"127.0.0.1:{second.port}", "--name", "second")
+    code, lines = await asyncio.to_thread(ended, home, *join, worker_secret="another of sixteen")
+    where = f"127.0.0.1:{second.port}"
+    assert lines == [f"mlx-server: the server at {where} refuses: the secret is not the same"]
+    assert code == 1
+    refused = logged(pair.log.read_text(), "worker_refused")
+    assert refused[-1]["reason"] == "the secret is not the same"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+def test_a_server_whose_only_model_lacks_a_machine_ends(model: Path, home: Path) -> None:
+    code, lines = ended(
+        home,
+        *("serve", "--port", "0", "--model", str(model), "--worker", "second"),
+        worker_secret=SECRET,
+        worker_port="0",
+        worker_host="127.0.0.1",
+        host_wait="0.5",
+    )
+    away = "host `second` is away: no worker of it has joined within 0.5 seconds"
+    assert code == 1
+    assert len(lines) == 1, lines
+    assert away in lines[0]
