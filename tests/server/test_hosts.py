@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from tests.server.test_ranks import SETTINGS, all_of, asked, ranks_of
 from tests.support.hosts import SECRET, Worker, free_port, over, working
-from tests.support.server import Answer, Server, logged, serving, until
+from tests.support.server import CHAT, Answer, Server, ask, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
@@ -136,6 +137,54 @@ async def test_a_machine_that_goes_and_comes_back(
     await heals(pair, expected, leave)
     lost = [one for one in logged(pair.log.read_text(), "engine_ended") if one.get("lost_host")]
     assert [one["lost_host"] for one in lost] == ["second"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+async def test_whatever_ends_no_stream_notices(pair: Server, second: Second) -> None:
+    """Any rank, the worker with its rank, the worker stopped until it counts as gone."""
+    rng = random.Random(6)
+    ends = [rng.choice(["engine", "rank", "worker"]) for _ in range(20)] + ["stopped"]
+    async with pair.client(timeout=600) as client:
+        bodies = asked(400)
+        expected = await all_of(client, bodies)
+        answers = ties = 0
+        done = asyncio.Event()
+
+        async def repeat(body: dict[str, Any], known: Answer) -> None:
+            nonlocal answers, ties
+            while not done.is_set():
+                ties += same(await ask(client, CHAT, body), known)
+                answers += 1
+
+        async with asyncio.TaskGroup() as group:
+            for body, known in zip(bodies, expected, strict=True):
+                group.create_task(repeat(body, known))
+            ranks: list[int] = []
+            for end in ends:
+                ranks = await ranks_of(pair, other_than=ranks)
+                await asyncio.sleep(rng.random() / 2)
+                match end:
+                    case "engine":
+                        os.kill(ranks[0], signal.SIGKILL)
+                    case "rank":
+                        os.kill(ranks[1], signal.SIGKILL)
+                    case "worker":
+                        second.worker.process.kill()
+                        second.come()
+                    case "stopped":
+                        second.worker.process.send_signal(signal.SIGSTOP)
+                        await until(lambda: counts_as_lost(pair), 15)
+                        second.worker.process.send_signal(signal.SIGCONT)
+            await ranks_of(pair, other_than=ranks)
+            done.set()
+    print(f"{len(ends)} ends, {answers} answers, {ties} near-ties")
+    assert ties <= 1 + answers // 4
+
+
+async def counts_as_lost(server: Server) -> bool:
+    lost = logged(server.log.read_text(), "worker_lost")
+    return "silent" in lost[-1]["reason"] if lost else False
 
 
 async def test_all_ends_with_the_server(model: Path, tmp_path: Path) -> None:

@@ -94,11 +94,11 @@ class Machines:
             self._ssh = asyncio.create_task(ssh.run(), name="ssh")
 
     async def stop(self) -> None:
+        if self._hub is not None:
+            await self._hub.stop()
         if self._ssh is not None:
             self._ssh.cancel()
             await asyncio.wait([self._ssh])
-        if self._hub is not None:
-            await self._hub.stop()
 
     async def host(self, name: str) -> Host:
         """Waits for it as a load would. Raises ModelLoadFailed."""

@@ -6,7 +6,6 @@ that ends. The secret goes the same way.
 """
 
 import asyncio
-import contextlib
 import logging
 import shlex
 import time
@@ -105,9 +104,10 @@ class SshWorkers:
                 said = line.decode(errors="replace").strip()[:SHOWN_CHARACTERS]
                 self._troubles[name] = said
                 log.info(event("host_log", host=name, line=said))
+            await process.wait()
         finally:
             process.stdin.close()
-            with contextlib.suppress(ProcessLookupError):
+            if process.returncode is None:
                 process.terminate()
             code = await process.wait()
             log.info(event("host_left", host=name, code=code))

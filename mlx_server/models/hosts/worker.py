@@ -125,7 +125,7 @@ class RankProcess:
 
     async def end(self) -> int:
         """At once; returns its exit code."""
-        with contextlib.suppress(ProcessLookupError):
+        if self.process.returncode is None:
             self.process.kill()
         try:
             return await self.process.wait()
