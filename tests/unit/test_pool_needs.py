@@ -223,6 +223,18 @@ def test_models_that_embed_are_never_divided(tmp_path: Path) -> None:
     bert = build_tiny_bert(tmp_path / "bert")
     options = msgspec.structs.replace(OPTIONS, ranks=2)
     assert planner().plan(entry(bert, embeds=True), options).options.ranks == 1
+    plan = planner().plan(entry(bert, embeds=True), OPTIONS, hosts=("second",))
+    assert (plan.hosts, plan.options.ranks) == ((), 1)
+
+
+def test_this_machine_has_one_rank_of_several_machines(path: Path) -> None:
+    plan = planner().plan(entry(path), OPTIONS, replicas=2, hosts=("second",))
+    assert (plan.options.ranks, plan.processes, plan.hosts) == (2, 2, ("second",))
+    assert plan.bytes == 2 * plan.need.total
+    here = msgspec.structs.replace(OPTIONS, ranks=2)
+    assert plan.footprint == planner().plan(entry(path), here).footprint
+    with pytest.raises(ModelLoadFailed, match="ranks"):
+        planner().plan(entry(path), OPTIONS, hosts=("second", "third"))
 
 
 def test_ranks_share_what_may_be_wired(path: Path) -> None:

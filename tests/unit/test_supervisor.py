@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlx_server.engine import client as client_module
-from mlx_server.engine.client import EngineClient
+from mlx_server.engine.client import Elsewhere, EngineClient
 from mlx_server.engine.protocol import Embed, Generate, LoadOptions, Row, Sampling, Stop, Tokens
 from mlx_server.errors import EngineFailed, LoadCrashed, ModelLoadFailed, Unavailable
 from mlx_server.models.pool import supervisor as supervisor_module
@@ -90,13 +90,18 @@ class Reader:
 
 
 @asynccontextmanager
-async def supervised(works: bool = False, hang_timeout: float = 60) -> AsyncIterator[Supervised]:
+async def supervised(
+    works: bool = False,
+    hang_timeout: float = 60,
+    elsewhere: Callable[[], "Elsewhere | None"] = lambda: None,
+) -> AsyncIterator[Supervised]:
     fleet = Fleet(works=works)
     shares: list[float] = []
 
     async def start(kv_share: float) -> EngineClient:
         shares.append(kv_share)
-        return await fleet.start("scripted", Path("scripted"), LoadOptions(kv_limit=1))
+        options = LoadOptions(kv_limit=1)
+        return await fleet.start("scripted", Path("scripted"), options, elsewhere=elsewhere())
 
     engine = ResumableEngine("scripted")
     supervisor = EngineSupervisor(await start(1.0), engine.replicas[0], start, hang_timeout)
@@ -453,3 +458,90 @@ async def test_an_engine_on_metal_gets_longer_to_end_before_it_is_killed(
     engine = await fleet.start("scripted", tmp_path, LoadOptions(kv_limit=1))
     await engine.stop()
     assert engine.how_it_ended == how
+
+
+# ranks on other machines
+
+
+class OneElsewhere:
+    """A rank on a machine that goes when `go` is called, or is killed there."""
+
+    hosts = ()
+    sockets = ()
+
+    def __init__(self) -> None:
+        self.lost_host: str | None = None
+        self.killed = False
+        self.released = False
+        self._lost = asyncio.Event()
+
+    def go(self) -> None:
+        self.lost_host = "second"
+        self._lost.set()
+
+    async def until_lost(self) -> None:
+        await self._lost.wait()
+
+    async def heard(self) -> None: ...
+
+    def close_sockets(self) -> None: ...
+
+    def release(self) -> None:
+        self.released = True
+
+
+async def test_the_loss_of_a_machine_ends_the_engine_and_is_no_requests_fault() -> None:
+    made: list[OneElsewhere] = []
+
+    def elsewhere() -> OneElsewhere:
+        made.append(OneElsewhere())
+        return made[-1]
+
+    async with supervised(elsewhere=elsewhere) as one:
+        reader = one.ask(10)
+        for _ in range(9):  # as often as would be enough to find any request guilty
+            await one.has(1)
+            one.process.begin(*one.process.open)
+            one.process.step(*one.process.open)
+            await reader.got(len(made))
+            made[-1].go()
+            await one.replaced()
+        assert all(each.released for each in made[:-1])
+        assert set(one.kv_shares) == {1.0}
+        await one.has(1)
+        one.process.step(*one.process.open)
+        assert await reader.task == list(range(3, 13))
+
+
+async def test_a_rank_elsewhere_that_was_killed_counts_as_a_kill() -> None:
+    made: list[OneElsewhere] = []
+
+    def elsewhere() -> OneElsewhere:
+        made.append(OneElsewhere())
+        return made[-1]
+
+    async with supervised(elsewhere=elsewhere) as one:
+        one.ask(5)
+        await one.has(1)
+        made[-1].killed = True
+        one.process.crash(GONE_CODE)
+        await one.replaced()
+        assert one.kv_shares == [1.0, KV_SHARE_AFTER_KILL]
+
+
+GONE_CODE = 71
+
+
+async def test_a_load_that_loses_a_machine_names_it(tmp_path: Path) -> None:
+    fleet = Fleet()
+    fleet.may_load.clear()
+    there = OneElsewhere()
+    starting = asyncio.create_task(
+        fleet.start("scripted", tmp_path, LoadOptions(kv_limit=1), elsewhere=there)
+    )
+    await settled(lambda: fleet.engines)
+    there.go()
+    with pytest.raises(LoadCrashed, match="host `second` went away while the model was loading"):
+        await starting
+    assert there.released
+    assert not fleet.running
