@@ -20,6 +20,7 @@ from tests.support.tiny import build_tiny_model
 MODEL = "sturdy"
 CONTEXT = 256
 PULL = "/admin/models/pull"
+LOAD = f"/admin/models/{MODEL}/load"
 AT_ONCE = 2.0
 """Seconds within which any of them is refused."""
 MESSAGES = json.dumps(HELLO)
@@ -142,10 +143,12 @@ NOT_AN_OBJECT: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT, PULL])
+@pytest.mark.parametrize("path", [CHAT, TEXT, PULL, LOAD])
 @pytest.mark.parametrize("name", NOT_AN_OBJECT)
 def test_what_is_no_json_object_is_refused(client: httpx.Client, path: str, name: str) -> None:
-    assert_refused(send(client, path, NOT_AN_OBJECT[name]))
+    optional = path == LOAD and name in ("nothing", "null")
+    answer = send(client, path, NOT_AN_OBJECT[name])
+    assert answer.status_code == 200 if optional else assert_refused(answer)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_what_is_no_json_object_is_refused(client: httpx.Client, path: str, name
     ],
     ids=str,
 )
-@pytest.mark.parametrize("path", [CHAT, TEXT, PULL])
+@pytest.mark.parametrize("path", [CHAT, TEXT, PULL, LOAD])
 def test_what_headers_say_of_a_bad_body_makes_it_no_better(
     client: httpx.Client, path: str, headers: dict[str, str]
 ) -> None:
@@ -662,7 +665,7 @@ IN_A_PATH = [name for name, text in NAMES.items() if len(text) < 1000 and text !
 def test_a_name_that_is_no_model_is_refused_in_a_path_too(client: httpx.Client, name: str) -> None:
     place = f"/admin/models/{quote(NAMES[name], safe='')}"
     for answer in (
-        send(client, f"{place}/load", b"[" * 100_000),
+        send(client, f"{place}/load", b"{}"),
         send(client, f"{place}/unload", b"\xff"),
         client.delete(place),
         client.get(f"/v1/models/{quote(NAMES[name], safe='')}"),
@@ -675,7 +678,7 @@ def test_a_name_that_is_no_model_is_refused_in_a_path_too(client: httpx.Client, 
 TOO_LARGE = 9 * 1024 * 1024
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT, PULL, f"/admin/models/{MODEL}/load"])
+@pytest.mark.parametrize("path", [CHAT, TEXT, PULL, LOAD])
 def test_a_body_beyond_the_limit_is_refused(client: httpx.Client, path: str) -> None:
     assert_refused(send(client, path, b'{"model": "' + b"m" * TOO_LARGE), 413)
 

@@ -19,7 +19,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 PROMPT = re.escape("\x1b[?2004h")
 """The editor takes keys: it has asked for pastes to be marked."""
 
-ANSWERING = re.escape("\x1b[?2004l") + ".*" + re.escape("\x1b[?25l")
+ANSWERING = re.escape("\x1b[?2004l") + ".*?" + re.escape("\x1b[?25l")
 """The editor has ended, and an answer hides the cursor."""
 
 
