@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -251,3 +252,19 @@ def test_a_server_whose_only_model_lacks_a_machine_ends(model: Path, home: Path)
     assert code == 1
     assert len(lines) == 1, lines
     assert away in lines[0]
+
+
+def test_a_file_of_hosts_that_is_wrong_is_one_line(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "hosts.json"
+    file.write_text('[{"ssh": "first", "ips": ["127.0.0.1"]}]')
+    code, lines = ended(home, "serve", "--port", "0", "--hosts", str(file))
+    assert (code, lines) == (1, [f"mlx-server: hosts file {file}: it names fewer than two hosts"])
+
+
+def test_a_port_for_workers_that_is_in_use_is_one_line(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        own = {"worker_secret": SECRET, "worker_host": "127.0.0.1", "worker_port": str(port)}
+        code, lines = ended(home, "serve", "--port", "0", "--worker", "second", **own)
+    why = f"cannot listen for workers on 127.0.0.1 port {port}: Address already in use"
+    assert (code, lines) == (1, [f"mlx-server: {why}"])

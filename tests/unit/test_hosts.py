@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from mlx_server.config import Settings
-from mlx_server.engine.protocol import HEADER, Device, Load, LoadOptions, frame
+from mlx_server.engine.protocol import HEADER, Device, FrameReader, Load, LoadOptions, frame
 from mlx_server.errors import ModelLoadFailed, Unavailable
 from mlx_server.models.hosts import connection, hub, opening, worker
 from mlx_server.models.hosts.connection import Connection, ConnectionLost
@@ -213,6 +213,11 @@ async def test_the_last_to_join_by_a_name_has_it() -> None:
         assert made.names() == ["second"]
         first.close()
         second.close()
+
+
+def test_a_frame_that_nobody_of_ours_would_send_is_refused() -> None:
+    with pytest.raises(msgspec.DecodeError, match="a frame of 4026531840 bytes"):
+        list(FrameReader().feed(HEADER.pack(0xF0000000)))
 
 
 # ranks
