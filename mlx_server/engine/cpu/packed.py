@@ -29,7 +29,9 @@ LIBRARIES = ("onnxruntime", "onnx")
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of modules that are called one after the other with the same input."""
 FEW_ROWS = 4
-"""Up to which products with packed weights are not slower."""
+"""Up to which products with packed weights are not slower, if there are many of these."""
+MANY_WEIGHTS = 1 << 21
+"""Of fewer, products with several rows are as fast in float32."""
 OPERATORS = "com.microsoft"
 OPSET, FORMAT = 17, 8
 """Versions of ONNX's operators and files that any ONNX Runtime of these years reads."""
@@ -127,6 +129,7 @@ class Product:
         options.add_external_initializers(list(parts), values)
         _share_threads()
         self.outputs = outputs
+        self.few_rows = FEW_ROWS if outputs * inputs >= MANY_WEIGHTS else 1
         self._session = onnxruntime.InferenceSession(
             _graph(outputs, inputs, groups, bits), options, providers=["CPUExecutionProvider"]
         )
@@ -156,6 +159,10 @@ class Shared:
     def bytes(self) -> int:
         return self._product.bytes
 
+    @property
+    def few_rows(self) -> int:
+        return self._product.few_rows
+
     def part(self, index: int, x: mx.array) -> mx.array:
         """Of the module at `index`; computed for all when the first of them asks."""
         if self._x is not x:
@@ -175,6 +182,10 @@ class Share:
     def bytes(self) -> int:
         return 0 if self.index else self.shared.bytes
 
+    @property
+    def few_rows(self) -> int:
+        return self.shared.few_rows
+
     def __call__(self, x: mx.array) -> mx.array:
         return self.shared.part(self.index, x)
 
@@ -188,8 +199,8 @@ def _nibbles(numbers: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(numbers[..., ::2] | (numbers[..., 1::2] << 4))
 
 
-def _few(x: mx.array) -> bool:
-    return x.size <= FEW_ROWS * x.shape[-1]
+def _few(x: mx.array, product: "Product | Share") -> bool:
+    return x.size <= product.few_rows * x.shape[-1]
 
 
 class PackedLinear(QuantizedLinear):
@@ -210,7 +221,7 @@ class FewRowsLinear(Linear):
     """With float32 weights for more rows."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not _few(x):
+        if not _few(x, self.product):
             return super().__call__(x)
         product: mx.array = self.product(x)
         return product + self["bias"] if "bias" in self else product
@@ -218,7 +229,7 @@ class FewRowsLinear(Linear):
 
 class FewRowsEmbedding(Embedding):
     def as_linear(self, x: mx.array) -> mx.array:
-        multiply = self.product if _few(x) else super().as_linear
+        multiply = self.product if _few(x, self.product) else super().as_linear
         return cast(mx.array, multiply(x))
 
 
