@@ -196,7 +196,9 @@ class Settings(BaseSettings):
         "does not fit what is left of them is not wired.",
     )
     dequantize: Literal["auto", "always", "never"] = Field(
-        "auto", description="Dequantize weights to float32 at load; `auto` does on a CPU device."
+        "auto",
+        description="Dequantize weights to float32 at load; `auto` does on a CPU device where they "
+        "fit, and keeps the quantized ones for few rows.",
     )
     openblas: str = Field(
         "auto", description="The OpenBLAS that a Linux CPU uses: `auto`, `off` or a path."

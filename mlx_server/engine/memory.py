@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import psutil
 
-from mlx_server.engine.cpu import cgroup, heap
+from mlx_server.engine.cpu import cgroup, heap, packed
 from mlx_server.engine.protocol import Device, Memory
 from mlx_server.engine.wiring import Wiring
 
@@ -23,7 +23,10 @@ def device_name() -> str:
 
 def read_device() -> Device:
     name = device_name()
-    return describe(name, {} if name == "cpu" else mx.device_info(), _host_memory())
+    if name == "cpu":
+        host = _host_memory()
+        return Device(name, memory=host, usable=host, packs=packed.available())
+    return describe(name, mx.device_info(), _host_memory())
 
 
 def describe(name: str, info: Mapping[str, str | int], host: int) -> Device:

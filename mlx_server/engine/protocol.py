@@ -63,8 +63,11 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """Bytes written to that folder in a day, at most."""
     kernels_folder: str | None = None
     """Where kernels that MLX compiles are kept; None leaves that to MLX."""
-    dequantize: Literal["auto", "always", "never"] = "auto"
-    """`auto`: to float32 on a CPU, if that fits the memory limit."""
+    dequantize: Literal["auto", "always", "both", "packed", "never"] = "auto"
+    """`auto`: to float32 on a CPU, if that fits the memory limit. `packed`: all but quantized
+    weights, by which a CPU with the library for it multiplies as they are. `both` has them so
+    for few rows and in float32 for more.
+    """
     openblas: str = "auto"
     """`auto`, `off`, or the path of a library, for a Linux CPU."""
     max_batch: int = 32
@@ -180,12 +183,15 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"): ...
 class Device(msgspec.Struct, frozen=True):
     """`metal`, `cuda` or `cpu`, and its bytes: all, those that models may use, and of these those
     that can be kept from being paged out.
+
+    `packs`: a CPU whose engines multiply by quantized weights as they are.
     """
 
     name: str
     memory: int
     usable: int
     wirable: int = 0
+    packs: bool = False
 
     def budget(self, limit: str) -> int:
         """Bytes: `limit`, which may be a share of all memory, but no more than is usable."""

@@ -1,10 +1,12 @@
 """What a model is promised of the budget, and what its engine is told."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
+from mlx_lm.utils import load_model, quantize_model, save_model
 
 from mlx_server.engine.protocol import LoadOptions, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed
@@ -130,6 +132,37 @@ def test_weights_stay_as_they_are_stored_where_float32_does_not_fit(tmp_path: Pa
     always = msgspec.structs.replace(OPTIONS, dequantize="always")
     with pytest.raises(InsufficientMemory):
         planner(budget).plan(entry(path), always)
+
+
+@pytest.mark.parametrize(
+    ("less_than", "told"),
+    [(None, "both"), ("both", "always"), ("always", "packed"), ("packed", "never")],
+)
+def test_a_cpu_gets_the_fastest_format_that_fits(
+    tmp_path: Path, less_than: str | None, told: str
+) -> None:
+    path = _quantized(build_tiny_model(tmp_path / "plain", hidden=256), tmp_path / "quantized")
+    whole = {
+        "both": read_footprint(path, True, packed=True),
+        "always": read_footprint(path, True),
+        "packed": read_footprint(path, False, packed=True),
+    }
+    able = planner(AMPLE if less_than is None else _least(whole[less_than]) - 1)
+    able.packs = True
+    plan = able.plan(entry(path), OPTIONS)
+    assert plan.options.dequantize == told
+    assert plan.footprint == whole.get(told, read_footprint(path, False))
+    divided = msgspec.structs.replace(OPTIONS, ranks=2)
+    assert able.plan(entry(path), divided).options.dequantize in ("always", "never")
+
+
+def _quantized(path: Path, folder: Path) -> Path:
+    model, config = load_model(path)
+    model, config = quantize_model(model, config, group_size=64, bits=4)
+    folder.mkdir()
+    save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _least(footprint: Footprint) -> int:

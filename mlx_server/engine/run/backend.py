@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_server.dimensions import context_length
 from mlx_server.engine.cache.layout import Cache, KvLayout
 from mlx_server.engine.cache.quant import CannotQuantize, check_support, quantize_cache
+from mlx_server.engine.cpu import packed
 from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions, Sharing
 from mlx_server.engine.ranks.sharing import ALONE, Ranks
@@ -28,6 +30,9 @@ from mlx_server.engine.run.weights import (
     read_weights,
 )
 
+PACKS = {"both": packed.FEW_ROWS, "packed": sys.maxsize}
+"""Rows up to which packed weights are used, by `LoadOptions.dequantize`."""
+
 log = logging.getLogger("mlx_server.engine")
 
 
@@ -35,11 +40,11 @@ class Backend:
     """`release` frees what outlives a step, when nothing runs.
 
     `tokens_within_scores`: from how many tokens are computed to how many a chunk may have.
-    `eager`: passes over several tokens a row compute while they are built. `mixes`: several caches
-    can share a pass; `mixed_steps` says so for people, or why not. `guesses`: rows can draw several
-    tokens in one; where one is wrong, `goes_back` says that all tokens of the pass are undone for
-    the row, and those that were right are computed again. `ranks`: the processes that compute it
-    together.
+    `eager`: passes over several tokens a row compute while they are built, and so do those over
+    one of no more than `eager_rows`. `mixes`: several caches can share a pass; `mixed_steps` says
+    so for people, or why not. `guesses`: rows can draw several tokens in one; where one is wrong,
+    `goes_back` says that all tokens of the pass are undone for the row, and those that were right
+    are computed again. `ranks`: the processes that compute it together.
     """
 
     def __init__(
@@ -60,11 +65,15 @@ class Backend:
         self.model_type = str(config.get("model_type", "unknown"))
         own = context_length(config)
         self.context_length = min(own, options.context_length or own)
+        products = packed.products(self.model) if options.dequantize in PACKS else {}
         self.model, self.dequantized = as_computed(self.model, options, memory, ranks)
         if ranks.group is not None:
             divide(self.model, config, ranks.group)
         self.kv_bits = _usable_kv_bits(self.model, options)
-        self.weights_bytes = read_weights(self.model)
+        packed.use(self.model, products)
+        taken = sum(product.bytes for product in products.values())
+        self.eager_rows = PACKS[options.dequantize] if products else 0
+        self.weights_bytes = taken + read_weights(self.model)
         # One token, never computed: only shapes are asked for. The output's width may differ from
         # the tokenizer's vocabulary.
         cache = self.new_cache()

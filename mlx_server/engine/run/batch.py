@@ -150,10 +150,14 @@ class Batch:
     def step(self, *chunk: Part) -> list[Row]:
         """Start the next step, with `chunk` in the same pass, and read the one before it.
 
-        There must be rows for a chunk to go with.
+        There must be rows for a chunk to go with. A step that is computed while it is built is read
+        at once.
         """
         previous = self.pending  # until it is read, so that a failure loses none of its rows
         self.drop_ended()
+        at_once = len(self.rows) <= self._model.eager_rows
+        if previous and at_once:
+            return self.settle()
         following = self._build(*chunk) if self.rows else None
         if previous:
             self.failed += previous.finish()
@@ -164,7 +168,7 @@ class Batch:
         self.pending = following
         if following:
             following.begin_masks()
-        return rows
+        return self.settle() if at_once else rows
 
     def settle(self) -> list[Row]:
         """Read the step under way, start no other. Rows that have ended stay, since dropping them

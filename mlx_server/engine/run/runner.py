@@ -309,6 +309,8 @@ class Runner:
         if not self.model.eager:  # the device begins once the step is done that has been read
             began = time.perf_counter()
         self._mixed = _MixedChunk(*chunk, began)
+        if self.batch.pending is None:
+            self._end_mixed(outcome)
         return rows
 
     def _settle(self, outcome: Outcome) -> list[Row]:

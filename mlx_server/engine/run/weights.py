@@ -89,6 +89,9 @@ def as_computed(
     model: Any, options: LoadOptions, memory: DeviceMemory, ranks: Ranks = ALONE
 ) -> tuple[Any, bool]:
     """`model` in the format it is computed in, and whether that was changed to float32."""
+    if options.dequantize == "packed":
+        model.set_dtype(mx.float32)  # all but what is quantized
+        return model, False
     if not ranks.agreed(_wants_float32(options, model, memory, ranks.size)):
         return model, False
     model = dequantize_model(model)
@@ -99,7 +102,7 @@ def as_computed(
 def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory, ranks: int) -> bool:
     """On a CPU float32 runs several times faster than any narrower format."""
     if options.dequantize != "auto":
-        return options.dequantize == "always"
+        return options.dequantize in ("always", "both")
     needed = int(get_total_parameters(model)) * FLOAT32_BYTES // ranks
     return device_name() == "cpu" and needed < memory.limit
 

@@ -127,10 +127,14 @@ class Footprint:
 
 
 def read_footprint(
-    path: Path, float32: bool, adapter: Path | None = None, kv_bits: int | None = None
+    path: Path,
+    float32: bool,
+    adapter: Path | None = None,
+    kv_bits: int | None = None,
+    packed: bool = False,
 ) -> Footprint:
-    """`float32` dequantizes weights, `kv_bits` quantizes KV caches. Raises ModelLoadFailed for
-    damaged files.
+    """`float32` dequantizes weights, `packed` computes in float32 with quantized ones; with both,
+    there are both. `kv_bits` quantizes KV caches. Raises ModelLoadFailed for damaged files.
     """
     config = read_config(path)
     tensors = [tensor for file in sorted(path.glob(WEIGHTS)) for tensor in _tensors(file)]
@@ -138,14 +142,17 @@ def read_footprint(
         raise ModelLoadFailed(f"{path.name} has no {WEIGHTS} file.")
     added = _tensors(adapter / ADAPTER_WEIGHTS) if adapter else []
     stored = sum(tensor.bytes for tensor in (*tensors, *added))
-    parameters = _parameters(tensors, config) + sum(tensor.elements for tensor in added)
+    parameters = _parameters(tensors, config) + _elements(added)
     weights = parameters * FLOAT32_BYTES if float32 else stored
+    if packed:
+        rest = 0 if float32 else FLOAT32_BYTES
+        weights = _packed_bytes(tensors, rest) + (weights if float32 else rest * _elements(added))
     ends = [tensor for tensor in tensors if UNDIVIDED.search(tensor.name)]
     undivided = (
         _parameters(ends, config) * FLOAT32_BYTES if float32 else sum(one.bytes for one in ends)
     )
     wide = sum(tensor.bytes for tensor in tensors if tensor.dtype == "F32") > stored / 2
-    size = FLOAT32_BYTES if float32 or wide else KV_BYTES
+    size = FLOAT32_BYTES if float32 or packed or wide else KV_BYTES
     width = number(config, WIDTH)
     return Footprint(
         float32=float32,
@@ -227,19 +234,43 @@ def _tensor(name: str, entry: dict[str, Any]) -> _Tensor:
 
 def _parameters(tensors: list[_Tensor], config: dict[str, Any]) -> int:
     """After dequantization: packed weights unpack, scales and biases go."""
-    quantized = {t.name.removesuffix(".scales") for t in tensors if t.name.endswith(".scales")}
+    scales = _scales(tensors)
     settings = config.get("quantization")
     settings = settings if isinstance(settings, dict) else {}
     total = 0
     for tensor in tensors:
         base, _, part = tensor.name.rpartition(".")
-        if base not in quantized:
+        if base not in scales:
             total += tensor.elements
         elif part == "weight":
             own = settings.get(base)
             bits = (own if isinstance(own, dict) else settings).get("bits")
             total += tensor.bytes * 8 // (bits if bits in PACKED_BITS else 4)
     return total
+
+
+def _packed_bytes(tensors: list[_Tensor], rest: int) -> int:
+    """Of quantized weights to multiply by, with `rest` bytes for each number of all others."""
+    scales = _scales(tensors)
+    total = 0
+    for tensor in tensors:
+        base, _, part = tensor.name.rpartition(".")
+        if base not in scales:
+            total += tensor.elements * rest
+        elif part == "weight":
+            copies = 2 if rest and UNDIVIDED.search(tensor.name) else 1  # its rows are read, too
+            total += copies * (tensor.bytes + 3 * scales[base].elements * FLOAT32_BYTES)
+    return total
+
+
+def _elements(tensors: list[_Tensor]) -> int:
+    return sum(tensor.elements for tensor in tensors)
+
+
+def _scales(tensors: list[_Tensor]) -> dict[str, _Tensor]:
+    """Of quantized weights, by the names of their modules."""
+    ends = [tensor for tensor in tensors if tensor.name.endswith(".scales")]
+    return {tensor.name.removesuffix(".scales"): tensor for tensor in ends}
 
 
 def _kv_bytes_per_token(config: Config, size: int, kv_bits: int | None) -> int:

@@ -1,7 +1,9 @@
 """Plans models' memory."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -14,6 +16,8 @@ from mlx_server.models.store.embedding_files import read_embedding
 from mlx_server.models.store.folder import read_config
 from mlx_server.units import parse_bytes
 
+Format = Literal["auto", "always", "both", "packed", "never"]
+"""`LoadOptions.dequantize`"""
 DEFAULT_KV_SHARE = "25%"
 """Of the budget, per model."""
 CUDA_CONTEXT = 1536 << 20
@@ -74,6 +78,8 @@ class MemoryPlanner:
     """Per model: bytes, or a share of the budget."""
     budget: int = 0
     on_cpu: bool = False
+    packs: bool = False
+    """Whether engines multiply by quantized weights as they are."""
     overhead: int = 0
     """Bytes of each engine beside its arrays."""
     wirable: int = 0
@@ -83,7 +89,7 @@ class MemoryPlanner:
     def use(self, device: Device, memory_limit: str, wired_memory: str) -> None:
         """The limits are as in the settings."""
         self.budget = device.budget(memory_limit)
-        self.on_cpu = device.name == "cpu"
+        self.on_cpu, self.packs = device.name == "cpu", device.packs
         self.overhead = CUDA_CONTEXT if device.name == "cuda" else 0
         self.wirable = device.wired(wired_memory)
 
@@ -104,16 +110,27 @@ class MemoryPlanner:
             options = msgspec.structs.replace(options, draft_path=str(_draft_folder(draft)))
         if hosts:
             options = msgspec.structs.replace(options, ranks=1 + len(hosts))
-        mode = options.dequantize
-        float32 = mode == "always" or (mode == "auto" and self.on_cpu)
-        try:
-            plan = self._plan(entry, entry.path, options, float32, replicas, hosts)
-        except InsufficientMemory:
-            if not float32 or mode == "always":
-                raise
-            # Slower as stored, but it runs.
-            plan = self._plan(entry, entry.path, options, False, replicas, hosts)
+        plan = self._first_that_fits(entry, entry.path, options, replicas, hosts)
         return replace(plan, draft=draft)
+
+    def _first_that_fits(
+        self,
+        entry: ModelEntry,
+        path: Path,
+        options: LoadOptions,
+        replicas: int,
+        hosts: tuple[str, ...],
+    ) -> LoadPlan:
+        """A format is slower than the one before it, and smaller."""
+        formats: list[Format] = [options.dequantize]
+        if options.dequantize == "auto":
+            formats = ["both", "always", "packed", "never"] if self.on_cpu else ["never"]
+        if not self.packs or options.ranks > 1 or entry.embeds:
+            formats = [format_ for format_ in formats if format_ not in ("both", "packed")]
+        for format_ in formats[:-1]:
+            with suppress(InsufficientMemory):
+                return self._plan(entry, path, options, format_, replicas, hosts)
+        return self._plan(entry, path, options, formats[-1], replicas, hosts)
 
     def grant_wired(self, plan: LoadPlan, others: int) -> LoadPlan:
         """`others`: bytes that other models may wire or have wired."""
@@ -133,10 +150,11 @@ class MemoryPlanner:
         entry: ModelEntry,
         path: Path,
         options: LoadOptions,
-        float32: bool,
+        format_: Format,
         replicas: int,
         hosts: tuple[str, ...],
     ) -> LoadPlan:
+        float32, packed = format_ in ("always", "both"), format_ in ("packed", "both")
         embedding, longest = None, None
         if entry.embeds:
             files = read_embedding(path)
@@ -145,15 +163,16 @@ class MemoryPlanner:
             options, hosts = msgspec.structs.replace(options, ranks=1), ()
         else:
             _check_division(entry, path, options)
-            whole = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
+            whole = read_footprint(path, float32, entry.adapter_path, options.kv_bits, packed)
             footprint = whole.of_rank(options.ranks)
         if options.draft_path is not None:
-            draft = read_footprint(Path(options.draft_path), float32, kv_bits=options.kv_bits)
+            draft_path = Path(options.draft_path)
+            draft = read_footprint(draft_path, float32, None, options.kv_bits, packed)
             footprint = footprint.beside(draft)
         limits = [limit for limit in (options.context_length, longest) if limit is not None]
         options = msgspec.structs.replace(
             options,
-            dequantize="always" if float32 else "never",
+            dequantize=format_,
             context_length=min(limits, default=None),
         )
         ranks = 1 if hosts else options.ranks
