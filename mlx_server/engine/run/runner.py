@@ -220,7 +220,9 @@ class Runner:
         started, reads = time.perf_counter(), self.batch.pending is not None
         rows = self.batch.step()
         seconds = time.perf_counter() - started
-        if rows:
+        if rows and self.batch.pending is None:
+            outcome.settle_seconds, outcome.rows = seconds, len(rows)
+        elif rows:
             outcome.step_seconds, outcome.rows = seconds, len(rows)
         elif not reads:
             outcome.start_seconds, outcome.rows = seconds, len(self.batch.rows)
@@ -232,7 +234,7 @@ class Runner:
         started = time.perf_counter()
         rows = self._settle(outcome)
         if rows:
-            outcome.step_seconds, outcome.rows = time.perf_counter() - started, len(rows)
+            outcome.settle_seconds, outcome.rows = time.perf_counter() - started, len(rows)
         yield Tokens(rows)
         self.batch.drop_ended()
         guesses = self._found(most, outcome)
