@@ -139,7 +139,14 @@ class MemoryPlanner:
             options = msgspec.structs.replace(options, ranks=1)
         else:
             _check_division(entry, path, options)
-            whole = read_footprint(path, float32, entry.adapter_path, options.kv_bits)
+            head = options.speculation == "auto" and options.draft_path is None
+            whole = read_footprint(
+                path,
+                float32,
+                entry.adapter_path,
+                options.kv_bits,
+                head=head and options.ranks == 1,
+            )
             footprint = whole.of_rank(options.ranks)
         if options.draft_path is not None:
             draft = read_footprint(Path(options.draft_path), float32, kv_bits=options.kv_bits)
