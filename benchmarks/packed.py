@@ -44,7 +44,7 @@ def stepped(model: Backend, rows: int) -> float:
     tokens, times = mx.full((rows, 1), 5, dtype=mx.uint32), []
     for _ in range(STEPS + 2):
         started = time.perf_counter()
-        logits = model.step([Part(tokens, together)], rows)
+        logits = model.step([Part(tokens, together)], rows).logits
         tokens = mx.argmax(logits[:, -1], axis=-1)[:, None]
         mx.eval(tokens)
         times.append(time.perf_counter() - started)

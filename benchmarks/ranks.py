@@ -89,7 +89,7 @@ def measure(folder: Path, rank: int, addresses: list[str], rows: list[int], step
         times = []
         for _ in range(steps + 2):
             started = time.perf_counter()
-            mx.eval(backend.step([part], count))
+            mx.eval(backend.step([part], count).logits)
             times.append(1000 * (time.perf_counter() - started))
         return times[2:]
 

@@ -5,7 +5,8 @@
 MODEL_FOLDER holds the model that writes freely; float32 is advised, as in the other benchmarks.
 Editing is measured with random weights in SmolLM2-135M's shapes that answer with a given text, so
 that guesses come true as often as with a model that is able to edit. So is a draft model: a small
-one answers with the same text, wrongly at some 30 % of its places.
+one answers with the same text, wrongly at some 30 % of its places; and so is a model with a head of
+its own, in the manner of Qwen 3.5, which is wrong as often.
 """
 
 import argparse
@@ -23,10 +24,11 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 from llguidance import LLMatcher
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
+from mlx_lm.models import llama, qwen3_5
 
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Sampling
+from mlx_server.engine.run.heads.qwen import QwenHead
 from mlx_server.models.pool.resumable import ResumableEngine
 from mlx_server.models.text.grammars.parts import JSON_OPTIONS
 
@@ -51,8 +53,23 @@ DRAFT_SHAPES = SHAPES | {
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
 }
+HEADED_WIDTH = 768
+HEADED_SHAPES = {
+    "hidden_size": HEADED_WIDTH,
+    "num_hidden_layers": 16,
+    "intermediate_size": 2048,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "linear_num_value_heads": 12,
+    "linear_num_key_heads": 12,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "vocab_size": 8192,
+    "max_position_embeddings": 8192,
+}
 MISTAKEN = 0.3
-"""Share of the places at which the draft model is wrong."""
+"""Share of the places at which the draft model, or the head, is wrong."""
 TEXT, EDITED, WRONG, BEGIN = 1000, 3000, 5000, 999
 """The first tokens of the text, of its edited places, and of the draft model's mistakes, and the
 one that the answer follows.
@@ -108,6 +125,41 @@ def build_answering(
         mx.array([BEGIN, *text[:-1]])
     ]
     weights["model.embed_tokens.weight"], weights["lm_head.weight"] = known, head
+    kind = getattr(mx, dtype)
+    weights = {name: array.astype(kind) for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+def build_headed(folder: Path, dtype: str) -> Path:
+    """Write a model with a head of its own that answers with the text; the head is mistaken."""
+    folder.mkdir(parents=True)
+    config = {"model_type": "qwen3_5", "text_config": HEADED_SHAPES}
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.random.seed(0)
+    model = qwen3_5.Model(qwen3_5.ModelArgs.from_dict(config))
+    arguments = model.language_model.args
+    layer = qwen3_5.DecoderLayer(arguments, arguments.full_attention_interval - 1)
+    own = QwenHead(layer, HEADED_WIDTH, arguments.rms_norm_eps)
+    weights = dict(tree_flatten(model.parameters()))
+    of_head: dict[str, mx.array] = dict(tree_flatten(cast(Any, own).parameters()))
+    weights |= {f"language_model.mtp.{name}": one for name, one in of_head.items()}
+    for name in weights:
+        if any(part in name for part in ("o_proj", "out_proj", "down_proj")):
+            weights[name] = mx.zeros_like(weights[name])
+    text = mx.array([BEGIN, *(answer_of(place) for place in range(TOKENS))])
+    known = mx.random.normal((HEADED_SHAPES["vocab_size"], HEADED_WIDTH))
+    head = mx.zeros_like(known)
+    head[text[1:]] = known[text[:-1]]
+    weights["language_model.model.embed_tokens.weight"] = known
+    weights["language_model.lm_head.weight"] = head
+    # What leads to a mistaken place is taken for what leads to the next one.
+    wrong = [place for place in range(1, TOKENS) if draft_of(place) != answer_of(place)]
+    before = known[text[mx.array(wrong)]]
+    turned = (known[text[mx.array(wrong) + 1]] - before).T @ (before / HEADED_WIDTH)
+    weights["language_model.mtp.fc.weight"] = mx.concatenate(
+        [mx.eye(HEADED_WIDTH) + turned, mx.zeros((HEADED_WIDTH, HEADED_WIDTH))], axis=1
+    )
     kind = getattr(mx, dtype)
     weights = {name: array.astype(kind) for name, array in weights.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
@@ -172,7 +224,7 @@ def forms(streams: int) -> list[Generate]:
 @dataclass(frozen=True)
 class Cell:
     name: str
-    model: Literal["given", "editor", "drafted"]
+    model: Literal["given", "editor", "drafted", "headed"]
     requests: Callable[[int], list[Generate]]
     streams: int
     target: float
@@ -181,6 +233,7 @@ class Cell:
 CELLS = [
     *(Cell("editing", "editor", edits, n, t) for n, t in ((1, 2.5), (4, 1.8), (8, 1.3))),
     *(Cell("draft model", "drafted", answers, n, t) for n, t in ((1, 1.3), (4, 0.98), (8, 0.98))),
+    *(Cell("own head", "headed", answers, n, t) for n, t in ((1, 1.0), (4, 0.98), (8, 0.98))),
     *(Cell("free, greedy", "given", free(0.0), n, 0.98) for n in (1, 8, 16)),
     *(Cell("free, T 0.7", "given", free(0.7), n, 0.98) for n in (1, 8, 16)),
     *(Cell("JSON by schema", "given", forms, n, t) for n, t in ((1, 1.5), (8, 1.2))),
@@ -249,6 +302,8 @@ async def compare(folder: Path, rounds: int, only: str, dtype: str) -> None:
             await measure(editor, editing, rounds)
         if drafted := [cell for cell in cells if cell.model == "drafted"]:
             await measure(editor, drafted, rounds, build_draft(Path(home) / "draft", dtype))
+        if headed := [cell for cell in cells if cell.model == "headed"]:
+            await measure(build_headed(Path(home) / "headed", dtype), headed, rounds)
     if rest := [cell for cell in cells if cell.model == "given"]:
         await measure(folder, rest, rounds)
 

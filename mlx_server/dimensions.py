@@ -5,6 +5,7 @@ counts.
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,10 @@ CONTEXT = (
 )
 OWN_CONTEXT = {"lille-130m": "block_size"}
 """Names that mean something else in other families."""
+
+HEADED = frozenset({"qwen3_next", "qwen3_5", "qwen3_5_moe"})
+"""Families with a head of their own that guesses further tokens, where the engine can use it."""
+HEAD_WEIGHTS = re.compile(r"((model\.)?language_model\.|model\.)?mtp\.")
 
 UNKNOWN_CONTEXT = 4096
 RECURRENT = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv7", "recurrent_gemma"})
@@ -135,6 +140,11 @@ def uneven_parts(config: Config, ranks: int) -> str | None:
     fitting = [str(n) for n in range(2, common + 1) if common % n == 0]
     hint = f"; it can be divided among {' or '.join(fitting)}" if fitting else ""
     return f"{ranks} ranks cannot share its {' and '.join(uneven)}{hint}"
+
+
+def head_weights(config: Config) -> re.Pattern[str] | None:
+    """What the names of the weights of such a head begin with, None where the family has none."""
+    return HEAD_WEIGHTS if HEADED.intersection(families(config)) else None
 
 
 def families(config: Config) -> list[str]:

@@ -43,11 +43,12 @@ def load(
     started = time.perf_counter()
     memory, blas = prepare(message)
     work: Scheduler | Embedder
-    width, mixed_steps, batching = 0, None, None
+    width, mixed_steps, batching, own_head = 0, None, None, False
     if message.embedding is None:
         work = _scheduler(message, memory, followers)
         mixed_steps, batching = work.model.mixed_steps, work.model.batching
-        models = [work.model, *([work.draft] if work.draft else [])]
+        own_head = work.model.head is not None
+        models = [one for one in (work.model, work.draft, work.model.head) if one is not None]
         weights = [size for model in models for size in array_sizes_of(model.model)]
     else:
         work = _embedder(message, message.embedding, memory)
@@ -72,6 +73,7 @@ def load(
         width=width,
         mixed_steps=mixed_steps,
         batching=batching,
+        own_head=own_head,
     )
     return work, ready
 
@@ -231,8 +233,9 @@ def _kv_limit(
 
     Raises ModelError when that leaves room for no request.
     """
-    weights = backend.weights_bytes + (draft.weights_bytes if draft else 0)
-    cost = backend.kv_cost.beside(draft.kv_cost) if draft else backend.kv_cost
+    beside = draft or backend.head
+    weights = backend.weights_bytes + (beside.weights_bytes if beside else 0)
+    cost = backend.kv_cost.beside(beside.kv_cost) if beside else backend.kv_cost
     left = min([memory.limit - weights, *(one.left for one in others)])
     limit = left if options.kv_limit is None else min(options.kv_limit, left)
     if cost.longest(limit, backend.context_length) == 0:

@@ -119,6 +119,8 @@ class Outcome:
         self.step_seconds: float | None = None
         self.rows = 0
         """How many rows that step had, or the one that was begun."""
+        self.settle_seconds: float | None = None
+        """What it took to read a step without beginning another."""
         self.start_seconds: float | None = None
         """What it took to begin a step, where none was under way."""
         self.verified: VerifiedTime | None = None
@@ -131,4 +133,5 @@ class Outcome:
     @property
     def computed(self) -> bool:
         """Whether the device has given a result."""
-        return any(one is not None for one in (self.step_seconds, self.verified, self.chunk))
+        results = (self.step_seconds, self.settle_seconds, self.verified, self.chunk)
+        return any(one is not None for one in results)

@@ -267,6 +267,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Whether chunks of prompts share passes with decode steps: `on`, or `off: ` and why."""
     batching: Batching | None = None
     """None for a model that makes vectors."""
+    own_head: bool = False
+    """Whether a head of the model's own guesses tokens."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):

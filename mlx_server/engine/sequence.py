@@ -11,6 +11,7 @@ from mlx_server.engine.protocol import FinishReason, Generate, Logprobs, Row, Sa
 
 if TYPE_CHECKING:
     from mlx_server.engine.grammar.grammar import Constraint, Grammar
+    from mlx_server.engine.run.heads.unread import Unread
     from mlx_server.engine.run.lookup import Guesser
 
 EXPECTED_TOKENS = 256
@@ -66,6 +67,8 @@ class Sequence:
         self.reported = start.reported
         self.constraint: Constraint | None = None
         self.guesser: Guesser | None = None
+        self.unread: Unread | None = None
+        """What the model's head is to read, if it has one."""
         self.replay: list[int] = []
         """Tokens, before the last, that were taken out of the caches and have to be computed again.
         """
@@ -94,6 +97,11 @@ class Sequence:
     def length(self) -> int:
         """Tokens known once what is launched has been read back."""
         return len(self.prompt) + self.launched
+
+    @property
+    def known(self) -> int:
+        """Tokens read back, those of the prompt included."""
+        return len(self.prompt) + len(self.completion)
 
     @property
     def computed(self) -> int:

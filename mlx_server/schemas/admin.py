@@ -116,6 +116,7 @@ class AdminModel(ResponseObject):
     waiting_to_load: int
     pinned: bool
     draft_model: str | None
+    own_head: bool
     last_used: float | None
     expires: float | None
     aliases: list[str]

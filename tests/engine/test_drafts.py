@@ -14,7 +14,7 @@ from mlx_server.engine.cache.prefix import PrefixCache
 from mlx_server.engine.loading import load_draft
 from mlx_server.engine.memory import DeviceMemory
 from mlx_server.engine.protocol import Generate, LoadOptions
-from mlx_server.engine.run import patches
+from mlx_server.engine.run import drafts, patches
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.drafted import FAILURES, Drafted
 from mlx_server.engine.run.drafts import Drafts
@@ -162,13 +162,13 @@ def test_the_drafts_prefix_cache_holds_no_rejected_token(tmp_path: Path) -> None
     path = build_tiny_model(tmp_path / "tiny", hidden=128)
     wanted = longer(requests_of(6), 100)
     scheduler = drafted_of(path, path, prefixes=1 << 26)
-    draw = Drafts._draw
+    draw = drafts.draw
 
-    def mistaken(drafts: Drafts, *given: Any) -> list[list[int]]:
-        return [[*some, last ^ (last % 3 == 0)] for *some, last in draw(drafts, *given)]
+    def mistaken(*given: Any) -> list[list[int]]:
+        return [[*some, last ^ (last % 3 == 0)] for *some, last in draw(*given)]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Drafts, "_draw", mistaken)
+        patched.setattr(drafts, "draw", mistaken)
         first = tokens_of(scheduler, wanted, [])
     assert scheduler.counts.guessed > 1.2 * scheduler.counts.accepted
     scheduler.counts.guessed = scheduler.counts.accepted = 0

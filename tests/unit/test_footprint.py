@@ -25,6 +25,7 @@ from mlx_server.engine.run.kv import KvCost
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.pool.footprint import read_footprint
 from tests.support.architectures import ARCHITECTURES, own_config
+from tests.support.heads import HEADED, build_headed
 from tests.support.tiny import build_tiny_model
 
 
@@ -102,6 +103,17 @@ def test_quantized_caches_are_never_underestimated(tmp_path: Path, family: str, 
     else:  # one of two layers has a window, and is not quantized
         whole = read_footprint(path, True).kv_per_token
         assert footprint.kv_per_token == whole / 2 + whole / 2 * (bits + 2) / 32
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_a_models_own_head_is_counted_where_it_is_loaded(tmp_path: Path, name: str) -> None:
+    path = build_headed(tmp_path / "with", name)
+    without, headed = (read_footprint(path, True, head=head) for head in (False, True))
+    weights = mx.load(str(path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    own = sum(weight.nbytes for key, weight in weights.items() if "mtp." in key)
+    assert headed.weights == without.weights + own == sum(one.nbytes for one in weights.values())
+    assert headed.kv_per_token == without.kv_per_token + 2 * 2 * 8 * 4
 
 
 def test_heads_that_cannot_be_quantized_are_counted_whole(tmp_path: Path) -> None:

@@ -19,6 +19,17 @@ def test_nothing_is_guessed_before_it_is_known_what_a_step_takes() -> None:
     assert Guessing(padded=False).allot([1], {1: SURE}) == {}
 
 
+def test_passes_grow_as_it_is_learned_what_they_take() -> None:
+    guessing, sizes = Guessing(padded=False), []
+    for _ in range(2):
+        guessing.stepped(1, 1.0)
+    for _ in range(4):
+        tokens = 1 + guessing.allot([1], {1: SURE})[1]
+        sizes.append(tokens)
+        guessing.verified({1: tokens}, tokens, 1.0)
+    assert sizes == [2, 4, 8, 9]
+
+
 def test_likely_guesses_are_made_where_they_cost_little() -> None:
     assert learned(1, step=1.0, token=0.05).allot([1], {1: SURE}) == {1: 8}
 
@@ -43,10 +54,49 @@ def test_what_a_row_has_gained_it_may_lose_to_others() -> None:
     assert guessing.allot([1, 2], {1: SURE})[1] > 4
 
 
+def test_a_row_that_was_unlucky_gets_another_try_after_a_while() -> None:
+    guessing = learned(1, step=1.0, token=0.2)
+    for _ in range(2):
+        guessing.verified({1: 1}, 5, 1.8)
+    even = Chance(8, 0.6, 0.6)
+    assert guessing.allot([1], {1: even}) == {}
+    steps = 0
+    while not guessing.allot([1], {1: even}):
+        guessing.stepped(1, 1.0)
+        steps += 1
+    assert 20 < steps < 60, "a step that passes gives 2 % of it back"
+
+
+def test_what_a_wrong_guess_leaves_to_be_computed_again_makes_for_shorter_guesses() -> None:
+    chances = {1: Chance(8, 0.8, 0.8)}
+    once = learned(1, step=1.0, token=0.1, padded=True)
+    again = learned(1, step=1.0, token=0.1, padded=True)
+    again._goes_back = True
+    assert 0 < again.allot([1], chances)[1] < once.allot([1], chances)[1]
+    again._passes.measured(2, 0.3)
+    assert again.allot([1], chances), "a pass may seem to take less time than a step"
+
+
 def test_guesses_that_are_likely_once_they_were_right_are_deep_or_none() -> None:
     guessing = learned(1, step=1.0, token=0.05)
     assert guessing.allot([1], {1: Chance(8, 0.5, 0.99)}) == {1: 8}
     assert guessing.allot([1], {1: Chance(8, 0.02, 0.99)}) == {}
+
+
+def test_a_step_that_is_read_early_is_a_loan() -> None:
+    guessing = learned(1, step=1.0, token=0.5)
+    likely = Chance(8, 0.6, 0.6)
+    for _ in range(20):
+        guessing.settled(1, 0.05)
+        guessing.verified({1: 1}, 2, 1.0)
+        guessing.started(1, 1.0)
+        guessing.stepped(1, 1.0)
+    assert guessing.allot([1], {1: likely}) == {1: 1}, "it has cost nothing"
+    for _ in range(20):
+        guessing.verified({1: 1}, 2, 1.0)
+        guessing.started(1, 1.0)
+        guessing.stepped(1, 1.0)
+    assert guessing.allot([1], {1: likely}) == {}
 
 
 def test_rows_pay_for_what_a_pass_leaves_to_do() -> None:

@@ -71,7 +71,7 @@ class Side:
     """The running side as the deciding side sees it, driven by hand."""
 
     def __init__(self, mixes: bool, batching: Batching) -> None:
-        self.model = SimpleNamespace(mixes=mixes, batching=batching)
+        self.model = SimpleNamespace(mixes=mixes, batching=batching, goes_back=False)
         self.prefix = Prefixes()
         self.grammars = Grammars()
         self.context_length = CONTEXT

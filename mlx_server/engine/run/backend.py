@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -19,6 +19,7 @@ from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions, Sharing
 from mlx_server.engine.ranks.sharing import ALONE, Ranks
 from mlx_server.engine.run import batching, kv, mixed, patches, scores
+from mlx_server.engine.run.heads.head import Head, load_head
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.sharding import divide
@@ -36,6 +37,15 @@ PACKS = {"both": packed.FEW_ROWS, "packed": sys.maxsize}
 log = logging.getLogger("mlx_server.engine")
 
 
+class Passed(NamedTuple):
+    """Logits (tokens, 1, vocab), and where a head reads them the last hidden states (tokens, 1,
+    width).
+    """
+
+    logits: mx.array
+    states: mx.array | None
+
+
 class Backend:
     """`release` frees what outlives a step, when nothing runs.
 
@@ -44,7 +54,8 @@ class Backend:
     one of no more than `eager_rows`. `mixes`: several caches can share a pass; `mixed_steps` says
     so for people, or why not. `guesses`: rows can draw several tokens in one; where one is wrong,
     `goes_back` says that all tokens of the pass are undone for the row, and those that were right
-    are computed again. `ranks`: the processes that compute it together.
+    are computed again. `ranks`: the processes that compute it together. `head`: a layer of its own
+    that guesses further tokens, where it is there and wanted.
     """
 
     def __init__(
@@ -63,6 +74,7 @@ class Backend:
         if adapter_path is not None:
             self.model = apply_adapter(self.model, adapter_path)
         self.model_type = str(config.get("model_type", "unknown"))
+        self.head: Head | None = None
         own = context_length(config)
         self.context_length = min(own, options.context_length or own)
         products = packed.products(self.model) if options.dequantize in PACKS else {}
@@ -98,6 +110,9 @@ class Backend:
         self.mixed_steps = "on" if obstacle is None else f"off: {obstacle}"
         if obstacle is not None:
             log.info("event=mixed_steps_off reason=%r", obstacle)
+        if self.guesses and options.draft_path is None and ranks.size == 1:
+            wide = self.dequantized or self.eager_rows > 0
+            self.head = load_head(path, config, self.model, float32=wide)
 
     def agreed(self, value: float) -> float:
         """The same for all ranks."""
@@ -109,18 +124,17 @@ class Backend:
 
     def forward(self, tokens: mx.array, cache: Cache) -> mx.array:
         """(batch, tokens, vocab) from `tokens` (batch, tokens); grows `cache`."""
-        logits: mx.array = self.model(tokens, cache=cache)
-        return logits
+        return self._passed(self._whole(tokens, cache=cache)).logits
 
-    def step(self, parts: Sequence[Part], answers: int) -> mx.array:
-        """Logits (answers, 1, vocab) of the first `answers` tokens of `parts`; grows their caches.
+    def step(self, parts: Sequence[Part], answers: int) -> Passed:
+        """Of the first `answers` tokens of `parts`; grows their caches.
 
         A part with a chunk of a prompt needs `mixes`.
         """
         if self.mixes and (len(parts) > 1 or any(part.counts for part in parts)):
-            return mixed.forward(self.model, parts, answers)
-        logits = [self._logits(part) for part in parts]
-        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
+            return self._passed(mixed.forward(self._whole, parts, answers))
+        passed = [self._pass(part) for part in parts]
+        return self._passed(passed[0] if len(passed) == 1 else mx.concatenate(passed))
 
     def last_logits(self, parts: Sequence[Part]) -> mx.array:
         """Logits (rows, vocab) after the last token of each row that has one; grows caches."""
@@ -129,22 +143,37 @@ class Backend:
         lasts = [end - 1 for end, count in ends if count]
         if self.mixes and max(counts) > 1:
             return mixed.forward(self.model, parts, mx.array(lasts))[:, -1]
-        logits = self.step(parts, lasts[-1] + 1)
+        logits = self.step(parts, lasts[-1] + 1).logits
         return logits[:, -1] if len(lasts) == logits.shape[0] else logits[mx.array(lasts), -1]
 
-    def _logits(self, part: Part) -> mx.array:
+    @property
+    def _whole(self) -> Any:
+        """Called with tokens and a cache, it gives what `_passed` takes."""
+        return self.model if self.head is None else self.head.trunk
+
+    def _passed(self, out: mx.array) -> Passed:
+        if self.head is None:
+            return Passed(out, None)
+        return Passed(self.head.trunk.project(out), out)
+
+    def _pass(self, part: Part) -> mx.array:
         padded = self.goes_back and part.counts is not None
         if padded:
             kv.pad_right(part.cache, list(part.row_counts))
-        logits, layout = self.forward(part.tokens, part.cache), part.layout
+        out, layout = self._whole(part.tokens, cache=part.cache), part.layout
         if padded:
             kv.unpad(part.cache)
-        return logits if layout.single else layout.flat(logits)[:, None]
+        whole: mx.array = out if layout.single else layout.flat(out)[:, None]
+        return whole
 
-    def prefill(self, tokens: mx.array, cache: Cache) -> None:
-        """`tokens` are (batch, tokens); the output projection is never run."""
-        self.forward(tokens, cache)
+    def prefill(self, tokens: mx.array, cache: Cache) -> mx.array | None:
+        """`tokens` are (batch, tokens); the output projection is never run.
+
+        Returns the last hidden states (batch, tokens, width) if there is a head, not yet computed.
+        """
+        out: mx.array = self._whole(tokens, cache=cache)
         mx.eval([layer.state for layer in cache])
+        return None if self.head is None else out
 
     def _log_batching(self) -> None:
         found = self.batching

@@ -28,6 +28,8 @@ class Step:
     rows: list[Sequence]
     draw: Draw
     masks: Masks | None = None
+    states: mx.array | None = None
+    """The model's last hidden states (rows, 1, width), for its head."""
 
     def begin_masks(self) -> None:
         """Compute masks for the constrained rows, all tokens before this step being known."""
@@ -54,11 +56,14 @@ class Step:
     def read(self) -> list[Row]:
         tokens = cast(list[int], self.draw.tokens.tolist())
         entries = self._entries(tokens)
-        return [
-            sequence.accept([token], [entries.get(sequence.id)])
-            for sequence, token in zip(self.rows, tokens, strict=True)
-            if not sequence.done
-        ]
+        told = []
+        for place, (sequence, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if sequence.done:
+                continue
+            if self.states is not None and sequence.unread is not None:
+                sequence.unread.add(sequence.known - 1, self.states[place])
+            told.append(sequence.accept([token], [entries.get(sequence.id)]))
+        return told
 
     def _entries(self, tokens: list[int]) -> dict[int, Logprobs]:
         logprobs = self.draw.logprobs()
@@ -226,10 +231,10 @@ class Batch:
             bound = [i for i, row in enumerate(rows) if row.bound]
             self._sampler = ranks.sampler(rows, inputs, self._model.vocab_size, wanted, bound)
         masks = ranks.masks(self._mask_thread) if any(row.bound for row in rows) else None
-        logits = self._model.step([*self._groups.parts(inputs), *chunk], len(rows))
-        draw = self._sampler.launch(logits[:, -1, :].astype(mx.float32), masks)
+        passed = self._model.step([*self._groups.parts(inputs), *chunk], len(rows))
+        draw = self._sampler.launch(passed.logits[:, -1, :].astype(mx.float32), masks)
         for row in rows:
             row.launched += 1
             row.in_flight = True
         self.inputs.follow(draw)
-        return Step(list(rows), draw, masks)
+        return Step(list(rows), draw, masks, passed.states)

@@ -40,7 +40,7 @@ class Model(Protocol):
     def agreed(self, value: float) -> float: ...
     def new_cache(self) -> Cache: ...
     def forward(self, tokens: mx.array, cache: Cache) -> mx.array: ...
-    def prefill(self, tokens: mx.array, cache: Cache) -> None: ...
+    def prefill(self, tokens: mx.array, cache: Cache) -> mx.array | None: ...
 
 
 class RowCaches(NamedTuple):
@@ -187,10 +187,13 @@ def _share_even(trial: Trial) -> list[float]:
     return [*decoded, *(trial.step(cache, [0, 2], number) for number in range(STEPS))]
 
 
-def prefill_padded(model: Model, rows: list[list[int]], cache: Any) -> None:
-    """Compute rows of several lengths at once; `cache` is a batch cache."""
+def prefill_padded(model: Model, rows: list[list[int]], cache: Any) -> mx.array | None:
+    """Compute rows of several lengths at once; `cache` is a batch cache. Returns what the model's
+    `prefill` does.
+    """
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     kv.pad_right(cache, lengths)
-    model.prefill(mx.array([row + [0] * (longest - len(row)) for row in rows]), cache)
+    states = model.prefill(mx.array([row + [0] * (longest - len(row)) for row in rows]), cache)
     kv.unpad(cache)
+    return states

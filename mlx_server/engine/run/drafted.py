@@ -4,6 +4,8 @@ from mlx_server.engine.run.lookup import MOST, Forced, Guesser, Lookup
 
 RIGHT, WRONG = 1.5, 0.5
 """Guesses that the draft is taken to have seen come true and fail before its first."""
+OWN_RIGHT, OWN_WRONG = 6.0, 2.0
+"""The same of a model's own head, which has been made for it."""
 FADING, RECOVERING = 0.9, 0.99
 """What its earlier guesses count after each further one, and after each token without one."""
 FIRST_PAUSE, LONGEST_PAUSE = 4, 512
@@ -22,14 +24,15 @@ def own_guesser(guesser: Guesser | None) -> Guesser | None:
 
 
 class Trust:
-    """How often the draft's guesses for a request came true."""
+    """How often the draft's guesses for a request came true, `right` and `wrong` ones before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, right: float = RIGHT, wrong: float = WRONG) -> None:
         self._right = self._wrong = 0.0
+        self._before = (right, wrong)
 
     @property
     def chance(self) -> float:
-        right, wrong = self._right + RIGHT, self._wrong + WRONG
+        right, wrong = self._right + self._before[0], self._wrong + self._before[1]
         return right / (right + wrong)
 
     def append(self) -> None:
@@ -42,14 +45,19 @@ class Trust:
 
 
 class Drafted:
-    """Guesses what a draft model draws, where `own` has nothing that is as good.
+    """Guesses what a draft model or the model's head draws, where `own` has nothing as good.
 
     The draft's cache lacks `behind` tokens of the request, at most, and at first it has none.
     `longest` is how many it may have, and its tokens are below `vocabulary`.
     """
 
     def __init__(
-        self, own: Lookup | Forced, tokens: list[int], longest: int, vocabulary: int
+        self,
+        own: Lookup | Forced,
+        tokens: list[int],
+        longest: int,
+        vocabulary: int,
+        trust: Trust | None = None,
     ) -> None:
         self.own = own
         self.behind = max(len(tokens), NEARLY + 1)
@@ -57,7 +65,7 @@ class Drafted:
         self._longest = longest - MOST
         self._vocabulary = vocabulary
         self._known = max(tokens) < vocabulary
-        self._trust = Trust()
+        self._trust = trust or Trust()
         self._failures = 0
         self._silent_until = 0
         self._pause = FIRST_PAUSE

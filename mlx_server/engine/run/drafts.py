@@ -6,7 +6,7 @@ place of rejection sampling).
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from typing import cast
 
@@ -123,6 +123,18 @@ class Drafts:
         self._catching: dict[int, CatchUp] = {}
 
     @property
+    def context_length(self) -> int:
+        return self.model.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def prefix_bytes(self) -> int:
+        return self.prefix.nbytes
+
+    @property
     def nbytes(self) -> int:
         behind = sum(kv.cache_bytes(one.cache) for one in self._catching.values())
         return self._groups.nbytes + behind
@@ -172,20 +184,21 @@ class Drafts:
         for row in rows:
             row.held = row.length
             row.note()
-        guesses: dict[int, list[int]] = {row.id: [] for row in rows}
-        while True:
-            left = [most[row.id] - len(guesses[row.id]) for row in rows]
-            drawn = self._draw(rows, guesses, logits, min(left))
-            for row, column in zip(rows, drawn, strict=True):
-                row.ahead += column[:-1]
-                guesses[row.id] += column
-            rows = [row for row in rows if len(guesses[row.id]) < most[row.id]]
-            if not rows:
-                return guesses
-            lasts = mx.array([guesses[row.id][-1] for row in rows])
-            logits = self._step(rows, lasts)
-            for row in rows:
-                row.ahead.append(guesses[row.id][-1])
+        return draw_ahead(rows, most, logits, self._step)
+
+    def resize(self, limit: int, beside: int) -> int:
+        """Keep prefixes in a part of `limit` bytes, and as many tokens of them as what is kept at
+        `beside` bytes a token in the rest; returns the part.
+        """
+        if self.prefix.layout.obstacle is not None:
+            return 0
+        mine = self.prefix.layout.bytes_per_token
+        share = limit * mine // (mine + beside)
+        self.prefix.resize(share)
+        return share
+
+    def forget_prefixes(self) -> None:
+        self.prefix.clear()
 
     def _settle(self) -> None:
         self._groups.roll_back({row.id: row.settle() for row in self._groups.rows})
@@ -210,28 +223,6 @@ class Drafts:
         row.held = end
         return end - start
 
-    def _draw(
-        self, rows: Many[DraftRow], guesses: Mapping[int, list[int]], logits: mx.array, steps: int
-    ) -> list[list[int]]:
-        """The next `steps` tokens of each row, of which all but the last are fed.
-
-        A device draws and feeds them without the host.
-        """
-        places = [Place(row, guesses[row.id]) for row in rows]
-        inputs = mx.zeros(len(rows), dtype=mx.uint32)
-        sampler = BatchSampler(places, inputs, self._vocab_size)
-        drawn: list[mx.array] = []
-        for step in range(steps):
-            if step:
-                logits = self._step(rows, drawn[-1])
-            draw = sampler.launch(logits)
-            draw.start()
-            draw.finish()
-            drawn.append(draw.tokens)
-            for place in places:
-                place.position += 1
-        return cast(list[list[int]], mx.stack(drawn, axis=1).tolist())
-
     def _step(self, rows: Many[DraftRow], tokens: mx.array) -> mx.array:
         """Feed a token to each row."""
         return self._feed(tokens, {row.id: 1 for row in rows})
@@ -245,7 +236,7 @@ class Drafts:
             mine = tuple(counts.get(row.id, 0) for row in rows)
             width = max(mine)
             if width:
-                places = _places(mine, width, start, tokens.size - 1)
+                places = places_of(mine, width, start, tokens.size - 1)
                 part = Part(tokens[places], cache, mine if min(mine) < width else None)
                 parts.append(part)
                 start += sum(mine)
@@ -255,7 +246,57 @@ class Drafts:
         return _fitted(logits, self._vocab_size)
 
 
-def _places(counts: Many[int], width: int, start: int, last: int) -> mx.array:
+Step = Callable[[Many[DraftRow], mx.array], mx.array]
+"""Computes a token more (rows,) of each row; gives logits (rows, vocab) after it."""
+
+
+def draw_ahead(
+    rows: Many[DraftRow], most: Mapping[int, int], logits: mx.array, step: Step
+) -> dict[int, list[int]]:
+    """Up to `most` tokens to come, by the ids of rows; `logits` (rows, vocab) give the first."""
+    guesses: dict[int, list[int]] = {row.id: [] for row in rows}
+    while True:
+        left = [most[row.id] - len(guesses[row.id]) for row in rows]
+        drawn = draw(rows, guesses, logits, min(left), step)
+        for row, column in zip(rows, drawn, strict=True):
+            row.ahead += column[:-1]
+            guesses[row.id] += column
+        rows = [row for row in rows if len(guesses[row.id]) < most[row.id]]
+        if not rows:
+            return guesses
+        logits = step(rows, mx.array([guesses[row.id][-1] for row in rows]))
+        for row in rows:
+            row.ahead.append(guesses[row.id][-1])
+
+
+def draw(
+    rows: Many[DraftRow],
+    guesses: Mapping[int, list[int]],
+    logits: mx.array,
+    count: int,
+    step: Step,
+) -> list[list[int]]:
+    """The next `count` tokens of each row, of which all but the last are computed.
+
+    A device draws and computes them without the host.
+    """
+    places = [Place(row, guesses[row.id]) for row in rows]
+    inputs = mx.zeros(len(rows), dtype=mx.uint32)
+    sampler = BatchSampler(places, inputs, logits.shape[1])
+    drawn: list[mx.array] = []
+    for number in range(count):
+        if number:
+            logits = step(rows, drawn[-1])
+        one = sampler.launch(logits)
+        one.start()
+        one.finish()
+        drawn.append(one.tokens)
+        for place in places:
+            place.position += 1
+    return cast(list[list[int]], mx.stack(drawn, axis=1).tolist())
+
+
+def places_of(counts: Many[int], width: int, start: int, last: int) -> mx.array:
     """(rows, width): where the tokens of each row are; what a row has too few of is any."""
     starts = [start, *(start + end for end in itertools.accumulate(counts))]
     return mx.array(

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
 from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.cache.prefix import PrefixCache
-from mlx_server.engine.protocol import Sharing
+from mlx_server.engine.protocol import Batching, Sharing
 from mlx_server.engine.run import kv
-from mlx_server.engine.run.backend import Backend
+from mlx_server.engine.run.batching import RowCaches
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import CachedRow, store_blocks
 from mlx_server.engine.sequence import Sequence
@@ -47,6 +47,17 @@ def padded(sharing: Sharing, *, mixes: bool) -> Callable[[list[int]], list[int]]
     return within_groups if mixes else to_longest
 
 
+class Cached(Protocol):
+    """What computes rows that have caches, a `Backend` or a `Head`."""
+
+    @property
+    def mixes(self) -> bool: ...
+    @property
+    def batching(self) -> Batching: ...
+    @property
+    def caches(self) -> RowCaches: ...
+
+
 Row = TypeVar("Row", bound=CachedRow)
 
 
@@ -76,10 +87,11 @@ class Groups(Generic[Row]):
     """All rows of the batch by group.
 
     Several groups cost a pass each where the model cannot mix them in one. Then there is one group,
-    or as many as it takes for rows of each to be equally long, or one for each row.
+    or as many as it takes for rows of each to be equally long, or one for each row. `prefix` keeps
+    blocks of rows that leave.
     """
 
-    def __init__(self, model: Backend, prefix: PrefixCache) -> None:
+    def __init__(self, model: Cached, prefix: PrefixCache | None) -> None:
         self._mixes = model.mixes
         self._sharing = model.batching.decode
         self._caches = model.caches
@@ -163,7 +175,7 @@ class Groups(Generic[Row]):
             return
         kv.close_gaps(group.cache)
         for i, row in enumerate(group.rows):
-            if row.id in ids:
+            if row.id in ids and self._prefix is not None:
                 kept = store_blocks(self._prefix, row, group.cache, i, row.computed)
                 mx.async_eval(kept)  # type: ignore[no-untyped-call]
         group.rows = [group.rows[i] for i in keep]

@@ -13,6 +13,7 @@ from mlx_server.engine.cache.prefix import BLOCK, Match, PrefixCache
 from mlx_server.engine.run import kv
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.batching import prefill_padded
+from mlx_server.engine.run.heads.unread import HELD
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.store import logprob_entries, store_blocks
 from mlx_server.engine.sampling.sampler import token_logprobs
@@ -76,12 +77,16 @@ class PromptPrefill:
     def advance(self, budget: int) -> None:
         if self.position >= self.length:  # all of it is cached, or it is a prompt of one token
             return
-        part = self.next_part(budget)
+        start, part = self.position, self.next_part(budget)
         if self._sequence.scored:
             self._score(part.tokens)
-        else:
-            self._model.prefill(part.tokens, self.cache)
-        mx.eval(self.computed(part))
+            mx.eval(self.computed(part))
+            return
+        states = self._model.prefill(part.tokens, self.cache)
+        kept = self.computed(part)
+        if states is not None and self.length - self.position < HELD:
+            kept += keep_states(self._sequence, start, states[0])
+        mx.eval(kept)
 
     def next_part(self, budget: int) -> Part:
         """The tokens (1, tokens) of the next chunk, for which the cache is ready."""
@@ -165,14 +170,31 @@ class GroupPrefill:
     def advance(self, budget: int) -> None:
         if self.position >= self.length:
             return
-        prefill_padded(self._model, self._missing, self.cache)
+        states = prefill_padded(self._model, self._missing, self.cache)
         self.position = self.length
         lengths = [len(sequence.request.prompt) - 1 for sequence in self.sequences]
         rows = enumerate(zip(self.sequences, lengths, strict=True))
-        mx.eval([store_blocks(self._prefix, s, self.cache, row, n) for row, (s, n) in rows])
+        kept = [store_blocks(self._prefix, s, self.cache, row, n) for row, (s, n) in rows]
+        if states is not None:
+            for row, sequence in enumerate(self.sequences):
+                own = states[row, : len(self._missing[row])]
+                kept.append(keep_states(sequence, self._starts[row], own))
+        mx.eval(kept)
 
     def batch_cache(self) -> Cache:
         return self.cache
+
+
+def keep_states(sequence: Sequence, start: int, states: mx.array) -> list[mx.array]:
+    """Keep `states` (tokens, width) of the tokens from `start` on for the model's head; returns
+    what is to be evaluated.
+    """
+    if sequence.unread is None:
+        return []
+    skipped = max(0, states.shape[0] - HELD)
+    kept = mx.contiguous(states[skipped:])  # in a buffer of its own
+    sequence.unread.add(start + skipped, kept)
+    return [kept]
 
 
 def cache_of(model: Backend, prefix: PrefixCache, sequence: Sequence) -> tuple[Cache, int]:

@@ -23,10 +23,12 @@ from mlx_server.engine.plan import (
 from mlx_server.engine.protocol import Row, Sharing, Tokens
 from mlx_server.engine.run.backend import Backend
 from mlx_server.engine.run.batch import Batch
-from mlx_server.engine.run.drafted import Drafted
+from mlx_server.engine.run.drafted import OWN_RIGHT, OWN_WRONG, Drafted, Trust
 from mlx_server.engine.run.drafts import Drafts
 from mlx_server.engine.run.even_prefill import EvenPrefill
 from mlx_server.engine.run.groups import Groups
+from mlx_server.engine.run.heads.guesses import Heads
+from mlx_server.engine.run.heads.unread import Unread
 from mlx_server.engine.run.kv import cache_bytes
 from mlx_server.engine.run.lookup import Experience, Forced, Guesser, Lookup
 from mlx_server.engine.run.mixed import Part
@@ -63,9 +65,11 @@ class Runner:
     ) -> None:
         self.model = model
         self.prefix = prefix
-        self.drafts = (
-            Drafts(draft, PrefixCache(draft.layout, 0), model.vocab_size) if draft else None
-        )
+        self.drafts: Drafts | Heads | None = None
+        if draft is not None:
+            self.drafts = Drafts(draft, PrefixCache(draft.layout, 0), model.vocab_size)
+        elif model.head is not None:
+            self.drafts = Heads(model.head, model.context_length, model.vocab_size)
         self.grammars = grammars
         self.mask_thread = MaskThread()
         self.context_length = context_length
@@ -89,11 +93,12 @@ class Runner:
     def kv_bytes(self) -> int:
         prefilling = sum(cache_bytes(prefill.cache) for prefill in self.prefills.values())
         drafts = self.drafts.nbytes if self.drafts else 0
-        return self.batch.nbytes + prefilling + drafts
+        unread = sum(s.unread.nbytes for s in self.sequences if s.unread is not None)
+        return self.batch.nbytes + prefilling + drafts + unread
 
     @property
     def prefix_bytes(self) -> int:
-        return self.prefix.nbytes + (self.drafts.prefix.nbytes if self.drafts else 0)
+        return self.prefix.nbytes + (self.drafts.prefix_bytes if self.drafts else 0)
 
     def run(self, plan: Plan, outcome: Outcome) -> Iterator[Tokens]:
         """Carry `plan` out; yields rows as soon as they are read, and fills `outcome`."""
@@ -151,16 +156,13 @@ class Runner:
         self.model.ranks.forget()
         self.prefix.clear()
         if self.drafts is not None:
-            self.drafts.prefix.clear()
+            self.drafts.forget_prefixes()
 
     def _resize_prefixes(self, limit: int) -> None:
-        """Bytes for both, so that each holds as many tokens."""
-        share = 0
-        if self.drafts is not None and self.drafts.prefix.layout.obstacle is None:
-            mine, theirs = (one.layout.bytes_per_token for one in (self.prefix, self.drafts.prefix))
-            share = limit * theirs // (mine + theirs)
-            self.drafts.prefix.resize(share)
-        self.prefix.resize(limit - share)
+        """Bytes for the model's and a draft model's."""
+        mine = self.prefix.layout.bytes_per_token
+        theirs = self.drafts.resize(limit, mine) if self.drafts is not None else 0
+        self.prefix.resize(limit - theirs)
 
     def _leave(self, plan: Plan, outcome: Outcome) -> None:
         for id_ in plan.drop:
@@ -200,6 +202,8 @@ class Runner:
             sequence.constrain(self.grammars.compile(sequence.request.grammar).result())
         if self.model.guesses:
             sequence.guesser = self._guesser(sequence)
+        if isinstance(self.drafts, Heads):
+            sequence.unread = Unread()
 
     def _guesser(self, sequence: Sequence) -> Guesser:
         prediction = sequence.request.prediction
@@ -208,8 +212,10 @@ class Runner:
         own = Forced(self._experience, lookup) if bound else lookup
         if self.drafts is None:
             return own
-        draft = self.drafts.model
-        return Drafted(own, sequence.request.prompt, draft.context_length, draft.vocab_size)
+        longest, vocabulary = self.drafts.context_length, self.drafts.vocab_size
+        of_head = isinstance(self.drafts, Heads)
+        trust = Trust(OWN_RIGHT, OWN_WRONG) if of_head else Trust()
+        return Drafted(own, sequence.request.prompt, longest, vocabulary, trust)
 
     def _decode(self, outcome: Outcome) -> list[Row]:
         if not self.batch.busy:
@@ -220,7 +226,9 @@ class Runner:
         started, reads = time.perf_counter(), self.batch.pending is not None
         rows = self.batch.step()
         seconds = time.perf_counter() - started
-        if rows:
+        if rows and reads and self.batch.pending is None:
+            outcome.settle_seconds, outcome.rows = seconds, len(rows)
+        elif rows:
             outcome.step_seconds, outcome.rows = seconds, len(rows)
         elif not reads:
             outcome.start_seconds, outcome.rows = seconds, len(self.batch.rows)
@@ -232,7 +240,7 @@ class Runner:
         started = time.perf_counter()
         rows = self._settle(outcome)
         if rows:
-            outcome.step_seconds, outcome.rows = time.perf_counter() - started, len(rows)
+            outcome.settle_seconds, outcome.rows = time.perf_counter() - started, len(rows)
         yield Tokens(rows)
         self.batch.drop_ended()
         guesses = self._found(most, outcome)

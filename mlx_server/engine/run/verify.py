@@ -70,6 +70,7 @@ class Verification:
         self._guesses = guesses
         rows = groups.rows
         self._last = {row.id: last_token(row) for row in rows}
+        self._replayed = [len(row.replay) for row in rows]
         fed = [[*row.replay, last_token(row), *guesses.get(row.id, [])] for row in rows]
         self.places = [
             Place(row, guess[:end])
@@ -89,7 +90,7 @@ class Verification:
         self._goes_back = model.goes_back
         self._widths = list(map(len, fed)) if self._goes_back else widths
         self._before = [kv.states(cache) for _, cache in groups.members()]
-        logits = model.step([*parts, *chunk], len(self.places))
+        logits, self._states = model.step([*parts, *chunk], len(self.places))
         if any(row.replay for row in rows):
             logits = logits[_answering(fed, answers)]
         self._draw: Draw = sampler.launch(logits[:, -1, :].astype(mx.float32), masks)
@@ -111,8 +112,10 @@ class Verification:
         drawn = cast(list[int], self._draw.tokens.tolist())
         entries = self._entries(drawn)
         rows, at, accepted = [], 0, 0
+        computed = 0
         taken: dict[int, int] = {}
-        for row in self._groups.rows:
+        for row, replayed in zip(self._groups.rows, self._replayed, strict=True):
+            computed += replayed
             guess = self._guesses.get(row.id, [])
             tokens = _accepted(drawn[at : at + len(guess) + 1], guess)
             problem = next(
@@ -122,6 +125,7 @@ class Verification:
                 row.done = True
                 failed.append(Failed(row.id, problem))
             if not row.done:
+                self._keep_states(row, computed, len(tokens))
                 told = row.accept(tokens, entries[at : at + len(tokens)])
                 taken[row.id] = len(told.tokens)
                 right = min(len(guess), len(told.tokens) - 1)
@@ -130,9 +134,15 @@ class Verification:
                     row.guesser.judge(len(guess), right)
                 rows.append(structs.replace(told, guessed=len(guess), accepted=right))
             at += len(guess) + 1
+            computed += len(guess) + 1
         self._roll_back(taken)
         guessed = len(self.places) - len(self._groups.rows)
         return Verified(rows, failed, taken, self._tokens, guessed, accepted)
+
+    def _keep_states(self, row: Sequence, start: int, count: int) -> None:
+        """For the model's head, those of `count` tokens from place `start` of the pass on."""
+        if self._states is not None and row.unread is not None:
+            row.unread.add(row.known - 1, self._states[start : start + count, 0])
 
     def _roll_back(self, taken: dict[int, int]) -> None:
         widths = zip(self._groups.rows, self._widths, strict=True)

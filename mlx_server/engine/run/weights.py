@@ -16,6 +16,7 @@ from mlx_lm.utils import (
     load_model,
 )
 
+from mlx_server.dimensions import head_weights
 from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions
 from mlx_server.engine.ranks.sharing import ALONE, Ranks
@@ -44,7 +45,7 @@ def load_weights(
         model, config = load_model(
             path,
             lazy=True,
-            get_model_classes=classes,
+            get_model_classes=_headless(classes),
             trust_remote_code=options.trust_remote_code,
         )
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -56,6 +57,31 @@ def load_weights(
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise ModelError(_in_short(error)) from error
     return model, config
+
+
+def _headless(classes: Classes) -> Classes:
+    """The same without weights of heads, for which mlx-lm has no place.
+
+    It leaves them out itself, but for those of Qwen3-Next that have been converted.
+    """
+
+    def get_classes(config: dict[str, Any]) -> tuple[type, type]:
+        whole, arguments = classes(config)
+        beginning = head_weights(config)
+        if beginning is None:
+            return whole, arguments
+        of_head = beginning.match
+
+        class Headless(whole):  # type: ignore[misc, valid-type]
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                own = {name: one for name, one in weights.items() if not of_head(name)}
+                sane: dict[str, mx.array] = super().sanitize(own)
+                return sane
+
+        Headless.__name__, Headless.__module__ = whole.__name__, whole.__module__
+        return Headless, arguments
+
+    return get_classes
 
 
 def _in_short(error: Exception) -> str:

@@ -28,6 +28,8 @@ KEPT = 5
 """Measurements of which the median counts."""
 FORGOTTEN = 1000
 """Passes after which a time that was not measured again is no longer believed."""
+GROWTH = 2
+"""How many times larger than any before a pass may be."""
 SLOPE = 0.03
 """What a token more is taken to cost, as a share of the smallest pass, until that is known."""
 DRAFT_STEP = 0.1
@@ -77,6 +79,11 @@ class PassTimes:
             del self._known[old], self._measured_at[old]
         self._times = {s: statistics.median_low(self._known[s]) for s in sorted(self._known)}
 
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest pass that is known."""
+        return max(self._times, default=0)
+
     def seconds(self, tokens: int) -> float | None:
         """None while nothing is known."""
         times = self._times
@@ -96,14 +103,16 @@ class PassTimes:
 
 class Guessing:
     """Decides for an engine's passes. `padded`: a pass computes as many tokens for each row as for
-    the one that has most.
+    the one that has most. `goes_back`: after a wrong guess the right ones before it, and the token
+    that they followed, are computed once more.
 
     A pass with guesses also costs what comes around it: the host does not prepare the next step
     meanwhile, and the first steps after it may have caches to put in order.
     """
 
-    def __init__(self, *, padded: bool) -> None:
+    def __init__(self, *, padded: bool, goes_back: bool = False) -> None:
         self._padded = padded
+        self._goes_back = goes_back
         self._last_rows = 0
         self._steps, self._passes = PassTimes(), PassTimes()
         self._drafting = PassTimes()
@@ -111,6 +120,8 @@ class Guessing:
         self._accounts: dict[int, float] = {}
         """Steps that rows are ahead of where they would be without guesses, by their ids."""
         self._aftermath = 0
+        self._early = 0.0
+        """Steps gained by reading one before the next was begun."""
 
     def stepped(self, rows: int, seconds: float) -> None:
         """Learn from a step without guesses; the first one of a batch is not like the others."""
@@ -118,6 +129,14 @@ class Guessing:
             self._steps.measured(rows, seconds)
         self._last_rows = rows
         self._settle(rows, seconds, 1)
+        self._accounts = {id_: n + TOLERATED * (n < 0) for id_, n in self._accounts.items()}
+
+    def settled(self, rows: int, seconds: float) -> None:
+        """The step under way was read, and no other begun meanwhile. On a CPU this takes next to
+        no time, and it is the next one's beginning that takes a step's.
+        """
+        base = self._steps.seconds(rows)
+        self._early = 1 - seconds / base if base else 0.0
 
     def started(self, rows: int, seconds: float) -> None:
         """A step was begun, with no other under way to read meanwhile."""
@@ -148,7 +167,8 @@ class Guessing:
         base = self._steps.seconds(len(taken))
         if not base:
             return
-        cost = seconds / base - TOLERATED
+        cost = seconds / base - TOLERATED - self._early
+        self._early = 0.0
         self._accounts = {
             id_: min(MOST_AHEAD, self._accounts.get(id_, 0.0) + count - cost)
             for id_, count in taken.items()
@@ -159,9 +179,11 @@ class Guessing:
         base = self._steps.seconds(len(rows))
         if not base or not chances:
             return {}
-        # How many steps the pass may take for each row.
+        # How many steps the pass may take for each row, and how many tokens one needs once more.
         allowed = {id_: CREDIT + self._accounts.get(id_, 0.0) + 1 for id_ in rows}
-        drafted, depth = 0, 0
+        # A wrong idea of what a pass takes shall not be dear.
+        explored = max(GROWTH * self._passes.largest, 2 * len(rows))
+        drafted, depth, again = 0, 0, 0.0
         best, most, deepest, gained = len(rows) * math.log(MARGIN), 0, 0, 0.0
         order: list[int] = []
         gains = [(-math.log1p(one.first), id_, 1, 1.0) for id_, one in chances.items()]
@@ -172,15 +194,21 @@ class Guessing:
             order.append(id_)
             chance = chances[id_]
             allowed[id_] += chance.of(count)
+            again = max(again, expected - count * chance.of(count))
             if count < chance.most:
                 expected += chance.of(count)
                 more = math.log1p(chance.of(count + 1) / expected)
                 heapq.heappush(gains, (-more, id_, count + 1, expected))
             deepest = max(deepest, count)
             tokens = len(rows) * (1 + deepest) if self._padded else len(rows) + len(order)
+            if tokens > explored:
+                break
             if chances[id_].drafted:
                 drafted, depth = drafted + (count == 1), max(depth, count)
-            cost = self._cost(tokens, len(rows), base) + self._draft_cost(drafted, depth, base)
+            cost = self._cost(tokens, len(rows), base)
+            if self._goes_back:
+                cost += max(0.0, cost - 1) * again / deepest
+            cost += self._draft_cost(drafted, depth, base)
             value = gained - len(rows) * math.log(cost)
             if value > best and cost - TOLERATED <= min(allowed.values()):
                 best, most = value, len(order)
@@ -188,11 +216,12 @@ class Guessing:
 
     def _settle(self, rows: int, seconds: float, taken: int) -> None:
         """Have rows pay for what a pass with guesses has left to do."""
-        base = self._steps.seconds(rows)
-        if not self._aftermath or not base:
+        base, early = self._steps.seconds(rows), self._early
+        self._early = 0.0
+        if not base or not (self._aftermath or early):
             return
-        self._aftermath -= taken
-        ahead = taken - seconds / base
+        self._aftermath = max(0, self._aftermath - taken)
+        ahead = taken + early - seconds / base
         self._accounts = {id_: min(MOST_AHEAD, n + ahead) for id_, n in self._accounts.items()}
 
     def _cost(self, tokens: int, rows: int, base: float) -> float:

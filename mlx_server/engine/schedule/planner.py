@@ -24,7 +24,8 @@ class Planner:
         self._admission = admission
         self._room = room
         self._pace = pace
-        self._guessing = Guessing(padded=not runner.model.mixes)
+        model = runner.model
+        self._guessing = Guessing(padded=not model.mixes, goes_back=model.goes_back)
         self._rotation: deque[int] = deque()
         """Prefills in the order of their chunks; the last has had one most recently."""
         self._newcomers_next = False
@@ -62,6 +63,8 @@ class Planner:
         if outcome.step_seconds is not None and not self._chunk_last_turn:
             self._pace.stepped(outcome.step_seconds)
             self._guessing.stepped(outcome.rows, outcome.step_seconds)
+        if outcome.settle_seconds is not None:
+            self._guessing.settled(outcome.rows, outcome.settle_seconds)
         if outcome.start_seconds is not None:
             self._guessing.started(outcome.rows, outcome.start_seconds)
         if outcome.verified is not None:

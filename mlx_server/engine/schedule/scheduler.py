@@ -64,7 +64,7 @@ class Scheduler:
     """Owns every request of an engine.
 
     `kv_limit` is in bytes, for running requests and the prefix cache together, and those of a
-    `draft` model.
+    `draft` model or of the model's head.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class Scheduler:
         self.draft = draft
         self.memory = memory
         self.kv_limit = kv_limit
-        cost = model.kv_cost if draft is None else model.kv_cost.beside(draft.kv_cost)
+        beside = draft or model.head
+        cost = model.kv_cost if beside is None else model.kv_cost.beside(beside.kv_cost)
         self.longest_sequence = cost.longest(kv_limit, model.context_length)
         grammars = GrammarCompiler(model.path, model.vocab_size)
         self.runner = Runner(model, prefix, grammars, self.longest_sequence, draft)
@@ -92,10 +93,10 @@ class Scheduler:
         """Requests with which a turn has failed, and which have got nowhere since."""
         self.pace = Pace(prefill_chunk, model.tokens_within_scores)
         self.backoff = KvBackoff(kv_share)
-        mixes = model.mixes and (draft is None or draft.mixes)
+        mixes = model.mixes and (beside is None or beside.mixes)
         lengths = padded(model.batching.decode, mixes=mixes)
         step = 1 + MOST + MOST_GAPS if model.guesses else 1
-        step += MOST_BESIDE if draft is not None else 0
+        step += MOST_BESIDE if beside is not None else 0
         self.room = KvRoom(cost, kv_limit, prefix.limit, self.backoff, lengths, step)
         self.admission = Admission(self.waiting, self.runner, self.room, self.suspects, max_batch)
         self.planner = Planner(self.runner, self.admission, self.room, self.pace)

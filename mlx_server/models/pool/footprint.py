@@ -20,6 +20,7 @@ from mlx_server.dimensions import (
     Config,
     context_length,
     families,
+    head_weights,
     number,
     text_part,
 )
@@ -132,14 +133,21 @@ def read_footprint(
     adapter: Path | None = None,
     kv_bits: int | None = None,
     packed: bool = False,
+    *,
+    head: bool = False,
 ) -> Footprint:
     """`float32` dequantizes weights, `packed` computes in float32 with quantized ones; with both,
-    there are both. `kv_bits` quantizes KV caches. Raises ModelLoadFailed for damaged files.
+    there are both. `kv_bits` quantizes KV caches, `head` loads the model's own head, if there is
+    one. Raises ModelLoadFailed for damaged files.
     """
     config = read_config(path)
-    tensors = [tensor for file in sorted(path.glob(WEIGHTS)) for tensor in _tensors(file)]
-    if not tensors:
+    all_tensors = [tensor for file in sorted(path.glob(WEIGHTS)) for tensor in _tensors(file)]
+    if not all_tensors:
         raise ModelLoadFailed(f"{path.name} has no {WEIGHTS} file.")
+    names = head_weights(config)
+    body = [tensor for tensor in all_tensors if names is None or not names.match(tensor.name)]
+    tensors = all_tensors if head else body
+    headed = len(tensors) > len(body)
     added = _tensors(adapter / ADAPTER_WEIGHTS) if adapter else []
     stored = sum(tensor.bytes for tensor in (*tensors, *added))
     parameters = _parameters(tensors, config) + _elements(added)
@@ -157,7 +165,8 @@ def read_footprint(
     return Footprint(
         float32=float32,
         weights=weights,
-        kv_per_token=_kv_bytes_per_token(config, size, kv_bits),
+        kv_per_token=_kv_bytes_per_token(config, size, kv_bits)
+        + (_kv_bytes_per_layer(config, size) if headed else 0),
         context_length=context_length(config),
         vocabulary=number(config, VOCABULARY),
         activations_per_token=size * (8 * width + 4 * number(config, INNER_WIDTH, 4 * width)),
@@ -281,17 +290,26 @@ def _kv_bytes_per_token(config: Config, size: int, kv_bits: int | None) -> int:
     layers *= 2 if TWO_CACHES.intersection(families(config)) else 1
     if (latent := _latent_numbers(config)) is not None:
         return layers * latent * size
-    heads = max(1, number(config, HEADS, 1))
-    kv_heads = number(config, KV_HEADS, heads)
-    head_dim = max(number(config, HEAD, number(config, WIDTH) // heads), number(config, WIDE_HEAD))
-    plain = 2 * kv_heads * head_dim * size
+    plain = _kv_bytes_per_layer(config, size)
+    head_dim = _head_dim(config)
     group = next((group for group in KV_GROUP_SIZES if head_dim % group == 0), None)
     if kv_bits is None or group is None:
         return layers * plain
-    groups = 2 * kv_heads * head_dim // group
+    groups = plain // (group * size)
     quantized = groups * (group * kv_bits // 8 + 2 * size)  # with a scale and a bias
     growing = _growing_layers(config, layers)
     return growing * quantized + (layers - growing) * plain
+
+
+def _kv_bytes_per_layer(config: Config, size: int) -> int:
+    """Of a layer that keeps keys and values, unquantized."""
+    heads = max(1, number(config, HEADS, 1))
+    return 2 * number(config, KV_HEADS, heads) * _head_dim(config) * size
+
+
+def _head_dim(config: Config) -> int:
+    heads = max(1, number(config, HEADS, 1))
+    return max(number(config, HEAD, number(config, WIDTH) // heads), number(config, WIDE_HEAD))
 
 
 def _latent_numbers(config: Config) -> int | None:

@@ -163,7 +163,15 @@ class MemoryPlanner:
             options, hosts = msgspec.structs.replace(options, ranks=1), ()
         else:
             _check_division(entry, path, options)
-            whole = read_footprint(path, float32, entry.adapter_path, options.kv_bits, packed)
+            head = options.speculation == "auto" and options.draft_path is None
+            whole = read_footprint(
+                path,
+                float32,
+                entry.adapter_path,
+                options.kv_bits,
+                packed,
+                head=head and options.ranks == 1,
+            )
             footprint = whole.of_rank(options.ranks)
         if options.draft_path is not None:
             draft_path = Path(options.draft_path)

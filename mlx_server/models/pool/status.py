@@ -59,6 +59,8 @@ class ModelStatus:
     pinned: bool = False
     draft_model: str | None = None
     """The id of the one beside it."""
+    own_head: bool = False
+    """Whether a head of its own guesses tokens."""
     last_used: float | None = None
     expires: float | None = None
 
@@ -116,6 +118,7 @@ def status_of(slot: Slot) -> ModelStatus:
         replicas=tuple(supervisor.replicas),
         memory=stats.memory if stats else facts.memory,
         draft_model=slot.plan.draft.id if slot.plan and slot.plan.draft else None,
+        own_head=facts.own_head,
         expires=_expiry(slot),
     )
 
