@@ -56,7 +56,7 @@ DRAFT_SHAPES = SHAPES | {
 HEADED_WIDTH = 768
 HEADED_SHAPES = {
     "hidden_size": HEADED_WIDTH,
-    "num_hidden_layers": 16,
+    "num_hidden_layers": 24,
     "intermediate_size": 2048,
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
