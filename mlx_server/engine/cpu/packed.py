@@ -203,12 +203,16 @@ def _few(x: mx.array, product: "Product | Share") -> bool:
     return x.size <= product.few_rows * x.shape[-1]
 
 
+def _with_bias(linear: Any, x: mx.array) -> mx.array:
+    product: mx.array = linear.product(x)
+    return product + linear["bias"] if "bias" in linear else product
+
+
 class PackedLinear(QuantizedLinear):
     """Without weights of its own."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        product: mx.array = self.product(x)
-        return product + self["bias"] if "bias" in self else product
+        return _with_bias(self, x)
 
 
 class PackedEmbedding(QuantizedEmbedding):
@@ -221,10 +225,7 @@ class FewRowsLinear(Linear):
     """With float32 weights for more rows."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not _few(x, self.product):
-            return super().__call__(x)
-        product: mx.array = self.product(x)
-        return product + self["bias"] if "bias" in self else product
+        return _with_bias(self, x) if _few(x, self.product) else super().__call__(x)
 
 
 class FewRowsEmbedding(Embedding):
