@@ -23,7 +23,7 @@ from mlx_server.engine.run.lookup import Lookup
 from mlx_server.engine.schedule.guessing import Chance, Guessing
 from mlx_server.engine.schedule.scheduler import Scheduler
 from tests.engine.conftest import request
-from tests.engine.test_drafts import drafted_of
+from tests.engine.test_drafts import drafted_of, tokens_despite_failures
 from tests.engine.test_guesses import requests_of
 from tests.engine.test_mixed import scheduler_of, tokens_of
 from tests.support.architectures import VOCAB_SIZE, build_architecture
@@ -196,21 +196,7 @@ def test_a_turn_that_fails_in_the_head_loses_nothing(
         return right(heads, *given)
 
     monkeypatch.setattr(Heads, "_compute", fails)
-    told: dict[int, list[int]] = {i: [] for i in range(4)}
-    for i, one in enumerate(requests):
-        scheduler.add(msgspec.structs.replace(one, id=i, caller=str(i)))
-    failures, given_up = 0, []
-    while scheduler.busy:
-        try:
-            for message in scheduler.turn():
-                for row in getattr(message, "rows", ()):
-                    told[row.id] += row.tokens
-        except RuntimeError as error:
-            failures += 1
-            given_up += scheduler.recover(error)
-    assert failures == 3
-    assert not given_up
-    assert told == plain
+    assert tokens_despite_failures(scheduler, requests) == (plain, 3)
 
 
 @pytest.mark.usefixtures("always")

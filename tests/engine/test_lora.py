@@ -1,19 +1,18 @@
 """LoRA adapters: the engine's output is that of mlx-lm with the same adapter."""
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_model
+from mlx_lm.utils import dequantize_model, load_model
 
 from mlx_server.engine.protocol import LoadOptions
 from mlx_server.errors import ModelLoadFailed
 from tests.engine.conftest import request as generation
 from tests.engine.conftest import tokens_of
 from tests.support.engines import DirectEngine
-from tests.support.tiny import build_tiny_adapter, build_tiny_model
+from tests.support.tiny import build_quantized, build_tiny_adapter, build_tiny_model
 
 PROMPT = [5, 17, 42, 99, 7]
 TOKENS = 24
@@ -26,13 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    folder = tmp_path_factory.mktemp("lora") / "quantized"
-    model, config = load_model(base)
-    model, config = quantize_model(model, config, group_size=32, bits=8)
-    folder.mkdir()
-    save_model(folder, model)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return build_quantized(base, tmp_path_factory.mktemp("lora"), bits=8, group_size=32)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Quantized weights on a CPU: multiplied by as they lie, and no different for it."""
 
 import itertools
-import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedLinear
-from mlx_lm.utils import load_model, quantize_model, save_model
 
 from mlx_server.engine.cpu.packed import Product
 from mlx_server.engine.memory import DeviceMemory, device_name
@@ -20,7 +18,7 @@ from tests.engine.conftest import request, rows_of
 from tests.engine.test_ranks import assert_same
 from tests.support.architectures import ARCHITECTURES, build_architecture
 from tests.support.engines import DirectEngine
-from tests.support.tiny import build_tiny_adapter, build_tiny_model
+from tests.support.tiny import build_quantized, build_tiny_adapter, build_tiny_model
 
 pytestmark = pytest.mark.skipif(device_name() != "cpu", reason="for CPUs")
 
@@ -36,13 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, base: Path
 ) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "quantized"
-    model, config = load_model(base)
-    model, config = quantize_model(model, config, group_size=64, bits=request.param)
-    folder.mkdir()
-    save_model(folder, model)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return build_quantized(base, tmp_path_factory.mktemp("packed"), bits=request.param)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -106,26 +98,21 @@ def test_the_weights_stay_as_small_as_they_are_and_are_counted(quantized: Path) 
 
 
 def test_weights_in_other_formats_are_multiplied_by_as_mlx_does(base: Path, tmp_path: Path) -> None:
-    model, config = load_model(base)
-    model, config = quantize_model(model, config, group_size=64, bits=6)
-    save_model(tmp_path, model)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    backend = Backend(tmp_path, LoadOptions(dequantize="packed"), DeviceMemory("4GB", None))
+    path = build_quantized(base, tmp_path, bits=6)
+    backend = Backend(path, LoadOptions(dequantize="packed"), DeviceMemory("4GB", None))
     assert backend.eager_rows == 0
-    assert backend.weights_bytes <= read_footprint(tmp_path, False, packed=True).weights
+    assert backend.weights_bytes <= read_footprint(path, False, packed=True).weights
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_computes_the_same_with_packed_weights(tmp_path: Path, name: str) -> None:
-    model, config = load_model(build_architecture(tmp_path / "plain", name))
+    plain = build_architecture(tmp_path / "plain", name)
     try:
-        model, config = quantize_model(model, config, group_size=32, bits=4)
+        path = build_quantized(plain, tmp_path / "quantized", bits=4, group_size=32)
     except ValueError:
         pytest.skip("its tiny form has no whole groups")
-    save_model(tmp_path, model)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    found = [logits(tmp_path, mode) for mode in ("always", "packed", "both")]
+    found = [logits(path, mode) for mode in ("always", "packed", "both")]
     scale = np.abs(found[0]).max()
     for each in found[1:]:
         np.testing.assert_allclose(each, found[0], atol=1e-3 * scale)

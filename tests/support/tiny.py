@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import _get_classes, load_model
+from mlx_lm.utils import _get_classes, load_model, quantize_model, save_model
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -82,6 +82,19 @@ def build_tiny_model(
     save_text_side(folder, family, tokenizer, template)
     config = write_config(folder, family, tokenizer, context, layers, hidden)
     save_weights(folder, _random_weights(config, _special_ids(tokenizer), seed))
+    return folder
+
+
+def build_quantized(model: Path, folder: Path, *, bits: int, group_size: int = 64) -> Path:
+    """Write the model's quantized form to `folder`, without its text side, and return it.
+
+    Raises ValueError where it has no whole groups.
+    """
+    made, config = load_model(model)
+    made, config = quantize_model(made, config, group_size=group_size, bits=bits)
+    folder.mkdir(exist_ok=True)
+    save_model(folder, made)
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -1,12 +1,10 @@
 """What a model is promised of the budget, and what its engine is told."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
-from mlx_lm.utils import load_model, quantize_model, save_model
 
 from mlx_server.engine.protocol import LoadOptions, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed
@@ -14,7 +12,7 @@ from mlx_server.models.pool.footprint import Footprint, read_footprint
 from mlx_server.models.pool.needs import LoadPlan, MemoryPlanner, Need
 from mlx_server.models.store.catalog import ModelEntry
 from tests.support.bert import build_tiny_bert
-from tests.support.tiny import build_tiny_model
+from tests.support.tiny import build_quantized, build_tiny_model
 
 OPTIONS = LoadOptions(max_batch=4)
 AMPLE = 1 << 40
@@ -141,7 +139,8 @@ def test_weights_stay_as_they_are_stored_where_float32_does_not_fit(tmp_path: Pa
 def test_a_cpu_gets_the_fastest_format_that_fits(
     tmp_path: Path, less_than: str | None, told: str
 ) -> None:
-    path = _quantized(build_tiny_model(tmp_path / "plain", hidden=256), tmp_path / "quantized")
+    plain = build_tiny_model(tmp_path / "plain", hidden=256)
+    path = build_quantized(plain, tmp_path / "quantized", bits=4)
     whole = {
         "both": read_footprint(path, True, packed=True),
         "always": read_footprint(path, True),
@@ -154,15 +153,6 @@ def test_a_cpu_gets_the_fastest_format_that_fits(
     assert plan.footprint == whole.get(told, read_footprint(path, False))
     divided = msgspec.structs.replace(OPTIONS, ranks=2)
     assert able.plan(entry(path), divided).options.dequantize in ("always", "never")
-
-
-def _quantized(path: Path, folder: Path) -> Path:
-    model, config = load_model(path)
-    model, config = quantize_model(model, config, group_size=64, bits=4)
-    folder.mkdir()
-    save_model(folder, model)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def _least(footprint: Footprint) -> int:
