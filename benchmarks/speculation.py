@@ -1,6 +1,9 @@
 """What speculation gains and costs: the same requests with it and without, in turns.
 
-    python -m benchmarks.speculation MODEL_FOLDER [--rounds 3] [--only editing]
+    python -m benchmarks.speculation MODEL_FOLDER [--rounds 3] [--only editing] [--control]
+
+With `--control` both sides are the same: how far ratios are from 1 then is how far they can be
+trusted.
 
 MODEL_FOLDER holds the model that writes freely; float32 is advised, as in the other benchmarks.
 Editing is measured with random weights in SmolLM2-135M's shapes that answer with a given text, so
@@ -25,6 +28,7 @@ import mlx.core as mx
 from llguidance import LLMatcher
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3_5
+from msgspec import structs
 
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Sampling
@@ -175,10 +179,16 @@ def edits(streams: int) -> list[Generate]:
     ]
 
 
-def answers(streams: int) -> list[Generate]:
+def predicted(streams: int) -> list[Generate]:
+    """The text as it was before is what the answer is predicted to be, as by OpenAI's API."""
+    before = [TEXT + place for place in range(TOKENS)]
+    return [structs.replace(one, prediction=before) for one in answers(streams, TOKENS)]
+
+
+def answers(streams: int, tokens: int = DRAFTED) -> list[Generate]:
     """The text comes out of the blue, so that only a model can guess it."""
     return [
-        Generate(0, [100 + stream, BEGIN], Sampling(temperature=0.0, seed=0), DRAFTED)
+        Generate(0, [100 + stream, BEGIN], Sampling(temperature=0.0, seed=0), tokens)
         for stream in range(streams)
     ]
 
@@ -232,6 +242,7 @@ class Cell:
 
 CELLS = [
     *(Cell("editing", "editor", edits, n, t) for n, t in ((1, 2.5), (4, 1.8), (8, 1.3))),
+    Cell("prediction", "editor", predicted, 1, 2.5),
     *(Cell("draft model", "drafted", answers, n, t) for n, t in ((1, 1.3), (4, 0.98), (8, 0.98))),
     *(Cell("own head", "headed", answers, n, t) for n, t in ((1, 1.0), (4, 0.98), (8, 0.98))),
     *(Cell("free, greedy", "given", free(0.0), n, 0.98) for n in (1, 8, 16)),
@@ -267,19 +278,23 @@ class Side:
         return time.perf_counter() - first, tokens
 
 
-async def measure(folder: Path, cells: list[Cell], rounds: int, draft: Path | None = None) -> None:
-    with_ = await Side.start(folder, guesses=True, draft=draft)
+async def measure(
+    folder: Path, cells: list[Cell], options: argparse.Namespace, draft: Path | None = None
+) -> None:
+    with_ = await Side.start(folder, guesses=not options.control, draft=draft)
     without = await Side.start(folder, guesses=False)
     try:
         for cell in cells:
             ratios, lengths = [], set()
             for side in (with_, without):
                 await side.seconds(cell.requests(cell.streams))
-            for _ in range(rounds):
-                plain, count = await without.seconds(cell.requests(cell.streams))
-                fast, same = await with_.seconds(cell.requests(cell.streams))
-                ratios.append(plain / fast)
-                lengths |= {count, same}
+            for number in range(options.rounds):
+                order = [without, with_] if number % 2 == 0 else [with_, without]
+                took = {}
+                for side in order:
+                    took[side], count = await side.seconds(cell.requests(cell.streams))
+                    lengths.add(count)
+                ratios.append(took[without] / took[with_])
             held = "yes" if statistics.median(ratios) >= cell.target else "NO"
             print(
                 f"| {cell.name}, {cell.streams} streams | ≥ {cell.target} "
@@ -294,18 +309,19 @@ async def measure(folder: Path, cells: list[Cell], rounds: int, draft: Path | No
         await without.client.stop()
 
 
-async def compare(folder: Path, rounds: int, only: str, dtype: str) -> None:
-    cells = [cell for cell in CELLS if only in cell.name]
+async def compare(options: argparse.Namespace) -> None:
+    cells = [cell for cell in CELLS if options.only in f"{cell.name}, {cell.streams}"]
     with tempfile.TemporaryDirectory() as home:
-        editor = build_editor(Path(home) / "editor", dtype)
+        editor = build_editor(Path(home) / "editor", options.dtype)
         if editing := [cell for cell in cells if cell.model == "editor"]:
-            await measure(editor, editing, rounds)
+            await measure(editor, editing, options)
         if drafted := [cell for cell in cells if cell.model == "drafted"]:
-            await measure(editor, drafted, rounds, build_draft(Path(home) / "draft", dtype))
+            draft = build_draft(Path(home) / "draft", options.dtype)
+            await measure(editor, drafted, options, draft)
         if headed := [cell for cell in cells if cell.model == "headed"]:
-            await measure(build_headed(Path(home) / "headed", dtype), headed, rounds)
+            await measure(build_headed(Path(home) / "headed", options.dtype), headed, options)
     if rest := [cell for cell in cells if cell.model == "given"]:
-        await measure(folder, rest, rounds)
+        await measure(options.model, rest, options)
 
 
 def main() -> None:
@@ -315,8 +331,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="part of a cell's name")
     parser.add_argument("--dtype", default="float32", help="of the model that edits")
-    options = parser.parse_args()
-    asyncio.run(compare(options.model, options.rounds, options.only, options.dtype))
+    parser.add_argument("--control", action="store_true", help="both sides without speculation")
+    asyncio.run(compare(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ class Killing:
     model: str
     asked: list[Asked]
     random: random.Random
+    apart: int = 800
+    """Up to how many events lie between kills."""
     expected: list[Answer] = field(default_factory=list)
     now: list[TimedAnswer] = field(default_factory=list)
     kills: list[float] = field(default_factory=list)
@@ -116,7 +118,7 @@ class Killing:
     async def _some_events(self) -> None:
         """Let any number of events come, none at times: then the engine has only just begun."""
         wait_for_some = self.random.random() > 1 / 8
-        enough = self._events() + wait_for_some * self.random.randint(1, 800)
+        enough = self._events() + wait_for_some * self.random.randint(1, self.apart)
 
         async def came() -> bool:
             return self._events() >= enough
@@ -127,10 +129,12 @@ class Killing:
         return sum(len(answer.moments) for answer in self.now) + 10**6 * self.answers
 
 
-async def _kill_at_random(server: Server, model: str, tokens: int, kills: int) -> Killing:
+async def _kill_at_random(
+    server: Server, model: str, tokens: int, kills: int, **more: int
+) -> Killing:
     front = server.process.pid
     before = await _starts(server, model)
-    killing = Killing(server, model, mixed(model, tokens), random.Random(7))
+    killing = Killing(server, model, mixed(model, tokens), random.Random(7), **more)
     await killing.run(kills)
     await server.idle(model, LIVELY)
     assert await _starts(server, model) - before == kills
@@ -162,6 +166,20 @@ async def test_two_hundred_kills_at_random_moments_change_nothing_in_any_stream(
 ) -> None:
     killing = await _kill_at_random(mortal, TINY, tokens=1000, kills=200)
     assert killing.ties <= killing.answers // 4
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+async def test_fifty_kills_amid_guesses_change_nothing_in_any_stream(tmp_path: Path) -> None:
+    """The model says the same again and again, so that nearly all of it is guessed."""
+    script = "".join(map(chr, range(ord("0"), ord("z"))))
+    model = build_scripted_model(tmp_path / "reciting", script, context=CONTEXT)
+    with serving(tmp_path / "home", "--model", str(model), prefix_cache="0") as server:
+        await _kill_at_random(server, "reciting", tokens=3000, kills=1, apart=10)
+        async with server.client() as client:
+            told = (await client.get("/metrics")).text
+        print([l for l in told.splitlines() if "spec_decode" in l])
+        assert 0
 
 
 async def test_usage_tells_of_the_cache_as_the_first_engine_did(tmp_path: Path, tiny: Path) -> None:
