@@ -49,9 +49,23 @@ CONTEXT = (
 OWN_CONTEXT = {"lille-130m": "block_size"}
 """Names that mean something else in other families."""
 
-HEADED = frozenset({"qwen3_next", "qwen3_5", "qwen3_5_moe"})
-"""Families with a head of their own that guesses further tokens, where the engine can use it."""
-HEAD_WEIGHTS = re.compile(r"((model\.)?language_model\.|model\.)?mtp\.")
+HEADED: dict[str, str] = {
+    **dict.fromkeys(
+        ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe"),
+        r"((model\.)?language_model\.|model\.)?mtp\.",
+    ),
+    **dict.fromkeys(
+        ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+        r"model\.layers\.LAYERS\.",
+    ),
+    "ernie4_5_moe": r"model\.mtp_(?=(block|emb_norm|hidden_norm|linear_proj)\.)",
+    "mimo": r"model\.mtp_layers\.",
+}
+"""Families with a head of their own that guesses further tokens, where the engine can use it: what
+the names of its weights begin with. LAYERS stands for how many layers the model has.
+"""
+HEAD_REPEATS = re.compile(r"(embed_tokens|shared_head\.head)\.")
+"""What follows in names of weights that a head shares with its model, and that are there twice."""
 
 UNKNOWN_CONTEXT = 4096
 RECURRENT = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv7", "recurrent_gemma"})
@@ -144,7 +158,10 @@ def uneven_parts(config: Config, ranks: int) -> str | None:
 
 def head_weights(config: Config) -> re.Pattern[str] | None:
     """What the names of the weights of such a head begin with, None where the family has none."""
-    return HEAD_WEIGHTS if HEADED.intersection(families(config)) else None
+    beginning = next((HEADED[kind] for kind in families(config) if kind in HEADED), None)
+    if beginning is None:
+        return None
+    return re.compile(beginning.replace("LAYERS", str(number(config, LAYERS) or "unknown")))
 
 
 def families(config: Config) -> list[str]:

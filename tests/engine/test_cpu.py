@@ -1,6 +1,7 @@
 """The CPU device's own forms of attention, SwiGLU and exp, against the originals."""
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +182,16 @@ def test_a_model_says_the_same_greedy_tokens(sped_up: None, tiny_model: Path) ->
     originals.swiglu = SWIGLU
 
     assert fast == _greedy(tiny_model, prompt)
+
+
+def test_no_model_is_imported_before_its_swiglu_is_replaced() -> None:
+    show = (
+        "import sys\n"
+        "import mlx_server.engine.run.backend\n"
+        "print(*(name for name, one in sys.modules.items() if hasattr(one, 'swiglu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def _greedy(path: Path, prompt: mx.array) -> list[list[int]]:

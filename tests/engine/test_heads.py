@@ -30,6 +30,12 @@ from tests.support.architectures import VOCAB_SIZE, build_architecture
 from tests.support.heads import HEADED, build_headed
 
 FORGIVING = 1 << 30
+QUICK = ("deepseek_v3", "mimo", "qwen3_5", "qwen3_next")
+"""With experts and without, of models that mix passes and that do not, and have states or not."""
+
+
+def families() -> list[Any]:
+    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.soak) for n in HEADED]
 
 
 @pytest.fixture
@@ -74,7 +80,7 @@ def head_of(path: Path, **options: Any) -> Head:
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("agreeing", [True, False])
-@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize("name", families())
 def test_what_a_head_guesses_changes_no_text(tmp_path: Path, name: str, agreeing: bool) -> None:
     path = build_headed(tmp_path / name, name, agreeing=agreeing)
     requests = wanted(10)
@@ -92,7 +98,7 @@ def test_what_a_head_guesses_changes_no_text(tmp_path: Path, name: str, agreeing
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize("name", families())
 def test_a_head_reads_what_the_model_computed_and_nothing_that_it_guessed_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -122,7 +128,7 @@ def test_a_head_reads_what_the_model_computed_and_nothing_that_it_guessed_itself
     for tokens, logits in found[::3]:
         states = head.trunk(mx.array([tokens]), scheduler.model.new_cache())
         out = head(mx.array([tokens[1:]]), states[:, :-1], head.new_cache())
-        expected = head.trunk.project(out)[0, -1]
+        expected = head.project(out)[0, -1]
         assert mx.allclose(logits, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -137,8 +143,9 @@ def test_a_head_passes_over_what_it_has_not_seen_of_a_long_prompt(tmp_path: Path
 
 
 @pytest.mark.usefixtures("always")
-def test_a_head_guesses_after_a_prefix_from_the_cache(tmp_path: Path) -> None:
-    path = build_headed(tmp_path / "qwen3_5", "qwen3_5")
+@pytest.mark.parametrize("name", ["qwen3_5", "deepseek_v3", "mimo"])
+def test_a_head_guesses_after_a_prefix_from_the_cache(tmp_path: Path, name: str) -> None:
+    path = build_headed(tmp_path / name, name)
     first = [request([(7 * i) % 120 for i in range(100)], 50, Sampling(seed=1))]
     scheduler = scheduler_of(path, prefixes=1 << 26, speculation="auto")
     answer = tokens_of(scheduler, first, [])[0]
@@ -248,15 +255,32 @@ def test_a_head_may_be_quantized_or_not(tmp_path: Path, beginning: str, dequanti
     assert scheduler.counts.accepted > 0.9 * scheduler.counts.guessed > 40
 
 
-def test_a_model_without_a_head_guesses_as_ever(tmp_path: Path) -> None:
-    assert backend_of(build_architecture(tmp_path / "plain", "qwen3_5")).head is None
-    assert backend_of(build_architecture(tmp_path / "llama", "llama")).head is None
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("beginning", ["model", "model.layers.4"])
+def test_a_head_of_one_layer_more_may_be_quantized(tmp_path: Path, beginning: str) -> None:
+    path = build_headed(tmp_path / "tiny", "deepseek_v3", quantized=beginning)
+    requests = wanted(3, 40)
+    plain = tokens_of(scheduler_of(path, dequantize="never"), requests, [])
+    scheduler = scheduler_of(path, speculation="auto", dequantize="never")
+    names = [name for name, _ in tree_flatten(heads_of(scheduler)._head.model.parameters())]
+    assert {"eh_proj.scales", "layer.mlp.switch_mlp.up_proj.scales"} < set(names)
+    assert tokens_of(scheduler, requests, []) == plain
+    assert scheduler.counts.accepted > 0.9 * scheduler.counts.guessed > 30
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "llama", "deepseek_v3", "ernie4_5_moe", "mimo"])
+def test_a_model_without_a_head_guesses_as_ever(tmp_path: Path, name: str) -> None:
+    backend = backend_of(build_architecture(tmp_path / name, name))
+    assert backend.head is None
+    assert backend.guesses
 
 
 def test_a_head_is_left_out_where_nothing_is_to_be_guessed_by_it(tmp_path: Path) -> None:
     path = build_headed(tmp_path / "qwen3_next", "qwen3_next")
     assert backend_of(path, speculation="off").head is None
     assert backend_of(path, draft_path=str(path)).head is None
+    shipped = build_headed(tmp_path / "deepseek_v3", "deepseek_v3", raw=True)
+    assert backend_of(shipped, speculation="off").head is None
 
 
 def test_a_draft_model_that_is_named_guesses_in_place_of_the_head(tmp_path: Path) -> None:
@@ -284,6 +308,22 @@ def test_a_head_that_is_not_whole_is_left_out(
     assert "event=own_head_off reason='ValueError: Missing 1 parameters" in caplog.text
 
 
+def test_a_head_without_one_of_its_experts_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = build_headed(tmp_path / "deepseek_v3", "deepseek_v3", raw=True)
+    file = str(path / "model.safetensors")
+    weights = mx.load(file)
+    assert isinstance(weights, dict)
+    mx.eval(weights)
+    del weights["model.layers.4.mlp.experts.2.up_proj.weight"]
+    mx.save_safetensors(file, weights)
+    with caplog.at_level(logging.WARNING):
+        assert backend_of(path).head is None
+    assert "event=own_head_off" in caplog.text
+    assert "mlp.experts.2.up_proj" in caplog.text
+
+
 def test_the_heads_memory_is_counted(tmp_path: Path) -> None:
     path = build_headed(tmp_path / "qwen3_5", "qwen3_5")
     scheduler = scheduler_of(path, speculation="auto")
@@ -297,7 +337,8 @@ def test_the_heads_memory_is_counted(tmp_path: Path) -> None:
 
 
 def test_all_families_whose_heads_are_known_by_name_are_built() -> None:
-    assert KINDS.keys() == FAMILIES == set(HEADED)
+    assert KINDS.keys() == FAMILIES.keys()
+    assert FAMILIES.keys() == {name.replace("nemotron_h-moe", "nemotron_h") for name in HEADED}
 
 
 def test_only_the_last_states_are_kept_for_a_head() -> None:

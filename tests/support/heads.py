@@ -12,11 +12,14 @@ from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.utils import _get_classes
 
 from mlx_server.engine.run.heads.qwen import QwenHead
+from tests.support import layer_heads
 from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, random_weights
+from tests.support.layer_heads import LAYERED
 
-HEADED = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
+QWEN = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
+HEADED = (*QWEN, *LAYERED)
 GROUP, BITS = 32, 8
-ADDING = ("o_proj", "out_proj", "down_proj")
+ADDING = ("o_proj", "out_proj", "down_proj", "fc2")
 """Names of products whose results are added to what a layer gets."""
 NORMS = re.compile(
     r"(layernorm|[qk]_norm|model\.norm|mtp\.norm|language_model\.norm|pre_fc_norm_\w+)\.weight$"
@@ -47,14 +50,18 @@ def build_headed(
     text["vocab_size"] = vocab_size
     if name == "qwen3_5":
         text["num_experts"] = 0
-    weights = random_weights(config, 0) | _random_head(config)
+    layered = name in LAYERED
+    head = layer_heads.random_head(config) if layered else _random_head(config)
+    weights = random_weights(config, 0) | head
     if agreeing:
         weights = {
             key: mx.zeros_like(one) if any(part in key for part in ADDING) else one
             for key, one in weights.items()
         }
-        weights[_prefix(config) + "fc.weight"] = mx.eye(32, 64)
-    if raw:
+        weights |= layer_heads.joining(config) if layered else _joining(config)
+    if raw and layered:
+        weights = layer_heads.as_shipped(weights, config)
+    elif raw:
         weights = raw_weights(weights, name)
     if quantized:
         config["quantization"] = {"group_size": GROUP, "bits": 4}
@@ -66,6 +73,10 @@ def build_headed(
 
 def _prefix(config: dict[str, Any]) -> str:
     return "language_model.mtp." if "text_config" in config else "mtp."
+
+
+def _joining(config: dict[str, Any]) -> Weights:
+    return {_prefix(config) + "fc.weight": mx.eye(32, 64)}
 
 
 def _random_head(config: dict[str, Any]) -> Weights:
@@ -120,10 +131,11 @@ def _quantized(weights: Weights, beginning: str) -> Weights:
     made: Weights = {}
     for key, weight in weights.items():
         fits = weight.ndim > 1 and weight.shape[-1] % GROUP == 0 and "conv1d" not in key
+        base = key.removesuffix("weight")
+        fits &= f"{base}e_score_correction_bias" not in weights  # a router, which is no layer
         if not (fits and key.startswith(beginning)):
             made[key] = weight
             continue
-        base = key.removesuffix("weight")
         packed = mx.quantize(weight, group_size=GROUP, bits=BITS)
         made |= zip((key, f"{base}scales", f"{base}biases"), packed, strict=True)
     return made

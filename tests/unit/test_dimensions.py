@@ -20,6 +20,7 @@ from mlx_server.dimensions import (
     STRETCHED_CONTEXT,
     UNKNOWN_CONTEXT,
     context_length,
+    head_weights,
     number,
     uneven_parts,
 )
@@ -51,6 +52,31 @@ def test_layers_heads_and_vocabulary_are_found_under_each_architectures_own_name
     assert number(config, dimensions.VOCABULARY) == VOCAB_SIZE
     assert number(config, dimensions.WIDTH) == (96 if name.startswith("lille") else 32)
     assert number(config, dimensions.HEADS, 4) == (8 if name == "mamba2" else 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "of_head", "others"),
+    [
+        (
+            {"model_type": "deepseek_v3", "num_hidden_layers": 6},
+            ["model.layers.6.enorm.weight"],
+            ["model.layers.5.mlp.gate.weight", "model.layers.61.enorm.weight"],
+        ),
+        ({"model_type": "deepseek_v3"}, [], ["model.layers.0.mlp.gate.weight"]),
+        ({"model_type": "nemotron_h"}, ["mtp.layers.0.enorm.weight"], ["backbone.norm_f.weight"]),
+        (
+            {"model_type": "ernie4_5_moe", "num_hidden_layers": 6},
+            ["model.mtp_block.0.mlp.up_proj.weight", "model.mtp_linear_proj.0.weight"],
+            ["model.layers.6.mlp.up_proj.weight"],
+        ),
+    ],
+)
+def test_weights_of_a_models_own_head_are_known_by_their_names(
+    config: dict[str, Any], of_head: list[str], others: list[str]
+) -> None:
+    names = head_weights(config)
+    assert names is not None
+    assert [name for name in (*of_head, *others) if names.match(name)] == of_head
 
 
 def families() -> dict[str, Any]:

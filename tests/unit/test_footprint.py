@@ -19,7 +19,7 @@ from mlx_lm.utils import (
     save_model,
 )
 
-from mlx_server.dimensions import context_length
+from mlx_server.dimensions import context_length, head_weights
 from mlx_server.engine.cache.quant import quantize_cache
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.errors import ModelLoadFailed
@@ -105,15 +105,38 @@ def test_quantized_caches_are_never_underestimated(tmp_path: Path, family: str, 
         assert footprint.kv_per_token == whole / 2 + whole / 2 * (bits + 2) / 32
 
 
+NUMBERS_PER_TOKEN = {
+    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite"), 16 + 8),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), 16 + 8 + 2 * 16),
+}
+"""In the cache of a head, where that is not two heads' keys and values of eight numbers."""
+
+
 @pytest.mark.parametrize("name", HEADED)
 def test_a_models_own_head_is_counted_where_it_is_loaded(tmp_path: Path, name: str) -> None:
     path = build_headed(tmp_path / "with", name)
     without, headed = (read_footprint(path, True, head=head) for head in (False, True))
     weights = mx.load(str(path / "model.safetensors"))
     assert isinstance(weights, dict)
-    own = sum(weight.nbytes for key, weight in weights.items() if "mtp." in key)
+    names = head_weights(json.loads((path / "config.json").read_text()))
+    assert names is not None
+    own = sum(weight.nbytes for key, weight in weights.items() if names.match(key))
     assert headed.weights == without.weights + own == sum(one.nbytes for one in weights.values())
-    assert headed.kv_per_token == without.kv_per_token + 2 * 2 * 8 * 4
+    assert own > 10_000
+    numbers = NUMBERS_PER_TOKEN.get(name, 2 * 2 * 8)
+    assert headed.kv_per_token == without.kv_per_token + numbers * 4
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_what_a_head_shares_with_its_model_is_counted_once(tmp_path: Path, name: str) -> None:
+    converted = build_headed(tmp_path / "converted", name)
+    shipped = build_headed(tmp_path / "shipped", name, raw=True)
+    assert (shipped / "model.safetensors").stat().st_size > (
+        converted / "model.safetensors"
+    ).stat().st_size
+    for head in (False, True):
+        ours, theirs = (read_footprint(path, True, head=head) for path in (converted, shipped))
+        assert ours == theirs
 
 
 def test_heads_that_cannot_be_quantized_are_counted_whole(tmp_path: Path) -> None:

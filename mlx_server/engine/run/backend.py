@@ -39,11 +39,12 @@ log = logging.getLogger("mlx_server.engine")
 
 class Passed(NamedTuple):
     """Logits (tokens, 1, vocab), and where a head reads them the last hidden states (tokens, 1,
-    width).
+    width); `beside` are those (tokens, width) of tokens in the pass that get no logits.
     """
 
     logits: mx.array
     states: mx.array | None
+    beside: mx.array | None = None
 
 
 class Backend:
@@ -132,7 +133,7 @@ class Backend:
         A part with a chunk of a prompt needs `mixes`.
         """
         if self.mixes and (len(parts) > 1 or any(part.counts for part in parts)):
-            return self._passed(mixed.forward(self._whole, parts, answers))
+            return self._mixed(parts, answers)
         passed = [self._pass(part) for part in parts]
         return self._passed(passed[0] if len(passed) == 1 else mx.concatenate(passed))
 
@@ -150,6 +151,14 @@ class Backend:
     def _whole(self) -> Any:
         """Called with tokens and a cache, it gives what `_passed` takes."""
         return self.model if self.head is None else self.head.trunk
+
+    def _mixed(self, parts: Sequence[Part], answers: int) -> Passed:
+        if self.head is None:
+            return Passed(mixed.forward(self.model, parts, answers), None)
+        count = sum(sum(part.row_counts) for part in parts)
+        states = mixed.forward(self.head.trunk, parts, count)
+        answering = mx.contiguous(states[:answers])  # rows keep it, and shall keep no more
+        return Passed(self.head.trunk.project(answering), answering, states[answers:, 0])
 
     def _passed(self, out: mx.array) -> Passed:
         if self.head is None:

@@ -113,6 +113,7 @@ class Batch:
     def __init__(self, model: Backend, groups: Groups[Sequence], mask_thread: MaskThread) -> None:
         self.pending: Step | None = None
         self.failed: list[Failed] = []
+        self._beside: mx.array | None = None
         self._model = model
         self._groups = groups
         self._mask_thread = mask_thread
@@ -212,12 +213,19 @@ class Batch:
     def verify(self, guesses: Guesses, *chunk: Part) -> Verified:
         """Draw the next tokens of all rows, more than one where a guess is right; reads them."""
         thread = self._mask_thread
-        verified = Verification(self._model, self._groups, guesses, thread, chunk).finish()
+        verification = Verification(self._model, self._groups, guesses, thread, chunk)
+        self._beside = verification.beside
+        verified = verification.finish()
         self.failed += verified.failed
         self.inputs = Inputs()
         self.inputs.insert(0, [last_token(row) for row in self.rows])
         self._sampler = None
         return verified
+
+    def take_beside(self) -> mx.array | None:
+        """States (tokens, width) of the chunk in the last pass, if a head reads them."""
+        beside, self._beside = self._beside, None
+        return beside
 
     def take_failed(self) -> list[Failed]:
         failed, self.failed = self.failed, []
@@ -232,6 +240,7 @@ class Batch:
             self._sampler = ranks.sampler(rows, inputs, self._model.vocab_size, wanted, bound)
         masks = ranks.masks(self._mask_thread) if any(row.bound for row in rows) else None
         passed = self._model.step([*self._groups.parts(inputs), *chunk], len(rows))
+        self._beside = passed.beside
         draw = self._sampler.launch(passed.logits[:, -1, :].astype(mx.float32), masks)
         for row in rows:
             row.launched += 1

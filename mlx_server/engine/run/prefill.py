@@ -77,16 +77,13 @@ class PromptPrefill:
     def advance(self, budget: int) -> None:
         if self.position >= self.length:  # all of it is cached, or it is a prompt of one token
             return
-        start, part = self.position, self.next_part(budget)
+        part = self.next_part(budget)
         if self._sequence.scored:
             self._score(part.tokens)
             mx.eval(self.computed(part))
             return
         states = self._model.prefill(part.tokens, self.cache)
-        kept = self.computed(part)
-        if states is not None and self.length - self.position < HELD:
-            kept += keep_states(self._sequence, start, states[0])
-        mx.eval(kept)
+        mx.eval(self.computed(part, None if states is None else states[0]))
 
     def next_part(self, budget: int) -> Part:
         """The tokens (1, tokens) of the next chunk, for which the cache is ready."""
@@ -95,13 +92,17 @@ class PromptPrefill:
         kv.reserve(self.cache, len(prompt) - self.position, len(chunk))
         return Part(mx.array([chunk]), self.cache)
 
-    def computed(self, part: Part) -> list[mx.array]:
-        """Record that `part` is in the cache, or will be.
+    def computed(self, part: Part, states: mx.array | None = None) -> list[mx.array]:
+        """Record that `part` is in the cache, or will be; `states` (tokens, width) are those of its
+        tokens, for the model's head.
 
         Returns what is to be evaluated before the cache is next written to.
         """
+        start = self.position
         self.position += part.tokens.size
         kept = store_blocks(self._prefix, self._sequence, self.cache, 0, self.position)
+        if states is not None and self.length - self.position < HELD:
+            kept += keep_states(self._sequence, start, states)
         return kept + self._snapshot()
 
     def go_on(self) -> None:

@@ -307,7 +307,8 @@ class Runner:
         else:
             yield Tokens(self._step_beside(part, chunk, outcome))
         written = [layer.state for layer in prefill.cache]
-        mx.async_eval(written, prefill.computed(part))  # type: ignore[no-untyped-call]
+        kept = prefill.computed(part, self.batch.take_beside())
+        mx.async_eval(written, kept)  # type: ignore[no-untyped-call]
         yield Tokens(self._after_chunk(prefill, outcome))
 
     def _step_beside(self, part: Part, chunk: tuple[int, float], outcome: Outcome) -> list[Row]:

@@ -90,7 +90,7 @@ class Verification:
         self._goes_back = model.goes_back
         self._widths = list(map(len, fed)) if self._goes_back else widths
         self._before = [kv.states(cache) for _, cache in groups.members()]
-        logits, self._states = model.step([*parts, *chunk], len(self.places))
+        logits, self._states, self.beside = model.step([*parts, *chunk], len(self.places))
         if any(row.replay for row in rows):
             logits = logits[_answering(fed, answers)]
         self._draw: Draw = sampler.launch(logits[:, -1, :].astype(mx.float32), masks)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_server.dimensions import (
     HEAD,
+    HEAD_REPEATS,
     HEADS,
     INNER_WIDTH,
     KV_HEADS,
@@ -146,8 +147,8 @@ def read_footprint(
         raise ModelLoadFailed(f"{path.name} has no {WEIGHTS} file.")
     names = head_weights(config)
     body = [tensor for tensor in all_tensors if names is None or not names.match(tensor.name)]
-    tensors = all_tensors if head else body
-    headed = len(tensors) > len(body)
+    own = _of_head(all_tensors, names) if head and names is not None else []
+    tensors = [*body, *own]
     added = _tensors(adapter / ADAPTER_WEIGHTS) if adapter else []
     stored = sum(tensor.bytes for tensor in (*tensors, *added))
     parameters = _parameters(tensors, config) + _elements(added)
@@ -166,7 +167,7 @@ def read_footprint(
         float32=float32,
         weights=weights,
         kv_per_token=_kv_bytes_per_token(config, size, kv_bits)
-        + (_kv_bytes_per_layer(config, size) if headed else 0),
+        + (_kv_bytes_per_layer(config, size) if own else 0),
         context_length=context_length(config),
         vocabulary=number(config, VOCABULARY),
         activations_per_token=size * (8 * width + 4 * number(config, INNER_WIDTH, 4 * width)),
@@ -197,6 +198,12 @@ def read_embedding_footprint(path: Path, float32: bool, longest: int | None) -> 
         activations_per_token=plain.activations_per_token + scores,
         largest_chunk=max(LARGEST_CHUNK, context),
     )
+
+
+def _of_head(tensors: list["_Tensor"], names: re.Pattern[str]) -> list["_Tensor"]:
+    """Those that a head has for itself, whose names begin with `names`."""
+    found = [(tensor, names.match(tensor.name)) for tensor in tensors]
+    return [one for one, at in found if at and not HEAD_REPEATS.match(one.name, at.end())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,12 +295,10 @@ def _kv_bytes_per_token(config: Config, size: int, kv_bits: int | None) -> int:
     """
     layers = number(config, LAYERS) * max(1, number(config, LOOPS, 1))
     layers *= 2 if TWO_CACHES.intersection(families(config)) else 1
-    if (latent := _latent_numbers(config)) is not None:
-        return layers * latent * size
     plain = _kv_bytes_per_layer(config, size)
     head_dim = _head_dim(config)
     group = next((group for group in KV_GROUP_SIZES if head_dim % group == 0), None)
-    if kv_bits is None or group is None:
+    if kv_bits is None or group is None or _latent_numbers(config) is not None:
         return layers * plain
     groups = plain // (group * size)
     quantized = groups * (group * kv_bits // 8 + 2 * size)  # with a scale and a bias
@@ -302,7 +307,9 @@ def _kv_bytes_per_token(config: Config, size: int, kv_bits: int | None) -> int:
 
 
 def _kv_bytes_per_layer(config: Config, size: int) -> int:
-    """Of a layer that keeps keys and values, unquantized."""
+    """Of a layer that keeps keys and values, or what they are made of, unquantized."""
+    if (latent := _latent_numbers(config)) is not None:
+        return latent * size
     heads = max(1, number(config, HEADS, 1))
     return 2 * number(config, KV_HEADS, heads) * _head_dim(config) * size
 

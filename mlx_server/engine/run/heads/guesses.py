@@ -161,4 +161,4 @@ class Heads:
         self._groups.roll_back(padding)
         self._states = mx.concatenate(outs)
         self._order = [row.id for row in self._groups.rows if counts.get(row.id)]
-        return self._head.trunk.project(self._states).astype(mx.float32)
+        return self._head.project(self._states).astype(mx.float32)

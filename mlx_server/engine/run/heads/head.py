@@ -6,6 +6,7 @@ mlx-lm leaves these weights out.
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mlx_server.dimensions import Config, families, head_weights
 from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.protocol import Batching, Sharing
 from mlx_server.engine.run.batching import PADDED
-from mlx_server.engine.run.heads import qwen
+from mlx_server.engine.run.heads import deepseek, ernie, mimo, nemotron, qwen
+from mlx_server.engine.run.heads.trunk import BackboneTrunk, BareTrunk, Trunk
 from mlx_server.engine.run.heads.unread import HELD
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.run.weights import read_weights
@@ -27,38 +29,37 @@ from mlx_server.engine.run.weights import read_weights
 log = logging.getLogger("mlx_server.engine")
 
 Weights = dict[str, mx.array]
-Build = Callable[[Any, Weights], tuple[Module, Weights]]
-"""From a model without its output projection and the names in its checkpoint, without what comes
-before them, to a head and its weights by their places there. Raises ValueError, KeyError.
+Build = Callable[[Trunk, Weights], tuple[Module, Weights]]
+"""From a model and the names in its checkpoint, without what comes before them, to a head and its
+weights by their places there. Raises ValueError, KeyError.
+
+A head is called with embeddings of tokens and the states before them (rows, tokens, width) and its
+cache, and gives states that may come before the next ones; its `project` makes logits of them.
 """
 
-KINDS: dict[str, Build] = dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), qwen.build)
+
+@dataclass(frozen=True)
+class Kind:
+    """How a family's heads are built, which states they read, and their layer's cache."""
+
+    build: Build
+    trunk: type[Trunk] = Trunk
+    new_cache: Callable[[], Any] = KVCache
+
+
+QWEN = Kind(qwen.build)
+DEEPSEEK = Kind(deepseek.build)
+DEEPSEEK_SPARSE = Kind(deepseek.build, new_cache=deepseek.sparse_cache)
+
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), QWEN),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe", "glm4_moe_lite"), DEEPSEEK),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), DEEPSEEK_SPARSE),
+    "ernie4_5_moe": Kind(ernie.build, trunk=BareTrunk),
+    "mimo": Kind(mimo.build, trunk=BareTrunk),
+    "nemotron_h": Kind(nemotron.build, trunk=BackboneTrunk),
+}
 """By model_type; `dimensions.head_weights` knows the same ones."""
-
-
-class Trunk:
-    """A model in two steps: to its last hidden states (rows, tokens, width), and to logits."""
-
-    def __init__(self, model: Any) -> None:
-        self._text = getattr(model, "language_model", model)
-
-    @property
-    def body(self) -> Any:
-        return self._text.model
-
-    @property
-    def arguments(self) -> Any:
-        return self._text.args
-
-    def __call__(self, tokens: mx.array, cache: Cache) -> mx.array:
-        states: mx.array = self.body(tokens, cache=cache)
-        return states
-
-    def project(self, states: mx.array) -> mx.array:
-        tied = "lm_head" not in self._text
-        project = self.body.embed_tokens.as_linear if tied else self._text.lm_head
-        logits: mx.array = project(states)
-        return logits
 
 
 class Head:
@@ -68,33 +69,39 @@ class Head:
     batching = Batching(Sharing.ANY, Sharing.ANY)
     caches = PADDED
 
-    def __init__(self, trunk: Trunk, model: Any) -> None:
+    def __init__(self, trunk: Trunk, model: Any, new_cache: Callable[[], Any] = KVCache) -> None:
         self.trunk = trunk
         self.model = model
+        self._new_cache = new_cache
         self.weights_bytes = read_weights(model)
         # One token, never computed: only shapes are asked for.
         token, cache = mx.array([[0]]), self.new_cache()
-        states = trunk.body.embed_tokens(token)
+        states = trunk.embeddings(token)
         self(token, states, cache)
         self.kv_cost = KvCost(cache)
         self.kv_cost.fixed += HELD * states.nbytes
 
     def new_cache(self) -> Cache:
-        return [KVCache()]
+        return [self._new_cache()]
 
     def __call__(self, tokens: mx.array, states: mx.array, cache: Cache) -> mx.array:
         """Its own hidden states (rows, tokens, width), which give logits of the tokens after
         `tokens` (rows, tokens); `states` are those of the tokens before them.
         """
-        out: mx.array = self.model(self.trunk.body.embed_tokens(tokens), states, cache[0])
+        out: mx.array = self.model(self.trunk.embeddings(tokens), states, cache[0])
         return out
+
+    def project(self, states: mx.array) -> mx.array:
+        """Logits (…, vocab) from its own states (…, width)."""
+        logits: mx.array = self.model.project(states, self.trunk)
+        return logits
 
 
 def load_head(path: Path, config: Config, model: Any, *, float32: bool) -> Head | None:
     """The head that the folder `path` of `model` has, if one that can be used."""
     names = head_weights(config)
-    build = next((KINDS[kind] for kind in families(config) if kind in KINDS), None)
-    if names is None or build is None:
+    kind = next((KINDS[one] for one in families(config) if one in KINDS), None)
+    if names is None or kind is None:
         return None
     weights: Weights = {}
     for file in path.glob("model*.safetensors"):
@@ -102,11 +109,11 @@ def load_head(path: Path, config: Config, model: Any, *, float32: bool) -> Head 
         weights |= {names.sub("", name): one for name, one in read.items() if names.match(name)}
     if not weights:
         return None
-    trunk = Trunk(model)
     try:
-        head, weights = build(trunk, weights)
+        trunk = kind.trunk(model)
+        head, weights = kind.build(trunk, weights)
         _fill(head, weights)
-        made = Head(trunk, _in_float32(head) if float32 else head)
+        made = Head(trunk, _in_float32(head) if float32 else head, kind.new_cache)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("event=own_head_off reason=%r", f"{type(error).__name__}: {error}")
         return None

@@ -12,8 +12,9 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.normalization import RMSNorm
-from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.base import create_attention_mask
+
+from mlx_server.engine.run.heads.trunk import Trunk
 
 EXPERT = re.compile(r"(?P<before>.*\.mlp)\.experts\.(?P<number>\d+)\.(?P<after>.*)")
 STACKED = re.compile(r"(?P<before>.*\.mlp)\.experts\.(?P<name>gate_up_proj|down_proj)")
@@ -38,8 +39,11 @@ class QwenHead(Module):
         out: mx.array = self.norm(self.layers[0](joined, mask, cache))
         return out
 
+    def project(self, states: mx.array, trunk: Trunk) -> mx.array:
+        return trunk.output(states)
 
-def build(trunk: Any, weights: dict[str, mx.array]) -> tuple[QwenHead, dict[str, mx.array]]:
+
+def build(trunk: Trunk, weights: dict[str, mx.array]) -> tuple[QwenHead, dict[str, mx.array]]:
     """See `head.Build`. Of several layers the first is taken."""
     weights = _unstacked(_stacked(_first(weights)))
     arguments = copy.copy(trunk.arguments)
@@ -47,10 +51,7 @@ def build(trunk: Any, weights: dict[str, mx.array]) -> tuple[QwenHead, dict[str,
         arguments.num_experts = 0
     arguments.mlp_only_layers, arguments.decoder_sparse_step = [], 1
     place = arguments.full_attention_interval - 1
-    if isinstance(trunk.body, qwen3_5.Qwen3_5TextModel):
-        layer: Module = qwen3_5.DecoderLayer(arguments, place)
-    else:
-        layer = qwen3_next.Qwen3NextDecoderLayer(arguments, place)
+    layer = trunk.layer_class(arguments, place)
     head = QwenHead(layer, arguments.hidden_size, arguments.rms_norm_eps)
     return head, _with_whole_norms(weights)
 
