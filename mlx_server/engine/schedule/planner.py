@@ -173,7 +173,7 @@ class Planner:
             self._guessing.verified(taken, verified.tokens, verified.seconds, drafting)
             return
         alone = self._guessing.expected(verified.tokens, len(taken))
-        self._guessing.charge(taken, verified.tokens, drafting)
+        self._guessing.charge(taken, alone + drafting)
         if alone:
             longer_by = max(verified.seconds - alone, verified.seconds / 10)
             self._pace.mixed.measured(*verified.chunk, longer_by)
