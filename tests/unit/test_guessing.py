@@ -101,11 +101,11 @@ def test_a_step_that_is_read_early_is_a_loan() -> None:
 
 def test_rows_pay_for_what_a_pass_leaves_to_do() -> None:
     guessing = learned(2, step=1.0, token=0.1)
-    guessing.verified({1: 9, 2: 3}, 12, 1.0)
+    guessing.verified({1: 9, 2: 3}, 12, 1.3)
     before = guessing.allot([1, 2], {1: SURE})[1]
     guessing.started(2, 0.5)
-    guessing.stepped(2, 1.8)
-    guessing.stepped(2, 1.8)
+    guessing.stepped(2, 2.0)
+    guessing.stepped(2, 1.0)
     after = guessing.allot([1, 2], {1: SURE})[1]
     assert after < before
     guessing.stepped(2, 9.0)

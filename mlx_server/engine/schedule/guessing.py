@@ -31,7 +31,9 @@ SURPRISE = 2.0
 interrupted by other things that the machine had to do.
 """
 FORGOTTEN = 100
-"""Steps after which a time that was not measured again is no longer believed, for each measurement."""
+"""Steps after which a time is no longer believed that was not measured again, for each measurement
+of it.
+"""
 GROWTH = 2
 """How many times larger than any before a pass may be."""
 SLOPE = 0.03
