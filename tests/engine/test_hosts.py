@@ -8,6 +8,7 @@ import pytest
 from mlx_server.engine.protocol import Device, Load, LoadOptions
 from mlx_server.models.hosts.files import ModelFiles
 from mlx_server.models.hosts.hub import Hub
+from mlx_server.models.hosts.part import Part
 from mlx_server.models.hosts.versions import own_versions
 from tests.engine.conftest import rows_of, started
 from tests.engine.test_ranks import THREE, assert_same, mixed
@@ -32,7 +33,8 @@ async def test_three_machines_say_what_one_says(tmp_path: Path) -> None:
     options = LoadOptions(ranks=3)
     with working(tmp_path / "2", port, "second"), working(tmp_path / "3", port, "third"):
         digests = ModelFiles(tmp_path).digests(folder)
-        ranks = await hub.take(names, "llama", digests, NEED, Load(str(folder), options))
+        load = Load(str(folder), options)
+        ranks = await hub.take(Part(names, 2, "llama", digests, NEED, load))
         client = await DirectEngine.start("llama", folder, options, elsewhere=ranks)
         try:
             assert_same(await rows_of(client, *asked), expected)

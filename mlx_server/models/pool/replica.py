@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 
 class Replica:
-    """`process` is None while there is none. `blame` tries requests that keep ending it."""
+    """`process` is None while there is none. `blame` tries requests that keep ending it. `given_up`
+    is why it will not come back.
+    """
 
     def __init__(self, engine: "ResumableEngine") -> None:
         self.process: EngineClient | None = None
         self.progressed = False
-        self.given_up = False
+        self.given_up: str | None = None
         self.requests: dict[int, OpenRequest] = {}
         """Sent to it and not ended."""
         self.blame = Blame()

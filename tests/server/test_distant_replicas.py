@@ -1,0 +1,150 @@
+"""Replicas on machines of their own, for which workers on this one stand, behind a real server."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.server.test_hosts import ours
+from tests.server.test_replicas import cached, turn, usage
+from tests.server.test_spares import Three
+from tests.support.hosts import over
+from tests.support.server import CHAT, Server, ask, logged, serving, until
+from tests.support.ties import same
+from tests.support.tiny import build_tiny_model
+
+CHATS = 12
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Three]:
+    with contextlib.ExitStack() as stack:
+        made = Three(tmp_path_factory.mktemp("three"), stack)
+        made.come("second")
+        made.come("third")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", context=4096)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, three: Three, model: Path) -> Iterator[Server]:
+    flags = ("--model", str(model), "--replicas", "3", "--worker", "second", "--worker", "third")
+    own: dict[str, Any] = {"disk_cache": "off", "prefix_cache": "100%", "hang_timeout": 120}
+    with serving(
+        tmp_path_factory.mktemp("home"), *flags, may_hang=True, **ours(three.port) | own
+    ) as made:
+        yield made
+
+
+async def replicas_of(server: Server, restarts: int = 0) -> list[dict[str, Any]]:
+    """Once all are there, after so many restarts."""
+    found: list[dict[str, Any]] = []
+
+    async def whole() -> bool:
+        nonlocal found
+        found = (await server.models())["tiny"]["replicas"]
+        ready = all(one["state"] == "ready" for one in found)
+        return ready and sum(one["restarts"] for one in found) >= restarts
+
+    await until(whole, PATIENCE, lambda: f"{found}")
+    return found
+
+
+async def test_each_machine_has_an_engine(server: Server) -> None:
+    replicas = await replicas_of(server)
+    assert [one["host"] for one in replicas] == ["", "second", "third"]
+    assert [one["ranks"] for one in replicas] == [[], [], []]
+    for one in replicas:
+        assert "mlx_server.engine.worker" in psutil.Process(one["pid"]).cmdline()
+    state = (await server.models())["tiny"]
+    assert state["pid"] == replicas[0]["pid"]
+
+
+async def test_turns_of_chats_go_where_their_prefix_is(server: Server) -> None:
+    await replicas_of(server)
+    async with server.client(timeout=60) as client:
+        firsts = await asyncio.gather(*(ask(client, CHAT, turn(i)) for i in range(CHATS)))
+        nexts = await asyncio.gather(
+            *(
+                ask(client, CHAT, turn(i, first.text, "And by the sea?"))
+                for i, first in enumerate(firsts)
+            )
+        )
+    for first, following in zip(firsts, nexts, strict=True):
+        assert cached(following) >= usage(first)["prompt_tokens"] - 32
+
+
+async def test_the_end_of_a_machine_loses_nothing_and_it_comes_back(
+    server: Server, three: Three
+) -> None:
+    before = await replicas_of(server)
+    asked = [turn(100 + i, tokens=150) for i in range(CHATS)]
+    async with server.client(timeout=60) as client:
+        expected = await asyncio.gather(*(ask(client, CHAT, body) for body in asked))
+        streams = [asyncio.create_task(ask(client, CHAT, body)) for body in asked]
+
+        async def all_work() -> bool:
+            replicas = (await server.models())["tiny"]["replicas"]
+            return all(one["in_flight"] > 0 for one in replicas)
+
+        await until(all_work, 30)
+        three.go("third")
+        answers = await asyncio.gather(*streams)
+        for answer, known in zip(answers, expected, strict=True):
+            known.usage = answer.usage  # which tells what the second time was cached
+            same(answer, known)
+
+    async def ended() -> bool:
+        return over(before[2]["pid"])
+
+    await until(ended, 2.0)
+    state = (await server.models())["tiny"]
+    assert state["state"] == "ready"
+    third = state["replicas"][2]
+    assert (third["state"], third["host"], third["pid"]) == ("restarting", "third", None)
+    [lost] = logged(server.log.read_text(), "engine_ended")
+    assert lost["lost_host"] == "third"
+    three.come("third")
+    after = await replicas_of(server, restarts=1)
+    assert [one["host"] for one in after] == ["", "second", "third"]
+    assert after[:2] == [one | {"in_flight": 0} for one in before[:2]]
+
+
+async def test_an_engine_elsewhere_that_is_killed_is_replaced(server: Server) -> None:
+    before = await replicas_of(server)
+    psutil.Process(before[1]["pid"]).send_signal(signal.SIGKILL)
+    restarts = sum(one["restarts"] for one in before)
+    after = await replicas_of(server, restarts=restarts + 1)
+    assert after[1]["host"] == "second"
+    assert after[1]["pid"] != before[1]["pid"]
+    assert logged(server.log.read_text(), "engine_ended")[-1]["how"] == "signal 9"
+
+
+@pytest.mark.soak
+async def test_a_machine_that_falls_silent_loses_nothing(server: Server, three: Three) -> None:
+    """As one does whose network is cut; on its side it ends what nobody hears any more."""
+    before = await replicas_of(server)
+    restarts = sum(one["restarts"] for one in before)
+    asked = [turn(200 + i, tokens=150) for i in range(CHATS)]
+    async with server.client(timeout=60) as client:
+        expected = await asyncio.gather(*(ask(client, CHAT, body) for body in asked))
+        streams = [asyncio.create_task(ask(client, CHAT, body)) for body in asked]
+        await asyncio.sleep(0.2)
+        three.signal("second", signal.SIGSTOP)
+        answers = await asyncio.gather(*streams)
+        for answer, known in zip(answers, expected, strict=True):
+            known.usage = answer.usage
+            same(answer, known)
+    three.signal("second", signal.SIGCONT)
+    await replicas_of(server, restarts + 1)
+    assert over(before[1]["pid"])
