@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 from tests.server.test_hosts import ours
 from tests.server.test_replicas import cached, turn, usage
 from tests.server.test_spares import Three
-from tests.support.hosts import over
-from tests.support.server import CHAT, Server, ask, logged, serving, until
+from tests.support.hosts import free_port, over, working
+from tests.support.server import CHAT, Answer, Server, ask, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
@@ -148,3 +149,60 @@ async def test_a_machine_that_falls_silent_loses_nothing(server: Server, three: 
     three.signal("second", signal.SIGCONT)
     await replicas_of(server, restarts + 1)
     assert over(before[1]["pid"])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+async def test_whatever_ends_no_stream_notices(server: Server, three: Three) -> None:
+    """Any engine, or a machine, again and again."""
+    rng = random.Random(7)
+    bodies = [turn(300 + i, tokens=200) for i in range(CHATS)]
+    ends = [rng.randrange(4) for _ in range(16)]
+    answers = ties = 0
+    done = asyncio.Event()
+    async with server.client(timeout=300) as client:
+        expected = await asyncio.gather(*(ask(client, CHAT, body) for body in bodies))
+
+        async def repeat(body: dict[str, Any], known: Answer) -> None:
+            nonlocal answers, ties
+            while not done.is_set():
+                answer = await ask(client, CHAT, body)
+                known.usage = answer.usage
+                ties += same(answer, known)
+                answers += 1
+
+        async with asyncio.TaskGroup() as group:
+            for body, known in zip(bodies, expected, strict=True):
+                group.create_task(repeat(body, known))
+            for end in ends:
+                replicas = await replicas_of(server)
+                restarts = sum(one["restarts"] for one in replicas)
+                await asyncio.sleep(rng.random() / 2)
+                if end == 3:
+                    three.go("third")
+                    three.come("third")
+                else:
+                    psutil.Process(replicas[end]["pid"]).send_signal(signal.SIGKILL)
+                await replicas_of(server, restarts + 1)
+            done.set()
+    print(f"{len(ends)} ends, {answers} answers, {ties} near-ties")
+    assert ties <= 1 + answers // 4
+
+
+@pytest.mark.soak
+async def test_all_ends_with_the_server(model: Path, tmp_path: Path) -> None:
+    """Even one that is killed."""
+    port = free_port()
+    flags = ("--model", str(model), "--replicas", "2", "--worker", "second")
+    with (
+        working(tmp_path / "second", port) as worker,
+        serving(tmp_path / "home", *flags, **ours(port)) as server,
+    ):
+        pids = [one["pid"] for one in await replicas_of(server)]
+        assert pids[1:] == [one.pid for one in worker.ranks()]
+        server.process.kill()
+
+        async def all_over() -> bool:
+            return all(map(over, pids))
+
+        await until(all_over, 2.0)

@@ -28,17 +28,17 @@ class Three:
         self.port = free_port()
         self._folder = folder
         self._stack = stack
-        self._workers: dict[str, Worker] = {}
+        self.workers: dict[str, Worker] = {}
 
     def come(self, name: str) -> None:
         home = self._folder / name
-        self._workers[name] = self._stack.enter_context(working(home, self.port, name))
+        self.workers[name] = self._stack.enter_context(working(home, self.port, name))
 
     def go(self, name: str) -> None:
         self.signal(name, signal.SIGKILL)
 
     def signal(self, name: str, number: signal.Signals) -> None:
-        self._workers[name].process.send_signal(number)
+        self.workers[name].process.send_signal(number)
 
 
 @pytest.fixture(scope="module")
