@@ -16,7 +16,7 @@ from tests.support.server import CHAT, Server, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
-TOKENS = 60
+STREAMS, TOKENS = 4, 120
 WAIT = 4.0
 """`host_wait`; a spare is taken before."""
 
@@ -71,8 +71,9 @@ async def test_a_spare_takes_the_place_of_a_machine_that_goes(server: Server, th
     ranks = await ranks_of(server)
     assert await hosts_of(server) == ["", "second"]
     async with server.client(timeout=300) as client:
-        expected = await all_of(client, asked(TOKENS))
-        streams = asyncio.create_task(all_of(client, asked(TOKENS)))
+        bodies = asked(TOKENS)[:STREAMS]
+        expected = await all_of(client, bodies)
+        streams = asyncio.create_task(all_of(client, bodies))
         await asyncio.sleep(0.3)
         assert not streams.done()
         three.go("second")
@@ -91,6 +92,7 @@ async def test_without_a_spare_the_model_fails_until_a_machine_is_back(
     async with server.client(timeout=300) as client:
         streams = asyncio.create_task(client.post(CHAT, json=body))
         await asyncio.sleep(0.3)
+        three.go("second")
         three.go("third")
         answer = await streams
         state = (await server.models())["tiny"]
