@@ -89,16 +89,15 @@ async def test_the_end_of_a_machine_loses_nothing_and_it_comes_back(
     server: Server, three: Three
 ) -> None:
     before = await replicas_of(server)
-    asked = [turn(100 + i, tokens=150) for i in range(CHATS)]
+    asked = [turn(100 + i, tokens=300) for i in range(CHATS)]
     async with server.client(timeout=60) as client:
         expected = await asyncio.gather(*(ask(client, CHAT, body) for body in asked))
         streams = [asyncio.create_task(ask(client, CHAT, body)) for body in asked]
 
-        async def all_work() -> bool:
-            replicas = (await server.models())["tiny"]["replicas"]
-            return all(one["in_flight"] > 0 for one in replicas)
+        async def works() -> bool:
+            return bool((await server.models())["tiny"]["replicas"][2]["in_flight"] > 0)
 
-        await until(all_work, 30)
+        await until(works, 30)
         three.go("third")
         answers = await asyncio.gather(*streams)
         for answer, known in zip(answers, expected, strict=True):
@@ -129,6 +128,29 @@ async def test_an_engine_elsewhere_that_is_killed_is_replaced(server: Server) ->
     assert after[1]["host"] == "second"
     assert after[1]["pid"] != before[1]["pid"]
     assert logged(server.log.read_text(), "engine_ended")[-1]["how"] == "signal 9"
+
+
+async def test_a_machine_that_refuses_is_asked_again_when_it_comes_back(
+    server: Server, three: Three
+) -> None:
+    await replicas_of(server)
+    three.go("third")
+    three.come("third", memory_limit="1024")
+    third: dict[str, Any] = {}
+
+    async def failed() -> bool:
+        nonlocal third
+        third = (await server.models())["tiny"]["replicas"][2]
+        return bool(third["state"] == "failed")
+
+    await until(failed, PATIENCE)
+    assert third["reason"].startswith("host `third`: its part of the model needs ")
+    async with server.client() as client:
+        assert (await ask(client, CHAT, turn(400, tokens=5))).text
+    three.go("third")
+    three.come("third")
+    after = await replicas_of(server)
+    assert [(one["host"], one["reason"]) for one in after][2] == ("third", None)
 
 
 @pytest.mark.soak

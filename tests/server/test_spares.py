@@ -30,9 +30,10 @@ class Three:
         self._stack = stack
         self.workers: dict[str, Worker] = {}
 
-    def come(self, name: str) -> None:
+    def come(self, name: str, **settings: str) -> None:
         home = self._folder / name
-        self.workers[name] = self._stack.enter_context(working(home, self.port, name))
+        made = self._stack.enter_context(working(home, self.port, name, **settings))
+        self.workers[name] = made
 
     def go(self, name: str) -> None:
         self.signal(name, signal.SIGKILL)

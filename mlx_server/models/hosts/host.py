@@ -73,12 +73,13 @@ class Lease:
 
     def release(self) -> None:
         """Nobody needs it any more."""
-        self.released = True
-        if not self.connection.cancel() and self.connection.exception() is None:
-            self.connection.result().close()
+        again, self.released = self.released, True
+        taken = not self.connection.cancel() and self.connection.exception() is None
         if not self.ended.done():
             self.host.tell(Release(self.ticket))
-        self.host.on_release()
+        if taken and not again:
+            self.connection.result().close()
+            self.host.on_release()
 
 
 class Host:

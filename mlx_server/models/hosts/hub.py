@@ -76,7 +76,7 @@ class Hub:
 
     async def take(self, part: Part) -> RanksElsewhere:
         """Have machines take their part of a model, waiting for those that are away. Raises
-        HostAway, or ModelLoadFailed, which name the machine that stays away or refuses.
+        HostAway, HostRefuses, which name the machine.
         """
         now = asyncio.get_running_loop().time()
         search = Search(part.names, part.count, now + min(SPARE_SECONDS, self._patience))
@@ -103,8 +103,12 @@ class Hub:
         [host] = await self._found(Search([name], 1, now), now + self._patience)
         return host
 
+    async def news(self) -> None:
+        """Until a machine comes, or has let go of a part of a model."""
+        await self._changed.wait()
+
     async def _found(self, search: Search, deadline: float, model: str = "") -> list[Host]:
-        """Machines that are there and have no part of `model`. Raises HostAway, ModelLoadFailed."""
+        """Machines that are there and have no part of `model`. Raises HostAway, HostRefuses."""
         loop = asyncio.get_running_loop()
         while True:
             hosts = {name: self._hosts[name] for name in self.names()}
@@ -117,7 +121,7 @@ class Hub:
             until = min(deadline, search.spares_at) if now < search.spares_at else deadline
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
-                    await self._changed.wait()
+                    await self.news()
 
     async def _taken(self, part: Part, hosts: Sequence[Host]) -> RanksElsewhere:
         """Raises HostLost, RankRefused."""

@@ -110,7 +110,8 @@ class Machines:
         self, names: Sequence[str], count: int, model: str, need: int, load: Load
     ) -> RanksElsewhere:
         """Have `count` of `names`, rather the first, take a part of the model each, of `need`
-        bytes: a rank of what `load` says, or all of it. Raises HostAway, ModelLoadFailed.
+        bytes: a rank of what `load` says, or all of it. Raises HostAway, HostRefuses, and
+        ModelLoadFailed for files that cannot be read here.
         """
         assert self._hub is not None
         try:
@@ -118,6 +119,11 @@ class Machines:
         except OSError as error:
             raise ModelLoadFailed(f"its files cannot be read: {reason(error)}") from error
         return await self._hub.take(Part(tuple(names), count, model, digests, need, load))
+
+    async def news(self) -> None:
+        """Until a machine comes, or has let go of a part of a model."""
+        assert self._hub is not None
+        await self._hub.news()
 
     def _names(self) -> set[str]:
         listed = [machine.ssh for machine in self._file.others] if self._file else []

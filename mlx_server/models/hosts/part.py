@@ -36,6 +36,10 @@ class HostAway(ModelLoadFailed):
     """Too few machines are there."""
 
 
+class HostRefuses(ModelLoadFailed):
+    """Too few machines can be used."""
+
+
 @dataclass
 class Search:
     """For `count` of the machines `names`. `spares_at`: when spares may be taken, on the event
@@ -55,13 +59,13 @@ class Search:
         self, there: Mapping[str, Host], unfit: Mapping[str, str], now: float
     ) -> list[Host] | None:
         """Those to take, of those that are `there`; None while others are to be waited for. Raises
-        ModelLoadFailed where so many are `unfit`, or have refused, that too few are left.
+        HostRefuses where so many are `unfit`, or have refused, that too few are left.
         """
         usable = self._usable(unfit)
         if len(usable) < self.count:
             useless = {**unfit, **self._refused}
             name = next(name for name in self.names if name in useless)
-            raise ModelLoadFailed(f"host `{name}`: {useless[name]}")
+            raise HostRefuses(f"host `{name}`: {useless[name]}")
         chosen = [name for name in usable if name in there][: self.count]
         if len(chosen) < self.count or (chosen != usable[: self.count] and now < self.spares_at):
             return None

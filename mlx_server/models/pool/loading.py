@@ -16,8 +16,9 @@ from mlx_server.events import event
 from mlx_server.models.hosts import distant
 from mlx_server.models.hosts.elsewhere import RanksElsewhere
 from mlx_server.models.hosts.machines import Machines
-from mlx_server.models.hosts.part import HostAway
+from mlx_server.models.hosts.part import HostAway, HostRefuses
 from mlx_server.models.pool.needs import LoadPlan
+from mlx_server.models.pool.replica import Replica
 from mlx_server.models.pool.resumable import ResumableEngine
 from mlx_server.models.pool.supervisor import EngineSupervisor
 from mlx_server.models.pool.supervisors import Supervisors
@@ -116,7 +117,7 @@ class ModelLoader:
             EngineSupervisor(
                 None,
                 replica,
-                partial(self._start_distant, plan, text, engine, (home, *spares)),
+                partial(self._start_distant, plan, text, engine, replica, (home, *spares)),
                 self.hang_timeout,
                 host=home,
             )
@@ -175,19 +176,23 @@ class ModelLoader:
         plan: LoadPlan,
         text: ModelText,
         engine: ResumableEngine,
+        replica: Replica,
         hosts: tuple[str, ...],
         kv_share: float,
     ) -> EngineClient:
         """Waits for one of `hosts` for as long as requests are served without."""
         load = Load(str(plan.path), self._options(plan, kv_share), embedding=plan.embedding)
-        while True:
+        taken = None
+        while taken is None:
             try:
                 taken = await self._take(hosts, 1, plan, load)
-            except HostAway:
+            except (HostAway, HostRefuses) as error:
                 if not engine.served:
                     raise
-            else:
-                break
+                if isinstance(error, HostRefuses):
+                    replica.refused = error.message
+                    log.error(event("replica_refused", model=plan.entry.id, reason=error.message))
+                    await self.machines.news()
         async with asyncio.timeout(self.load_timeout):
             process = await distant.join(plan.entry.id, taken)
         log.info(event("replica_joined", model=plan.entry.id, pid=process.pid, host=process.host))

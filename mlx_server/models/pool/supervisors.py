@@ -73,7 +73,7 @@ class Supervisors:
                 restarts=one.restarts,
                 ranks=_ranks(one.stats),
                 host=one.host,
-                reason=replica.given_up,
+                reason=replica.given_up or replica.refused,
             )
             for replica, one in zip(self._engine.replicas, self._supervisors, strict=True)
         ]
@@ -117,7 +117,7 @@ def _always() -> bool:
 
 
 def _state(replica: Replica) -> Literal["ready", "restarting", "failed"]:
-    if replica.given_up is not None:
+    if replica.given_up is not None or replica.refused is not None:
         return "failed"
     return "restarting" if replica.process is None else "ready"
 
