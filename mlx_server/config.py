@@ -274,7 +274,8 @@ class Settings(BaseSettings):
         ge=1,
         le=64,
         description="Engines that serve each model, independent of each other: see "
-        "`docs/distributed.md`. Each takes the model's memory.",
+        "`docs/distributed.md`. Each takes the model's memory. With `workers`, each is on a "
+        "machine of its own, the first on this one.",
     )
     replicas_by_model: dict[str, Annotated[int, Field(ge=1, le=64)]] = Field(
         default_factory=dict, description="`replicas` of single models: id to number."
@@ -284,15 +285,17 @@ class Settings(BaseSettings):
         ge=1,
         le=64,
         description="Processes among which each engine divides its model: see "
-        "`docs/distributed.md`. Embedding models are never divided.",
+        "`docs/distributed.md`. Embedding models are never divided. With `workers`, each is on a "
+        "machine of its own, and 1 takes all machines.",
     )
     ranks_by_model: dict[str, Annotated[int, Field(ge=1, le=64)]] = Field(
         default_factory=dict, description="`ranks` of single models: id to number."
     )
     workers: list[str] = Field(
         default_factory=list,
-        description="Other machines that each take one rank of every model, this one taking the "
-        "first: names under which a `mlx-server worker` joins. See `docs/distributed.md`.",
+        description="Other machines that each take one rank of every model, or one of its "
+        "`replicas`, this one taking the first: names under which a `mlx-server worker` joins. "
+        "Those beyond `ranks` or `replicas` are spares. See `docs/distributed.md`.",
     )
     workers_by_model: dict[str, list[str]] = Field(
         default_factory=dict,
@@ -329,7 +332,7 @@ class Settings(BaseSettings):
         60.0,
         gt=0,
         description="Seconds that loading a model, or starting its engine again, waits for a "
-        "machine that is away; then the model fails.",
+        "machine that is away, where no spare is there; then the model fails.",
     )
     swap_interval: float = Field(
         2.0,

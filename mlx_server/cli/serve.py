@@ -76,18 +76,23 @@ def serve(
         ),
     ] = None,
     replicas: Annotated[
-        int | None, Option(help="Engines that serve each model side by side (default 1).")
+        int | None,
+        Option(help="Engines that serve each model (default 1), with workers one on a machine."),
     ] = None,
     ranks: Annotated[
-        int | None, Option(help="Processes among which a model is divided (default 1).")
+        int | None,
+        Option(help="Processes that share a model (default 1, with workers one on each machine)."),
     ] = None,
     worker: Annotated[
         list[str] | None,
-        Option(metavar="NAME", help="A machine that takes a rank of each model. Repeatable."),
+        Option(
+            metavar="NAME",
+            help="A machine that takes a rank or replica of each model, or is a spare. Repeatable.",
+        ),
     ] = None,
     hosts: Annotated[
         Path | None,
-        Option(metavar="FILE", help="MLX's file of hosts: a rank on each, started over ssh."),
+        Option(metavar="FILE", help="MLX's file of hosts, which are workers, started over ssh."),
     ] = None,
     log_level: Annotated[
         str | None, Option(help="debug, info, warning or error (default info).")

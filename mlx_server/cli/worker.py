@@ -1,4 +1,4 @@
-"""`worker`: take ranks of a server's models on this machine."""
+"""`worker`: take ranks and replicas of a server's models on this machine."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ def worker(
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Take ranks of a server's models on this machine.
+    """Take ranks and replicas of a server's models on this machine.
 
     Both must know a secret: MLX_SERVER_WORKER_SECRET, or the setting worker_secret_file.
     """

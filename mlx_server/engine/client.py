@@ -65,8 +65,8 @@ class Recipient(Protocol):
 
 
 class Elsewhere(Protocol):
-    """The engine's ranks on other machines, which have been started. `hosts`: of all ranks;
-    `sockets` lead to the others than the first.
+    """What is on other machines, and has been started there: ranks of an engine, or all of it.
+    `hosts`: of all ranks; `sockets` lead to those elsewhere.
     """
 
     hosts: list[RankHost]
@@ -105,6 +105,8 @@ class EngineClient:
         self.last_lines: deque[str] = deque(maxlen=KEPT_LOG_LINES)
         self.closed = asyncio.Event()
         self.reads = 0
+        self.host = elsewhere.hosts[0].name if elsewhere and elsewhere.hosts else ""
+        """Its machine, if not this one."""
         self._child = child
         self._elsewhere = elsewhere
         self._stacks_told = asyncio.Event()
@@ -133,14 +135,17 @@ class EngineClient:
         behind then, nor on cancellation.
         """
         client = cls(model_id, await _spawned(spawn, elsewhere), elsewhere)
-        try:
-            adapter = str(adapter_path) if adapter_path else None
-            hosts = elsewhere.hosts if elsewhere else []
-            client._send(Load(str(path), options, adapter, embedding, hosts))
-            client.ready = await client._loaded
-        except BaseException:
-            await client.kill()
-            raise
+        adapter = str(adapter_path) if adapter_path else None
+        hosts = elsewhere.hosts if elsewhere else []
+        client._send(Load(str(path), options, adapter, embedding, hosts))
+        await client._until_loaded()
+        return client
+
+    @classmethod
+    async def join(cls, model_id: str, child: Child, elsewhere: Elsewhere) -> Self:
+        """An engine elsewhere, which has been told what to load. Waits and raises as `start`."""
+        client = cls(model_id, child, elsewhere)
+        await client._until_loaded()
         return client
 
     @property
@@ -174,8 +179,10 @@ class EngineClient:
 
     async def tell_stacks(self) -> None:
         """Have the engine log where its threads are, which it does even if it is stuck."""
-        with suppress(ProcessLookupError):
+        try:
             self.process.send_signal(signal.SIGUSR1)
+        except ProcessLookupError:
+            return
         with suppress(TimeoutError):
             async with asyncio.timeout(STACKS_SECONDS):
                 await self._stacks_told.wait()
@@ -203,7 +210,17 @@ class EngineClient:
     @property
     def how_it_ended(self) -> str:
         code = self.process.returncode
-        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        if code is None:
+            return "out of sight"
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    async def _until_loaded(self) -> None:
+        try:
+            self.ready = await self._loaded
+        except BaseException:
+            await self.kill()
+            raise
+        self.pid = self.ready.pid
 
     def _send(self, message: ToEngine) -> None:
         data = frame(message)
@@ -217,7 +234,7 @@ class EngineClient:
                 self.reads += 1
                 for body in frames.feed(data):
                     self._deliver(decode_to_front(body))
-        except ConnectionError as error:
+        except OSError as error:
             log.info(event("engine_connection_lost", model=self.model_id, error=error))
         finally:
             await self._end()

@@ -8,15 +8,36 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 NICENESS = 5
 BUFFER_BYTES = 1 << 20
 """Of a socket, each way: macOS gives 8 KiB, which a prompt fills many times over."""
 
 
+class Process(Protocol):
+    """As much of `asyncio.subprocess.Process` as those need who have started one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    @property
+    def stderr(self) -> asyncio.StreamReader | None: ...
+
+    async def wait(self) -> int: ...
+
+    def send_signal(self, signal: int) -> None:
+        """Raises ProcessLookupError."""
+
+    def kill(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Child:
-    process: asyncio.subprocess.Process
+    process: Process
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     leads_group: bool = False

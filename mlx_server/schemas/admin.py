@@ -68,6 +68,7 @@ class Rank(ResponseObject):
     rank: int
     pid: int
     memory: Memory | None
+    host: str
 
 
 class Replica(ResponseObject):
@@ -78,6 +79,8 @@ class Replica(ResponseObject):
     in_flight: int
     restarts: int
     ranks: list[Rank]
+    host: str
+    reason: str | None
 
 
 class Download(ResponseObject):

@@ -21,7 +21,7 @@ class Worker:
     log: Path
 
     def ranks(self) -> list[psutil.Process]:
-        """Its living processes."""
+        """Its living processes, ranks and whole engines."""
         try:
             found = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -83,7 +83,9 @@ def working(
 
 def is_rank(process: psutil.Process) -> bool:
     try:
-        return "mlx_server.engine.follower" in process.cmdline()
+        return not {"mlx_server.engine.follower", "mlx_server.engine.worker"}.isdisjoint(
+            process.cmdline()
+        )
     except psutil.Error:
         return False
 

@@ -22,6 +22,7 @@ from mlx_server.models.hosts.machines import Machines, secret_of
 from mlx_server.models.hosts.messages import (
     NONCE_BYTES,
     Answer,
+    Digests,
     Dismissed,
     Ended,
     Join,
@@ -32,6 +33,7 @@ from mlx_server.models.hosts.messages import (
     decode_verdict,
 )
 from mlx_server.models.hosts.opening import NotTrusted, connect
+from mlx_server.models.hosts.part import Part
 from mlx_server.models.hosts.versions import own_versions
 from mlx_server.models.hosts.worker import Server, Worker
 from tests.support.tiny import build_tiny_model
@@ -90,6 +92,10 @@ async def until(check: Callable[[], object], seconds: float = 5.0) -> None:
 
 def load_of(folder: Path, ranks: int = 2) -> Load:
     return Load(str(folder), LoadOptions(ranks=ranks))
+
+
+def part(load: Load, *names: str, count: int = 1, digests: Digests | None = None) -> Part:
+    return Part(names, count, "tiny", digests or {}, NEED, load)
 
 
 # who may join
@@ -200,7 +206,7 @@ async def test_who_cannot_be_used_is_told_why(join: Join, why: str, model: Path)
         one.close()
         if join.name == "second":
             with pytest.raises(ModelLoadFailed, match=f"host `second`: {why}"):
-                await made.take(["second"], "tiny", {}, NEED, load_of(model))
+                await made.take(part(load_of(model), "second"))
 
 
 async def test_the_last_to_join_by_a_name_has_it() -> None:
@@ -226,7 +232,7 @@ def test_a_frame_that_nobody_of_ours_would_send_is_refused() -> None:
 async def test_a_rank_gets_the_connection_that_brings_its_ticket(model: Path) -> None:
     async with listening() as (made, port):
         one = await joined(port)
-        taking = asyncio.create_task(made.take(["second"], "tiny", {}, NEED, load_of(model)))
+        taking = asyncio.create_task(made.take(part(load_of(model), "second")))
         take: Take = await told(one, Take)
         assert [host.name for host in take.load.hosts] == ["", "second"]
         assert [host.addresses for host in take.load.hosts] == [["127.0.0.1"]] * 2
@@ -257,9 +263,8 @@ async def raw_ticket(port: int, ticket: str) -> Connection:
 async def test_a_machine_that_goes_is_named(model: Path) -> None:
     async with listening("second", "third") as (made, port):
         both = [await joined(port, joining(name)) for name in ("second", "third")]
-        taking = asyncio.create_task(
-            made.take(["second", "third"], "tiny", {}, NEED, load_of(model, 3))
-        )
+        wanted = part(load_of(model, 3), "second", "third", count=2)
+        taking = asyncio.create_task(made.take(wanted))
         takes = [await told(one, Take) for one in both]
         brought = [await raw_ticket(port, take.ticket) for take in takes]
         ranks = await taking
@@ -279,13 +284,13 @@ async def test_a_silent_machine_is_gone(model: Path, monkeypatch: pytest.MonkeyP
         await until(made.names)
         await until(lambda: not made.names(), 2)
         with pytest.raises(ModelLoadFailed, match="host `second` is away: no worker of it has jo"):
-            await made.take(["second"], "tiny", {}, NEED, load_of(model))
+            await made.take(part(load_of(model), "second"))
         one.close()
 
 
 async def test_one_that_comes_back_in_time_is_waited_for(model: Path) -> None:
     async with listening() as (made, port):
-        taking = asyncio.create_task(made.take(["second"], "tiny", {}, NEED, load_of(model)))
+        taking = asyncio.create_task(made.take(part(load_of(model), "second")))
         first = await joined(port)
         await told(first, Take)
         first.close()
@@ -300,8 +305,8 @@ async def test_one_that_comes_back_in_time_is_waited_for(model: Path) -> None:
 async def test_as_many_addresses_as_here(model: Path) -> None:
     async with listening(own_addresses=["10.0.0.1", "10.0.1.1"]) as (made, port):
         one = await joined(port)
-        with pytest.raises(ModelLoadFailed, match=r"`second` has 1 addresses .* this machine 2"):
-            await made.take(["second"], "tiny", {}, NEED, load_of(model))
+        with pytest.raises(ModelLoadFailed, match=r"`second`: it has 1 addresses .* machine 2"):
+            await made.take(part(load_of(model), "second"))
         one.close()
 
 
@@ -332,7 +337,7 @@ def refused(model: Path, tmp_path: Path) -> Refusing:
         digests = ModelFiles(tmp_path / "ours").digests(model)
         async with listening() as (made, port), a_worker(port, **settings):
             with pytest.raises(ModelLoadFailed) as caught:
-                await made.take(["second"], "tiny", digests, NEED, Load("/nowhere", options))
+                await made.take(part(Load("/nowhere", options), "second", digests=digests))
             return str(caught.value)
 
     return ask
@@ -353,7 +358,8 @@ async def test_other_files_of_the_model(refused: Refusing, tmp_path: Path) -> No
 
 
 async def test_too_little_memory(refused: Refusing) -> None:
-    line = "host `second`: a rank needs 1,048,576 bytes of memory and models may take 1,024 there"
+    line = "host `second`: its part of the model needs 1,048,576 bytes of memory"
+    line += " and models may take 1,024 there"
     assert await refused(memory_limit="1024") == line
 
 
@@ -365,7 +371,7 @@ async def test_an_address_of_another_machine(model: Path, tmp_path: Path) -> Non
             Worker(settings, server, "second", ["192.0.2.1"], DEVICE).run()
         )
         with pytest.raises(ModelLoadFailed, match=r"`second`: 192\.0\.2\.1 is no address of"):
-            await made.take(["second"], "tiny", {}, NEED, load_of(model))
+            await made.take(part(load_of(model), "second"))
         running.cancel()
         await asyncio.wait([running])
 
@@ -373,6 +379,11 @@ async def test_an_address_of_another_machine(model: Path, tmp_path: Path) -> Non
 async def test_code_of_a_model_that_the_machine_does_not_trust(refused: Refusing) -> None:
     line = await refused(LoadOptions(ranks=2, trust_remote_code=True))
     assert "code may not run there" in line
+
+
+async def test_a_format_that_the_processor_has_no_use_for(refused: Refusing) -> None:
+    line = await refused(LoadOptions(ranks=2, dequantize="packed"))
+    assert "its processor multiplies by no quantized weights" in line
 
 
 async def test_a_worker_that_is_refused_ends(
@@ -397,7 +408,7 @@ async def test_a_worker_that_is_refused_ends(
 def test_digests_are_kept_until_files_change(tmp_path: Path, model: Path) -> None:
     files = ModelFiles(tmp_path / "home")
     first = files.digests(model)
-    assert set(first) == {"config.json", "model.safetensors"}
+    assert set(first) == {"config.json", "tokenizer.json", "model.safetensors"}
     kept = (tmp_path / "home" / "digests.json").read_text()
     forged = kept.replace(first["config.json"], "0" * 64)
     (tmp_path / "home" / "digests.json").write_text(forged)

@@ -251,13 +251,44 @@ def test_models_that_embed_are_never_divided(tmp_path: Path) -> None:
 
 
 def test_this_machine_has_one_rank_of_several_machines(path: Path) -> None:
-    plan = planner().plan(entry(path), OPTIONS, replicas=2, hosts=("second",))
-    assert (plan.options.ranks, plan.processes, plan.hosts) == (2, 2, ("second",))
-    assert plan.bytes == 2 * plan.need.total
+    plan = planner().plan(entry(path), OPTIONS, hosts=("second",))
+    assert (plan.options.ranks, plan.processes, plan.hosts) == (2, 1, ("second",))
+    assert plan.bytes == plan.need.total
     here = msgspec.structs.replace(OPTIONS, ranks=2)
     assert plan.footprint == planner().plan(entry(path), here).footprint
     with pytest.raises(ModelLoadFailed, match="ranks"):
         planner().plan(entry(path), OPTIONS, hosts=("second", "third"))
+
+
+def test_ranks_say_how_many_of_several_machines_have_a_part(path: Path) -> None:
+    options = msgspec.structs.replace(OPTIONS, ranks=2)
+    plan = planner().plan(entry(path), options, hosts=("second", "third", "fourth"))
+    assert (plan.options.ranks, plan.hosts) == (2, ("second", "third", "fourth"))
+    options = msgspec.structs.replace(OPTIONS, ranks=4)
+    with pytest.raises(ModelLoadFailed, match="4 ranks take a machine each, and 2 are named"):
+        planner().plan(entry(path), options, hosts=("second",))
+
+
+def test_this_machine_has_one_replica_of_several_machines(path: Path) -> None:
+    hosts = ("second", "third")
+    plan = planner().plan(entry(path), OPTIONS, replicas=2, hosts=hosts)
+    assert (plan.options.ranks, plan.replicas, plan.hosts) == (1, 2, hosts)
+    assert plan.need == planner().plan(entry(path), OPTIONS).need
+    assert plan.bytes == plan.need.total
+
+
+@pytest.mark.parametrize(
+    ("options", "replicas", "why"),
+    [
+        (OPTIONS, 3, "3 replicas take a machine each, and 2 are named"),
+        (msgspec.structs.replace(OPTIONS, ranks=2), 2, "not divided among ranks too"),
+    ],
+)
+def test_what_replicas_on_other_machines_cannot_be(
+    path: Path, options: LoadOptions, replicas: int, why: str
+) -> None:
+    with pytest.raises(ModelLoadFailed, match=why):
+        planner().plan(entry(path), options, replicas, hosts=("second",))
 
 
 def test_ranks_share_what_may_be_wired(path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling
+from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.pool.resumable import ResumableEngine
 from mlx_server.models.pool.routing import MOST_MARKS, SentPrefixes, cheapest, marks
 from mlx_server.models.pool.stream import RowStream
@@ -148,6 +149,75 @@ async def test_the_other_engine_serves_alone_when_one_can_not_be_loaded_again() 
         assert [token for row in rows for token in row.tokens] == [3, 4, 5, 6, 7]
         assert [one.state for one in both.supervisors.replicas] == ["failed", "ready"]
         assert not both.supervisors.restarting
+
+
+class Late:
+    """Two engines, of which the second comes, or fails, when its machine is there."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.engine = ResumableEngine("scripted", replicas=2)
+        self.fleet = fleet
+
+    async def first(self, _: float) -> EngineClient:
+        return await self.fleet.start("scripted", Path("scripted"), LoadOptions(kv_limit=1))
+
+    async def second(self, share: float) -> EngineClient:
+        await self.outcome
+        return await self.first(share)
+
+    async def supervisors(self) -> Supervisors:
+        here, there = self.engine.replicas
+        return Supervisors(
+            self.engine,
+            [
+                EngineSupervisor(await self.first(1.0), here, self.first, 60),
+                EngineSupervisor(None, there, self.second, 60, host="second"),
+            ],
+        )
+
+    async def ask(self, prompt: list[int]) -> list[int]:
+        stream = self.engine.generate([Generate(0, prompt, Sampling(), 5)], "asked")
+        return [token for row in await _read(stream) for token in row.tokens]
+
+
+@asynccontextmanager
+async def late() -> AsyncIterator[tuple[Late, Supervisors]]:
+    made = Late(Fleet(works=True))
+    supervisors = await made.supervisors()
+    run = asyncio.create_task(supervisors.run(wanted=lambda: False))
+    try:
+        yield made, supervisors
+    finally:
+        run.cancel()
+        await asyncio.wait([run])
+        await supervisors.stop()
+        assert not made.fleet.running
+
+
+async def test_an_engine_whose_machine_comes_later_gets_requests_then() -> None:
+    async with late() as (made, supervisors):
+        assert await made.ask([1] * 40) == list(range(40, 45))
+        [_, there] = supervisors.replicas
+        assert (there.state, there.host, there.pid) == ("restarting", "second", None)
+        assert not supervisors.restarting
+        made.outcome.set_result(None)
+        await settled(lambda: made.engine.replicas[1].process is not None)
+        for i in range(4):
+            await made.ask([i] * 40)
+        assert [one.sent_count for one in made.engine.replicas] == [3, 2]
+        assert [(one.state, one.restarts) for one in supervisors.replicas] == [("ready", 0)] * 2
+
+
+async def test_a_machine_that_refuses_leaves_its_engine_failed_and_the_reason_known() -> None:
+    async with late() as (made, supervisors):
+        made.outcome.set_exception(ModelLoadFailed("host `second`: the model is not there"))
+        await settled(lambda: made.engine.replicas[1].given_up)
+        [here, there] = supervisors.replicas
+        assert (here.state, here.reason) == ("ready", None)
+        assert there.state == "failed"
+        assert there.reason == "host `second`: the model is not there"
+        assert await made.ask([1] * 40) == list(range(40, 45))
 
 
 async def test_a_request_that_ends_engines_fails_alone() -> None:

@@ -1,4 +1,4 @@
-"""The ranks of one engine that other machines have taken."""
+"""The ranks of one engine that other machines have taken, or one that has taken all of it."""
 
 import asyncio
 import signal
@@ -13,28 +13,28 @@ VERDICT_SECONDS = 1.0
 
 
 class RanksElsewhere:
-    """`hosts`: of all ranks, the first is this machine. `sockets` lead to the others' processes."""
+    """`hosts`: of all ranks. `sockets` lead to the processes of those that are elsewhere."""
 
     def __init__(
         self, hosts: list[RankHost], leases: Sequence[Lease], sockets: Sequence[socket.socket]
     ) -> None:
         self.hosts = hosts
         self.sockets = sockets
-        self._leases = leases
+        self.leases = leases
 
     @property
     def lost_host(self) -> str | None:
         """A machine that is gone."""
-        return next((one.host.name for one in self._leases if one.host.lost.is_set()), None)
+        return next((one.host.name for one in self.leases if one.host.lost.is_set()), None)
 
     @property
     def killed(self) -> bool:
         """Whether a rank there was killed, perhaps for want of memory."""
-        codes = [one.ended.result() for one in self._leases if one.ended.done()]
+        codes = [one.ended.result() for one in self.leases if one.ended.done()]
         return -signal.SIGKILL in codes
 
     async def until_lost(self) -> None:
-        waits = [asyncio.create_task(lease.host.lost.wait()) for lease in self._leases]
+        waits = [asyncio.create_task(lease.host.lost.wait()) for lease in self.leases]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -43,7 +43,7 @@ class RanksElsewhere:
 
     async def heard(self) -> None:
         """Now `lost_host` and `killed` tell why the engine has ended, if it was for a rank here."""
-        ends = [lease.ended for lease in self._leases]
+        ends = [lease.ended for lease in self.leases]
         await asyncio.wait(ends, timeout=VERDICT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
 
     def close_sockets(self) -> None:
@@ -53,5 +53,5 @@ class RanksElsewhere:
 
     def release(self) -> None:
         """The engine has ended."""
-        for lease in self._leases:
+        for lease in self.leases:
             lease.release()

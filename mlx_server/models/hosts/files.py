@@ -17,6 +17,7 @@ from mlx_server.events import event
 from mlx_server.models.hosts.messages import Digests
 from mlx_server.models.store.folder import INDEX, WEIGHTS
 
+NAMED = ("config.json", "tokenizer.json", INDEX)
 CODE = "*.py"
 MOST_KEPT = 4096
 """Files."""
@@ -40,7 +41,7 @@ class ModelFiles:
         self._lock = threading.Lock()
 
     def digests(self, folder: Path) -> Digests:
-        """Of all files that decide what a rank computes. Blocks. Raises OSError."""
+        """Of all files that decide what an engine computes. Blocks. Raises OSError."""
         with self._lock:
             known = self._read()
             found = {file.name: _digest(file, known) for file in _files(folder)}
@@ -91,5 +92,5 @@ def _digest(file: Path, known: dict[str, Known]) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    named = [folder / "config.json", folder / INDEX, *folder.glob(WEIGHTS), *folder.glob(CODE)]
+    named = [*(folder / name for name in NAMED), *folder.glob(WEIGHTS), *folder.glob(CODE)]
     return sorted({file for file in named if file.is_file()})

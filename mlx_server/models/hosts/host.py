@@ -38,15 +38,21 @@ class HostLost(Exception):
 
 
 class RankRefused(Exception):
-    """The worker does not do what it was asked. The message is for people."""
+    """The worker of `host` does not do what it was asked. The message is for people."""
+
+    def __init__(self, host: str, why: str) -> None:
+        super().__init__(why)
+        self.host = host
 
 
 class Lease:
-    """A rank that a host has been asked to take."""
+    """A part of `model`, a rank or an engine, that a host has been asked to take."""
 
-    def __init__(self, host: "Host") -> None:
+    def __init__(self, host: "Host", model: str) -> None:
         loop = asyncio.get_running_loop()
         self.host = host
+        self.model = model
+        self.released = False
         self.ticket = secrets.token_hex(16)
         self.connection: asyncio.Future[socket.socket] = loop.create_future()
         """To its process. Raises RankRefused, HostLost."""
@@ -55,33 +61,37 @@ class Lease:
         # Nobody may ask any more.
         self.connection.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    @property
-    def refused(self) -> bool:
-        done = self.connection.done() and not self.connection.cancelled()
-        return done and isinstance(self.connection.exception(), RankRefused)
-
     def fail(self, error: Exception) -> None:
         if not self.connection.done():
             self.connection.set_exception(error)
 
     def end(self, code: int | None) -> None:
-        self.fail(HostLost() if code is None else RankRefused("its process ended at once"))
+        why = "its process ended at once"
+        self.fail(HostLost() if code is None else RankRefused(self.host.name, why))
         if not self.ended.done():
             self.ended.set_result(code)
 
     def release(self) -> None:
         """Nobody needs it any more."""
-        if not self.connection.cancel() and self.connection.exception() is None:
-            self.connection.result().close()
+        again, self.released = self.released, True
+        taken = not self.connection.cancel() and self.connection.exception() is None
         if not self.ended.done():
             self.host.tell(Release(self.ticket))
+        if taken and not again:
+            self.connection.result().close()
+            self.host.on_release()
 
 
 class Host:
-    """`lost` is set when it has gone."""
+    """`lost` is set when it has gone. `on_release` is called when it need not do its part of a
+    model any more.
+    """
 
-    def __init__(self, connection: Connection, join: Join) -> None:
+    def __init__(
+        self, connection: Connection, join: Join, on_release: Callable[[], None] = lambda: None
+    ) -> None:
         self.name = join.name
+        self.on_release = on_release
         self.budget = join.budget
         self.addresses = join.addresses or [connection.peer]
         self.seen_from = connection.own
@@ -124,7 +134,7 @@ class Host:
         finally:
             del self._asked[number]
         if isinstance(answer, Unable):
-            raise RankRefused(answer.reason)
+            raise RankRefused(self.name, answer.reason)
         assert isinstance(answer, kind)
         return answer
 
@@ -135,8 +145,8 @@ class Host:
         self._connection.cut()
 
     def lease(self, model: str, digests: Digests, need: int, load: Load) -> Lease:
-        """Ask it to take a rank."""
-        lease = Lease(self)
+        """Ask it to take a rank, or an engine if `load` has no hosts."""
+        lease = Lease(self, model)
         if self.lost.is_set():
             lease.end(None)
             return lease
@@ -144,8 +154,11 @@ class Host:
         self._talk.tell(Take(lease.ticket, model, digests, need, load))
         return lease
 
+    def has_part_of(self, model: str) -> bool:
+        return any(one.model == model and not one.released for one in self._leases.values())
+
     def expects(self, ticket: str) -> Lease | None:
-        """The rank that may have a connection."""
+        """The part that may have a connection."""
         lease = self._leases.get(ticket)
         return lease if lease is not None and not lease.connection.done() else None
 
@@ -153,7 +166,7 @@ class Host:
         match decode_from_worker(body):
             case Refused(ticket=ticket, reason=why) if ticket in self._leases:
                 lease = self._leases.pop(ticket)
-                lease.fail(RankRefused(why))
+                lease.fail(RankRefused(self.name, why))
                 lease.end(0)
             case Ended(ticket=ticket, code=code) if ticket in self._leases:
                 self._leases.pop(ticket).end(code)

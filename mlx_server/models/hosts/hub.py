@@ -1,27 +1,28 @@
 """Where workers on other machines join the server, and are asked to take ranks."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Collection, Sequence
 
 import msgspec
 
-from mlx_server.engine.protocol import Device, Load, RankHost
-from mlx_server.errors import ModelLoadFailed, reason
+from mlx_server.engine.protocol import Device, RankHost
+from mlx_server.errors import reason
 from mlx_server.events import event
 from mlx_server.models.hosts.connection import Connection, ConnectionLost
 from mlx_server.models.hosts.elsewhere import RanksElsewhere
 from mlx_server.models.hosts.host import Host, HostLost, Lease, RankRefused
 from mlx_server.models.hosts.messages import (
     MAX_OPENING,
-    Digests,
     Dismissed,
     Join,
     Purpose,
     decode_purpose,
 )
 from mlx_server.models.hosts.opening import OPENING_SECONDS, NotTrusted, admit
+from mlx_server.models.hosts.part import SPARE_SECONDS, Part, Search
 
 MOST_OPENINGS = 32
 """Connections that have not shown yet that they know the secret."""
@@ -53,7 +54,7 @@ class Hub:
         self._device: Device | None = None
         self._hosts: dict[str, Host] = {}
         self._unfit: dict[str, str] = {}
-        self._joined = asyncio.Condition()
+        self._changed = asyncio.Event()
         self._openings = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -73,49 +74,75 @@ class Hub:
         """Of the machines that are there."""
         return [name for name, host in self._hosts.items() if not host.lost.is_set()]
 
-    async def take(
-        self, names: Sequence[str], model: str, digests: Digests, need: int, load: Load
-    ) -> RanksElsewhere:
-        """Have each of `names` take a rank, waiting for those that are away. Raises
-        ModelLoadFailed, which names the machine that stays away or refuses.
+    async def take(self, part: Part) -> RanksElsewhere:
+        """Have machines take their part of a model, waiting for those that are away. Raises
+        HostAway, HostRefuses, which name the machine.
         """
-        deadline = asyncio.get_running_loop().time() + self._patience
+        now = asyncio.get_running_loop().time()
+        search = Search(part.names, part.count, now + min(SPARE_SECONDS, self._patience))
+        deadline = now + self._patience
         while True:
-            hosts = [await self.present(name, deadline) for name in names]
-            load = msgspec.structs.replace(load, hosts=self._rank_hosts(hosts))
-            leases = [host.lease(model, digests, need, load) for host in hosts]
+            hosts = await self._found(search, deadline, part.model)
             try:
-                return RanksElsewhere(load.hosts, leases, await _connections(leases))
+                taken = await self._taken(part, hosts)
             except HostLost:
                 continue
+            except RankRefused as error:
+                why = str(error)
+                log.warning(
+                    event("host_passed_over", model=part.model, host=error.host, reason=why)
+                )
+                search.pass_over(error.host, why)
+            else:
+                _tell(part, hosts)
+                return taken
 
-    async def present(self, name: str, deadline: float | None = None) -> Host:
+    async def present(self, name: str) -> Host:
         """Waits for it. Raises ModelLoadFailed, which names it and tells why it cannot be had."""
-        if deadline is None:
-            deadline = asyncio.get_running_loop().time() + self._patience
-        try:
-            async with asyncio.timeout_at(deadline), self._joined:
-                while (host := self._hosts.get(name)) is None or host.lost.is_set():
-                    if (why := self._unfit.get(name)) is not None:
-                        raise ModelLoadFailed(f"host `{name}`: {why}")
-                    await self._joined.wait()
-                return host
-        except TimeoutError:
-            trouble = f" ({self.troubles[name]})" if name in self.troubles else ""
-            raise ModelLoadFailed(
-                f"host `{name}` is away: no worker of it has joined within "
-                f"{self._patience:g} seconds{trouble}"
-            ) from None
+        now = asyncio.get_running_loop().time()
+        [host] = await self._found(Search([name], 1, now), now + self._patience)
+        return host
+
+    async def news(self) -> None:
+        """Until a machine comes, or has let go of a part of a model."""
+        await self._changed.wait()
+
+    async def _found(self, search: Search, deadline: float, model: str = "") -> list[Host]:
+        """Machines that are there and have no part of `model`. Raises HostAway, HostRefuses."""
+        loop = asyncio.get_running_loop()
+        while True:
+            hosts = {name: self._hosts[name] for name in self.names()}
+            there = {name: host for name, host in hosts.items() if not host.has_part_of(model)}
+            now = loop.time()
+            if (found := search.found(there, self._unfit, now)) is not None:
+                return found
+            if now >= deadline:
+                raise search.away(there, self._unfit, self.troubles, self._patience)
+            until = min(deadline, search.spares_at) if now < search.spares_at else deadline
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self.news()
+
+    async def _taken(self, part: Part, hosts: Sequence[Host]) -> RanksElsewhere:
+        """Raises HostLost, RankRefused."""
+        load = part.load
+        if part.is_rank:
+            ranks = self._rank_hosts(hosts)
+            load = msgspec.structs.replace(load, hosts=ranks)
+        else:
+            ranks = [RankHost(host.name, host.addresses) for host in hosts]
+        leases = [host.lease(part.model, part.digests, part.need, load) for host in hosts]
+        return RanksElsewhere(ranks, leases, await _connections(leases))
 
     def _rank_hosts(self, hosts: Sequence[Host]) -> list[RankHost]:
-        """Raises ModelLoadFailed."""
+        """Raises RankRefused."""
         # Only the last rank connects to the first.
         own = self._own_addresses or [hosts[-1].seen_from]
         for host in hosts:
-            if len(host.addresses) != len(own):
-                raise ModelLoadFailed(
-                    f"host `{host.name}` has {len(host.addresses)} addresses for the ring and this "
-                    f"machine {len(own)}"
+            if (count := len(host.addresses)) != len(own):
+                raise RankRefused(
+                    host.name,
+                    f"it has {count} addresses for the ring and this machine {len(own)}",
                 )
         return [RankHost("", own), *(RankHost(host.name, host.addresses) for host in hosts)]
 
@@ -183,14 +210,14 @@ class Hub:
         if (why := self._fault(join)) is not None:
             log.warning(event("worker_refused", host=name, peer=connection.peer, reason=why))
             if name in self._names:
-                await self._note(name, why)
+                self._note(name, why)
             await connection.send(Dismissed(why))
             return
         if (former := self._hosts.get(name)) is not None:
             await former.dismiss(f"another worker has joined as `{name}`")
-        host = Host(connection, join)
+        host = Host(connection, join, self._notify)
         self._hosts[name] = host
-        await self._note(name, None)
+        self._note(name, None)
         log.info(event("worker_joined", host=name, peer=connection.peer, budget=join.budget))
         try:
             why = await host.run()
@@ -199,13 +226,17 @@ class Hub:
             if self._hosts.get(name) is host:
                 del self._hosts[name]
 
-    async def _note(self, name: str, unfit: str | None) -> None:
+    def _note(self, name: str, unfit: str | None) -> None:
         """Why a machine that has come cannot be used; None for one that can."""
         self._unfit.pop(name, None)
         if unfit is not None:
             self._unfit[name] = unfit
-        async with self._joined:
-            self._joined.notify_all()
+        self._notify()
+
+    def _notify(self) -> None:
+        """Wake those who look for machines."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _fault(self, join: Join) -> str | None:
         """Why a worker is of no use here."""
@@ -220,23 +251,26 @@ class Hub:
         return None
 
 
+def _tell(part: Part, hosts: Sequence[Host]) -> None:
+    names = [host.name for host in hosts]
+    kind = "ranks_taken" if part.is_rank else "engine_taken"
+    log.info(event(kind, model=part.model, hosts=", ".join(names)))
+    first = part.names[: part.count]
+    spares = [name for name in names if name not in first]
+    replaced = [name for name in first if name not in names]
+    for spare, name in zip(spares, replaced, strict=True):
+        log.warning(event("spare_taken", model=part.model, host=spare, instead_of=name))
+
+
 async def _connections(leases: Sequence[Lease]) -> list[socket.socket]:
-    """Of all, or of none. Raises HostLost, ModelLoadFailed."""
+    """Of all, or of none. Raises HostLost, RankRefused."""
     waits = [lease.connection for lease in leases]
     try:
         done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_EXCEPTION)
         for one in done:
             one.result()
-    except RankRefused as error:
-        name = next(lease.host.name for lease in leases if lease.refused)
-        _release(leases)
-        raise ModelLoadFailed(f"host `{name}`: {error}") from error
     except BaseException:
-        _release(leases)
+        for lease in leases:
+            lease.release()
         raise
     return [wait.result() for wait in waits]
-
-
-def _release(leases: Sequence[Lease]) -> None:
-    for lease in leases:
-        lease.release()

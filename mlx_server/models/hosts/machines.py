@@ -20,6 +20,7 @@ from mlx_server.models.hosts.host import Host
 from mlx_server.models.hosts.hostfile import HostFile
 from mlx_server.models.hosts.hub import Hub
 from mlx_server.models.hosts.opening import MIN_SECRET
+from mlx_server.models.hosts.part import Part
 from mlx_server.models.hosts.ssh import Place, SshWorkers
 from mlx_server.models.hosts.versions import own_versions
 
@@ -69,7 +70,7 @@ class Machines:
             self._hub = Hub(names, self._secret.encode(), own_versions(), settings.host_wait, here)
 
     def of_model(self, model_id: str) -> tuple[str, ...]:
-        """Names of those that take a rank of it."""
+        """Names of those that it may have, those that it takes first."""
         listed = [machine.ssh for machine in self._file.others] if self._file else []
         usual = self._settings.workers or listed
         return tuple(self._settings.workers_by_model.get(model_id, usual))
@@ -106,17 +107,23 @@ class Machines:
         return await self._hub.present(name)
 
     async def take(
-        self, names: Sequence[str], model: str, folder: Path, need: int, load: Load
+        self, names: Sequence[str], count: int, model: str, need: int, load: Load
     ) -> RanksElsewhere:
-        """Have each of `names` take a rank of the model in `folder`, of `need` bytes. Raises
-        ModelLoadFailed.
+        """Have `count` of `names`, rather the first, take a part of the model each, of `need`
+        bytes: a rank of what `load` says, or all of it. Raises HostAway, HostRefuses, and
+        ModelLoadFailed for files that cannot be read here.
         """
         assert self._hub is not None
         try:
-            digests = await asyncio.to_thread(self._files.digests, folder)
+            digests = await asyncio.to_thread(self._files.digests, Path(load.path))
         except OSError as error:
             raise ModelLoadFailed(f"its files cannot be read: {reason(error)}") from error
-        return await self._hub.take(names, model, digests, need, load)
+        return await self._hub.take(Part(tuple(names), count, model, digests, need, load))
+
+    async def news(self) -> None:
+        """Until a machine comes, or has let go of a part of a model."""
+        assert self._hub is not None
+        await self._hub.news()
 
     def _names(self) -> set[str]:
         listed = [machine.ssh for machine in self._file.others] if self._file else []

@@ -2,7 +2,7 @@
 protocol: a 4-byte length, then MessagePack.
 
 A connection is opened by `opening`. Then a worker either joins, and both speak until one goes, or
-brings the ticket of a rank, whose process takes the connection over.
+brings the ticket of a rank or an engine, whose process takes the connection over.
 """
 
 import msgspec
@@ -59,20 +59,20 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
 
 
 class Ticket(msgspec.Struct, frozen=True, tag="ticket"):
-    """Of the rank that is to have this connection, at its other end too."""
+    """Of the rank, or the engine, that is to have this connection, at its other end too."""
 
     ticket: str
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The rank cannot be taken. The reason is one line, for people."""
+    """It cannot be taken. The reason is one line, for people."""
 
     ticket: str
     reason: str
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
-    """The rank's process has; a negative code is a signal."""
+    """Its process has; a negative code is a signal."""
 
     ticket: str
     code: int
@@ -131,7 +131,9 @@ class Measure(msgspec.Struct, frozen=True, tag="measure"):
 
 
 class Take(msgspec.Struct, frozen=True, tag="take"):
-    """Start a rank: `need` are the bytes that it takes, `load` what rank 0 loads."""
+    """Start a rank if `load`, which is what rank 0 loads, has hosts, else an engine. `need`: the
+    bytes that it takes.
+    """
 
     ticket: str
     model: str
@@ -141,7 +143,7 @@ class Take(msgspec.Struct, frozen=True, tag="take"):
 
 
 class Release(msgspec.Struct, frozen=True, tag="release"):
-    """Nobody needs the rank any more."""
+    """Nobody needs it any more."""
 
     ticket: str
 

@@ -1,24 +1,20 @@
-"""The worker on another machine: joins a server, and takes ranks of its models.
+"""The worker on another machine: joins a server, and takes ranks and replicas of its models.
 
 It trusts the server to say what is computed, and decides itself where: its own folders, limits and
 libraries, and whether a model's own code may run.
 """
 
 import asyncio
-import contextlib
 import logging
 import random
 import socket
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 from msgspec import structs
 
 from mlx_server.config import Settings
-from mlx_server.engine.protocol import Device, Load, frame
-from mlx_server.engine.spawn import socket_pair
+from mlx_server.engine.protocol import Device, Load
 from mlx_server.errors import ModelNotFound, Unavailable, reason
 from mlx_server.events import event
 from mlx_server.models.hosts.connection import Connection, ConnectionLost, Talk
@@ -44,20 +40,19 @@ from mlx_server.models.hosts.messages import (
     decode_from_server,
 )
 from mlx_server.models.hosts.opening import NotTrusted, connect
+from mlx_server.models.hosts.processes import Running, start, until_over
 from mlx_server.models.hosts.versions import own_versions
 from mlx_server.models.store.catalog import Catalog
 from mlx_server.models.store.sources import ModelSources
 
 MIN_DELAY, MAX_DELAY = 0.5, 10.0
 """Seconds between attempts to join; doubles."""
-RELEASE_SECONDS = 1.0
-"""For a process to end by itself, once rank 0 has gone."""
 
 log = logging.getLogger("mlx_server.hosts")
 
 
 class Unfit(Exception):
-    """The rank cannot be taken here. The message is for people."""
+    """What was asked for cannot be done here. The message is for people."""
 
 
 @dataclass(frozen=True)
@@ -75,62 +70,12 @@ class Server:
 
 
 @dataclass
-class Rank:
-    """One that the server has asked for, or does not need any more."""
+class Held:
+    """A rank or an engine that the server has asked for, or does not need any more."""
 
     need: int
     task: asyncio.Task[None]
     released: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(frozen=True)
-class RankProcess:
-    """It ends when `lifeline` closes, at the latest with this process."""
-
-    process: asyncio.subprocess.Process
-    lifeline: socket.socket
-
-    @classmethod
-    async def start(cls, server: socket.socket, load: Load) -> Self:
-        """`server` leads to rank 0."""
-        own, its = socket_pair()
-        inherited = (server.fileno(), its.fileno())
-        with its:
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", "mlx_server.engine.follower"),
-                    *map(str, inherited),
-                    pass_fds=inherited,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    process_group=0,  # Ctrl-C is for the worker
-                )
-            except BaseException:
-                own.close()
-                raise
-        with contextlib.suppress(OSError):  # it has ended
-            own.sendall(frame(load))
-        return cls(process, own)
-
-    async def wait(self, released: asyncio.Event) -> None:
-        """For its end, or until it is late after its release."""
-        ending = asyncio.create_task(self.process.wait())
-        releasing = asyncio.create_task(released.wait())
-        try:
-            await asyncio.wait([ending, releasing], return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait([ending], timeout=RELEASE_SECONDS)
-        finally:
-            ending.cancel()
-            releasing.cancel()
-
-    async def end(self) -> int:
-        """At once; returns its exit code."""
-        if self.process.returncode is None:
-            self.process.kill()
-        try:
-            return await self.process.wait()
-        finally:
-            self.lifeline.close()
 
 
 class Worker:
@@ -144,7 +89,7 @@ class Worker:
         self._device = device
         self._budget = device.budget(settings.memory_limit)
         self._join = Join(name, own_versions(), device, self._budget, addresses)
-        self._ranks: dict[str, Rank] = {}
+        self._held: dict[str, Held] = {}
         self._replies: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -168,7 +113,7 @@ class Worker:
             delay = min(MAX_DELAY, 2 * delay)
 
     async def _serve(self, connection: Connection) -> str:
-        """Until the server has gone; returns why. No rank outlives it. Raises Unavailable."""
+        """Until the server has gone; returns why. Nothing outlives it. Raises Unavailable."""
         talk = Talk(connection)
         try:
             await connection.send(self._join)
@@ -177,7 +122,7 @@ class Worker:
         except ConnectionLost as error:
             return str(error)
         finally:
-            tasks = [*(rank.task for rank in self._ranks.values()), *self._replies]
+            tasks = [*(one.task for one in self._held.values()), *self._replies]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -186,11 +131,11 @@ class Worker:
     def _take(self, talk: Talk, message: FromServer) -> None:
         match message:
             case Take(ticket=ticket, need=need):
-                task = asyncio.create_task(self._hold(talk, message), name=f"rank {ticket}")
-                self._ranks[ticket] = Rank(need, task)
-                task.add_done_callback(lambda _: self._ranks.pop(ticket))
-            case Release(ticket=ticket) if ticket in self._ranks:
-                self._ranks[ticket].released.set()
+                task = asyncio.create_task(self._hold(talk, message), name=f"part {ticket}")
+                self._held[ticket] = Held(need, task)
+                task.add_done_callback(lambda _: self._held.pop(ticket))
+            case Release(ticket=ticket) if ticket in self._held:
+                self._held[ticket].released.set()
             case Look() | Listen() | Measure():
                 task = asyncio.create_task(self._reply(talk, message))
                 self._replies.add(task)
@@ -200,23 +145,24 @@ class Worker:
 
     async def _hold(self, talk: Talk, take: Take) -> None:
         """From its being asked for to its end."""
-        rank = self._ranks[take.ticket]
+        own = self._held[take.ticket]
+        kind = "rank" if take.load.hosts else "engine"
         try:
-            await self._until_released_are_gone(rank)
+            await self._until_released_are_gone(own)
             load = await asyncio.to_thread(self._load_here, take)
-            self._check_memory(rank)
-            running = await self._start(take.ticket, load)
+            self._check_memory(own)
+            running = await self._start(take, load)
         except (Unfit, ConnectionLost, OSError, NotTrusted) as error:
-            log.warning(event("rank_refused", model=take.model, reason=reason(error)))
+            log.warning(event(f"{kind}_refused", model=take.model, reason=reason(error)))
             talk.tell(Refused(take.ticket, reason(error)))
             return
-        pid = running.process.pid
-        log.info(event("rank_started", model=take.model, pid=pid, bytes=take.need))
+        pid = running.pid
+        log.info(event(f"{kind}_started", model=take.model, pid=pid, bytes=take.need))
         try:
-            await running.wait(rank.released)
+            await until_over(running, own.released)
         finally:
             code = await running.end()
-            log.info(event("rank_ended", model=take.model, pid=pid, code=code))
+            log.info(event(f"{kind}_ended", model=take.model, pid=pid, code=code))
             talk.tell(Ended(take.ticket, code))
 
     async def _reply(self, talk: Talk, question: Look | Listen | Measure) -> None:
@@ -241,16 +187,18 @@ class Worker:
         path = self._folder(model, folder)
         return self._files.digests(path) if path else None
 
-    async def _until_released_are_gone(self, rank: Rank) -> None:
+    async def _until_released_are_gone(self, own: Held) -> None:
         """Their memory is free then."""
-        others = [one for one in self._ranks.values() if one is not rank]
+        others = [one for one in self._held.values() if one is not own]
         ending = [one.task for one in others if one.released.is_set()]
         if ending:
             await asyncio.wait(ending)
 
     def _load_here(self, take: Take) -> Load:
-        """What the rank loads on this machine. Blocks. Raises Unfit, OSError."""
+        """What is loaded on this machine. Blocks. Raises Unfit, OSError."""
         options, settings = take.load.options, self._settings
+        if options.dequantize in ("packed", "both") and not self._device.packs:
+            raise Unfit("its processor multiplies by no quantized weights, as the server's does")
         if options.trust_remote_code and take.model not in settings.trust_remote_code:
             raise Unfit("the model's own code may not run there (`trust_remote_code`)")
         self._check_addresses(take.load)
@@ -259,12 +207,15 @@ class Worker:
             raise Unfit("the model is not there")
         if (fault := difference(take.digests, self._files.digests(folder))) is not None:
             raise Unfit(f"its files of the model are others: {fault}")
+        own = settings.load_options(take.model)
         options = structs.replace(
             options,
             wired_limit=min(take.need, self._device.wired(settings.wired_memory)),
-            disk_cache_folder=None,
-            kernels_folder=str(settings.home / "kernels"),
-            openblas=settings.openblas,
+            disk_cache_folder=None if take.load.hosts else own.disk_cache_folder,
+            disk_cache_limit=own.disk_cache_limit,
+            disk_cache_daily=own.disk_cache_daily,
+            kernels_folder=own.kernels_folder,
+            openblas=own.openblas,
         )
         return structs.replace(take.load, path=str(folder), options=options)
 
@@ -288,21 +239,21 @@ class Worker:
                             f"{address} is no address of that machine: give the worker --address"
                         ) from error
 
-    def _check_memory(self, rank: Rank) -> None:
+    def _check_memory(self, own: Held) -> None:
         """Raises Unfit."""
-        held = sum(one.need for one in self._ranks.values()) - rank.need
-        if held + rank.need > self._budget:
+        held = sum(one.need for one in self._held.values()) - own.need
+        if held + own.need > self._budget:
             others = f", of which others hold {held:,}" if held else ""
             raise Unfit(
-                f"a rank needs {rank.need:,} bytes of memory and models may take "
+                f"its part of the model needs {own.need:,} bytes of memory and models may take "
                 f"{self._budget:,} there{others}"
             )
 
-    async def _start(self, ticket: str, load: Load) -> RankProcess:
+    async def _start(self, take: Take, load: Load) -> Running:
         """With a connection of its own. Raises ConnectionLost, NotTrusted, OSError."""
         connection = await self._server.connect()
         try:
-            await connection.send(Ticket(ticket))
-            return await RankProcess.start(connection.hand_over(), load)
+            await connection.send(Ticket(take.ticket))
+            return await start(connection.hand_over(), take.model, load)
         finally:
             connection.close()

@@ -13,9 +13,12 @@ from mlx_server.engine.client import Elsewhere, EngineClient
 from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
 from mlx_server.errors import ModelLoadFailed, ServerError, reason
 from mlx_server.events import event
+from mlx_server.models.hosts import distant
 from mlx_server.models.hosts.elsewhere import RanksElsewhere
 from mlx_server.models.hosts.machines import Machines
+from mlx_server.models.hosts.part import HostAway, HostRefuses
 from mlx_server.models.pool.needs import LoadPlan
+from mlx_server.models.pool.replica import Replica
 from mlx_server.models.pool.resumable import ResumableEngine
 from mlx_server.models.pool.supervisor import EngineSupervisor
 from mlx_server.models.pool.supervisors import Supervisors
@@ -80,12 +83,7 @@ class ModelLoader:
             assert facts is not None
             span.loaded(device=facts.device, weights_bytes=facts.weights_bytes)
         engine = ResumableEngine(model_id, plan.replicas)
-        start = partial(self._start_prepared, plan, text)
-        supervisors = [
-            EngineSupervisor(process, replica, start, self.hang_timeout)
-            for process, replica in zip(processes, engine.replicas, strict=True)
-        ]
-        supervisor = Supervisors(engine, supervisors)
+        supervisor = Supervisors(engine, self._supervisors(plan, text, processes, engine))
         scores = plan.embedding is not None and plan.embedding.scores
         return LoadedModel(model_id, engine, supervisor, text, facts, sampling, locks, scores)
 
@@ -99,6 +97,33 @@ class ModelLoader:
                 return ModelLoadFailed(f"its engine could not be started: {reason(error)}")
         log.error(event("model_load_crashed", model=model_id), exc_info=error)
         return ModelLoadFailed(f"{type(error).__name__}: {error}")
+
+    def _supervisors(
+        self,
+        plan: LoadPlan,
+        text: ModelText,
+        processes: list[EngineClient],
+        engine: ResumableEngine,
+    ) -> list[EngineSupervisor]:
+        """Of engines here, and of those that come once their machines are there."""
+        start = partial(self._start_prepared, plan, text)
+        here = [
+            EngineSupervisor(process, replica, start, self.hang_timeout)
+            for process, replica in zip(processes, engine.replicas, strict=False)
+        ]
+        homes = plan.hosts[: plan.replicas - len(here)]
+        spares = plan.hosts[len(homes) :]
+        there = [
+            EngineSupervisor(
+                None,
+                replica,
+                partial(self._start_distant, plan, text, engine, replica, (home, *spares)),
+                self.hang_timeout,
+                host=home,
+            )
+            for home, replica in zip(homes, engine.replicas[len(here) :], strict=True)
+        ]
+        return [*here, *there]
 
     def _locks(self, plan: LoadPlan) -> list[ModelLock]:
         """Of the model's folder and its draft's. Raises ModelLoadFailed."""
@@ -128,7 +153,8 @@ class ModelLoader:
             raise
 
     async def _start_engines(self, plan: LoadPlan) -> list[EngineClient]:
-        starts = [asyncio.create_task(self._start_engine(plan, 1.0)) for _ in range(plan.replicas)]
+        here = 1 if plan.hosts else plan.replicas
+        starts = [asyncio.create_task(self._start_engine(plan, 1.0)) for _ in range(here)]
         try:
             return await asyncio.gather(*starts)
         except BaseException:
@@ -145,26 +171,58 @@ class ModelLoader:
         _prepare(process, text, plan)
         return process
 
+    async def _start_distant(
+        self,
+        plan: LoadPlan,
+        text: ModelText,
+        engine: ResumableEngine,
+        replica: Replica,
+        hosts: tuple[str, ...],
+        kv_share: float,
+    ) -> EngineClient:
+        """Waits for one of `hosts` for as long as requests are served without."""
+        load = Load(str(plan.path), self._options(plan, kv_share), embedding=plan.embedding)
+        taken = None
+        while taken is None:
+            try:
+                taken = await self._take(hosts, 1, plan, load)
+            except (HostAway, HostRefuses) as error:
+                if not engine.served:
+                    raise
+                if isinstance(error, HostRefuses):
+                    replica.refused = error.message
+                    log.error(event("replica_refused", model=plan.entry.id, reason=error.message))
+                    await self.machines.news()
+        async with asyncio.timeout(self.load_timeout):
+            process = await distant.join(plan.entry.id, taken)
+        log.info(event("replica_joined", model=plan.entry.id, pid=process.pid, host=process.host))
+        _prepare(process, text, plan)
+        return process
+
     async def _start_engine(self, plan: LoadPlan, kv_share: float) -> EngineClient:
-        options = msgspec.structs.replace(
+        options, entry = self._options(plan, kv_share), plan.entry
+        async with asyncio.timeout(self.load_timeout):
+            elsewhere = None
+            if plan.hosts and options.ranks > 1:
+                load = Load(str(plan.path), options)
+                elsewhere = await self._take(plan.hosts, options.ranks - 1, plan, load)
+            return await self.start_engine(
+                entry.id, plan.path, options, entry.adapter_path, plan.embedding, elsewhere
+            )
+
+    async def _take(
+        self, hosts: tuple[str, ...], count: int, plan: LoadPlan, load: Load
+    ) -> RanksElsewhere:
+        return await self.machines.take(hosts, count, plan.entry.id, plan.need.total, load)
+
+    def _options(self, plan: LoadPlan, kv_share: float) -> LoadOptions:
+        return msgspec.structs.replace(
             plan.options,
             memory_limit=str(plan.need.arrays),
             wired_limit=plan.wired,
             kv_limit=plan.need.kv,
             kv_share=kv_share,
         )
-        entry = plan.entry
-        async with asyncio.timeout(self.load_timeout):
-            elsewhere = await self._ranks_elsewhere(plan, options)
-            return await self.start_engine(
-                entry.id, plan.path, options, entry.adapter_path, plan.embedding, elsewhere
-            )
-
-    async def _ranks_elsewhere(self, plan: LoadPlan, options: LoadOptions) -> RanksElsewhere | None:
-        if not plan.hosts:
-            return None
-        load = Load(str(plan.path), options)
-        return await self.machines.take(plan.hosts, plan.entry.id, plan.path, plan.need.total, load)
 
 
 async def _stop_all(processes: Iterable[EngineClient]) -> None:

@@ -59,12 +59,14 @@ class LoadPlan:
     """Engines, each of as many processes as its options have `ranks`; each process takes `need`."""
     draft: ModelEntry | None = None
     hosts: tuple[str, ...] = ()
-    """Other machines, each of which takes one rank of each engine; this one has rank 0 then."""
+    """Other machines, those to be taken first; the others are spares. Each takes one rank, this one
+    having rank 0, or one replica, this one having the first.
+    """
 
     @property
     def processes(self) -> int:
         """On this machine."""
-        return self.replicas * (1 if self.hosts else self.options.ranks)
+        return 1 if self.hosts else self.replicas * self.options.ranks
 
     @property
     def bytes(self) -> int:
@@ -101,15 +103,17 @@ class MemoryPlanner:
         draft: ModelEntry | None = None,
         hosts: tuple[str, ...] = (),
     ) -> LoadPlan:
-        """With a `draft` model beside it, divided among this machine and `hosts`. Blocks on files.
-        Raises ModelLoadFailed, InsufficientMemory beyond `budget`.
+        """With a `draft` model beside it, on this machine and on `hosts`. Blocks on files. Raises
+        ModelLoadFailed, InsufficientMemory beyond `budget`.
         """
         if entry.path is None:
             raise ModelLoadFailed("it has not been pulled yet")
         if draft is not None:
             options = msgspec.structs.replace(options, draft_path=str(_draft_folder(draft)))
-        if hosts:
-            options = msgspec.structs.replace(options, ranks=1 + len(hosts))
+        if hosts and replicas > 1:
+            _check_replicas(entry, options, replicas, 1 + len(hosts))
+        elif hosts and not entry.embeds:
+            options = msgspec.structs.replace(options, ranks=_ranks(options, 1 + len(hosts)))
         plan = self._first_that_fits(entry, entry.path, options, replicas, hosts)
         return replace(plan, draft=draft)
 
@@ -160,7 +164,8 @@ class MemoryPlanner:
             files = read_embedding(path)
             embedding, longest = files.embedding, files.longest
             footprint = read_embedding_footprint(path, float32, longest)
-            options, hosts = msgspec.structs.replace(options, ranks=1), ()
+            options = msgspec.structs.replace(options, ranks=1)
+            hosts = hosts if replicas > 1 else ()
         else:
             _check_division(entry, path, options)
             head = options.speculation == "auto" and options.draft_path is None
@@ -183,14 +188,14 @@ class MemoryPlanner:
             dequantize=format_,
             context_length=min(limits, default=None),
         )
-        ranks = 1 if hosts else options.ranks
-        need = self._need(footprint, options, replicas, ranks)
+        here = (1, 1) if hosts else (replicas, options.ranks)
+        need = self._need(footprint, options, *here)
         return LoadPlan(
             entry, path, footprint, need, options, embedding, replicas=replicas, hosts=hosts
         )
 
     def _need(self, footprint: Footprint, options: LoadOptions, replicas: int, ranks: int) -> Need:
-        """Of each process, `ranks` of each engine being on this machine."""
+        """Of each process, so many `replicas` of so many `ranks` being on this machine."""
         processes = replicas * ranks
         weights = self._measured.get(footprint, footprint.weights)
         context = min(footprint.context_length, options.context_length or footprint.context_length)
@@ -220,6 +225,29 @@ def _draft_folder(draft: ModelEntry) -> Path:
     if draft.adapter_path is not None:
         raise ModelLoadFailed(f"{named} is an adapter, which draft models cannot have")
     return draft.path
+
+
+def _ranks(options: LoadOptions, machines: int) -> int:
+    """Of a model that so many machines may share, one each. Raises ModelLoadFailed."""
+    if options.ranks > machines:
+        raise ModelLoadFailed(
+            f"its {options.ranks} ranks take a machine each, and {machines} are named for it"
+        )
+    return options.ranks if options.ranks > 1 else machines
+
+
+def _check_replicas(entry: ModelEntry, options: LoadOptions, replicas: int, machines: int) -> None:
+    """Raises ModelLoadFailed where so many engines cannot be on so many machines."""
+    if options.ranks > 1 and not entry.embeds:
+        raise ModelLoadFailed("replicas on several machines are not divided among ranks too")
+    if replicas > machines:
+        raise ModelLoadFailed(
+            f"its {replicas} replicas take a machine each, and {machines} are named for it"
+        )
+    if options.draft_path is not None:
+        raise ModelLoadFailed("a draft model cannot guess for replicas on other machines")
+    if entry.adapter_path is not None:
+        raise ModelLoadFailed("LoRA adapters are not applied on other machines")
 
 
 def _check_division(entry: ModelEntry, path: Path, options: LoadOptions) -> None:

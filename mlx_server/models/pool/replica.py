@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 
 class Replica:
-    """`process` is None while there is none. `blame` tries requests that keep ending it."""
+    """`process` is None while there is none. `blame` tries requests that keep ending it. `given_up`
+    is why it will not come back, `refused` why the machine does not start it that it waits for.
+    """
 
     def __init__(self, engine: "ResumableEngine") -> None:
         self.process: EngineClient | None = None
         self.progressed = False
-        self.given_up = False
+        self.given_up: str | None = None
+        self.refused: str | None = None
         self.requests: dict[int, OpenRequest] = {}
         """Sent to it and not ended."""
         self.blame = Blame()
@@ -64,6 +67,7 @@ class Replica:
 
     def attach(self, process: EngineClient) -> None:
         self.process = process
+        self.refused = None
         self.progressed = False
         self._engine.send_waiting()
 

@@ -29,6 +29,12 @@ class ResumableEngine:
     def in_flight(self) -> int:
         return len(self._open)
 
+    @property
+    def served(self) -> bool:
+        """Whether an engine is there, or the first is to come back."""
+        present = any(replica.process is not None for replica in self.replicas)
+        return present or not self.replicas[0].given_up
+
     # for callers
 
     def generate(
@@ -96,9 +102,9 @@ class ResumableEngine:
                 request.put(Row(request.id, [], "length"))
         self.send_waiting()
 
-    def give_up(self, replica: Replica) -> None:
+    def give_up(self, replica: Replica, why: str) -> None:
         """It will not come back; others are there."""
-        replica.given_up = True
+        replica.given_up = why
         other = next(one for one in self.replicas if not one.given_up)
         for request in self._open.values():
             if request.suspected_by is replica:

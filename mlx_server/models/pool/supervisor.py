@@ -29,14 +29,17 @@ log = logging.getLogger("mlx_server.supervisor")
 
 
 class EngineSupervisor:
-    """Keeps a process behind `engine`. Run `run` in a task; cancel it before `stop`."""
+    """Keeps a process behind `engine`, the first being `process`, or one that it starts, rather on
+    the machine `host`. Run `run` in a task; cancel it before `stop`.
+    """
 
     def __init__(
         self,
-        process: EngineClient,
+        process: EngineClient | None,
         engine: Replica,
         start: StartProcess,
         hang_timeout: float,
+        host: str = "",
     ) -> None:
         self.restarts = 0
         self.last_lines: tuple[str, ...] = ()
@@ -44,9 +47,11 @@ class EngineSupervisor:
         self._engine = engine
         self._start = start
         self._hang_timeout = hang_timeout
-        self._running = True
+        self._running = process is not None
         self._fruitless = 0
-        engine.attach(process)
+        self._host = host
+        if process is not None:
+            engine.attach(process)
 
     @property
     def restarting(self) -> bool:
@@ -54,40 +59,52 @@ class EngineSupervisor:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._running else None
+        return self._process.pid if self._process and self._running else None
+
+    @property
+    def host(self) -> str:
+        """Where it is or, while it is not there, where it is rather to be; empty: here."""
+        return self._process.host if self._process and self._running else self._host
 
     @property
     def stats(self) -> Stats | None:
-        return self._process.stats if self._running else None
+        return self._process.stats if self._process and self._running else None
 
     async def run(self, wanted: Callable[[], bool]) -> None:
         """Replace each process that ends while `wanted`. Raises as loads do."""
+        process = self._process or self._use(await self._load(1.0))
         while True:
-            hung = await self._closed_or_hung()
+            hung = await self._closed_or_hung(process)
             ended_at = time.monotonic()
-            kv_share = await self._bury(hung)
+            kv_share = await self._bury(process, hung)
             if not wanted():
                 return
-            self._process = await self._load(kv_share)
-            self._running = True
+            process = await self._load(kv_share)
             self.restarts += 1
             log.warning(
                 event(
                     "engine_restarted",
                     model=self._engine.model_id,
-                    pid=self._process.pid,
+                    pid=process.pid,
+                    host=process.host or None,
                     seconds=time.monotonic() - ended_at,
                     requests=self._engine.in_flight,
                 )
             )
-            self._engine.attach(self._process)
+            self._use(process)
 
     async def stop(self) -> None:
         self._engine.fail(Unavailable(f"The model `{self._engine.model_id}` is being stopped."))
-        await self._process.stop()
+        if self._process is not None:
+            await self._process.stop()
 
-    async def _closed_or_hung(self) -> bool:
-        process = self._process
+    def _use(self, process: EngineClient) -> EngineClient:
+        self._process = process
+        self._running = True
+        self._engine.attach(process)
+        return process
+
+    async def _closed_or_hung(self, process: EngineClient) -> bool:
         silent = 0
         while silent <= HANG_CHECKS:
             reads = process.reads
@@ -97,19 +114,18 @@ class EngineSupervisor:
                     return False
             except TimeoutError:
                 silent = silent + 1 if process.in_flight and process.reads == reads else 0
-        model = self._engine.model_id
-        log.error(event("engine_hung", model=model, pid=process.pid, seconds=self._patience()))
+        model, seconds = self._engine.model_id, self._patience()
+        log.error(event("engine_hung", model=model, pid=process.pid, seconds=seconds))
         return True
 
     def _patience(self) -> float:
         """Seconds a busy engine may be silent."""
-        stats = self._process.stats
-        longest = stats.longest_turn if stats is not None else 0.0
+        longest = self.stats.longest_turn if self.stats is not None else 0.0
         return max(self._hang_timeout, HANG_TURNS * longest)
 
-    async def _bury(self, hung: bool) -> float:
+    async def _bury(self, process: EngineClient, hung: bool) -> float:
         """Take the requests back; returns the next KV share."""
-        process, engine = self._process, self._engine
+        engine = self._engine
         self._running = False
         if hung:
             await process.tell_stacks()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_server.engine.protocol import DiskStats, PrefixStats, RankStats, Stats, total_memory
-from mlx_server.errors import LoadCrashed
+from mlx_server.errors import ServerError
 from mlx_server.events import event
 from mlx_server.models.pool.replica import Replica
 from mlx_server.models.pool.resumable import ResumableEngine
@@ -18,12 +18,18 @@ log = logging.getLogger("mlx_server.supervisor")
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
+    """`host`: its machine, if not this one; while there is no engine, where one is awaited.
+    `reason`: why it has failed.
+    """
+
     state: Literal["ready", "restarting", "failed"]
     pid: int | None
     in_flight: int
     restarts: int
     ranks: tuple[RankStats, ...] = ()
     """Its processes, where the model is divided among several."""
+    host: str = ""
+    reason: str | None = None
 
 
 class Supervisors:
@@ -48,8 +54,9 @@ class Supervisors:
 
     @property
     def pid(self) -> int | None:
-        """Of the first engine that runs."""
-        return next((one.pid for one in self._supervisors if one.pid is not None), None)
+        """Of the first engine that runs on this machine."""
+        here = (one.pid for one in self._supervisors if not one.host)
+        return next((pid for pid in here if pid is not None), None)
 
     @property
     def stats(self) -> Stats | None:
@@ -60,7 +67,13 @@ class Supervisors:
     def replicas(self) -> list[ReplicaStatus]:
         return [
             ReplicaStatus(
-                _state(replica), one.pid, len(replica.requests), one.restarts, _ranks(one.stats)
+                state=_state(replica),
+                pid=one.pid,
+                in_flight=len(replica.requests),
+                restarts=one.restarts,
+                ranks=_ranks(one.stats),
+                host=one.host,
+                reason=replica.given_up or replica.refused,
             )
             for replica, one in zip(self._engine.replicas, self._supervisors, strict=True)
         ]
@@ -94,9 +107,9 @@ class Supervisors:
         await asyncio.gather(*(one.stop() for one in self._supervisors))
 
     def _give_up(self, replica: Replica, error: BaseException | None) -> None:
-        reason = error.message if isinstance(error, LoadCrashed) else repr(error)
+        reason = error.message if isinstance(error, ServerError) else repr(error)
         log.error(event("replica_given_up", model=self._engine.model_id, reason=reason))
-        self._engine.give_up(replica)
+        self._engine.give_up(replica, reason)
 
 
 def _always() -> bool:
@@ -104,7 +117,7 @@ def _always() -> bool:
 
 
 def _state(replica: Replica) -> Literal["ready", "restarting", "failed"]:
-    if replica.given_up:
+    if replica.given_up is not None or replica.refused is not None:
         return "failed"
     return "restarting" if replica.process is None else "ready"
 
