@@ -180,7 +180,8 @@ async def test_fifty_kills_amid_guesses_change_nothing_in_any_stream(tmp_path: P
         async with server.client() as client:
             told = (await client.get("/metrics")).text
         found = re.search(r"^vllm:spec_decode_num_accepted_tokens_total\S* (\d+)", told, re.M)
-        assert found is not None and int(found[1]) > 500
+        assert found is not None
+        assert int(found[1]) > 500
 
 
 async def test_usage_tells_of_the_cache_as_the_first_engine_did(tmp_path: Path, tiny: Path) -> None:
