@@ -81,6 +81,9 @@ def serve(
     ranks: Annotated[
         int | None, Option(help="Processes among which a model is divided (default 1).")
     ] = None,
+    division: Annotated[
+        str | None, Option(help="What each of them gets of it: auto, tensor, pipeline.")
+    ] = None,
     worker: Annotated[
         list[str] | None,
         Option(metavar="NAME", help="A machine that takes a rank of each model. Repeatable."),
@@ -114,6 +117,7 @@ def serve(
         "draft_model": draft_model,
         "replicas": replicas,
         "ranks": ranks,
+        "division": division,
         "workers": worker or None,
         "hosts_file": hosts,
         "log_level": log_level,

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import (
     _get_classes,
     dequantize_model,
@@ -85,6 +85,22 @@ def test_each_architectures_caches_have_room(tmp_path: Path, name: str) -> None:
     assert footprint.kv(0) > 0
     if name != "falcon_h1":  # beside all its caches, states that at this size are not small
         assert footprint.kv(2048) >= cost.bytes(1, 2048)
+
+
+def test_a_cache_costs_what_it_takes_in_the_rank_with_most() -> None:
+    """Of which one has layers with windows, and the other layers that keep all tokens."""
+    windows, whole = [RotatingKVCache(max_size=16) for _ in range(3)], [KVCache(), ArraysCache(1)]
+    heads = mx.zeros((1, 2, 1, 8))
+    for layer in (*windows, whole[0]):
+        layer.update_and_fetch(heads, heads)
+    whole[1][0] = mx.zeros((1, 4))
+    own, other = KvCost(windows), KvCost(whole)
+    both = own.or_more([other.own])
+    for tokens in (1, 20, 300):
+        assert both.bytes(2, tokens) == max(own.bytes(2, tokens), other.bytes(2, tokens))
+    assert both.of_block(32) == other.of_block(32) == 32 * 128
+    assert both.of_snapshot() == own.of_snapshot() == 3 * 16 * 128
+    assert both.longest(1 << 20, 4096) == other.longest(1 << 20, 4096)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
