@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from mlx_server.config import Settings
 from mlx_server.engine.protocol import LoadOptions, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed
 from mlx_server.models.pool.footprint import Footprint, read_footprint
@@ -235,6 +236,11 @@ def test_the_rank_with_most_layers_decides_what_each_takes(tmp_path: Path) -> No
     assert part.kv_per_token == whole.kv_per_token * 2 / 5
     one_each = msgspec.structs.replace(OPTIONS, ranks=5)
     assert planner().plan(entry(path), one_each).footprint.weights < part.weights
+
+
+def test_single_models_may_be_divided_otherwise() -> None:
+    settings = Settings(division="pipeline", division_by_model={"b": "tensor"})
+    assert [settings.load_options(id_).division for id_ in "ab"] == ["pipeline", "tensor"]
 
 
 def test_a_division_that_was_asked_for_is_refused_where_it_cannot_be(path: Path) -> None:
