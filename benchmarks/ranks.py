@@ -1,13 +1,15 @@
 """What it costs and gains to divide a model among processes of this machine.
 
-    python -m benchmarks.ranks [MODEL_FOLDER] [--ranks 1 2] [--rows 1 8] [--steps 30]
+    python -m benchmarks.ranks [MODEL_FOLDER] [--ranks 1 2] [--division tensor pipeline]
+        [--rows 1 8] [--steps 30]
 
 Without MODEL_FOLDER, random weights nearly in SmolLM2-135M's shapes, with heads that two ranks can
-share. A decode step of as many rows, in milliseconds: as it is, and with sums left out, so that
-computing is left; the median and, in brackets, the least, which other work on the machine disturbs
-least. The difference is what ranks wait for each other and for their sums. The model
-for other links divides a step and adds so many sums of so many microseconds. Each rank has one
-thread, as if it had a processor to itself.
+share. A decode step of as many rows, in milliseconds: as it is, and with what ranks send each other
+left out, so that rank 0's computing is left; the median and, in brackets, the least, which other
+work on the machine disturbs least. The difference is what it waits for others: by tensor for sums,
+by pipeline for their computing above all, since ranks compute one after the other. The model for
+other links divides a step and adds so many sums of so many microseconds. Each rank has one thread,
+as if it had a processor to itself.
 """
 
 import argparse
@@ -24,16 +26,17 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
+from mlx_lm.models import qwen2
 
 from benchmarks.machine import machine
+from mlx_server.dimensions import Way
 from mlx_server.engine.loading import prepare
 from mlx_server.engine.protocol import Load, LoadOptions
 from mlx_server.engine.ranks import ring
 from mlx_server.engine.ranks.sharing import Alone
 
 SHAPES = {
-    "model_type": "llama",
+    "model_type": "qwen2",
     "hidden_size": 576,
     "num_hidden_layers": 30,
     "intermediate_size": 1536,
@@ -68,18 +71,20 @@ class Step:
     weights: int
 
 
-def measure(folder: Path, rank: int, addresses: list[str], rows: list[int], steps: int) -> None:
+def measure(
+    folder: Path, rank: int, addresses: list[str], way: Way, rows: list[int], steps: int
+) -> None:
     """One rank's part; with one address alone. Prints a line of JSON, times by number of rows."""
     size = len(addresses)
-    memory, _ = prepare(Load(str(folder), LoadOptions(ranks=size)))
+    options = LoadOptions(ranks=size, division=way)
+    memory, _ = prepare(Load(str(folder), options))
     from mlx_server.engine.run import kv
     from mlx_server.engine.run.backend import Backend
     from mlx_server.engine.run.mixed import Part
 
     group = ring.join(rank, [[one] for one in addresses]) if size > 1 else None
     ranks = Alone() if group is None else Measured(group)
-    backend = Backend(folder, LoadOptions(ranks=size), memory, ranks=ranks)
-    summed = mx.distributed.all_sum
+    backend = Backend(folder, options, memory, ranks=ranks)
 
     def stepped(count: int) -> list[float]:
         caches = [backend.new_cache() for _ in range(count)]
@@ -90,25 +95,28 @@ def measure(folder: Path, rank: int, addresses: list[str], rows: list[int], step
         for _ in range(steps + 2):
             started = time.perf_counter()
             mx.eval(backend.step([part], count).logits)
+            if group is not None:  # the tokens drawn, without which no rank goes on
+                mx.eval(mx.distributed.all_sum(mx.zeros(count), group=group))
             times.append(1000 * (time.perf_counter() - started))
         return times[2:]
 
     together = {count: stepped(count) for count in rows}
     mx.distributed.all_sum = lambda x, **_: x
+    for name in ("send", "recv_like"):
+        setattr(mx.distributed, name, lambda x, _: x)
     apart = {count: stepped(count) for count in rows}
-    mx.distributed.all_sum = summed
     print(json.dumps({"whole": together, "computing": apart, "weights": backend.weights_bytes}))
 
 
 def build(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(SHAPES))
-    model = llama.Model(llama.ModelArgs.from_dict(SHAPES))
+    model = qwen2.Model(qwen2.ModelArgs.from_dict(SHAPES))
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder
 
 
-def divided(folder: Path, ranks: int, rows: list[int], steps: int) -> dict[int, Step]:
+def divided(folder: Path, ranks: int, way: Way, rows: list[int], steps: int) -> dict[int, Step]:
     """All ranks at once; by number of rows what rank 0 has found."""
     addresses = ring.free_addresses([ring.LOOPBACK] * ranks)
     numbers = [*map(str, rows)]
@@ -116,7 +124,7 @@ def divided(folder: Path, ranks: int, rows: list[int], steps: int) -> dict[int, 
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "benchmarks.with_openblas", "benchmarks.ranks"),
-                *(str(folder), "--steps", str(steps)),
+                *(str(folder), "--steps", str(steps), "--division", way),
                 *("--rows", *numbers, "--rank", str(rank), "--addresses", *addresses),
             ],
             stdout=subprocess.PIPE,
@@ -133,19 +141,19 @@ def divided(folder: Path, ranks: int, rows: list[int], steps: int) -> dict[int, 
     }
 
 
-def table(found: dict[int, dict[int, Step]]) -> list[str]:
+def table(found: dict[tuple[int, Way], dict[int, Step]]) -> list[str]:
     lines = [
-        "| ranks | rows | step ms | computing | waiting and sums | weights of a rank MB |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| ranks | division | rows | step ms | computing | waiting | weights of a rank MB |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for ranks, steps in found.items():
+    for (ranks, way), steps in found.items():
         for rows, step in steps.items():
             waits = [at(step.whole) - at(step.computing) for at in (statistics.median, min)]
             lines.append(
-                f"| {ranks} | {rows} | {_told(step.whole)} | {_told(step.computing)} | "
+                f"| {ranks} | {way} | {rows} | {_told(step.whole)} | {_told(step.computing)} | "
                 f"{waits[0]:.0f} ({waits[1]:.0f}) | {step.weights / 1e6:.0f} |"
                 if ranks > 1
-                else f"| 1 | {rows} | {_told(step.whole)} | {_told(step.whole)} | - | "
+                else f"| 1 | - | {rows} | {_told(step.whole)} | {_told(step.whole)} | - | "
                 f"{step.weights / 1e6:.0f} |"
             )
     return lines
@@ -180,17 +188,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--division", nargs="+", default=["tensor", "pipeline"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--addresses", nargs="+")
     given = parser.parse_args()
     if given.rank is not None:
-        measure(given.model, given.rank, given.addresses, given.rows, given.steps)
+        [way] = given.division
+        measure(given.model, given.rank, given.addresses, way, given.rows, given.steps)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.model or build(Path(temporary))
-        found = {n: divided(folder, n, given.rows, given.steps) for n in given.ranks}
+        found = {
+            (n, way): divided(folder, n, way, given.rows, given.steps)
+            for n in given.ranks
+            for way in (given.division if n > 1 else given.division[:1])
+        }
     print("\n".join(table(found)))
     print()
     print("\n".join(model_of_links()))

@@ -12,6 +12,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from mlx_server.dimensions import Division
 from mlx_server.engine.protocol import LoadOptions
 from mlx_server.events import Area, Level, LogFormat
 from mlx_server.units import (
@@ -291,6 +292,14 @@ class Settings(BaseSettings):
     ranks_by_model: dict[str, Annotated[int, Field(ge=1, le=64)]] = Field(
         default_factory=dict, description="`ranks` of single models: id to number."
     )
+    division: Division = Field(
+        "auto",
+        description="What each rank gets of a model: `tensor`, a part of every layer; `pipeline`, "
+        "whole layers; `auto`, the former where the model can be divided so, else the latter.",
+    )
+    division_by_model: dict[str, Division] = Field(
+        default_factory=dict, description="`division` of single models: id to `tensor`, say."
+    )
     workers: list[str] = Field(
         default_factory=list,
         description="Other machines that each take one rank of every model, or one of its "
@@ -444,6 +453,9 @@ class Settings(BaseSettings):
     def ranks_of(self, model_id: str) -> int:
         return self.ranks_by_model.get(model_id, self.ranks)
 
+    def division_of(self, model_id: str) -> Division:
+        return self.division_by_model.get(model_id, self.division)
+
     @property
     def caches_prefixes(self) -> bool:
         return parse_bytes(self.prefix_cache, 1 << 40) > 0
@@ -491,4 +503,5 @@ class Settings(BaseSettings):
             context_length=self.context_length,
             trust_remote_code=model_id in self.trust_remote_code,
             ranks=self.ranks_of(model_id),
+            division=self.division_of(model_id),
         )

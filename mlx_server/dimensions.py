@@ -7,10 +7,13 @@ counts.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 Config = Mapping[str, Any]
 Names = tuple[str, ...]
+Division = Literal["auto", "tensor", "pipeline"]
+Way = Literal["tensor", "pipeline"]
+"""How ranks share a model: a part of each layer for each, or whole layers."""
 
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 INNER_PARTS = ("attn_config", "ffn_config")
@@ -33,6 +36,20 @@ DIVIDED: dict[str, Names] = {
     "inner dimensions of shared experts": ("shared_expert_intermediate_size",),
 }
 """Of which each rank of a divided model gets an equal number. mlx-lm does not check it."""
+LAYERED = frozenset(
+    {
+        *("bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe"),
+        *("glm4_moe_lite", "glm_moe_dsa", "joyai_llm_flash", "kimi_k2", "kimi_k25"),
+        *("minimax_m3_vl", "ministral3", "mistral4", "qwen2", "qwen3_5", "qwen3_5_moe"),
+        *("qwen3_moe", "qwen3_next", "solar_open"),
+    }
+)
+"""Types of models whose layers mlx-lm can deal out to ranks (`pipeline`), and one after the other
+computes from one state. Of deepseek_v41 and kimi_k3 later layers read what earlier ones have made;
+muse_spark runs on Metal alone, where none of this has been tried.
+"""
+LAYERED_ONLY = frozenset({"bailing_hybrid", "qwen3_next"})
+"""Those of which it cannot divide each layer (`shard`)."""
 VOCABULARY = ("vocab_size", "num_vocab")
 CONTEXT = (
     "max_position_embeddings",
@@ -154,6 +171,45 @@ def uneven_parts(config: Config, ranks: int) -> str | None:
     fitting = [str(n) for n in range(2, common + 1) if common % n == 0]
     hint = f"; it can be divided among {' or '.join(fitting)}" if fitting else ""
     return f"{ranks} ranks cannot share its {' and '.join(uneven)}{hint}"
+
+
+def uneven_layers(config: Config, ranks: int) -> str | None:
+    """Why so many ranks cannot each have some of the model's layers, if they cannot."""
+    kind, layers = str(config.get("model_type")), number(config, LAYERS)
+    if kind not in LAYERED:
+        return f"models of type {kind} cannot be divided by layers"
+    return f"{ranks} ranks cannot share its {layers} layers" if layers < ranks else None
+
+
+def division(
+    config: Config, ranks: int, wanted: Division, *, shards: bool | None = None
+) -> tuple[Way, str | None]:
+    """How a model is divided among ranks, and why it cannot be, if it cannot.
+
+    `shards`: mlx-lm can divide each layer; None goes by the model's type.
+    """
+    kind = str(config.get("model_type"))
+    parts, layers = uneven_parts(config, ranks), uneven_layers(config, ranks)
+    if shards is None:
+        shards = kind not in LAYERED_ONLY
+    if not shards:
+        parts = f"mlx-lm has no way to divide models of type {kind} among {ranks} ranks by heads"
+    if wanted == "pipeline" or (wanted == "auto" and parts is not None and layers is None):
+        return "pipeline", layers
+    if wanted == "auto" and parts is not None:
+        return "tensor", f"{parts}; {layers}"
+    return "tensor", parts
+
+
+def layers_of_ranks(layers: int, ranks: int) -> list[range]:
+    """As mlx-lm deals out layers: rank 0 gets the last ones, and the first ranks one more."""
+    base, extra = divmod(layers, ranks)
+    found, end = [], layers
+    for rank in range(ranks):
+        start = end - base - (rank < extra)
+        found.append(range(start, end))
+        end = start
+    return found
 
 
 def head_weights(config: Config) -> re.Pattern[str] | None:

@@ -83,6 +83,9 @@ def serve(
         int | None,
         Option(help="Processes that share a model (default 1, with workers one on each machine)."),
     ] = None,
+    division: Annotated[
+        str | None, Option(help="What each of them gets of it: auto, tensor, pipeline.")
+    ] = None,
     worker: Annotated[
         list[str] | None,
         Option(
@@ -119,6 +122,7 @@ def serve(
         "draft_model": draft_model,
         "replicas": replicas,
         "ranks": ranks,
+        "division": division,
         "workers": worker or None,
         "hosts_file": hosts,
         "log_level": log_level,

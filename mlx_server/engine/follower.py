@@ -96,6 +96,7 @@ def load(leader: LeaderConnection, begin: Begin) -> Rank:
     """Raises ModelError, RingError."""
     options, hosts = begin.load.options, begin.load.hosts
     memory, _ = prepare(begin.load)
+    from mlx_server.engine.cache.blocks import Charge
     from mlx_server.engine.cache.prefix import PrefixCache
     from mlx_server.engine.ranks import ring
     from mlx_server.engine.ranks.sharing import Following
@@ -108,11 +109,12 @@ def load(leader: LeaderConnection, begin: Begin) -> Rank:
     assert isinstance(join, Join)
     ranks = Following(ring.join(begin.rank, join.ranks), leader)
     backend = Backend(Path(begin.load.path), options, memory, ranks=ranks)
-    leader.tell(Loaded(memory.limit - backend.weights_bytes))
+    leader.tell(Loaded(memory.limit - backend.weights_bytes, backend.kv_cost.own))
     settled = leader.command()
     assert isinstance(settled, Settled)
     memory.wiring.hold(array_sizes_of(backend.model))
-    prefix = PrefixCache(backend.layout, settled.prefix_limit)
+    charge = Charge(settled.block_bytes, settled.snapshot_bytes) if backend.layered else None
+    prefix = PrefixCache(backend.layout, settled.prefix_limit, charge=charge)
     runner = FollowingRunner(backend, prefix, settled.longest_sequence)
     return Rank(leader, runner, memory)
 

@@ -21,6 +21,7 @@ from mlx_server.engine.spawn import give_way
 from mlx_server.units import parse_bytes
 
 if TYPE_CHECKING:
+    from mlx_server.engine.cache.blocks import Charge
     from mlx_server.engine.cache.prefix import PrefixCache
     from mlx_server.engine.embedding.embedder import Embedder
     from mlx_server.engine.memory import DeviceMemory
@@ -50,10 +51,12 @@ def load(
         own_head = work.model.head is not None
         models = [one for one in (work.model, work.draft, work.model.head) if one is not None]
         weights = [size for model in models for size in array_sizes_of(model.model)]
+        weights_bytes = work.model.largest_part if work.model.layered else sum(weights)
     else:
         work = _embedder(message, message.embedding, memory)
         width = work.model.width
         weights = array_sizes_of(work.model.model)
+        weights_bytes = sum(weights)
     backend = work.model
     memory.wiring.hold(weights)
     work.warm_up()
@@ -63,7 +66,7 @@ def load(
         model_type=backend.model_type,
         context_length=backend.context_length,
         vocab_size=backend.vocab_size,
-        weights_bytes=sum(weights),
+        weights_bytes=weights_bytes,
         kv_limit=work.kv_limit,
         longest_sequence=work.longest_sequence,
         load_seconds=time.perf_counter() - started,
@@ -130,11 +133,15 @@ def _scheduler(message: Load, memory: "DeviceMemory", followers: "Followers | No
         kv_limit = _kv_limit(options, memory, backend, draft, [])
     else:
         backend = Backend(path, options, memory, ranks=_ranks(message, followers))
-        kv_limit = _kv_limit(options, memory, backend, None, followers.loaded())
-    prefix = _prefix_cache(message, backend, kv_limit)
+        others = followers.loaded()
+        backend.kv_cost = backend.kv_cost.or_more(one.cost for one in others)
+        kv_limit = _kv_limit(options, memory, backend, None, others)
+    charge = _charge(backend)
+    prefix = _prefix_cache(message, backend, kv_limit, charge)
     if followers is not None:
         longest = backend.kv_cost.longest(kv_limit, backend.context_length)
-        followers.tell(Settled(longest, prefix.limit))
+        block, snapshot = (charge.block, charge.snapshot) if charge else (0, 0)
+        followers.tell(Settled(longest, prefix.limit, block, snapshot))
     return Scheduler(
         backend,
         memory,
@@ -202,7 +209,19 @@ def _embedder(message: Load, embedding: Embedding, memory: "DeviceMemory") -> "E
     return Embedder(backend, memory)
 
 
-def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCache":
+def _charge(backend: "Backend") -> "Charge | None":
+    """What blocks of the prefix cache count for in all ranks, where they have other layers."""
+    from mlx_server.engine.cache.blocks import Charge
+    from mlx_server.engine.cache.prefix import BLOCK
+
+    if not backend.layered:
+        return None
+    return Charge(backend.kv_cost.of_block(BLOCK), backend.kv_cost.of_snapshot())
+
+
+def _prefix_cache(
+    message: Load, backend: "Backend", kv_limit: int, charge: "Charge | None"
+) -> "PrefixCache":
     from mlx_server.engine.cache.disk import DiskCache
     from mlx_server.engine.cache.identity import model_identity
     from mlx_server.engine.cache.prefix import PrefixCache
@@ -219,7 +238,7 @@ def _prefix_cache(message: Load, backend: "Backend", kv_limit: int) -> "PrefixCa
         identity = model_identity(message, backend.layout.describe())
         folder, limit_on_disk = Path(options.disk_cache_folder), options.disk_cache_limit
         disk = DiskCache(folder, identity, limit_on_disk, options.disk_cache_daily)
-    return PrefixCache(backend.layout, limit, disk)
+    return PrefixCache(backend.layout, limit, disk, charge)
 
 
 def _kv_limit(

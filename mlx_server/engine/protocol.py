@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from mlx_server.dimensions import Division
 from mlx_server.units import parse_bytes
 
 FinishReason = Literal["stop", "length"]
@@ -82,6 +83,9 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     trust_remote_code: bool = False
     ranks: int = 1
     """Processes among which the model is divided; limits are those of each."""
+    division: Division = "auto"
+    """A part of each layer for each, or whole layers; `auto`: these where there is no way to the
+    other."""
 
 
 class RankHost(msgspec.Struct, frozen=True):

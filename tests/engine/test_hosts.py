@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_server.dimensions import Way
 from mlx_server.engine.protocol import Device, Load, LoadOptions
 from mlx_server.errors import LoadCrashed, ModelLoadFailed
 from mlx_server.models.hosts import distant
@@ -52,23 +53,32 @@ async def test_why_an_engine_elsewhere_cannot_load_is_told_with_its_machine(tmp_
 
 
 @pytest.mark.soak
-async def test_three_machines_say_what_one_says(tmp_path: Path) -> None:
-    folder = build_architecture(tmp_path / "llama", "llama", **THREE)
+@pytest.mark.parametrize("way", ["tensor", "pipeline"])
+async def test_three_machines_say_what_one_says(tmp_path: Path, way: Way) -> None:
+    folder = build_architecture(tmp_path / "qwen2", "qwen2", **THREE)
     asked = mixed(6, VOCAB_SIZE, most=24)
     async with started(folder) as alone:
         expected = await rows_of(alone, *asked)
+        assert alone.ready is not None
+        size = alone.ready.weights_bytes
     names = ("second", "third")
     digests = ModelFiles(tmp_path).digests(folder)
-    options = LoadOptions(ranks=3)
-    part = Part(names, 2, "llama", digests, NEED, Load(str(folder), options))
+    options = LoadOptions(ranks=3, division=way)
+    part = Part(names, 2, "qwen2", digests, NEED, Load(str(folder), options))
     async with listening(*names) as (hub, port):
         with working(tmp_path / "2", port, "second"), working(tmp_path / "3", port, "third"):
             ranks = await hub.take(part)
-            client = await DirectEngine.start("llama", folder, options, elsewhere=ranks)
+            client = await DirectEngine.start("qwen2", folder, options, elsewhere=ranks)
             try:
                 assert_same(await rows_of(client, *asked), expected)
                 assert client.stats is not None
                 found = [(rank.rank, rank.host) for rank in client.stats.ranks]
                 assert found == [(0, ""), (1, "second"), (2, "third")]
+                # By heads each has a third, by layers rank 0 two of four.
+                assert client.ready is not None
+                ends = 2 * VOCAB_SIZE * 96 * 4
+                share = {"tensor": 1 / 3, "pipeline": 2 / 4}[way]
+                held = ends + share * (size - ends)
+                assert client.ready.weights_bytes == pytest.approx(held, rel=0.02)
             finally:
                 await client.stop()

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_server.engine.cache.blocks import LEAST_TAIL, Block, BlockIndex
+from mlx_server.engine.cache.blocks import LEAST_TAIL, Block, BlockIndex, Charge
 from mlx_server.engine.cache.prefix import BLOCK, extend_keys
 from mlx_server.engine.protocol import Generate, PrefixStats, Row, Sampling, Stats
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
@@ -94,12 +94,12 @@ async def so_far(engine: DirectEngine) -> PrefixStats:
     return engine.stats.prefix
 
 
-def prompt_blocks(prompt: list[int]) -> list[Block]:
-    """The whole blocks of a prompt, of 4 bytes each."""
+def prompt_blocks(prompt: list[int], numbers: int = 1) -> list[Block]:
+    """The whole blocks of a prompt, of so many numbers of 4 bytes each."""
     keys: list[bytes] = []
     extend_keys(keys, prompt)
     return [
-        Block(key, parent, prompt[i * BLOCK : (i + 1) * BLOCK], [mx.zeros(1)])
+        Block(key, parent, prompt[i * BLOCK : (i + 1) * BLOCK], [mx.zeros(numbers)])
         for i, (key, parent) in enumerate(zip(keys, [b"", *keys], strict=False))
     ]
 
@@ -143,6 +143,20 @@ class TestBlockIndex:
         index.unpin(chain[:1])
         index.shrink(0)
         assert len(index) == index.nbytes == 0
+
+    def test_ranks_with_other_layers_drop_the_same_blocks(self) -> None:
+        kept = []
+        for numbers in (1, 40):
+            index = BlockIndex(Charge(block=4, snapshot=2).of)
+            chains = [prompt_blocks(prompt_of(96, seed), numbers) for seed in (1, 2)]
+            for block in (*chains[0], *chains[1]):
+                index.add(block)
+            index.add_snapshot(chains[0][0], [mx.zeros(numbers)])
+            assert index.nbytes == 26
+            dropped = index.shrink(16)
+            assert index.nbytes <= 16
+            kept.append(([block.key for block in dropped], [held(index, one) for one in chains]))
+        assert kept[0] == kept[1]
 
     def test_a_snapshot_counts_with_its_block(self) -> None:
         chain = prompt_blocks(prompt_of(64, 1))

@@ -34,6 +34,17 @@ def two(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Serve
         yield server
 
 
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Each rank has layers of its own, rank 0 the last two."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = build_tiny_model(folder, "qwen", context=4096, layers=3, model_type="qwen2")
+    flags = ("--model", str(model), "--ranks", "2", "--division", "pipeline")
+    home = tmp_path_factory.mktemp("home")
+    with serving(home, *flags, may_hang=True, steps_may_fail=True, **SETTINGS) as server:
+        yield server
+
+
 SETTINGS: dict[str, Any] = {"prefix_cache": "0", "hang_timeout": HANG_SECONDS}
 """Nothing is kept, so that usage repeats."""
 
@@ -121,6 +132,10 @@ def is_rank(process: psutil.Process) -> bool:
 
 async def test_killed_ranks_change_nothing_in_any_stream(two: Server) -> None:
     await end_at_random(two, kills=2, tokens=120)
+
+
+async def test_killed_ranks_with_layers_of_their_own_change_nothing(layered: Server) -> None:
+    await end_at_random(layered, kills=1, tokens=60)
 
 
 @pytest.mark.soak

@@ -11,6 +11,7 @@ packed 2-bit weights; and two that mlx-lm computes wrongly by themselves: olmo, 
 vocabulary of less than 100,352.
 """
 
+import copy
 import inspect
 import json
 from pathlib import Path
@@ -547,7 +548,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, mx.array]:
     """
     model_class, arguments = _get_classes(config)
     mx.random.seed(seed)
-    model = model_class(arguments.from_dict(config))
+    model = model_class(arguments.from_dict(copy.deepcopy(config)))  # some change it
     weights = dict(tree_flatten(model.parameters()))
     keys = mx.random.split(mx.random.key(seed), max(2, len(weights)))
     for key, (name, weight) in zip(keys, sorted(weights.items()), strict=False):

@@ -71,16 +71,18 @@ def build_tiny_model(
     extra_tokens: Sequence[str] = (),
     omit_tokens: Sequence[str] = (),
     template: str | None = FAMILY_TEMPLATE,
+    **architecture: Any,
 ) -> Path:
     """Write a random model to `folder` and return it. The same arguments give the same weights.
 
-    `extra_tokens` join the vocabulary as whole tokens that are not special (`<think>`, say);
-    `omit_tokens` are tokens of the family that it shall lack; `template` None leaves the
-    chat template out. Special tokens are unlikely, so that an answer rarely ends by itself.
+    `architecture` goes into its config, in place of the family's. `extra_tokens` join the
+    vocabulary as whole tokens that are not special (`<think>`, say); `omit_tokens` are tokens of
+    the family that it shall lack; `template` None leaves the chat template out. Special tokens are
+    unlikely, so that an answer rarely ends by itself.
     """
     tokenizer = _tokenizer(family, tuple(extra_tokens), tuple(omit_tokens))
     save_text_side(folder, family, tokenizer, template)
-    config = write_config(folder, family, tokenizer, context, layers, hidden)
+    config = write_config(folder, family, tokenizer, context, layers, hidden, **architecture)
     save_weights(folder, _random_weights(config, _special_ids(tokenizer), seed))
     return folder
 
@@ -210,7 +212,13 @@ def save_text_side(folder: Path, family: str, tokenizer: Tokenizer, template: st
 
 
 def write_config(
-    folder: Path, family: str, tokenizer: Tokenizer, context: int, layers: int, hidden: int
+    folder: Path,
+    family: str,
+    tokenizer: Tokenizer,
+    context: int,
+    layers: int,
+    hidden: int,
+    **architecture: Any,
 ) -> dict[str, Any]:
     kind = KINDS[family]
     ends = [i for name in kind.eos if (i := tokenizer.token_to_id(name)) is not None]
@@ -231,6 +239,7 @@ def write_config(
         "bos_token_id": tokenizer.token_to_id(kind.bos) if kind.bos else None,
         "eos_token_id": ends[0],
         **kind.architecture,
+        **architecture,
     }
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"eos_token_id": ends})

@@ -7,20 +7,25 @@ from typing import Any
 
 import mlx_lm.models
 import pytest
-from mlx_lm.utils import MODEL_REMAPPING
+from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 from transformers import CONFIG_MAPPING
 
 from mlx_server import dimensions
 from mlx_server.dimensions import (
     CONTEXT,
     FAMILY_CONTEXT,
+    LAYERED,
+    LAYERED_ONLY,
     NO_LIMIT,
     OWN_CONTEXT,
     RECURRENT,
     STRETCHED_CONTEXT,
     UNKNOWN_CONTEXT,
+    Division,
     context_length,
+    division,
     head_weights,
+    layers_of_ranks,
     number,
     uneven_parts,
 )
@@ -194,6 +199,81 @@ def test_parts_that_would_be_uneven_are_named(
     problem = uneven_parts({"text_config": config, "intermediate_size": 768}, ranks)
     assert problem is not None
     assert problem.startswith(says)
+
+
+TWO_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "wanted", "way", "says"),
+    [
+        ("qwen2", 2, "auto", "tensor", None),
+        ("qwen2", 2, "pipeline", "pipeline", None),
+        ("qwen2", 3, "auto", "pipeline", None),
+        ("qwen2", 3, "tensor", "tensor", "3 ranks cannot share its 4 attention heads and 2 key"),
+        ("qwen2", 6, "pipeline", "pipeline", "6 ranks cannot share its 5 layers"),
+        ("qwen2", 6, "auto", "tensor", "divided among 2; 6 ranks cannot share its 5 layers"),
+        ("llama", 2, "auto", "tensor", None),
+        ("llama", 3, "auto", "tensor", "; models of type llama cannot be divided by layers"),
+        ("llama", 2, "pipeline", "pipeline", "models of type llama cannot be divided by layers"),
+        ("qwen3_next", 2, "auto", "pipeline", None),
+        ("qwen3_next", 2, "tensor", "tensor", "no way to divide models of type qwen3_next among"),
+    ],
+)
+def test_a_division_is_the_one_asked_for_or_the_one_that_can_be(
+    kind: str, ranks: int, wanted: Division, way: str, says: str | None
+) -> None:
+    found, problem = division({"model_type": kind, **TWO_HEADS}, ranks, wanted)
+    assert found == way
+    assert (problem is None) == (says is None)
+    assert says is None or says in str(problem)
+
+
+def test_a_type_that_is_none_is_refused() -> None:
+    assert division({"model_type": ["llama"], **TWO_HEADS}, 2, "pipeline")[1] is not None
+
+
+def test_layers_are_dealt_out_as_mlx_lm_does_it() -> None:
+    config = ARCHITECTURES["qwen2"] | {"num_hidden_layers": 7}
+    for ranks in (2, 3, 7):
+        shares = layers_of_ranks(7, ranks)
+        for rank, share in enumerate(shares):
+            model = model_of(config)
+            model.model.pipeline(Place(rank, ranks))
+            assert range(model.model.start_idx, model.model.end_idx) == share
+
+
+def test_the_types_that_can_be_divided_by_layers_are_those_of_mlx_lm() -> None:
+    """But for those that are named beside them, and models around another's body."""
+    around = {"kimi_vl", "mistral3", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"}
+    left_out = {"deepseek_v41", "kimi_k3", "muse_spark", "prism_hadamard_qwen35"}
+    for name, config in ARCHITECTURES.items():
+        model = model_of(config)
+        body = getattr(getattr(model, "language_model", model), "model", None)
+        if name in LAYERED:
+            assert hasattr(body, "pipeline"), name
+            assert hasattr(model, "shard") == (name not in LAYERED_ONLY), name
+        elif name not in around | left_out:
+            assert not hasattr(body, "pipeline"), name
+
+
+@dataclasses.dataclass
+class Place:
+    """What mlx-lm asks of a group when it deals out layers."""
+
+    number: int
+    count: int
+
+    def rank(self) -> int:
+        return self.number
+
+    def size(self) -> int:
+        return self.count
+
+
+def model_of(config: dict[str, Any]) -> Any:
+    model_class, arguments = _get_classes(config)
+    return model_class(arguments.from_dict(config))
 
 
 def test_equal_parts_are_no_problem() -> None:

@@ -1,5 +1,6 @@
 """What a model will take, told from its files' headers, against what it then takes."""
 
+import copy
 import json
 import os
 import struct
@@ -10,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import (
     _get_classes,
     dequantize_model,
@@ -76,7 +77,7 @@ def test_each_architectures_caches_have_room(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"some.weight": mx.zeros((1,))})
     model_class, arguments = _get_classes(config)
-    model = model_class(arguments.from_dict(ARCHITECTURES[name]))
+    model = model_class(arguments.from_dict(copy.deepcopy(ARCHITECTURES[name])))
     cache = list(make_prompt_cache(model))
     model(mx.array([[0]]), cache=cache)
     cost = KvCost(cache)
@@ -85,6 +86,22 @@ def test_each_architectures_caches_have_room(tmp_path: Path, name: str) -> None:
     assert footprint.kv(0) > 0
     if name != "falcon_h1":  # beside all its caches, states that at this size are not small
         assert footprint.kv(2048) >= cost.bytes(1, 2048)
+
+
+def test_a_cache_costs_what_it_takes_in_the_rank_with_most() -> None:
+    """Of which one has layers with windows, and the other layers that keep all tokens."""
+    windows, whole = [RotatingKVCache(max_size=16) for _ in range(3)], [KVCache(), ArraysCache(1)]
+    heads = mx.zeros((1, 2, 1, 8))
+    for layer in (*windows, whole[0]):
+        layer.update_and_fetch(heads, heads)
+    whole[1][0] = mx.zeros((1, 4))
+    own, other = KvCost(windows), KvCost(whole)
+    both = own.or_more([other.own])
+    for tokens in (1, 20, 300):
+        assert both.bytes(2, tokens) == max(own.bytes(2, tokens), other.bytes(2, tokens))
+    assert both.of_block(32) == other.of_block(32) == 32 * 128
+    assert both.of_snapshot() == own.of_snapshot() == 3 * 16 * 128
+    assert both.longest(1 << 20, 4096) == other.longest(1 << 20, 4096)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from mlx_server.config import Settings
 from mlx_server.engine.protocol import LoadOptions, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed
 from mlx_server.models.pool.footprint import Footprint, read_footprint
@@ -224,6 +225,28 @@ def test_ranks_take_a_part_of_the_weights_and_caches_each(path: Path) -> None:
     both = planner().plan(entry(path), options)
     assert both.processes == 2
     assert both.bytes == 2 * both.need.total
+
+
+def test_the_rank_with_most_layers_decides_what_each_takes(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "five", "qwen", layers=5, model_type="qwen2")
+    options = msgspec.structs.replace(OPTIONS, ranks=3)
+    whole, part = read_footprint(path, True), planner().plan(entry(path), options).footprint
+    assert len(set(whole.layers)) == 1
+    assert part.weights == whole.weights - 3 * whole.layers[0]
+    assert part.kv_per_token == whole.kv_per_token * 2 / 5
+    one_each = msgspec.structs.replace(OPTIONS, ranks=5)
+    assert planner().plan(entry(path), one_each).footprint.weights < part.weights
+
+
+def test_single_models_may_be_divided_otherwise() -> None:
+    settings = Settings(division="pipeline", division_by_model={"b": "tensor"})
+    assert [settings.load_options(id_).division for id_ in "ab"] == ["pipeline", "tensor"]
+
+
+def test_a_division_that_was_asked_for_is_refused_where_it_cannot_be(path: Path) -> None:
+    options = msgspec.structs.replace(OPTIONS, ranks=2, division="pipeline")
+    with pytest.raises(ModelLoadFailed, match="models of type llama cannot be divided by layers"):
+        planner().plan(entry(path), options)
 
 
 def test_ranks_hold_the_tokens_that_one_process_would(path: Path) -> None:

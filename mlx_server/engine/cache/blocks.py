@@ -6,7 +6,7 @@ Equal names mean equal prefixes (vLLM's automatic prefix caching; Kwon et al. 20
 import bisect
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -43,11 +43,29 @@ class Block:
         return sum(array.nbytes for array in self.content)
 
 
-class BlockIndex:
-    """Blocks by name, least recently used first."""
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """Bytes that blocks and snapshots count for, whatever they take: the same in ranks that have
+    other layers, so that all keep the same blocks.
+    """
 
-    def __init__(self) -> None:
+    block: int
+    snapshot: int
+
+    def of(self, block: Block) -> int:
+        return self.block + (self.snapshot if block.snapshot is not None else 0)
+
+
+def _size(block: Block) -> int:
+    return block.nbytes
+
+
+class BlockIndex:
+    """Blocks by name, least recently used first. `size`: the bytes that one counts for."""
+
+    def __init__(self, size: Callable[[Block], int] = _size) -> None:
         self.nbytes = 0
+        self._size = size
         # Parents come after their children, so that dropping from the front never orphans a block.
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()
         self._children: dict[bytes, list[Block]] = {}
@@ -81,12 +99,12 @@ class BlockIndex:
     def add(self, block: Block) -> None:
         self._blocks[block.key] = block
         self._children.setdefault(block.parent, []).append(block)
-        self.nbytes += block.nbytes
+        self.nbytes += self._size(block)
 
     def add_snapshot(self, block: Block, snapshot: list[mx.array]) -> None:
-        self.nbytes -= block.nbytes
+        self.nbytes -= self._size(block)
         block.snapshot = snapshot
-        self.nbytes += block.nbytes
+        self.nbytes += self._size(block)
 
     def touch(self, chain: Many[Block]) -> None:
         """Most recently used from now on, the first of the chain most of all."""
@@ -115,7 +133,7 @@ class BlockIndex:
                 break
             if not block.pins:
                 victims.append(block)
-                excess -= block.nbytes
+                excess -= self._size(block)
         for block in victims:
             self._drop(block)
         return victims
@@ -127,7 +145,7 @@ class BlockIndex:
 
     def _drop(self, block: Block) -> None:
         del self._blocks[block.key]
-        self.nbytes -= block.nbytes
+        self.nbytes -= self._size(block)
         siblings = self._children[block.parent]
         siblings.remove(block)
         if not siblings:

@@ -4,6 +4,7 @@ Layers that grow with the tokens are sliced. Layers with a window or a recurrent
 their whole state at a block's end is kept as a snapshot.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import Any, cast
 
@@ -29,12 +30,14 @@ def leaves(cache: Cache) -> list[Any]:
 
 
 class KvLayout:
-    """Learned from a cache of one sequence that holds a token.
+    """Learned from a cache of one sequence that holds a token; `everywhere` asks whether something
+    holds for the caches of all ranks.
 
-    `obstacle` names a kind of cache that can be neither sliced nor kept whole.
+    `obstacle` names a kind of cache that can be neither sliced nor kept whole. `sliceable`: no
+    snapshots are needed.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, everywhere: Callable[[bool], bool] = bool) -> None:
         parts = leaves(cache)
         self.obstacle: str | None = None
         self._sliced: list[int] = []
@@ -46,6 +49,9 @@ class KvLayout:
                 self._whole.append(index)
             else:
                 self.obstacle = type(part).__name__
+        if not everywhere(self.obstacle is None):
+            self.obstacle = self.obstacle or "another rank's cache"
+        self.sliceable = everywhere(not self._whole)
         # Arrays of one shape and type travel stacked: some copies instead of hundreds.
         self._groups: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
         for index in self._sliced:
@@ -61,11 +67,6 @@ class KvLayout:
     @property
     def groups(self) -> int:
         return len(self._groups)
-
-    @property
-    def sliceable(self) -> bool:
-        """Whether no snapshots are needed."""
-        return not self._whole
 
     def describe(self) -> str:
         """Differs whenever blocks of one layout do not fit the other."""

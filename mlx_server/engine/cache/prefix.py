@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_server.engine.cache.blocks import Block, BlockIndex
+from mlx_server.engine.cache.blocks import Block, BlockIndex, Charge
 from mlx_server.engine.cache.disk import BlockRead, DiskCache
 from mlx_server.engine.cache.disk_tier import DiskTier
 from mlx_server.engine.cache.layout import Cache, KvLayout
@@ -30,13 +30,22 @@ class Match:
 
 
 class PrefixCache:
-    """Blocks in memory, at most `limit` bytes, and the `disk` behind."""
+    """Blocks in memory, at most `limit` bytes, and the `disk` behind. `charge`: what they count
+    for, if not their bytes.
+    """
 
-    def __init__(self, layout: KvLayout, limit: int, disk: DiskCache | None = None) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        limit: int,
+        disk: DiskCache | None = None,
+        charge: Charge | None = None,
+    ) -> None:
         self.layout = layout
         self.limit = limit
         self.disk = DiskTier(disk)
-        self._blocks = BlockIndex()
+        self._block_bytes = charge.block if charge else BLOCK * layout.bytes_per_token
+        self._blocks = BlockIndex(charge.of) if charge else BlockIndex()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -48,7 +57,7 @@ class PrefixCache:
     @property
     def capacity(self) -> int:
         """In blocks, snapshots aside."""
-        return self.limit // max(1, BLOCK * self.layout.bytes_per_token)
+        return self.limit // max(1, self._block_bytes)
 
     def known(self, keys: Many[bytes]) -> int:
         """How many leading blocks are in memory."""

@@ -9,6 +9,15 @@ Addresses = list[str]
 """Where a rank listens, each as `address:port`; it has as many links to each neighbour."""
 
 
+class CacheCost(msgspec.Struct, frozen=True):
+    """Bytes of a sequence's caches in a rank: whatever its length; and by layer for each token, of
+    which only so many are kept, or all.
+    """
+
+    fixed: int
+    growing: list[tuple[int, int | None]]
+
+
 # rank 0 → the others
 
 
@@ -27,11 +36,14 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
 
 class Settled(msgspec.Struct, frozen=True, tag="settled"):
     """All have loaded, and this is what they have in common: tokens of the longest sequence, and
-    bytes of the prefix cache.
+    bytes of the prefix cache. Where they have other layers, its blocks and snapshots count for so
+    many bytes in all of them.
     """
 
     longest_sequence: int
     prefix_limit: int
+    block_bytes: int = 0
+    snapshot_bytes: int = 0
 
 
 class Turn(msgspec.Struct, frozen=True, tag="turn"):
@@ -83,6 +95,7 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
     """`left`: bytes that the weights leave of the memory limit."""
 
     left: int
+    cost: CacheCost
 
 
 class Using(msgspec.Struct, frozen=True, tag="using"):

@@ -1,8 +1,8 @@
 """What the ranks of a model have in common while each computes its part of a pass.
 
 All build and evaluate the same passes in the same order, since they follow the same Plans: sums are
-told apart by nothing but their order. Rank 0 alone draws: its tokens go around in the passes
-themselves, as sums to which the others add nothing.
+told apart by nothing but their order. Rank 0 alone draws: its tokens go around between the passes,
+as sums to which the others add nothing.
 """
 
 import os
@@ -50,6 +50,12 @@ class Ranks(Protocol):
     def agreed(self, value: float) -> float:
         """What rank 0 has found. All must ask, and decide by the answer."""
 
+    def most(self, value: int) -> int:
+        """The largest that any has found. All must ask."""
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether it holds in all of them. All must ask."""
+
     def begin(self, plan: Plan) -> None: ...
 
     def rest(self, prefix_limit: int) -> None: ...
@@ -87,6 +93,12 @@ class Alone:
 
     def agreed(self, value: float) -> float:
         return value
+
+    def most(self, value: int) -> int:
+        return value if self.group is None else _most(value, self.group)
+
+    def everywhere(self, holds: bool) -> bool:
+        return not self.most(int(not holds))
 
     def begin(self, plan: Plan) -> None: ...
 
@@ -219,6 +231,11 @@ def _agreed(value: float, group: mx.distributed.Group) -> float:
     return cast(float, _first(mx.array(value, dtype=mx.float32), group).item())
 
 
+def _most(value: int, group: mx.distributed.Group) -> int:
+    most = mx.distributed.all_max(mx.array(value, dtype=mx.int64), group=group)
+    return cast(int, most.item())
+
+
 def _first(array: mx.array, group: mx.distributed.Group) -> mx.array:
     """Rank 0's `array`, to which the others bring zeros."""
     return mx.distributed.all_sum(array, group=group)
@@ -252,6 +269,7 @@ class _ToldDraw:
 
     def finish(self) -> None:
         self._own.finish()
+        mx.async_eval(self.tokens)  # type: ignore[no-untyped-call]
 
     def logprobs(self) -> tuple[mx.array, ...] | None:
         return self._own.logprobs()
@@ -276,7 +294,9 @@ class _HeardDraw:
     def start(self) -> None:
         mx.async_eval(self._logits)  # type: ignore[no-untyped-call]
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        # Not all ranks of a pipeline read tokens in the next pass, before which they must come.
+        mx.async_eval(self.tokens)  # type: ignore[no-untyped-call]
 
     def logprobs(self) -> tuple[mx.array, ...] | None:
         return None

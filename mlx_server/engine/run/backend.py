@@ -55,8 +55,10 @@ class Backend:
     one of no more than `eager_rows`. `mixes`: several caches can share a pass; `mixed_steps` says
     so for people, or why not. `guesses`: rows can draw several tokens in one; where one is wrong,
     `goes_back` says that all tokens of the pass are undone for the row, and those that were right
-    are computed again. `ranks`: the processes that compute it together. `head`: a layer of its own
-    that guesses further tokens, where it is there and wanted.
+    are computed again. `ranks`: the processes that compute it together; `layered`: each of them has
+    layers of its own, and so other weights and caches than the rest. `largest_part`: bytes of the
+    weights of the rank with most. `head`: a layer of its own that guesses further tokens, where it
+    is there and wanted.
     """
 
     def __init__(
@@ -80,28 +82,31 @@ class Backend:
         self.context_length = min(own, options.context_length or own)
         products = packed.products(self.model) if options.dequantize in PACKS else {}
         self.model, self.dequantized = as_computed(self.model, options, memory, ranks)
+        layers = None
         if ranks.group is not None:
-            divide(self.model, config, ranks.group)
+            layers = divide(self.model, config, ranks.group, options.division)
+        self.layered = layers is not None
         self.kv_bits = _usable_kv_bits(self.model, options)
         packed.use(self.model, products)
         taken = sum(product.bytes for product in products.values())
         self.eager_rows = PACKS[options.dequantize] if products else 0
         self.weights_bytes = taken + read_weights(self.model)
+        self.largest_part = ranks.most(self.weights_bytes)
         # One token, never computed: only shapes are asked for. The output's width may differ from
         # the tokenizer's vocabulary.
         cache = self.new_cache()
         self.vocab_size = int(self.forward(mx.array([[0]]), cache).shape[-1])
         self.kv_cost = KvCost(cache)
-        self.layout = KvLayout(cache)
+        self.layout = KvLayout(cache, ranks.everywhere)
         pair_bytes = 0 if self.eager else scores.bytes_per_pair(self.model, self.new_cache)
-        self.tokens_within_scores = partial(scores.tokens_within, pair_bytes)
+        self.tokens_within_scores = partial(scores.tokens_within, ranks.most(pair_bytes))
         patches.mend_padding(self.model)
         self.batching = batching.find(self)
         self.caches = batching.row_caches(self.batching)
         self._log_batching()
         sample = self.caches.merge([self.new_cache()])
-        shortens = kv.can_roll_back(sample)
-        self.goes_back = not shortens and kv.can_go_back(sample)
+        shortens = ranks.everywhere(kv.can_roll_back(sample))
+        self.goes_back = ranks.everywhere(kv.can_go_back(sample)) and not shortens
         # Rows of several lengths must not get into each other's states.
         padded = self.batching.prefill if self.goes_back else self.batching.decode
         able = (shortens or self.goes_back) and padded is Sharing.ANY
@@ -114,10 +119,18 @@ class Backend:
         if self.guesses and options.draft_path is None and ranks.size == 1:
             wide = self.dequantized or self.eager_rows > 0
             self.head = load_head(path, config, self.model, float32=wide)
+        if layers is not None:
+            layers.join()
 
     def agreed(self, value: float) -> float:
-        """The same for all ranks."""
-        return self.ranks.agreed(value)
+        """What was measured, the same for all ranks that compute the same."""
+        return value if self.layered else self.ranks.agreed(value)
+
+    def common(self, obstacle: str | None) -> str | None:
+        """What is in the way, here or in another rank. All must ask."""
+        if self.ranks.everywhere(obstacle is None):
+            return None
+        return obstacle or "another rank cannot"
 
     def new_cache(self) -> Cache:
         cache = list(make_prompt_cache(self.model))
@@ -196,7 +209,7 @@ class Backend:
     def _obstacle_to_mixed_passes(self) -> str | None:
         if self.batching.decode is not Sharing.ANY:
             return "its rows cannot share every pass"
-        return patches.enable_mixed_passes(self.model, self.new_cache, self.ranks.agreed)
+        return self.common(patches.enable_mixed_passes(self.model, self.new_cache, self.agreed))
 
 
 def _usable_kv_bits(model: Any, options: LoadOptions) -> int | None:

@@ -38,6 +38,7 @@ class Model(Protocol):
     vocab_size: int
 
     def agreed(self, value: float) -> float: ...
+    def common(self, obstacle: str | None) -> str | None: ...
     def new_cache(self) -> Cache: ...
     def forward(self, tokens: mx.array, cache: Cache) -> mx.array: ...
     def prefill(self, tokens: mx.array, cache: Cache) -> mx.array | None: ...
@@ -135,7 +136,10 @@ class Trials:
         self._made: list[Trial] = []
 
     def obstacle(self, check: Check) -> str | None:
-        """Why `check` fails, if it does each time."""
+        """Why `check` fails, if it does each time, in any rank."""
+        return self._model.common(self._obstacle(check))
+
+    def _obstacle(self, check: Check) -> str | None:
         furthest = 0.0
         for number in range(TRIALS):
             try:

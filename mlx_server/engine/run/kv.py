@@ -2,6 +2,7 @@
 
 import bisect
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx_server.engine.cache.layout import Cache, leaves
 from mlx_server.engine.cache.rows import MOST_GAPS, BatchKVCache, BatchRotatingKVCache, rounded
 from mlx_server.engine.cache.rows import merge as merge_layers
 from mlx_server.engine.memory import device_name
+from mlx_server.engine.ranks.messages import CacheCost
 from mlx_server.engine.run.weights import ModelError
 
 FIRST_SIZE_STEP = 32
@@ -36,6 +38,7 @@ class KvCost:
         parts = [_part(leaf) for leaf in leaves(cache)]
         self.fixed = sum(fixed for fixed, _, _ in parts)
         self._growing = [(size, window) for _, size, window in parts if size]
+        self._others: list[CacheCost] = []
 
     def beside(self, other: "KvCost") -> "KvCost":
         """Of both models' caches for the same tokens."""
@@ -44,12 +47,39 @@ class KvCost:
         both._growing = self._growing + other._growing
         return both
 
+    @property
+    def own(self) -> CacheCost:
+        """In this rank."""
+        return CacheCost(self.fixed, self._growing)
+
+    def or_more(self, others: Iterable[CacheCost]) -> "KvCost":
+        """In the rank with most of this one and `others`."""
+        most = copy.copy(self)
+        most._others = [other for other in others if other != self.own]
+        return most
+
     def bytes(self, rows: int, tokens: int) -> int:
         """Of `rows`, the longest of which holds `tokens`."""
         # A cache grows from its present length, which after a merge is no multiple of the step.
         room = tokens + self.STEP - 1
-        growing = sum(size * min(room, window or room) for size, window in self._growing)
-        return rows * (self.fixed + growing)
+        return rows * max(
+            one.fixed + sum(size * min(room, window or room) for size, window in one.growing)
+            for one in (self.own, *self._others)
+        )
+
+    def of_block(self, tokens: int) -> int:
+        """Bytes of `tokens` in the layers that keep all tokens."""
+        return tokens * max(
+            sum(size for size, window in one.growing if window is None)
+            for one in (self.own, *self._others)
+        )
+
+    def of_snapshot(self) -> int:
+        """Bytes of what the others keep."""
+        return max(
+            one.fixed + sum(size * window for size, window in one.growing if window is not None)
+            for one in (self.own, *self._others)
+        )
 
     def longest(self, limit: int, context_length: int) -> int:
         """The most tokens, up to `context_length`, of one sequence in `limit` bytes."""

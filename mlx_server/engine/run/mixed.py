@@ -102,6 +102,15 @@ class MixedLayer:
         self.offset = positions
         self.answers = answers
 
+    @property
+    def keys(self) -> Any:
+        """For mlx-lm's pipelines, which have them depend on what goes to the next rank."""
+        return self.caches[0].keys
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self.caches[0].keys = keys
+
     def make_mask(self, _: int, **options: Any) -> list[Any]:
         pairs = zip(self.caches, self.layouts, strict=True)
         return [cache.make_mask(layout.tokens, **options) for cache, layout in pairs]

@@ -134,6 +134,20 @@ def use_cpu_kernels() -> Callable[[], None]:
     return attention.clear_masks
 
 
+def keep_states_of_pipeline() -> None:
+    """Leave a model's last states to rank 0, which has the last layers and draws.
+
+    mlx-lm gives them to all ranks, by `mx.distributed.all_gather`, for which nothing else is used
+    in the process of a model that is divided by layers.
+    """
+    import mlx.core as mx
+
+    def own(states: mx.array) -> mx.array:
+        return states
+
+    mx.distributed.all_gather = own  # type: ignore[assignment]
+
+
 def _nothing() -> None:
     return None
 

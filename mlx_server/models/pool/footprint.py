@@ -19,9 +19,11 @@ from mlx_server.dimensions import (
     VOCABULARY,
     WIDTH,
     Config,
+    Way,
     context_length,
     families,
     head_weights,
+    layers_of_ranks,
     number,
     text_part,
 )
@@ -74,6 +76,7 @@ TWO_CACHES = frozenset({"longcat_flash", "longcat_flash_ngram"})
 """In each layer."""
 UNDIVIDED = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|output)\.")
 """Embeddings and the output projection."""
+LAYER = re.compile(r"(^|\.)layers\.(?P<number>\d+)\.")
 LARGEST_HEADER = 100_000_000
 HEADER = struct.Struct("<Q")
 KV_STEP = 256
@@ -94,9 +97,11 @@ class Footprint:
     activations_per_token: int
     largest_chunk: int = LARGEST_CHUNK
     undivided: int = 0
-    """Bytes of `weights` that each rank has of a model that is divided."""
+    """Bytes of `weights` that each rank has of a model whose layers are divided."""
     latent: bool = False
     """Whether each rank has all of its KV caches then."""
+    layers: tuple[int, ...] = ()
+    """Bytes of `weights` in each layer."""
 
     def beside(self, draft: "Footprint") -> "Footprint":
         """With a draft model in the same engine, which computes in turns with it."""
@@ -111,15 +116,29 @@ class Footprint:
     def kv(self, tokens: int) -> int:
         return (tokens + KV_STEP) * self.kv_per_token
 
-    def of_rank(self, ranks: int) -> "Footprint":
-        """Of each of the processes among which the model is divided."""
+    def of_rank(self, ranks: int, way: Way = "tensor") -> "Footprint":
+        """Of each of the processes among which the model is divided, or of the one with most."""
         if ranks == 1:
             return self
+        if way == "pipeline":
+            return self._of_layers(ranks)
         divided = self.weights - self.undivided
         return replace(
             self,
             weights=self.undivided + -(-divided // ranks),
             kv_per_token=self.kv_per_token if self.latent else -(-self.kv_per_token // ranks),
+        )
+
+    def _of_layers(self, ranks: int) -> "Footprint":
+        """All layers are taken to have equal caches."""
+        shares = layers_of_ranks(len(self.layers), ranks)
+        heaviest = max(sum(self.layers[number] for number in share) for share in shares)
+        most = max(map(len, shares))
+        return replace(
+            self,
+            weights=self.weights - sum(self.layers) + heaviest,
+            kv_per_token=-(-self.kv_per_token * most // len(self.layers)),
+            layers=(),
         )
 
     def working(self, max_batch: int) -> int:
@@ -172,6 +191,7 @@ def read_footprint(
         vocabulary=number(config, VOCABULARY),
         activations_per_token=size * (8 * width + 4 * number(config, INNER_WIDTH, 4 * width)),
         undivided=undivided,
+        layers=_layers(body, config, float32),
         latent=bool(LATENTS.intersection(families(config))),
     )
 
@@ -277,6 +297,18 @@ def _packed_bytes(tensors: list[_Tensor], rest: int) -> int:
             copies = 2 if rest and UNDIVIDED.search(tensor.name) else 1  # its rows are read, too
             total += copies * (tensor.bytes + 3 * scales[base].elements * FLOAT32_BYTES)
     return total
+
+
+def _layers(tensors: list[_Tensor], config: dict[str, Any], float32: bool) -> tuple[int, ...]:
+    """Bytes of the weights of each layer; further ones are none of the model's own."""
+    found: dict[int, list[_Tensor]] = {}
+    for tensor in tensors:
+        if (layer := LAYER.search(tensor.name)) is not None:
+            found.setdefault(int(layer["number"]), []).append(tensor)
+    layers = [found.get(i, []) for i in range(number(config, LAYERS))]
+    if float32:
+        return tuple(_parameters(layer, config) * FLOAT32_BYTES for layer in layers)
+    return tuple(sum(tensor.bytes for tensor in layer) for layer in layers)
 
 
 def _elements(tensors: list[_Tensor]) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from mlx_server.dimensions import uneven_parts
+from mlx_server.dimensions import Way, division
 from mlx_server.engine.protocol import Device, Embedding, LoadOptions, Ready
 from mlx_server.errors import InsufficientMemory, ModelLoadFailed
 from mlx_server.models.pool.footprint import Footprint, read_embedding_footprint, read_footprint
@@ -167,7 +167,7 @@ class MemoryPlanner:
             options = msgspec.structs.replace(options, ranks=1)
             hosts = hosts if replicas > 1 else ()
         else:
-            _check_division(entry, path, options)
+            way = _division(entry, path, options)
             head = options.speculation == "auto" and options.draft_path is None
             whole = read_footprint(
                 path,
@@ -177,7 +177,7 @@ class MemoryPlanner:
                 packed,
                 head=head and options.ranks == 1,
             )
-            footprint = whole.of_rank(options.ranks)
+            footprint = whole.of_rank(options.ranks, way)
         if options.draft_path is not None:
             draft_path = Path(options.draft_path)
             draft = read_footprint(draft_path, float32, None, options.kv_bits, packed)
@@ -250,16 +250,20 @@ def _check_replicas(entry: ModelEntry, options: LoadOptions, replicas: int, mach
         raise ModelLoadFailed("LoRA adapters are not applied on other machines")
 
 
-def _check_division(entry: ModelEntry, path: Path, options: LoadOptions) -> None:
-    """Raises ModelLoadFailed where the model cannot be divided, as far as its config tells."""
+def _division(entry: ModelEntry, path: Path, options: LoadOptions) -> Way:
+    """As engines do it. Raises ModelLoadFailed where the model cannot be divided, as far as its
+    config tells.
+    """
     if options.ranks == 1:
-        return
+        return "tensor"
     if options.draft_path is not None:
         raise ModelLoadFailed("a draft model cannot guess for one that is divided among ranks")
     if entry.adapter_path is not None:
         raise ModelLoadFailed("LoRA adapters are not applied to models divided among ranks")
-    if (problem := uneven_parts(read_config(path), options.ranks)) is not None:
+    way, problem = division(read_config(path), options.ranks, options.division)
+    if problem is not None:
         raise ModelLoadFailed(problem)
+    return way
 
 
 def _among(replicas: int, ranks: int) -> str:
