@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -9,6 +10,9 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has engines of its own, whose threads would wait for each other's.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+# A shell has what it runs in the background ignore Ctrl-C, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests compare float32 models with themselves in other shapes of batch. On CUDA, MLX would multiply
 # float32 in TF32, which keeps three digits.
