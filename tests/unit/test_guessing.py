@@ -1,6 +1,6 @@
 """How much is guessed: what pays, and at nobody's cost."""
 
-from mlx_server.engine.schedule.guessing import FORGOTTEN, Chance, Guessing, PassTimes
+from mlx_server.engine.schedule.guessing import FORGOTTEN, KEPT, Chance, Guessing, PassTimes
 
 SURE = Chance(8, 0.95, 0.95)
 
@@ -171,3 +171,16 @@ def test_a_first_pass_that_is_interrupted_is_tried_again() -> None:
         guessing.stepped(1, 1.0)
         steps += 1
         assert steps < 300
+
+
+def test_a_time_may_be_measured_again_at_any_moment() -> None:
+    for pause in range(FORGOTTEN * KEPT - 3, FORGOTTEN * KEPT + 4):
+        times = PassTimes()
+        for _ in range(KEPT):
+            times.measured(8, 2.0)
+        for _ in range(pause):
+            times.measured(2, 1.0)
+        for _ in range(KEPT):
+            times.measured(8, 3.0)
+            times.measured(2, 1.0)
+        assert (times.seconds(8), times.seconds(2)) == (3.0, 1.0)

@@ -77,9 +77,9 @@ class PassTimes:
         """The median by size, of what is believed; in rising order."""
 
     def measured(self, tokens: int, seconds: float) -> None:
+        self.age()
         size = _size(tokens)
         self._known.setdefault(size, deque(maxlen=KEPT)).append(seconds)
-        self.age()
         self._measured_at[size] = self._count
         self._times = {s: statistics.median_low(self._known[s]) for s in sorted(self._known)}
 
