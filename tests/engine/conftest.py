@@ -1,6 +1,9 @@
 """Engines over tiny models with random weights, on whatever device MLX has."""
 
 import asyncio
+import os
+import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -10,6 +13,7 @@ import pytest
 
 from mlx_server.engine import loading
 from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling
+from mlx_server.engine.spawn import Child, spawn
 from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model
 
@@ -31,16 +35,38 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def started(
-    path: Path, *, steps_may_fail: bool = False, **options: object
+    path: Path,
+    *,
+    adapter: Path | None = None,
+    guesses_always: bool = False,
+    steps_may_fail: bool = False,
+    **options: object,
 ) -> AsyncIterator[DirectEngine]:
-    """An engine that ends with the block. Recovery hides a failed step, so here it is an error."""
-    client = await DirectEngine.start("tiny", path, LoadOptions(**options))
+    """An engine that ends with the block. Recovery hides a failed step, so here it is an error.
+
+    `guesses_always`: whenever it can, whether that pays or not.
+    """
+    if guesses_always:
+        options["speculation"] = "auto"
+    client = await DirectEngine.start(
+        "tiny",
+        path,
+        LoadOptions(**options),
+        adapter,
+        spawn=_spawn_guessing if guesses_always else spawn,
+    )
     try:
         yield client
     finally:
         await client.stop()
     said = list(client.last_lines)
     assert steps_may_fail or not any("event=step_failed" in line for line in said), said
+
+
+async def _spawn_guessing(module: str, sockets: Sequence[socket.socket]) -> Child:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        return await spawn("tests.support.guessing", sockets)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +108,7 @@ async def until(condition: object, seconds: float = 5.0) -> float:
 
 async def idle(engine: DirectEngine) -> None:
     def quiet() -> bool:
-        s = engine.stats
+        s = engine.stats if engine.up_to_date else None
         return s is not None and (s.running, s.prefilling, s.waiting) == (0, 0, 0)
 
     await until(quiet)

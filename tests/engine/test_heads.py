@@ -293,16 +293,21 @@ def test_a_draft_model_that_is_named_guesses_in_place_of_the_head(tmp_path: Path
     assert scheduler.model.head is None
 
 
-def test_a_head_that_is_not_whole_is_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = build_headed(tmp_path / "qwen3_5", "qwen3_5")
+def take_away(path: Path, name: str) -> None:
+    """A weight of the model in this folder."""
     file = str(path / "model.safetensors")
     weights = mx.load(file)
     assert isinstance(weights, dict)
     mx.eval(weights)
-    del weights["language_model.mtp.fc.weight"]
+    del weights[name]
     mx.save_safetensors(file, weights)
+
+
+def test_a_head_that_is_not_whole_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = build_headed(tmp_path / "qwen3_5", "qwen3_5")
+    take_away(path, "language_model.mtp.fc.weight")
     with caplog.at_level(logging.WARNING):
         assert backend_of(path).head is None
     assert "event=own_head_off reason='ValueError: Missing 1 parameters" in caplog.text
@@ -312,12 +317,7 @@ def test_a_head_without_one_of_its_experts_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = build_headed(tmp_path / "deepseek_v3", "deepseek_v3", raw=True)
-    file = str(path / "model.safetensors")
-    weights = mx.load(file)
-    assert isinstance(weights, dict)
-    mx.eval(weights)
-    del weights["model.layers.4.mlp.experts.2.up_proj.weight"]
-    mx.save_safetensors(file, weights)
+    take_away(path, "model.layers.4.mlp.experts.2.up_proj.weight")
     with caplog.at_level(logging.WARNING):
         assert backend_of(path).head is None
     assert "event=own_head_off" in caplog.text

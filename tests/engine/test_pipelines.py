@@ -8,7 +8,7 @@ import pytest
 from mlx_server.engine.protocol import LoadOptions, Sharing
 from mlx_server.errors import ModelLoadFailed
 from tests.engine.conftest import request, rows_of, started, tokens_of, until
-from tests.engine.test_ranks import assert_same, mixed, ranks_here, started_guessing
+from tests.engine.test_ranks import assert_same, mixed, ranks_here
 from tests.support.architectures import VOCAB_SIZE, build_architecture
 from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model
@@ -60,9 +60,8 @@ async def assert_pipeline_says_the_same(tmp_path: Path, name: str, ranks: int, *
         expected = await rows_of(alone, *asked)
     answer = [token for row in expected[0] for token in row.tokens]
     asked[0] = msgspec.structs.replace(asked[0], prediction=[*answer[:6], 99, *answer[6:]])
-    async with started_guessing(
-        folder, ranks=ranks, division="pipeline", prefix_cache=FEW_BLOCKS
-    ) as divided:
+    options = {"ranks": ranks, "division": "pipeline", "prefix_cache": FEW_BLOCKS}
+    async with started(folder, guesses_always=True, **options) as divided:
         for _ in range(2):
             assert_same(await rows_of(divided, *asked), expected)
         assert passes(divided) == passes(alone)

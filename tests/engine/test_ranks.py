@@ -5,9 +5,7 @@ import os
 import random
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import pytest
 
 from mlx_server.engine.protocol import Generate, LoadOptions, Logprobs, Row, Sampling
 from mlx_server.engine.ranks import ring
-from mlx_server.engine.spawn import Child, spawn
 from mlx_server.errors import LoadCrashed, ModelLoadFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
 from tests.engine.test_grammar import grammar_of
@@ -60,30 +57,9 @@ def way(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 async def divided(model: Path, way: str) -> AsyncIterator[DirectEngine]:
     """Guesses whenever it can, so that all is tried with guesses too."""
-    async with started_guessing(
-        model, prefill_chunk=16, ranks=len(SHARES[way]), division=way
-    ) as client:
+    options = {"prefill_chunk": 16, "ranks": len(SHARES[way]), "division": way}
+    async with started(model, guesses_always=True, **options) as client:
         yield client
-
-
-@asynccontextmanager
-async def started_guessing(path: Path, **options: object) -> AsyncIterator[DirectEngine]:
-    """As `started`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        client = await DirectEngine.start(
-            "tiny", path, LoadOptions(speculation="auto", **options), spawn=spawn_guessing
-        )
-    try:
-        yield client
-    finally:
-        await client.stop()
-    said = list(client.last_lines)
-    assert not any("event=step_failed" in line for line in said), said
-
-
-async def spawn_guessing(module: str, sockets: Sequence[socket.socket]) -> Child:
-    return await spawn("tests.support.guessing")
 
 
 @pytest.fixture(scope="module")

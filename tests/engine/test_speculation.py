@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling
-from tests.engine.conftest import request, rows_of
+from mlx_server.engine.protocol import Generate, Row, Sampling
+from tests.engine.conftest import request, rows_of, started
 from tests.engine.test_grammar import STOP, grammar_of
-from tests.engine.test_ranks import spawn_guessing
+from tests.engine.test_ranks import entries
 from tests.support.architectures import ARCHITECTURES, build_architecture
-from tests.support.engines import DirectEngine
 from tests.support.ties import NEAR_TIE
 from tests.support.tiny import (
     FAMILY_TEMPLATE,
@@ -104,6 +103,7 @@ def requests_for(count: int) -> list[Generate]:
             top_p=[1.0, 0.9][i // 3 % 2],
             repetition_penalty=[1.0, 1.15][i // 2 % 2],
             frequency_penalty=[0.0, 0.3][i // 5 % 2],
+            logit_bias=[{}, {}, {60: 3.0, 61: -100.0}][i // 4 % 3],
         )
         prompt = [(7 * j + 3 * i) % 250 + 5 for j in range(4 + 37 * i % 190)]
         more: dict[str, Any] = {}
@@ -116,15 +116,10 @@ def requests_for(count: int) -> list[Generate]:
 
 
 async def said(model: Model, asked: list[Generate], *, guessing: bool) -> list[list[Row]]:
-    options = LoadOptions(speculation="auto" if guessing else "off", kv_bits=model.kv_bits)
-    spawn = {"spawn": spawn_guessing} if guessing else {}
-    engine = await DirectEngine.start("m", model.path, options, model.adapter, **spawn)
-    try:
-        parts = [asked[i : i + AT_ONCE] for i in range(0, len(asked), AT_ONCE)]
+    own: dict[str, Any] = {"guesses_always": True} if guessing else {"speculation": "off"}
+    parts = [asked[i : i + AT_ONCE] for i in range(0, len(asked), AT_ONCE)]
+    async with started(model.path, adapter=model.adapter, kv_bits=model.kv_bits, **own) as engine:
         return [rows for part in parts for rows in await rows_of(engine, *part)]
-    finally:
-        await engine.stop()
-        assert not any("event=step_failed" in line for line in engine.last_lines)
 
 
 def tokens_in(rows: list[Row]) -> list[int]:
@@ -139,8 +134,7 @@ def nearly_right(tokens: list[int], number: int) -> list[int]:
 
 def near_tie(rows: list[Row], others: list[Row]) -> bool:
     """Whether they say the same but for a near-tie; fails if they say anything else."""
-    ours = [entry for row in rows for entry in row.logprobs]
-    theirs = [entry for row in others for entry in row.logprobs]
+    ours, theirs = entries(rows), entries(others)
     assert len(ours) == len(tokens_in(rows))
     pair = next((p for p in zip(ours, theirs, strict=False) if p[0].token != p[1].token), None)
     if pair is None:

@@ -1,7 +1,6 @@
 """Replicas on machines of their own, for which workers on this one stand, behind a real server."""
 
 import asyncio
-import contextlib
 import random
 import signal
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ import psutil
 import pytest
 
 from tests.server.test_hosts import ours
-from tests.server.test_replicas import cached, turn, usage
-from tests.server.test_spares import Three
-from tests.support.hosts import free_port, over, working
+from tests.server.test_replicas import assert_next_turns_find_their_prefix, turn
+from tests.support.hosts import Three, free_port, over, three_machines, working
 from tests.support.server import CHAT, Answer, Server, ask, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
@@ -25,10 +23,7 @@ PATIENCE = 60.0
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Three]:
-    with contextlib.ExitStack() as stack:
-        made = Three(tmp_path_factory.mktemp("three"), stack)
-        made.come("second")
-        made.come("third")
+    with three_machines(tmp_path_factory.mktemp("three")) as made:
         yield made
 
 
@@ -73,16 +68,7 @@ async def test_each_machine_has_an_engine(server: Server) -> None:
 
 async def test_turns_of_chats_go_where_their_prefix_is(server: Server) -> None:
     await replicas_of(server)
-    async with server.client(timeout=60) as client:
-        firsts = await asyncio.gather(*(ask(client, CHAT, turn(i)) for i in range(CHATS)))
-        nexts = await asyncio.gather(
-            *(
-                ask(client, CHAT, turn(i, first.text, "And by the sea?"))
-                for i, first in enumerate(firsts)
-            )
-        )
-    for first, following in zip(firsts, nexts, strict=True):
-        assert cached(following) >= usage(first)["prompt_tokens"] - 32
+    await assert_next_turns_find_their_prefix(server, CHATS)
 
 
 async def test_the_end_of_a_machine_loses_nothing_and_it_comes_back(

@@ -50,9 +50,9 @@ def cached(answer: Answer) -> int:
     return int(usage(answer)["prompt_tokens_details"]["cached_tokens"])
 
 
-async def test_turns_of_chats_go_where_their_prefix_is(two: Server) -> None:
-    async with two.client(timeout=60) as client:
-        firsts = await asyncio.gather(*(ask(client, CHAT, turn(i)) for i in range(CHATS)))
+async def assert_next_turns_find_their_prefix(server: Server, chats: int) -> None:
+    async with server.client(timeout=60) as client:
+        firsts = await asyncio.gather(*(ask(client, CHAT, turn(i)) for i in range(chats)))
         nexts = await asyncio.gather(
             *(
                 ask(client, CHAT, turn(i, first.text, "And by the sea?"))
@@ -61,6 +61,10 @@ async def test_turns_of_chats_go_where_their_prefix_is(two: Server) -> None:
         )
     for first, following in zip(firsts, nexts, strict=True):
         assert cached(following) >= usage(first)["prompt_tokens"] - 32
+
+
+async def test_turns_of_chats_go_where_their_prefix_is(two: Server) -> None:
+    await assert_next_turns_find_their_prefix(two, CHATS)
     replicas = (await two.idle("tiny"))["replicas"]
     assert [one["state"] for one in replicas] == ["ready", "ready"]
     assert len({one["pid"] for one in replicas}) == len(two.engines()) == 2

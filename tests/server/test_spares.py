@@ -1,17 +1,14 @@
 """A model divided among two of three machines, for which workers on this one stand."""
 
 import asyncio
-import contextlib
-import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.server.test_hosts import ours
 from tests.server.test_ranks import all_of, asked, ranks_of
-from tests.support.hosts import Worker, free_port, working
+from tests.support.hosts import Three, three_machines
 from tests.support.server import CHAT, Server, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
@@ -21,33 +18,9 @@ WAIT = 4.0
 """`host_wait`; a spare is taken before."""
 
 
-class Three:
-    """This machine, and two that go and come as they are told."""
-
-    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
-        self.port = free_port()
-        self._folder = folder
-        self._stack = stack
-        self.workers: dict[str, Worker] = {}
-
-    def come(self, name: str, **settings: str) -> None:
-        home = self._folder / name
-        made = self._stack.enter_context(working(home, self.port, name, **settings))
-        self.workers[name] = made
-
-    def go(self, name: str) -> None:
-        self.signal(name, signal.SIGKILL)
-
-    def signal(self, name: str, number: signal.Signals) -> None:
-        self.workers[name].process.send_signal(number)
-
-
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Three]:
-    with contextlib.ExitStack() as stack:
-        made = Three(tmp_path_factory.mktemp("three"), stack)
-        made.come("second")
-        made.come("third")
+    with three_machines(tmp_path_factory.mktemp("three")) as made:
         yield made
 
 

@@ -546,10 +546,18 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, mx.array]:
 
     Vectors stay as the model makes them, since they are norms, decays and biases.
     """
-    model_class, arguments = _get_classes(config)
     mx.random.seed(seed)
-    model = model_class(arguments.from_dict(copy.deepcopy(config)))  # some change it
-    weights = dict(tree_flatten(model.parameters()))
+    return with_random_matrices(dict(tree_flatten(model_of(config).parameters())), seed)
+
+
+def model_of(config: dict[str, Any]) -> Any:
+    """As mlx-lm makes it."""
+    model_class, arguments = _get_classes(config)
+    return model_class(arguments.from_dict(copy.deepcopy(config)))  # some change it
+
+
+def with_random_matrices(weights: dict[str, mx.array], seed: int) -> dict[str, mx.array]:
+    weights = dict(weights)
     keys = mx.random.split(mx.random.key(seed), max(2, len(weights)))
     for key, (name, weight) in zip(keys, sorted(weights.items()), strict=False):
         if weight.ndim >= 2 and weight.dtype in (mx.float32, mx.float16, mx.bfloat16):

@@ -30,6 +30,7 @@ from mlx_server.engine.protocol import (
     Stats,
     Stop,
     ToEngine,
+    ToFront,
     Tokenizer,
     Tokens,
     decode_to_engine,
@@ -44,14 +45,21 @@ class DirectEngine(EngineClient):
     """A real engine whose requests know nothing of its restarts and never pause."""
 
     _ids = itertools.count()
+    up_to_date = False
+    """Whether `stats` came after all rows that have come."""
 
     def generate(self, requests: Sequence[Generate | Embed]) -> RowStream:
         """Send `requests` at once, under new ids; returns the stream of their rows."""
+        self.up_to_date = False
         numbers = [next(self._ids) for _ in requests]
         stream = RowStream(self, range(numbers[0], numbers[-1] + 1))
         for id_, request in zip(stream.ids, requests, strict=True):
             self.submit(msgspec.structs.replace(request, id=id_), stream)
         return stream
+
+    def _deliver(self, message: ToFront) -> None:
+        super()._deliver(message)
+        self.up_to_date = isinstance(message, Stats)
 
     async def _end(self) -> None:
         await super()._end()

@@ -9,11 +9,16 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_5, qwen3_next
-from mlx_lm.utils import _get_classes
 
 from mlx_server.engine.run.heads.qwen import QwenHead
 from tests.support import layer_heads
-from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, random_weights
+from tests.support.architectures import (
+    ARCHITECTURES,
+    VOCAB_SIZE,
+    model_of,
+    random_weights,
+    with_random_matrices,
+)
 from tests.support.layer_heads import LAYERED
 
 QWEN = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
@@ -80,18 +85,12 @@ def _joining(config: dict[str, Any]) -> Weights:
 
 
 def _random_head(config: dict[str, Any]) -> Weights:
-    model_class, arguments = _get_classes(config)
-    whole = model_class(arguments.from_dict(config))
+    whole = model_of(config)
     text = getattr(whole, "language_model", whole)
     kind = qwen3_5.DecoderLayer if text is not whole else qwen3_next.Qwen3NextDecoderLayer
     layer: nn.Module = kind(text.args, text.args.full_attention_interval - 1)
     head = QwenHead(layer, text.args.hidden_size, text.args.rms_norm_eps)
-    weights: Weights = dict(tree_flatten(head.parameters()))
-    keys = mx.random.split(mx.random.key(7), len(weights))
-    for key, (name, weight) in zip(keys, sorted(weights.items()), strict=True):
-        if weight.ndim > 1:
-            scale = 1.5 * weight.shape[-1] ** -0.5
-            weights[name] = mx.random.normal(weight.shape, scale=scale, key=key)
+    weights = with_random_matrices(dict(tree_flatten(head.parameters())), seed=7)
     return {_prefix(config) + name: weight for name, weight in weights.items()}
 
 

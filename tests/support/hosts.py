@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +80,37 @@ def working(
         for one in left:
             one.kill()
     assert not left, f"left behind: {left}"
+
+
+class Three:
+    """This machine, and two that go and come as they are told."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.port = free_port()
+        self._folder = folder
+        self._stack = stack
+        self.workers: dict[str, Worker] = {}
+
+    def come(self, name: str, **settings: str) -> None:
+        home = self._folder / name
+        made = self._stack.enter_context(working(home, self.port, name, **settings))
+        self.workers[name] = made
+
+    def go(self, name: str) -> None:
+        self.signal(name, signal.SIGKILL)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self.workers[name].process.send_signal(number)
+
+
+@contextlib.contextmanager
+def three_machines(folder: Path) -> Iterator[Three]:
+    """Two of them are workers, `second` and `third`."""
+    with contextlib.ExitStack() as stack:
+        made = Three(folder, stack)
+        made.come("second")
+        made.come("third")
+        yield made
 
 
 def is_rank(process: psutil.Process) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
 
 from mlx_server.engine.run.heads.deepseek import DeepseekHead
 from mlx_server.engine.run.heads.ernie import ErnieHead
 from mlx_server.engine.run.heads.mimo import MimoHead
 from mlx_server.engine.run.heads.nemotron import NemotronHead
+from tests.support.architectures import model_of, with_random_matrices
 
 DEEPSEEK = ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa")
 LAYERED = (*DEEPSEEK, "ernie4_5_moe", "mimo", "nemotron_h-moe")
@@ -33,8 +33,7 @@ Weights = dict[str, mx.array]
 def random_head(config: dict[str, Any]) -> Weights:
     """By their names in a conversion by mlx-lm, if it kept them."""
     mx.random.seed(7)
-    model_class, arguments = _get_classes(config)
-    whole = model_class(arguments.from_dict(config))
+    whole = model_of(config)
     args, kind = whole.args, type(whole.layers[0])
     width, eps = args.hidden_size, config["rms_norm_eps"]
     head: nn.Module
@@ -47,12 +46,7 @@ def random_head(config: dict[str, Any]) -> Weights:
             head = NemotronHead([kind(args, "*"), kind(args, "E")], width, eps)
         case _:
             head = DeepseekHead(kind(args, args.num_hidden_layers), width, eps)
-    weights: Weights = dict(tree_flatten(head.parameters()))
-    keys = mx.random.split(mx.random.key(7), len(weights))
-    for key, (name, weight) in zip(keys, sorted(weights.items()), strict=True):
-        if weight.ndim > 1:
-            scale = 1.5 * weight.shape[-1] ** -0.5
-            weights[name] = mx.random.normal(weight.shape, scale=scale, key=key)
+    weights = with_random_matrices(dict(tree_flatten(head.parameters())), seed=7)
     return {name_of(config, place): weight for place, weight in weights.items()}
 
 

@@ -1,6 +1,5 @@
 """What a model will take, told from its files' headers, against what it then takes."""
 
-import copy
 import json
 import os
 import struct
@@ -13,7 +12,6 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import (
-    _get_classes,
     dequantize_model,
     load_model,
     quantize_model,
@@ -25,7 +23,7 @@ from mlx_server.engine.cache.quant import quantize_cache
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.errors import ModelLoadFailed
 from mlx_server.models.pool.footprint import read_footprint
-from tests.support.architectures import ARCHITECTURES, own_config
+from tests.support.architectures import ARCHITECTURES, model_of, own_config
 from tests.support.heads import HEADED, build_headed
 from tests.support.tiny import build_tiny_model
 
@@ -76,8 +74,7 @@ def test_each_architectures_caches_have_room(tmp_path: Path, name: str) -> None:
     config = own_config(name)
     (tmp_path / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"some.weight": mx.zeros((1,))})
-    model_class, arguments = _get_classes(config)
-    model = model_class(arguments.from_dict(copy.deepcopy(ARCHITECTURES[name])))
+    model = model_of(ARCHITECTURES[name])
     cache = list(make_prompt_cache(model))
     model(mx.array([[0]]), cache=cache)
     cost = KvCost(cache)

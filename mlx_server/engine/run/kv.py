@@ -29,33 +29,30 @@ STAGGERED_LAYERS = 32
 
 
 class KvCost:
-    """Derived from a cache that holds one token."""
+    """Derived from a cache that holds one token, and `held` bytes more for each sequence. `own` is
+    what it costs in this rank.
+    """
 
     STEP = 256
     """Tokens by which mlx-lm's caches grow."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, held: int = 0) -> None:
         parts = [_part(leaf) for leaf in leaves(cache)]
-        self.fixed = sum(fixed for fixed, _, _ in parts)
-        self._growing = [(size, window) for _, size, window in parts if size]
-        self._others: list[CacheCost] = []
+        fixed = held + sum(fixed for fixed, _, _ in parts)
+        self.own = CacheCost(fixed, [(size, window) for _, size, window in parts if size])
+        self._ranks = [self.own]
 
     def beside(self, other: "KvCost") -> "KvCost":
         """Of both models' caches for the same tokens."""
-        both = copy.copy(self)
-        both.fixed = self.fixed + other.fixed
-        both._growing = self._growing + other._growing
+        both, one, another = copy.copy(self), self.own, other.own
+        both.own = CacheCost(one.fixed + another.fixed, one.growing + another.growing)
+        both._ranks = [both.own]
         return both
-
-    @property
-    def own(self) -> CacheCost:
-        """In this rank."""
-        return CacheCost(self.fixed, self._growing)
 
     def or_more(self, others: Iterable[CacheCost]) -> "KvCost":
         """In the rank with most of this one and `others`."""
         most = copy.copy(self)
-        most._others = [other for other in others if other != self.own]
+        most._ranks = [self.own, *(other for other in others if other != self.own)]
         return most
 
     def bytes(self, rows: int, tokens: int) -> int:
@@ -64,21 +61,20 @@ class KvCost:
         room = tokens + self.STEP - 1
         return rows * max(
             one.fixed + sum(size * min(room, window or room) for size, window in one.growing)
-            for one in (self.own, *self._others)
+            for one in self._ranks
         )
 
     def of_block(self, tokens: int) -> int:
         """Bytes of `tokens` in the layers that keep all tokens."""
         return tokens * max(
-            sum(size for size, window in one.growing if window is None)
-            for one in (self.own, *self._others)
+            sum(size for size, window in one.growing if window is None) for one in self._ranks
         )
 
     def of_snapshot(self) -> int:
         """Bytes of what the others keep."""
         return max(
             one.fixed + sum(size * window for size, window in one.growing if window is not None)
-            for one in (self.own, *self._others)
+            for one in self._ranks
         )
 
     def longest(self, limit: int, context_length: int) -> int:

@@ -78,8 +78,7 @@ class Head:
         token, cache = mx.array([[0]]), self.new_cache()
         states = trunk.embeddings(token)
         self(token, states, cache)
-        self.kv_cost = KvCost(cache)
-        self.kv_cost.fixed += HELD * states.nbytes
+        self.kv_cost = KvCost(cache, held=HELD * states.nbytes)
 
     def new_cache(self) -> Cache:
         return [self._new_cache()]
