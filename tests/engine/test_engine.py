@@ -173,10 +173,9 @@ async def test_an_abort_ends_decoding_and_prefill_and_frees_their_caches(
             async for index, row in s.rows():
                 if index == 1 and row.tokens:
                     break
-        await until(lambda: engine.stats.running == engine.stats.prefilling == 0, 2)
         await idle(engine)
         assert engine.stats.kv_bytes == 0
-        assert engine.stats.memory.active <= before * 1.01
+        assert engine.stats.memory.active - engine.stats.prefix.bytes <= before * 1.01
 
 
 async def test_a_long_prompt_lets_running_streams_go_on(tmp_path: Path) -> None:
