@@ -79,11 +79,7 @@ async def test_the_end_of_a_machine_loses_nothing_and_it_comes_back(
     async with server.client(timeout=60) as client:
         expected = await asyncio.gather(*(ask(client, CHAT, body) for body in asked))
         streams = [asyncio.create_task(ask(client, CHAT, body)) for body in asked]
-
-        async def works() -> bool:
-            return bool((await server.models())["tiny"]["replicas"][2]["in_flight"] > 0)
-
-        await until(works, 30)
+        await server.works("tiny", replica=2)
         three.go("third")
         answers = await asyncio.gather(*streams)
         for answer, known in zip(answers, expected, strict=True):
@@ -148,7 +144,7 @@ async def test_a_machine_that_falls_silent_loses_nothing(server: Server, three: 
     async with server.client(timeout=60) as client:
         expected = await asyncio.gather(*(ask(client, CHAT, body) for body in asked))
         streams = [asyncio.create_task(ask(client, CHAT, body)) for body in asked]
-        await asyncio.sleep(0.2)
+        await server.works("tiny", replica=1)
         three.signal("second", signal.SIGSTOP)
         answers = await asyncio.gather(*streams)
         for answer, known in zip(answers, expected, strict=True):

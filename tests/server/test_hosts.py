@@ -81,7 +81,7 @@ async def heals(pair: Server, expected: list[Answer], harm: Any) -> None:
     ranks = await ranks_of(pair)
     async with pair.client(timeout=300) as client:
         streams = asyncio.create_task(all_of(client, asked(TOKENS)))
-        await asyncio.sleep(0.3)
+        await pair.works("tiny")
         await harm(ranks)
         for answer, known in zip(await streams, expected, strict=True):
             same(answer, known)

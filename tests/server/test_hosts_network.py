@@ -89,7 +89,7 @@ async def test_a_cut_network_heals_when_the_link_is_back(
     ranks = await ranks_of(server)
     async with server.client(timeout=300) as client:
         streams = asyncio.create_task(all_of(client, asked(TOKENS)))
-        await asyncio.sleep(0.3)
+        await server.works("tiny")
         two[1].link("down")
         # Neither side hears that the other has gone.
         await gone(ranks, NOTICED)
@@ -114,7 +114,7 @@ async def test_a_machine_that_stays_away_fails_the_model_by_its_name(
     async with server.client(timeout=300) as client:
         [body, *_] = asked(3000)
         streams = asyncio.create_task(client.post("/v1/chat/completions", json=body))
-        await asyncio.sleep(0.3)
+        await server.works("tiny")
         two[1].link("down")
         try:
             answer = await streams

@@ -48,8 +48,7 @@ async def test_a_spare_takes_the_place_of_a_machine_that_goes(server: Server, th
         bodies = asked(TOKENS)[:STREAMS]
         expected = await all_of(client, bodies)
         streams = asyncio.create_task(all_of(client, bodies))
-        await asyncio.sleep(0.3)
-        assert not streams.done()
+        await server.works("tiny")
         three.go("second")
         for answer, known in zip(await streams, expected, strict=True):
             same(answer, known)
@@ -65,7 +64,7 @@ async def test_without_a_spare_the_model_fails_until_a_machine_is_back(
     [body, *_] = asked(3000)
     async with server.client(timeout=300) as client:
         streams = asyncio.create_task(client.post(CHAT, json=body))
-        await asyncio.sleep(0.3)
+        await server.works("tiny")
         three.go("second")
         three.go("third")
         answer = await streams

@@ -62,6 +62,15 @@ class Server:
             assert answer.status_code == 200
             return {model["id"]: model for model in answer.json()["models"]}
 
+    async def works(self, model: str, replica: int = 0) -> None:
+        """Wait until that engine of the model has requests."""
+
+        async def asked() -> bool:
+            engines = (await self.models())[model]["replicas"]
+            return bool(engines[replica]["in_flight"])
+
+        await until(asked, 30.0)
+
     async def idle(self, model: str, seconds: float = 1.0) -> dict[str, Any]:
         """Wait until nothing of `model` runs or waits; returns its state then."""
         state: dict[str, Any] = {}
