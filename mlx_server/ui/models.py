@@ -25,6 +25,7 @@ class ModelsView:
         self._pulls: dict[str, asyncio.Task[None]] = {}
 
     async def build(self) -> None:
+        found = await self._api().all_models()
         with ui.element("div").classes("page"):
             self._budget = Budget()
             with ui.element("form").classes("pull").props('onsubmit="return false"') as form:
@@ -36,10 +37,12 @@ class ModelsView:
             self._pulls_box = ui.element("div").classes("cards")
             self._none = ui.label("No model is here yet. Fetch one, such as smollm2-135m.")
             self._box = ui.element("div").classes("cards")
-        await self.refresh()
+        self._show(found)
 
     async def refresh(self) -> None:
-        found = await self._api().all_models()
+        self._show(await self._api().all_models())
+
+    def _show(self, found: dict[str, Any]) -> None:
         models = sorted(found["models"], key=lambda one: (one["state"] == "absent", one["id"]))
         self._budget.show(found["memory_budget"], models)
         self._none.set_visibility(not models)

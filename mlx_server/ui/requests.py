@@ -40,6 +40,7 @@ class RequestsView:
         self._known: dict[str, dict[str, Any]] = {}
 
     async def build(self) -> None:
+        found = await self._api().requests()
         with ui.element("div").classes("page wide"):
             with ui.row().classes("between items-center"):
                 ui.label("Latest requests").classes("title")
@@ -62,10 +63,12 @@ class RequestsView:
             ui.label("Choose a row to see all that is known of it; texts are not kept.").classes(
                 "figures"
             )
-        await self.refresh()
+        self._show(found)
 
     async def refresh(self) -> None:
-        found = await self._api().requests()
+        self._show(await self._api().requests())
+
+    def _show(self, found: dict[str, Any]) -> None:
         requests = [*found["running"], *found["ended"]]
         self._known = {one["id"]: one for one in requests}
         rows = [_row(one) for one in requests]

@@ -35,7 +35,12 @@ class View(Protocol):
     seconds: float
     """Between two refreshes while it is seen."""
 
-    async def build(self) -> None: ...
+    async def build(self) -> None:
+        """Draw it for the first time. Raises ApiError with nothing drawn, since it is tried again,
+        and what somebody had typed by then would go.
+        """
+        ...
+
     async def refresh(self) -> None: ...
     async def close(self) -> None: ...
 

@@ -8,7 +8,7 @@ from playwright.async_api import Browser, BrowserContext
 
 from tests.support.browser import Tab, chromium
 from tests.support.server import Server, serving
-from tests.support.tiny import FAMILIES, build_scripted_model, build_tiny_model
+from tests.support.tiny import FAMILIES, build_scripted_model
 
 HOSTILE = (
     "Look: <script>document.title='taken'</script> <img src=x onerror=\"document.title='hit'\"> "
@@ -45,9 +45,12 @@ OpenTab = Callable[..., Awaitable[Tab]]
 
 def build_models(folder: Path) -> None:
     """Models that say each of these, and `endless`, which goes on and on."""
-    build_tiny_model(folder / "endless", context=32768)
     # A prompt must not end in a token of the script.
     llama, qwen = (FAMILIES[name].template + "{{- 'Z' }}" for name in ("llama", "qwen"))
+    # Where others have their end of an answer, it has a word more. Random models end by chance.
+    build_scripted_model(
+        folder / "endless", "So it goes ", stop="X", context=131_072, template=llama
+    )
     build_scripted_model(folder / "hostile", HOSTILE, template=llama)
     build_scripted_model(folder / "rich", RICH, template=llama)
     build_scripted_model(

@@ -183,6 +183,8 @@ async def test_the_chat_works_by_keyboard(open_tab: OpenTab) -> None:
     tab = await open_tab()
     await tab.draft.wait_for()
     await expect(tab.draft).to_be_focused()
+    await tab.choose_model("rich")
+    await tab.draft.focus()
     await tab.page.keyboard.type("Hello")
     await tab.page.keyboard.press("Shift+Enter")
     await tab.page.keyboard.type("there")

@@ -73,6 +73,7 @@ async def test_a_wrong_key_is_told_and_the_right_one_opens_the_page(
     await page.get_by_label("Key", exact=True).fill("wrong")
     await page.get_by_role("button", name="Use it").click()
     await expect(page.get_by_text("The API key is not known")).to_be_visible()
+    await expect(tab.draft).to_have_count(0)
     await page.get_by_label("API key").click()
     await page.get_by_label("Key", exact=True).fill(KEY)
     await page.keyboard.press("Enter")

@@ -139,7 +139,7 @@ async def test_a_streamed_chat_with_a_call_is_one_trace_of_its_stages(
 async def test_the_trace_of_a_request_whose_engine_dies_shows_both_engines(
     server: Server, receiver: Receiver, client: httpx.AsyncClient
 ) -> None:
-    body = chat(MODEL, max_tokens=600, ignore_eos=True)
+    body = chat(MODEL, max_tokens=1800, ignore_eos=True)
     asking = asyncio.create_task(traced(client, receiver, body))
 
     async def decoding() -> bool:

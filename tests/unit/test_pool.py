@@ -474,7 +474,11 @@ async def test_all_who_wait_for_a_load_that_fails_hear_why_and_the_next_one_trie
 ) -> None:
     async with local_pool(tmp_path, models, 1.5 * need) as pool:
         pool.fleet.outcomes["a"] = deque(["no such type"])
-        refused = await asyncio.gather(*(pool.ask("a") for _ in range(3)), return_exceptions=True)
+        pool.fleet.may_load.clear()
+        async with asking(pool, "a", "a", "a") as tasks:
+            await pool.reaches(lambda: pool.status("a").waiting_to_load == 3)
+            pool.fleet.may_load.set()
+            refused = await asyncio.gather(*tasks, return_exceptions=True)
         for error in refused:
             assert isinstance(error, ModelLoadFailed)
             assert error.message == "The model `a` could not be loaded: no such type"

@@ -40,13 +40,13 @@ class ChatView:
 
     async def build(self) -> None:
         self._usual_model = await self._browser.choice(MODEL)
+        await self.refresh()
         with ui.element("div").classes("chat"):
             self._kept = KeptList(self._browser, self._open)
             with ui.element("div").classes("talk"):
                 self._bar = ui.element("div").classes("bar")
                 self._panes_box = ui.element("div").classes("panes")
                 self._build_composer()
-        await self.refresh()
         await self._open(Conversation())
 
     async def close(self) -> None:
