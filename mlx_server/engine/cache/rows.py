@@ -129,16 +129,24 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         return max(map(_width, self._gaps))
 
     def close_gaps(self) -> None:
-        if not any(self._gaps):
-            return
-        widths = [p + _width(g) for p, g in zip(self.padding, self._gaps, strict=True)]
+        if any(self._gaps):
+            self._gather(range(len(self.padding)))
+
+    def _gather(self, rows: Many[int]) -> None:
+        """Hold these rows alone, their own tokens together and at the end."""
+        padding, gaps = ([of[row] for row in rows] for of in (self.padding, self._gaps))
+        widths = [one + _width(others) for one, others in zip(padding, gaps, strict=True)]
         excess = min(widths)
-        put_arrays(
-            self, [_closed(x, self.padding, self._gaps, self._idx) for x in token_arrays(self)]
-        )
+        if any(gaps) or excess:
+            own = (tuple(rows), tuple(padding), tuple(gaps), self._idx)
+            arrays = [_own_tokens(x, *own, rounded(x.shape[2] - excess)) for x in token_arrays(self)]
+        else:
+            chosen = mx.array(list(rows))
+            arrays = [x[chosen] for x in token_arrays(self)]
+        put_arrays(self, arrays)
         self.padding = tuple(width - excess for width in widths)
         self._idx -= excess
-        self._gaps = ((),) * len(self.padding)
+        self._gaps = ((),) * len(padding)
 
     def trim(self, n: int) -> int:
         self.close_gaps()
@@ -147,15 +155,7 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         return n
 
     def filter(self, batch_indices: Many[int]) -> None:
-        self.close_gaps()
-        padding = [self.padding[row] for row in batch_indices]
-        excess = min(padding)
-        self.padding = tuple(one - excess for one in padding)
-        self._idx -= excess
-        self._gaps = ((),) * len(padding)
-        rows = mx.array(list(batch_indices))
-        kept = [x[rows] for x in token_arrays(self)]
-        put_arrays(self, [_moved(x, -excess, rounded(x.shape[2] - excess)) for x in kept])
+        self._gather(batch_indices)
 
     def extend(self, other: "BatchKVCache") -> None:
         self.close_gaps()
@@ -331,19 +331,35 @@ def _mask_with_gaps(
 
 @lru_cache(maxsize=4)
 def _sources(
-    padding: tuple[int, ...], gaps: tuple[Gaps, ...], index: int, heads: int, size: int
+    rows: tuple[int, ...],
+    padding: tuple[int, ...],
+    gaps: tuple[Gaps, ...],
+    index: int,
+    heads: int,
+    size: int,
+    new_size: int,
 ) -> mx.array:
-    """(rows, heads, size): which of the rows · heads · size tokens each is to become."""
+    """(rows, heads, new_size): which of all rows' heads · size tokens each is to become."""
     own = [_own(one, others, index) for one, others in zip(padding, gaps, strict=True)]
     longest = max(map(len, own))
-    places = [[0] * (longest - len(one)) + one + [0] * (size - longest) for one in own]
-    starts = mx.arange(len(own) * heads).reshape(len(own), heads, 1) * size
+    places = [[0] * (longest - len(one)) + one + [0] * (new_size - longest) for one in own]
+    starts = (mx.array(rows)[:, None] * heads + mx.arange(heads))[:, :, None] * size
     return starts + mx.array(places)[:, None, :]
 
 
-def _closed(x: mx.array, padding: tuple[int, ...], gaps: tuple[Gaps, ...], index: int) -> mx.array:
+def _own_tokens(
+    x: mx.array,
+    rows: tuple[int, ...],
+    padding: tuple[int, ...],
+    gaps: tuple[Gaps, ...],
+    index: int,
+    new_size: int,
+) -> mx.array:
+    """Of these rows of `x` (rows, heads, tokens, width), the tokens that are their own, ending
+    together.
+    """
     _, heads, size, width = x.shape
-    return x.reshape(-1, width)[_sources(padding, gaps, index, heads, size)]
+    return x.reshape(-1, width)[_sources(rows, padding, gaps, index, heads, size, new_size)]
 
 
 def _written(held: mx.array | None, new: mx.array, start: int) -> mx.array:

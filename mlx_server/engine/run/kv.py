@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import (
     ArraysCache,
+    CacheList,
     ChunkedKVCache,
     KVCache,
     RotatingKVCache,
@@ -125,6 +126,17 @@ def keep_rows(cache: Cache, rows: list[int]) -> Cache:
     return cache
 
 
+def copy_of_rows(cache: Cache, rows: list[int]) -> Cache:
+    """They alone, without gaps; `cache` stays as it is."""
+    return keep_rows([_another(layer) for layer in cache], rows)
+
+
+def _another(layer: Any) -> Any:
+    if isinstance(layer, CacheList):
+        return CacheList(*map(_another, layer.caches))
+    return copy.copy(layer)
+
+
 def can_roll_back(cache: Cache) -> bool:
     """Whether single rows of this batch cache can be shortened by what a pass has computed."""
     return all(isinstance(leaf, BatchKVCache | BatchRotatingKVCache) for leaf in leaves(cache))
@@ -160,11 +172,9 @@ def _put_back(new: mx.array | None, old: mx.array | None, rows: mx.array) -> mx.
     return mx.where(rows.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
 
-def close_gaps(cache: Cache) -> None:
-    """Move the tokens of each row together, so that arrays hold nothing else between them."""
-    for leaf in leaves(cache):
-        if isinstance(leaf, BatchKVCache):
-            _close_gaps(leaf)
+def has_gaps(cache: Cache) -> bool:
+    """Whether arrays hold anything between a row's tokens."""
+    return any(isinstance(leaf, BatchKVCache) and leaf.most_gaps for leaf in leaves(cache))
 
 
 def roll_back(cache: Cache, rejected: list[int]) -> None:
@@ -174,17 +184,11 @@ def roll_back(cache: Cache, rejected: list[int]) -> None:
             continue
         leaf.roll_back(rejected)
         if isinstance(leaf, BatchKVCache) and leaf.most_gaps > MOST_GAPS:
-            _close_gaps(leaf)
-
-
-def _close_gaps(leaf: BatchKVCache) -> None:
-    if not leaf.most_gaps:
-        return
-    leaf.close_gaps()
-    if device_name() == "cpu":
-        # Now, so that the next layer gets the memory of the old arrays: new memory costs more than
-        # moving.
-        mx.eval(leaf.keys, leaf.values)
+            leaf.close_gaps()
+            if device_name() == "cpu":
+                # Now, so that the next layer gets the memory of the old arrays: new memory costs
+                # more than moving.
+                mx.eval(leaf.keys, leaf.values)
 
 
 def loose_ends(cache: Cache) -> list[mx.array]:
