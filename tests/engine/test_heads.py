@@ -50,7 +50,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafted, "FAILURES", FORGIVING)
 
 
-def wanted(count: int, tokens: int = 60) -> list[Generate]:
+def wanted(count: int, tokens: int = 50) -> list[Generate]:
     """Some begin late, some end soon."""
     return [
         msgspec.structs.replace(
@@ -79,16 +79,24 @@ def head_of(path: Path, **options: Any) -> Head:
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("agreeing", [True, False])
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize(
+    ("name", "agreeing"),
+    [
+        *(pytest.param(*one.values, False, marks=one.marks) for one in families()),
+        *(
+            pytest.param(name, True, marks=() if name == "qwen3_5" else pytest.mark.soak)
+            for name in HEADED
+        ),
+    ],
+)
 def test_what_a_head_guesses_changes_no_text(tmp_path: Path, name: str, agreeing: bool) -> None:
     path = build_headed(tmp_path / name, name, agreeing=agreeing)
-    requests = wanted(10)
-    plain = tokens_of(scheduler_of(path), requests[:5], requests[5:])
+    requests = wanted(8)
+    plain = tokens_of(scheduler_of(path), requests[:4], requests[4:])
     scheduler = scheduler_of(path, speculation="auto")
-    assert tokens_of(scheduler, requests[:5], requests[5:]) == plain
+    assert tokens_of(scheduler, requests[:4], requests[4:]) == plain
     counts = scheduler.counts
-    assert counts.guessed > 150
+    assert counts.guessed > 100
     if agreeing:  # it draws with the same uniforms, penalties and filters
         assert counts.accepted > 0.95 * counts.guessed
     else:
@@ -125,7 +133,7 @@ def test_a_head_reads_what_the_model_computed_and_nothing_that_it_guessed_itself
     tokens_of(scheduler, requests[:4], requests[4:])
     assert len(found) > 60
     head = heads._head
-    for tokens, logits in found[::3]:
+    for tokens, logits in found[::5]:
         states = head.trunk(mx.array([tokens]), scheduler.model.new_cache())
         out = head(mx.array([tokens[1:]]), states[:, :-1], head.new_cache())
         expected = head.project(out)[0, -1]
@@ -209,9 +217,9 @@ def test_a_turn_that_fails_in_the_head_loses_nothing(
 @pytest.mark.usefixtures("always")
 def test_the_heads_caches_stay_within_the_limit(tmp_path: Path) -> None:
     path = build_headed(tmp_path / "qwen3_5", "qwen3_5")
-    requests = wanted(8, 100)
+    requests = wanted(8, 60)
     plain = tokens_of(scheduler_of(path), requests, [])
-    limit = scheduler_of(path).model.kv_cost.bytes(4, 500)
+    limit = scheduler_of(path).model.kv_cost.bytes(4, 300)
     backend = backend_of(path)
     memory, prefix = DeviceMemory("50%", None), scheduler_of(path).runner.prefix
     scheduler = Scheduler(backend, memory, prefix, max_batch=16, kv_limit=limit, prefill_chunk=64)

@@ -23,14 +23,14 @@ from tests.support.tiny import build_recurrent_model, build_tiny_model
 
 GREEDY = Sampling(temperature=0)
 STREAMS = [
-    request(range(3, 23), 120),
-    request(range(7, 90), 110, Sampling(seed=1, temperature=0.9, presence_penalty=0.7)),
-    request(range(30, 41), 130, Sampling(seed=2, top_p=0.9, repetition_penalty=1.2), logprobs=2),
+    request(range(3, 23), 70),
+    request(range(7, 90), 60, Sampling(seed=1, temperature=0.9, presence_penalty=0.7)),
+    request(range(30, 41), 80, Sampling(seed=2, top_p=0.9, repetition_penalty=1.2), logprobs=2),
 ]
 LATE = [
-    request([(7 * i) % 400 for i in range(900)], 30),
-    request([(11 * i) % 400 for i in range(700)], 30, Sampling(seed=3, frequency_penalty=0.4)),
-    request([(5 * i) % 400 for i in range(40)], 30),
+    request([(7 * i) % 400 for i in range(500)], 20),
+    request([(11 * i) % 400 for i in range(400)], 20, Sampling(seed=3, frequency_penalty=0.4)),
+    request([(5 * i) % 400 for i in range(40)], 20),
 ]
 
 

@@ -58,12 +58,14 @@ def test_a_product_is_the_one_with_dequantized_weights(
     assert half.dtype == mx.bfloat16
 
 
-@pytest.mark.parametrize("mode", ["packed", "both"])
-async def test_a_quantized_model_says_what_it_says_in_float32(quantized: Path, mode: str) -> None:
-    assert_same(await said(quantized, mode), await said(quantized, "always"))
+async def test_a_quantized_model_says_what_it_says_in_float32(quantized: Path) -> None:
+    expected = await said(quantized, "always")
+    for mode in ("packed", "both"):
+        assert_same(await said(quantized, mode), expected)
 
 
-async def test_so_does_one_with_an_adapter(quantized: Path, base: Path, tmp_path: Path) -> None:
+async def test_so_does_one_with_an_adapter(base: Path, tmp_path: Path) -> None:
+    quantized = build_quantized(base, tmp_path / "quantized", bits=4)
     adapter = build_tiny_adapter(base, tmp_path / "adapter")
     assert_same(await said(quantized, "both", adapter), await said(quantized, "always", adapter))
 

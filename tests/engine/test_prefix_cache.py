@@ -228,18 +228,18 @@ async def test_the_cache_keeps_within_its_bytes_and_forgets_the_longest_unused(
 ) -> None:
     path = build_tiny_model(tmp_path / "tiny")
     per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, float32
-    limit = 40 * BLOCK * per_token
+    limit = 30 * BLOCK * per_token
     often = request(prompt_of(4 * BLOCK + 1, 0), 2)
     async with started(path, prefix_cache=str(limit)) as engine:
         [rows] = await rows_of(engine, often)
-        for seed in range(1, 40):
+        for seed in range(1, 30):
             await rows_of(engine, request(prompt_of(3 * BLOCK + 5, seed), 2))
             [rows] = await rows_of(engine, often)
             assert cached(rows) == 4 * BLOCK
             assert engine.stats.prefix.bytes <= limit
         [rows] = await rows_of(engine, request(prompt_of(3 * BLOCK + 5, 1), 2))
         assert cached(rows) == 0
-        [rows] = await rows_of(engine, request(prompt_of(3 * BLOCK + 5, 39), 2))
+        [rows] = await rows_of(engine, request(prompt_of(3 * BLOCK + 5, 29), 2))
         assert cached(rows) == 3 * BLOCK
 
 
@@ -306,10 +306,12 @@ async def test_a_restarted_engine_takes_up_what_the_one_before_had_computed(
     assert [tokens(before)] == await alone(plain, first)
 
 
+@pytest.mark.parametrize("name", ["recurrent", "quantized"])
 async def test_damage_to_any_file_of_the_disk_cache_never_changes_an_answer(
-    model: tuple[Path, dict[str, object]], tmp_path: Path
+    tmp_path: Path, name: str
 ) -> None:
-    path, options = model
+    build, options = MODELS[name]
+    path = build(tmp_path / name)
     folder = tmp_path / "disk"
     disk = {"disk_cache_folder": str(folder), "disk_cache_limit": 1 << 30}
     asked = [request(prompt_of(300, seed), 12, settings(seed)) for seed in range(4)]

@@ -64,7 +64,7 @@ def collect(into: dict[int, list[int]], tokens: Tokens) -> None:
         into[row.id] += row.tokens
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.soak)])
 def test_the_plans_of_mixed_requests_give_the_same_tokens_on_a_second_runner(
     tmp_path: Path, count: int
 ) -> None:
