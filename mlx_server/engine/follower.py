@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_server.engine.idle import RELEASE_SECONDS, Chore, IdleTime
-from mlx_server.engine.loading import array_sizes_of, is_models_fault, prepare
+from mlx_server.engine.loading import array_sizes_of, disk_cache, is_models_fault, prepare
 from mlx_server.engine.plan import Outcome, Plan
 from mlx_server.engine.protocol import FrameReader, Load, decode_to_engine
 from mlx_server.engine.ranks.leader import RECEIVE_BYTES, LeaderConnection
@@ -56,7 +56,8 @@ class Rank:
         self._leader = leader
         self._runner = runner
         self._memory = memory
-        self._idle = IdleTime([Chore(RELEASE_SECONDS, memory.release_all)])
+        chores = [Chore(RELEASE_SECONDS, memory.release_all), *runner.prefix.chores()]
+        self._idle = IdleTime(chores)
         self._report_due = 0.0
 
     def run(self) -> None:
@@ -75,6 +76,7 @@ class Rank:
                 case Sleep():
                     self._memory.wiring.rest()
                 case Stop():
+                    self._runner.prefix.close()
                     self._memory.wiring.close()
                     return
 
@@ -114,7 +116,8 @@ def load(leader: LeaderConnection, begin: Begin) -> Rank:
     assert isinstance(settled, Settled)
     memory.wiring.hold(array_sizes_of(backend.model))
     charge = Charge(settled.block_bytes, settled.snapshot_bytes) if backend.layered else None
-    prefix = PrefixCache(backend.layout, settled.prefix_limit, charge=charge)
+    disk = disk_cache(begin.load, backend) if settled.prefix_limit > 0 else None
+    prefix = PrefixCache(backend.layout, settled.prefix_limit, disk, charge)
     runner = FollowingRunner(backend, prefix, settled.longest_sequence)
     return Rank(leader, runner, memory)
 

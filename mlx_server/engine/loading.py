@@ -22,6 +22,7 @@ from mlx_server.units import parse_bytes
 
 if TYPE_CHECKING:
     from mlx_server.engine.cache.blocks import Charge
+    from mlx_server.engine.cache.disk import DiskCache
     from mlx_server.engine.cache.prefix import PrefixCache
     from mlx_server.engine.embedding.embedder import Embedder
     from mlx_server.engine.memory import DeviceMemory
@@ -222,8 +223,6 @@ def _charge(backend: "Backend") -> "Charge | None":
 def _prefix_cache(
     message: Load, backend: "Backend", kv_limit: int, charge: "Charge | None"
 ) -> "PrefixCache":
-    from mlx_server.engine.cache.disk import DiskCache
-    from mlx_server.engine.cache.identity import model_identity
     from mlx_server.engine.cache.prefix import PrefixCache
 
     options = message.options
@@ -231,14 +230,23 @@ def _prefix_cache(
     if backend.layout.obstacle is not None:
         log.info("event=prefix_cache_off reason=%s", backend.layout.obstacle)
         limit = 0
-    disk = None
-    if backend.ranks.size > 1:
-        log.info("event=disk_cache_off reason='the model is divided among ranks'")
-    elif limit > 0 and options.disk_cache_folder is not None:
-        identity = model_identity(message, backend.layout.describe())
-        folder, limit_on_disk = Path(options.disk_cache_folder), options.disk_cache_limit
-        disk = DiskCache(folder, identity, limit_on_disk, options.disk_cache_daily)
+    disk = disk_cache(message, backend) if limit > 0 else None
     return PrefixCache(backend.layout, limit, disk, charge)
+
+
+def disk_cache(message: Load, backend: "Backend") -> "DiskCache | None":
+    """Of this process's part of the model; None where none is wanted."""
+    from mlx_server.engine.cache.disk import DiskCache
+    from mlx_server.engine.cache.identity import model_identity
+
+    options, ranks = message.options, backend.ranks
+    if options.disk_cache_folder is None:
+        return None
+    way = "layers" if backend.layered else "heads"
+    part = f"{way} {ranks.rank} of {ranks.size}" if ranks.size > 1 else ""
+    identity = model_identity(message, backend.layout.describe(), part)
+    folder, limit = Path(options.disk_cache_folder), options.disk_cache_limit
+    return DiskCache(folder, identity, limit, options.disk_cache_daily)
 
 
 def _kv_limit(

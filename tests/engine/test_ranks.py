@@ -13,6 +13,7 @@ import msgspec
 import psutil
 import pytest
 
+from mlx_server.engine.cache.prefix import BLOCK
 from mlx_server.engine.protocol import Generate, LoadOptions, Logprobs, Row, Sampling
 from mlx_server.engine.ranks import ring
 from mlx_server.errors import LoadCrashed, ModelLoadFailed
@@ -178,6 +179,29 @@ async def test_aborts_free_the_rows_of_all_ranks(divided: DirectEngine, one: Dir
     assert_same(await rows_of(divided, *asked), await rows_of(one, *asked))
     assert divided.stats is not None
     assert divided.stats.kv_bytes == 0
+
+
+async def test_what_was_computed_is_taken_up_from_the_disks_as_far_as_all_ranks_have_it(
+    model: Path, one: DirectEngine, way: str, tmp_path: Path
+) -> None:
+    disks = {"disk_cache_folder": str(tmp_path), "disk_cache_limit": 1 << 30}
+    options = {**disks, "ranks": len(SHARES[way]), "division": way}
+    asked = request([(11 * i + 5) % 400 for i in range(7 * BLOCK + 5)], 12, logprobs=2)
+    expected = await rows_of(one, asked)
+    async with started(model, **options) as engine:
+        await rows_of(engine, asked)
+    async with started(model, **options) as engine:
+        found = await rows_of(engine, asked)
+        assert found[0][0].cached == 7 * BLOCK
+        assert_same(found, expected)
+    parts = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+    assert len(parts) == len(SHARES[way])
+    for file in sorted(parts[-1].rglob("*.safetensors"))[:2]:
+        file.unlink()
+    async with started(model, **options) as engine:
+        found = await rows_of(engine, asked)
+        assert (found[0][0].cached or 0) < 7 * BLOCK
+        assert_same(found, expected)
 
 
 @pytest.mark.soak

@@ -74,9 +74,15 @@ class BlockRead:
     def cancel(self) -> None:
         self.cancelled = True
 
-    def blocks(self) -> list[list[mx.array]]:
-        """Up to the first that could not be read. For the main thread."""
-        return [[to_device(array) for array in arrays] for arrays in self.found]
+    def blocks(self, count: int | None = None) -> list[list[mx.array]]:
+        """Up to the first that could not be read, and up to `count`. For the main thread."""
+        return [[to_device(array) for array in arrays] for arrays in self.found[:count]]
+
+
+def nothing_read() -> BlockRead:
+    read = BlockRead([])
+    read.finished.set()
+    return read
 
 
 class DiskCache:
@@ -129,11 +135,11 @@ class DiskCache:
 
     def read(self, keys: Sequence[bytes]) -> BlockRead:
         """Begin to read `keys`, up to a missing one or `READ_LIMIT` bytes."""
-        read = BlockRead([] if self._closed else self.index.leading(keys, READ_LIMIT))
-        if read.keys:
-            self._reader.put(read)
-        else:
-            read.finished.set()
+        found = [] if self._closed else self.index.leading(keys, READ_LIMIT)
+        if not found:
+            return nothing_read()
+        read = BlockRead(found)
+        self._reader.put(read)
         return read
 
     def figures(self) -> DiskStats:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Many
 
 from mlx_server.engine.cache.blocks import Block
-from mlx_server.engine.cache.disk import BlockRead, DiskCache
+from mlx_server.engine.cache.disk import BlockRead, DiskCache, nothing_read
 from mlx_server.engine.protocol import DiskStats
 
 PUMP_BYTES = 32 << 20
@@ -35,8 +35,7 @@ class DiskTier:
         return list(itertools.takewhile(self._disk.holds, keys)) if self._disk else []
 
     def read(self, keys: Many[bytes]) -> BlockRead:
-        assert self._disk is not None
-        return self._disk.read(keys)
+        return self._disk.read(keys) if self._disk else nothing_read()
 
     def touch(self, blocks: Iterable[Block]) -> None:
         if self._disk is not None:

@@ -10,8 +10,9 @@ SAMPLES = 16
 SAMPLE_BYTES = 4096
 
 
-def model_identity(message: Load, layout: str) -> str:
-    """A hexadecimal name of the model, its adapter, its options and its layout.
+def model_identity(message: Load, layout: str, part: str = "") -> str:
+    """A hexadecimal name of the model, its adapter, its options and its layout, and of which `part`
+    of it this is, if not all.
 
     Weight files count by size, time of change and samples: hashing them whole would take longer
     than loading them.
@@ -19,6 +20,8 @@ def model_identity(message: Load, layout: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     options = message.options
     facts = [layout, options.dequantize, str(options.kv_bits), version("mlx-lm"), version("mlx")]
+    if part:
+        facts.append(part)
     digest.update("\0".join(facts).encode())
     folders = [message.path, *([message.adapter_path] if message.adapter_path else [])]
     for folder in folders:

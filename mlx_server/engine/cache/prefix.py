@@ -17,10 +17,13 @@ from mlx_server.engine.cache.blocks import Block, BlockIndex, Charge
 from mlx_server.engine.cache.disk import BlockRead, DiskCache
 from mlx_server.engine.cache.disk_tier import DiskTier
 from mlx_server.engine.cache.layout import Cache, KvLayout
+from mlx_server.engine.idle import Chore
 
 BLOCK = 32
 """Tokens of a block."""
 KEY_BYTES = 16
+SAVE_USED_SECONDS, SAVE_ALL_SECONDS = 5.0, 60.0
+"""Idle time after which prefixes go to the disk: those used more than once, and all others."""
 
 
 @dataclass(slots=True)
@@ -126,10 +129,13 @@ class PrefixCache:
         self._shrink()
         return snapshot
 
-    def load_blocks(self, prompt: list[int], keys: list[bytes], read: BlockRead) -> None:
+    def load_blocks(
+        self, prompt: list[int], keys: list[bytes], read: BlockRead, count: int
+    ) -> None:
+        """Keep the first `count` blocks that were found on disk, of those `keys` of a `prompt`."""
         position = {key: i for i, key in enumerate(keys)}
         groups = self.layout.groups
-        for key, arrays in zip(read.keys, read.blocks(), strict=False):
+        for key, arrays in zip(read.keys, read.blocks(count), strict=False):
             block = _block(prompt, keys, position[key], arrays[:groups], arrays[groups:] or None)
             if key not in self._blocks and (not block.parent or block.parent in self._blocks):
                 self._blocks.add(block)
@@ -147,6 +153,10 @@ class PrefixCache:
     def resize(self, limit: int) -> None:
         self.limit = limit
         self._shrink()
+
+    def chores(self) -> list[Chore]:
+        """For idle time."""
+        return [Chore(SAVE_USED_SECONDS, self.save_used), Chore(SAVE_ALL_SECONDS, self.save_all)]
 
     def save_used(self) -> float | None:
         """Idle: write what has been of use and is not on disk; returns when to go on."""

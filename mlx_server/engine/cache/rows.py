@@ -8,7 +8,7 @@ padded, for which CUDA has no fused kernel.
 import itertools
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -134,12 +134,13 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
 
     def _gather(self, rows: Many[int]) -> None:
         """Hold these rows alone, their own tokens together and at the end."""
-        padding, gaps = ([of[row] for row in rows] for of in (self.padding, self._gaps))
+        padding = tuple(self.padding[row] for row in rows)
+        gaps = tuple(self._gaps[row] for row in rows)
         widths = [one + _width(others) for one, others in zip(padding, gaps, strict=True)]
         excess = min(widths)
         if any(gaps) or excess:
-            own = (tuple(rows), tuple(padding), tuple(gaps), self._idx)
-            arrays = [_own_tokens(x, *own, rounded(x.shape[2] - excess)) for x in token_arrays(self)]
+            own = partial(_own_tokens, tuple(rows), padding, gaps, self._idx)
+            arrays = [own(x, rounded(x.shape[2] - excess)) for x in token_arrays(self)]
         else:
             chosen = mx.array(list(rows))
             arrays = [x[chosen] for x in token_arrays(self)]
@@ -348,11 +349,11 @@ def _sources(
 
 
 def _own_tokens(
-    x: mx.array,
     rows: tuple[int, ...],
     padding: tuple[int, ...],
     gaps: tuple[Gaps, ...],
     index: int,
+    x: mx.array,
     new_size: int,
 ) -> mx.array:
     """Of these rows of `x` (rows, heads, tokens, width), the tokens that are their own, ending

@@ -176,10 +176,13 @@ class Followers:
         """This process has failed. If that is because another has, this does not return."""
         self._join_readers(REASON_SECONDS)
 
-    def close(self) -> None:
-        """Returns once all have ended."""
+    def stop(self) -> None:
+        """Let them end."""
         self._stopping = True
         self.tell(Stop())
+
+    def close(self) -> None:
+        """Returns once all have ended."""
         deadline = time.monotonic() + STOP_SECONDS
         self._join_readers(STOP_SECONDS)
         for one in self._all:

@@ -53,6 +53,9 @@ class Ranks(Protocol):
     def most(self, value: int) -> int:
         """The largest that any has found. All must ask."""
 
+    def least(self, value: int) -> int:
+        """The smallest that any has found. All must ask."""
+
     def everywhere(self, holds: bool) -> bool:
         """Whether it holds in all of them. All must ask."""
 
@@ -82,7 +85,11 @@ class Ranks(Protocol):
     def stats(self, own: Memory) -> list[RankStats]:
         """Of all ranks, if there are several; `own` is this one's memory."""
 
-    def close(self) -> None: ...
+    def stop(self) -> None:
+        """Nothing more is to be computed: let all that have to tidy up begin."""
+
+    def close(self) -> None:
+        """Returns once all other ranks have ended."""
 
 
 class Alone:
@@ -96,6 +103,9 @@ class Alone:
 
     def most(self, value: int) -> int:
         return value if self.group is None else _most(value, self.group)
+
+    def least(self, value: int) -> int:
+        return -self.most(-value)
 
     def everywhere(self, holds: bool) -> bool:
         return not self.most(int(not holds))
@@ -127,6 +137,8 @@ class Alone:
     def stats(self, own: Memory) -> list[RankStats]:
         return []
 
+    def stop(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -139,6 +151,8 @@ class Followers(Protocol):
     def tell(self, message: ToRank) -> None: ...
 
     def stats(self) -> list[RankStats]: ...
+
+    def stop(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -186,6 +200,9 @@ class Leading(Alone):
 
     def stats(self, own: Memory) -> list[RankStats]:
         return [RankStats(0, os.getpid(), own), *self._followers.stats()]
+
+    def stop(self) -> None:
+        self._followers.stop()
 
     def close(self) -> None:
         self._followers.close()

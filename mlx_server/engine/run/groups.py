@@ -174,21 +174,23 @@ class Groups(Generic[Row]):
         if len(keep) == len(group.rows):
             return
         if self._prefix is not None:
-            self._keep_blocks(group, [i for i, row in enumerate(group.rows) if row.id in ids])
+            leaving = [i for i, row in enumerate(group.rows) if row.id in ids]
+            _keep_blocks(self._prefix, group, leaving)
         group.rows = [group.rows[i] for i in keep]
         group.cache = self._caches.keep_rows(group.cache, keep)
 
-    def _keep_blocks(self, group: Group[Row], leaving: list[int]) -> None:
-        cache, places = group.cache, leaving
-        if kv.has_gaps(cache):
-            cache, places = kv.copy_of_rows(cache, leaving), list(range(len(leaving)))
-        for i, place in zip(leaving, places, strict=True):
-            row = group.rows[i]
-            kept = store_blocks(self._prefix, row, cache, place, row.computed)
-            mx.async_eval(kept)  # type: ignore[no-untyped-call]
-
     def _renumber(self) -> None:
         self.rows = [row for group in self._groups for row in group.rows]
+
+
+def _keep_blocks(prefix: PrefixCache, group: Group[Row], leaving: list[int]) -> None:
+    cache, places = group.cache, leaving
+    if kv.has_gaps(cache):
+        cache, places = kv.copy_of_rows(cache, leaving), list(range(len(leaving)))
+    for i, place in zip(leaving, places, strict=True):
+        row = group.rows[i]
+        kept = store_blocks(prefix, row, cache, place, row.computed)
+        mx.async_eval(kept)  # type: ignore[no-untyped-call]
 
 
 def ids_of(rows: Many[Sequence]) -> frozenset[int]:

@@ -6,14 +6,19 @@ from mlx_server.engine.cache.blocks import Block
 from mlx_server.engine.cache.disk import BlockRead
 from mlx_server.engine.cache.prefix import PrefixCache
 from mlx_server.engine.plan import Fetch
+from mlx_server.engine.ranks.sharing import Ranks
+
+READ_SECONDS = 10.0
+"""For the disk of a rank to read what rank 0's has read."""
 
 
 class WaitingPrefixes:
     """`reads` are by request id. Pinned blocks stay until their request begins or is dropped."""
 
-    def __init__(self, prefix: PrefixCache) -> None:
+    def __init__(self, prefix: PrefixCache, ranks: Ranks) -> None:
         self.reads: dict[int, BlockRead] = {}
         self._prefix = prefix
+        self._ranks = ranks
         self._fetches: dict[int, Fetch] = {}
         self._pinned: dict[int, list[Block]] = {}
 
@@ -23,10 +28,15 @@ class WaitingPrefixes:
             self.reads[fetch.id] = self._prefix.disk.read(fetch.wanted)
 
     def load(self, ids: Iterable[int]) -> None:
-        """Put what was read for these requests into the prefix cache, and pin it."""
+        """Put what was read for these requests into the prefix cache, and pin it: as much as all
+        ranks have read.
+        """
         for id_ in ids:
-            fetch = self._fetches.pop(id_)
-            self._prefix.load_blocks(fetch.prompt, fetch.keys, self.reads.pop(id_))
+            fetch, read = self._fetches.pop(id_), self.reads.pop(id_)
+            if not read.wait(READ_SECONDS):
+                read.cancel()
+            found = self._ranks.least(len(read.found))
+            self._prefix.load_blocks(fetch.prompt, fetch.keys, read, found)
             self.pin(id_, fetch.keys)
 
     def drop(self, id_: int) -> None:

@@ -74,7 +74,7 @@ class Runner:
         self.mask_thread = MaskThread()
         self.context_length = context_length
         self.prefills: dict[int, Prefill] = {}
-        self.waiting = WaitingPrefixes(prefix)
+        self.waiting = WaitingPrefixes(prefix, model.ranks)
         self.batch = Batch(model, Groups(model, prefix), self.mask_thread)
         self._mixed: _MixedChunk | None = None
         self._experience = Experience()

@@ -44,8 +44,6 @@ from mlx_server.engine.schedule.waiting import WaitingQueue
 
 PREPARE_SECONDS = 1.0
 """Idle time after which the engine gets ready for grammars."""
-SAVE_USED_SECONDS, SAVE_ALL_SECONDS = 5.0, 60.0
-"""Idle time after which prefixes go to the disk: those used more than once, and all others."""
 THREADS_WAIT = 0.02
 """Seconds between looks at the inbox while there is nothing to do but to wait for other threads."""
 
@@ -207,16 +205,15 @@ class Scheduler:
         self.memory.release_excess()
 
     def chores(self) -> list[Chore]:
-        prefix = self.runner.prefix
         return [
             Chore(RELEASE_SECONDS, self.memory.release_all),
             Chore(PREPARE_SECONDS, self.runner.grammars.prepare),
-            Chore(SAVE_USED_SECONDS, prefix.save_used),
-            Chore(SAVE_ALL_SECONDS, prefix.save_all),
+            *self.runner.prefix.chores(),
             Chore(REST_SECONDS, self._rest),
         ]
 
     def close(self) -> None:
+        self.model.ranks.stop()
         self.runner.grammars.close()
         self.runner.mask_thread.close()
         self.runner.prefix.close()

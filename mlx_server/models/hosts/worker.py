@@ -211,7 +211,7 @@ class Worker:
         options = structs.replace(
             options,
             wired_limit=min(take.need, self._device.wired(settings.wired_memory)),
-            disk_cache_folder=None if take.load.hosts else own.disk_cache_folder,
+            disk_cache_folder=own.disk_cache_folder,
             disk_cache_limit=own.disk_cache_limit,
             disk_cache_daily=own.disk_cache_daily,
             kernels_folder=own.kernels_folder,
