@@ -109,7 +109,7 @@ def load(leader: LeaderConnection, begin: Begin) -> Rank:
     leader.tell(Prepared(os.getpid(), own))
     join = leader.command()
     assert isinstance(join, Join)
-    ranks = Following(ring.join(begin.rank, join.ranks), leader)
+    ranks = Following(ring.join(begin.rank, join.ranks, join.rdma), leader)
     backend = Backend(Path(begin.load.path), options, memory, ranks=ranks)
     leader.tell(Loaded(memory.limit - backend.weights_bytes, backend.kv_cost.own))
     settled = leader.command()

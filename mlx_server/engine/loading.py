@@ -84,9 +84,10 @@ def load(
 
 def is_models_fault(error: Exception) -> bool:
     """Whether a failed load would fail again. Else it may come of another rank's end."""
+    from mlx_server.engine.ranks.ring import NoRdma
     from mlx_server.engine.run.weights import ModelError
 
-    return isinstance(error, ModelError)
+    return isinstance(error, ModelError | NoRdma)
 
 
 def prepare(message: Load) -> "tuple[DeviceMemory, str | None]":
@@ -195,7 +196,8 @@ def _ranks(message: Load, followers: "Followers") -> "Ranks":
         ranks = [own, *(one.addresses for one in prepared)]
     else:
         ranks = [[one] for one in ring.free_addresses([ring.LOOPBACK] * message.options.ranks)]
-    group = ring.join(0, ranks, announce=lambda: followers.tell(Join(ranks)))
+    join = Join(ranks, message.rdma)
+    group = ring.join(0, ranks, message.rdma, announce=lambda: followers.tell(join))
     return Leading(group, followers)
 
 

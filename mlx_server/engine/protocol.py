@@ -95,6 +95,17 @@ class RankHost(msgspec.Struct, frozen=True):
     addresses: list[str]
 
 
+RdmaDevices = list[str | list[str] | None]
+"""Of a machine, its device or devices for RDMA with each machine, None for itself."""
+
+
+class Rdma(msgspec.Struct, frozen=True):
+    """How ranks reach each other by JACCL: `devices` by rank. With `around` only neighbours do."""
+
+    devices: list[RdmaDevices]
+    around: bool
+
+
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"]
 
 
@@ -122,6 +133,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """None for a model that generates."""
     hosts: list[RankHost] = []
     """Of each rank of a model on several machines; empty if all ranks are on this one."""
+    rdma: Rdma | None = None
+    """None where ranks talk over TCP."""
 
 
 class Tokenizer(msgspec.Struct, frozen=True, tag="tokenizer"):

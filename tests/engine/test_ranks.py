@@ -1,6 +1,7 @@
 """A model divided among processes: the text of one process, and one end for all of them."""
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -9,12 +10,21 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import msgspec
 import psutil
 import pytest
 
 from mlx_server.engine.cache.prefix import BLOCK
-from mlx_server.engine.protocol import Generate, LoadOptions, Logprobs, Row, Sampling
+from mlx_server.engine.protocol import (
+    Generate,
+    LoadOptions,
+    Logprobs,
+    Rdma,
+    RdmaDevices,
+    Row,
+    Sampling,
+)
 from mlx_server.engine.ranks import ring
 from mlx_server.errors import LoadCrashed, ModelLoadFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
@@ -194,14 +204,18 @@ async def test_what_was_computed_is_taken_up_from_the_disks_as_far_as_all_ranks_
         found = await rows_of(engine, asked)
         assert found[0][0].cached == 7 * BLOCK
         assert_same(found, expected)
-    parts = sorted(path for path in tmp_path.iterdir() if path.is_dir())
-    assert len(parts) == len(SHARES[way])
-    for file in sorted(parts[-1].rglob("*.safetensors"))[:2]:
-        file.unlink()
+    lose_blocks_of_one_rank(tmp_path, len(SHARES[way]))
     async with started(model, **options) as engine:
         found = await rows_of(engine, asked)
         assert (found[0][0].cached or 0) < 7 * BLOCK
         assert_same(found, expected)
+
+
+def lose_blocks_of_one_rank(disk: Path, ranks: int) -> None:
+    parts = sorted(path for path in disk.iterdir() if path.is_dir())
+    assert len(parts) == ranks
+    for file in sorted(parts[-1].rglob("*.safetensors"))[:2]:
+        file.unlink()
 
 
 @pytest.mark.soak
@@ -344,6 +358,29 @@ def is_rank(process: psutil.Process) -> bool:
         return "mlx_server.engine.follower" in process.cmdline()
     except psutil.Error:
         return False
+
+
+def test_rdma_is_asked_for_as_mlx_s_launcher_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLX would read, where there is no such device to try it with."""
+    devices: list[RdmaDevices] = [[None, "rdma_en2"], ["rdma_en3", None]]
+    addresses = [["10.0.0.1:5000"], ["10.0.0.2:5000"]]
+    asked = []
+
+    def init(*, strict: bool, backend: str) -> None:
+        read = json.loads(Path(os.environ["MLX_IBV_DEVICES"]).read_text())
+        names = ("MLX_RANK", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING")
+        asked.append((strict, backend, read, *map(os.environ.get, names)))
+
+    for name in ("MLX_RANK", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING", "MLX_IBV_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ring.NoRdma, match="which MLX does not have there"):
+        ring.join(1, addresses, Rdma(devices, around=False))
+    monkeypatch.setattr(mx.distributed, "is_available", lambda backend: backend == "jaccl")
+    monkeypatch.setattr(mx.distributed, "init", init)
+    for around in (False, True):
+        ring.join(1, addresses, Rdma(devices, around))
+    told = (True, "jaccl", devices, "1", "10.0.0.1:5000")
+    assert asked == [(*told, None), (*told, "1")]
 
 
 def test_an_address_in_use_is_one_line() -> None:

@@ -11,6 +11,7 @@ from mlx_server.errors import ServerError
 
 if TYPE_CHECKING:
     from mlx_server.config import Settings
+    from mlx_server.models.hosts.hostfile import HostFile
     from mlx_server.models.hosts.link import Link
     from mlx_server.models.hosts.preflight import Preflight
 
@@ -20,6 +21,8 @@ LAYERS, WIDTH = 32, 4096
 """Of a model of some 8 billion weights."""
 SUMS, NUMBER_BYTES = 2, 2
 """In each layer, and of each number."""
+RDMA_SUM = 31e-6
+"""Seconds of a sum over two Macs by RDMA over Thunderbolt, from what others have published."""
 MANY_MS = 20.0
 FIX = "see docs/distributed.md; `ssh {name} mlx-server doctor` tells more"
 
@@ -57,7 +60,7 @@ async def _findings(
         for model in models:
             async for finding in _files(settings, preflight, model):
                 yield finding
-        async for finding in _links(preflight, len(listed.machines)):
+        async for finding in _links(preflight, listed):
             yield finding
     finally:
         await machines.stop()
@@ -87,21 +90,24 @@ async def _files(
             yield fail("files", f"{name}: {entry.id}: {fault}", fix)
 
 
-async def _links(preflight: "Preflight", machines: int) -> AsyncIterator[Finding]:
+async def _links(preflight: "Preflight", listed: "HostFile") -> AsyncIterator[Finding]:
+    rdma = listed.backend != "ring"
     try:
         async for one, other, link in preflight.links():
-            yield link_finding(one, other, link, machines)
+            yield link_finding(one, other, link, len(listed.machines), rdma)
     except ServerError as error:
         yield fail("link", str(error), "let the machines connect to each other at any port")
 
 
-def link_finding(one: str, other: str, link: "Link", machines: int) -> Finding:
+def link_finding(one: str, other: str, link: "Link", machines: int, rdma: bool = False) -> Finding:
     """What the link is, and what to expect of a ring of such links."""
-    wait = 1000 * LAYERS * SUMS * seconds_of_sum(link, WIDTH * NUMBER_BYTES, machines)
+    of_sum = RDMA_SUM if rdma else seconds_of_sum(link, WIDTH * NUMBER_BYTES, machines)
+    wait = 1000 * LAYERS * SUMS * of_sum
+    by_rdma = ", by RDMA, which is not measured here" if rdma else ""
     detail = (
         f"{one} to {other}: {1e6 * link.round_trip:,.0f} µs there and back, "
         f"{link.rate / 1e9:.2f} GB/s; a model of {LAYERS} layers of {WIDTH:,} would wait "
-        f"{wait:.1f} ms for each token"
+        f"{wait:.1f} ms for each token{by_rdma}"
     )
     if wait > MANY_MS:
         return warn("link", detail, "use a cable: Thunderbolt, or Ethernet of 10 gigabits")

@@ -1,6 +1,6 @@
-"""MLX's ring of TCP connections between neighbouring ranks.
+"""What MLX connects ranks by: a ring of TCP connections between neighbours, or RDMA (JACCL).
 
-It is neither encrypted nor does it ask who connects. MLX stops listening once all have joined.
+Neither is encrypted, nor does it ask who connects. MLX stops listening once all have joined.
 """
 
 import faulthandler
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_server.engine.protocol import Rdma
 from mlx_server.engine.ranks.messages import Addresses
 
 LOOPBACK = "127.0.0.1"
@@ -24,6 +25,10 @@ meanwhile, so that nothing else would notice that a rank is gone."""
 
 class RingError(Exception):
     """The ranks cannot be connected."""
+
+
+class NoRdma(RingError):
+    """MLX has no RDMA here."""
 
 
 def free_addresses(hosts: Iterable[str]) -> Addresses:
@@ -43,23 +48,35 @@ def free_addresses(hosts: Iterable[str]) -> Addresses:
 
 
 def join(
-    rank: int, ranks: list[Addresses], announce: Callable[[], None] = lambda: None
+    rank: int,
+    ranks: list[Addresses],
+    rdma: Rdma | None = None,
+    announce: Callable[[], None] = lambda: None,
 ) -> mx.distributed.Group:
-    """Connect to the neighbours, all of whom do the same now. Raises RingError.
+    """Connect to the others, all of whom do the same now. Raises RingError.
 
     `announce` is called at the last moment: the last rank connects to rank 0 first, and if nobody
     listens there yet it tries again a second later.
     """
+    if rdma is not None and not mx.distributed.is_available("jaccl"):
+        raise NoRdma("the hosts file asks for RDMA (jaccl), which MLX does not have there")
     with tempfile.TemporaryDirectory() as folder:
-        hosts = Path(folder, "hosts.json")
-        hosts.write_text(json.dumps(ranks))
-        os.environ |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+        file = Path(folder, "hosts.json")
+        os.environ["MLX_RANK"] = str(rank)
+        if rdma is None:
+            file.write_text(json.dumps(ranks))
+            os.environ["MLX_HOSTFILE"] = str(file)
+        else:
+            file.write_text(json.dumps(rdma.devices))
+            os.environ |= {"MLX_IBV_DEVICES": str(file), "MLX_JACCL_COORDINATOR": ranks[0][0]}
+            if rdma.around:
+                os.environ["MLX_JACCL_RING"] = "1"
         faulthandler.dump_traceback_later(JOIN_SECONDS, exit=True)
         announce()
         try:
-            return mx.distributed.init(strict=True, backend="ring")
+            return mx.distributed.init(strict=True, backend="jaccl" if rdma else "ring")
         except RuntimeError as error:
-            where = ", ".join(ranks[rank])
-            raise RingError(f"rank {rank} cannot listen on {where}: {error}") from error
+            where = "use RDMA" if rdma else f"listen on {', '.join(ranks[rank])}"
+            raise RingError(f"rank {rank} cannot {where}: {error}") from error
         finally:
             faulthandler.cancel_dump_traceback_later()

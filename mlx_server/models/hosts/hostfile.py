@@ -1,9 +1,12 @@
 """MLX's host files: which machines a model is divided among. `mlx.distributed_config` writes them.
 
 A JSON list, or an object with the list under `hosts`, of objects with `ssh`, by which ssh reaches a
-machine, and `ips`, its addresses for the ring. `envs` of the object are variables for workers.
+machine, and `ips`, its addresses for the ring. `envs` of the object are variables for workers. With
+`backend` "jaccl" or "jaccl-ring" machines talk by RDMA, through the devices that `rdma` of each
+lists for all of them; in a ring only neighbours have any.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address
 from pathlib import Path
@@ -11,18 +14,31 @@ from typing import Annotated, Self
 
 import msgspec
 
+from mlx_server.engine.protocol import Rdma, RdmaDevices
 from mlx_server.errors import Unavailable, reason
 
 Variable = Annotated[str, msgspec.Meta(pattern="^[A-Za-z_][A-Za-z0-9_]*=")]
+
+
+BACKENDS = ("ring", "jaccl", "jaccl-ring")
 
 
 class HostsFileError(Unavailable):
     """The message is one line that names the file."""
 
 
+class NoDevice(Exception):
+    """By which ranks could reach each other; `host` is one of the machines."""
+
+    def __init__(self, host: str, why: str) -> None:
+        super().__init__(why)
+        self.host = host
+
+
 class Machine(msgspec.Struct, frozen=True):
     ssh: Annotated[str, msgspec.Meta(pattern=r"^[^-\s][^\s]*$")]
     ips: list[str] = []
+    rdma: RdmaDevices = []
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -37,6 +53,7 @@ class HostFile:
 
     machines: tuple[Machine, ...]
     envs: tuple[str, ...] = ()
+    backend: str = "ring"
 
     @property
     def here(self) -> Machine:
@@ -45,6 +62,28 @@ class HostFile:
     @property
     def others(self) -> tuple[Machine, ...]:
         return self.machines[1:]
+
+    def rdma(self, names: Sequence[str]) -> Rdma | None:
+        """Between this machine and these others; None where the file does not ask for RDMA. Raises
+        NoDevice.
+        """
+        if self.backend == "ring":
+            return None
+        place = {machine.ssh: i for i, machine in enumerate(self.machines)}
+        if unknown := [name for name in names if name not in place]:
+            raise NoDevice(unknown[0], "the hosts file lists no RDMA devices of it")
+        chosen = [0, *(place[name] for name in names)]
+        devices = [[self.machines[one].rdma[other] for other in chosen] for one in chosen]
+        around = self.backend == "jaccl-ring"
+        for one, row in enumerate(devices):
+            for other in neighbours(one, len(chosen)) if around else range(len(chosen)):
+                if one != other and row[other] is None:
+                    name, peer = (self.machines[chosen[i]].ssh for i in (one, other))
+                    raise NoDevice(
+                        name if one else peer,
+                        f"the hosts file lists no RDMA device from {name} to {peer}",
+                    )
+        return Rdma(devices, around)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -59,12 +98,17 @@ class HostFile:
             raise HostsFileError(f"hosts file {path}: {reason(error)}") from error
         if (fault := _fault(file)) is not None:
             raise HostsFileError(f"hosts file {path}: {fault}")
-        return cls(tuple(file.hosts), tuple(file.envs))
+        return cls(tuple(file.hosts), tuple(file.envs), file.backend or "ring")
+
+
+def neighbours(place: int, size: int) -> set[int]:
+    """In a ring of that size."""
+    return {(place - 1) % size, (place + 1) % size}
 
 
 def _fault(file: _File) -> str | None:
-    if file.backend not in ("", "ring"):
-        return f"the back end {file.backend} is not there yet, only ring"
+    if file.backend not in ("", *BACKENDS):
+        return f"the back end {file.backend} is none of {', '.join(BACKENDS)}"
     if len(file.hosts) < 2:
         return "it names fewer than two hosts"
     names = [host.ssh for host in file.hosts]
@@ -78,4 +122,9 @@ def _fault(file: _File) -> str | None:
                 IPv4Address(address)
             except AddressValueError:
                 return f"{address!r} of {host.ssh} is no IPv4 address, which the ring needs"
+    if file.backend in ("", "ring"):
+        return None
+    for i, host in enumerate(file.hosts):
+        if len(host.rdma) != len(file.hosts) or host.rdma[i] is not None:
+            return f"`rdma` of {host.ssh} has to list a device for each host, and null for itself"
     return None

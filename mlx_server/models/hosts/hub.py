@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
-from mlx_server.engine.protocol import Device, RankHost
+from mlx_server.engine.protocol import Device, RankHost, Rdma
 from mlx_server.errors import reason
 from mlx_server.events import event
 from mlx_server.models.hosts.connection import Connection, ConnectionLost
 from mlx_server.models.hosts.elsewhere import RanksElsewhere
 from mlx_server.models.hosts.host import Host, HostLost, Lease, RankRefused
+from mlx_server.models.hosts.hostfile import NoDevice
 from mlx_server.models.hosts.messages import (
     MAX_OPENING,
     Dismissed,
@@ -33,7 +34,8 @@ log = logging.getLogger("mlx_server.hosts")
 
 class Hub:
     """`names`: of the machines that may join. `own_addresses`: of this one, for MLX's ring; if
-    none, the one that workers see. `patience`: seconds that a machine may be away.
+    none, the one that workers see. `patience`: seconds that a machine may be away. `rdma`: how this
+    machine and others reach each other, as HostFile.rdma says.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Hub:
         versions: dict[str, str],
         patience: float,
         own_addresses: Sequence[str] = (),
+        rdma: Callable[[Sequence[str]], Rdma | None] = lambda names: None,
     ) -> None:
         self.troubles: dict[str, str] = {}
         """Why a machine is not there, as far as somebody knows."""
@@ -51,6 +54,7 @@ class Hub:
         self._versions = versions
         self._patience = patience
         self._own_addresses = list(own_addresses)
+        self._rdma = rdma
         self._device: Device | None = None
         self._hosts: dict[str, Host] = {}
         self._unfit: dict[str, str] = {}
@@ -128,7 +132,7 @@ class Hub:
         load = part.load
         if part.is_rank:
             ranks = self._rank_hosts(hosts)
-            load = msgspec.structs.replace(load, hosts=ranks)
+            load = msgspec.structs.replace(load, hosts=ranks, rdma=self._rdma_of(hosts))
         else:
             ranks = [RankHost(host.name, host.addresses) for host in hosts]
         leases = [host.lease(part.model, part.digests, part.need, load) for host in hosts]
@@ -145,6 +149,13 @@ class Hub:
                     f"it has {count} addresses for the ring and this machine {len(own)}",
                 )
         return [RankHost("", own), *(RankHost(host.name, host.addresses) for host in hosts)]
+
+    def _rdma_of(self, hosts: Sequence[Host]) -> Rdma | None:
+        """Raises RankRefused."""
+        try:
+            return self._rdma([host.name for host in hosts])
+        except NoDevice as error:
+            raise RankRefused(error.host, str(error)) from error
 
     # who comes
 

@@ -66,8 +66,9 @@ class Machines:
         self._hub: Hub | None = None
         if names := self._names():
             self._secret = self._chosen_secret()
-            here = self._file.here.ips if self._file else []
-            self._hub = Hub(names, self._secret.encode(), own_versions(), settings.host_wait, here)
+            secret, wait = self._secret.encode(), settings.host_wait
+            more = (self._file.here.ips, self._file.rdma) if self._file else ()
+            self._hub = Hub(names, secret, own_versions(), wait, *more)
 
     def of_model(self, model_id: str) -> tuple[str, ...]:
         """Names of those that it may have, those that it takes first."""
