@@ -136,5 +136,8 @@ def test_what_to_expect_of_a_link() -> None:
     assert seconds_of_sum(good, 8192, 2) == pytest.approx(98e-6 + 8192 / 1.2e9)
     assert seconds_of_sum(good, 8192, 3) == pytest.approx(2 * 98e-6 + 4 / 3 * 8192 / 1.2e9)
     assert link_finding("a", "b", good, 2).verdict == "ok"
-    assert "would wait 6.7 ms for each token" in link_finding("a", "b", good, 2).detail
+    said = link_finding("a", "b", good, 2).detail
+    assert "would wait 6.7 ms for each token divided by heads, 0.2 ms by layers" in said
+    by_rdma = link_finding("a", "b", good, 2, rdma=True).detail
+    assert "2.0 ms for each token divided by heads, by RDMA, which is not measured here" in by_rdma
     assert link_finding("a", "b", poor, 2).verdict == "warn"

@@ -103,15 +103,25 @@ def link_finding(one: str, other: str, link: "Link", machines: int, rdma: bool =
     """What the link is, and what to expect of a ring of such links."""
     of_sum = RDMA_SUM if rdma else seconds_of_sum(link, WIDTH * NUMBER_BYTES, machines)
     wait = 1000 * LAYERS * SUMS * of_sum
+    layers = 1000 * seconds_of_states(link, WIDTH * NUMBER_BYTES, machines)
     by_rdma = ", by RDMA, which is not measured here" if rdma else ""
     detail = (
         f"{one} to {other}: {1e6 * link.round_trip:,.0f} µs there and back, "
         f"{link.rate / 1e9:.2f} GB/s; a model of {LAYERS} layers of {WIDTH:,} would wait "
-        f"{wait:.1f} ms for each token{by_rdma}"
+        f"{wait:.1f} ms for each token divided by heads{by_rdma}, {layers:.1f} ms by layers"
     )
     if wait > MANY_MS:
-        return warn("link", detail, "use a cable: Thunderbolt, or Ethernet of 10 gigabits")
+        advice = "use a cable: Thunderbolt, or Ethernet of 10 gigabits; or `division = pipeline`"
+        return warn("link", detail, advice)
     return ok("link", detail)
+
+
+def seconds_of_states(link: "Link", size: int, machines: int) -> float:
+    """Of a state of `size` bytes that goes from each machine to the next, and of the token drawn,
+    which all get as a sum.
+    """
+    state = link.round_trip / 2 + size / link.rate
+    return (machines - 1) * state + seconds_of_sum(link, 4, machines)
 
 
 def seconds_of_sum(link: "Link", size: int, machines: int) -> float:
