@@ -92,7 +92,7 @@ class Server:
         async def has_given() -> bool:
             return bool((await self.idle(model))["memory"]["cache"] == 0)
 
-        await until(has_given, 30.0)
+        await until(has_given, 30.0, every=0.25)
         return await self.idle(model)
 
 
@@ -208,12 +208,13 @@ async def until(
     check: Callable[[], Awaitable[object]],
     seconds: float,
     complaint: Callable[[], str] = lambda: "waited in vain",
+    every: float = POLL_SECONDS,
 ) -> float:
     """Poll `check` until it is true; returns how many seconds that took."""
     started = time.monotonic()
     while not await check():
         assert time.monotonic() - started < seconds, complaint()
-        await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(every)
     return time.monotonic() - started
 
 
