@@ -205,7 +205,7 @@ def test_tokens_are_charged_and_counted(client: httpx.Client) -> None:
 
 
 def many_texts() -> list[str]:
-    return [f"{i} {'the quick fox ' * (i % 12)}" for i in range(2048)]
+    return [f"{i} {'the quick fox ' * (i % 12)}" for i in range(1024)]
 
 
 async def working(server: Server, model: str) -> None:

@@ -18,7 +18,7 @@ from tests.server.test_errors import assert_refused
 from tests.support.raw import Raw
 from tests.support.server import CHAT, PLAIN, Server, chat, serving, until
 
-PATIENCE = 2.0
+PATIENCE = 1.0
 CONNECTIONS = 8
 SPARE = 64
 HEADER_BYTES = 16 * 1024
@@ -103,7 +103,7 @@ def test_a_slow_body_that_keeps_its_pace_is_waited_for(bounded: Server) -> None:
 
     def slowly() -> Iterator[bytes]:
         for start in range(0, len(body), 1000):
-            time.sleep(0.2)  # this client is slow
+            time.sleep(0.1)  # this client is slow
             yield body[start : start + 1000]
 
     with httpx.Client(base_url=bounded.url, timeout=30, **PLAIN) as client:
