@@ -26,7 +26,7 @@ __all__ = ["environment"]
 
 PATIENCE = 60.0
 ENDS_SECONDS = 2.0
-TOKENS = 80
+TOKENS = 40
 ALONE = "alone"
 
 
@@ -63,7 +63,7 @@ class First:
         self.server: Server
         self._home = home
         self._flags = ("--model", str(model), "--worker", "second")
-        self._settings = ours(port) | {"workers_by_model": {ALONE: []}}
+        self._settings = ours(port) | {"workers_by_model": {ALONE: []}, "hang_timeout": 2}
         self._stack = stack
         shutil.copytree(model, home / "models" / ALONE)
 

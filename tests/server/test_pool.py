@@ -162,7 +162,7 @@ async def test_models_are_loaded_on_demand_and_swapped_within_the_budget(
     assert ledger.engines == 1
     assert [e.pid for e in small.engines()] == [states[n]["pid"] for n in loaded(states)]
     assert all(len(said) <= 1 for said in texts.values()), "an answer was cut or changed"
-    await flat_over(small, 3)
+    await flat_over(small, 2)
 
 
 async def test_a_request_for_many_prompts_does_not_wait_for_itself(small: Server) -> None:

@@ -123,11 +123,11 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 async def test_killed_ranks_change_nothing_in_any_stream(two: Server) -> None:
-    await end_at_random(two, kills=2, tokens=80)
+    await end_at_random(two, kills=2, tokens=40)
 
 
 async def test_killed_ranks_with_layers_of_their_own_change_nothing(two: Server) -> None:
-    await end_at_random(two, kills=1, tokens=60, model=LAYERED)
+    await end_at_random(two, kills=1, tokens=40, model=LAYERED)
 
 
 @pytest.mark.soak
@@ -137,7 +137,7 @@ async def test_fifty_killed_ranks_change_nothing_in_any_stream(two: Server) -> N
 
 
 async def test_a_stopped_rank_is_replaced_and_its_memory_freed(two: Server) -> None:
-    bodies = asked(80)
+    bodies = asked(40)
     async with two.client(timeout=300) as client:
         expected = await all_of(client, bodies)
         streams = asyncio.create_task(all_of(client, bodies))

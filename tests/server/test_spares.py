@@ -13,7 +13,7 @@ from tests.support.server import CHAT, Server, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
-TOKENS = 120
+TOKENS = 50
 WAIT = 3.0
 """`host_wait`; a spare is taken before."""
 
