@@ -35,8 +35,14 @@ def write_keys(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
-    """A server with a file of keys and one origin that may call it, which logs all it can."""
+    """A server with a file of keys and one origin that may call it, which logs all it can. It has
+    two models with code of their own, of which it may run one's."""
     home = tmp_path_factory.mktemp("keyed")
+    for name in ("named", "unnamed"):
+        folder = shutil.copytree(tiny_model, home / "models" / name)
+        (folder / "own.py").write_text(f"open({str(home / name)!r}, 'w')\n")
+        config = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(config.replace("{", '{"model_file": "own.py",', 1))
     with serving(
         home,
         "--model",
@@ -44,6 +50,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         keys_file=str(write_keys(home)),
         cors_origins=[FRIEND],
         log_level="debug",
+        trust_remote_code=["named"],
     ) as server:
         yield server
 
@@ -208,17 +215,10 @@ def test_no_picture_is_fetched_or_read(client: httpx.Client, url: str) -> None:
     assert_refused(client.post(CHAT, json=BODY | {"messages": messages}), 400)
 
 
-def test_a_models_own_code_runs_only_where_the_operator_named_the_model(
-    tmp_path: Path, tiny_model: Path
-) -> None:
-    for name in ("named", "unnamed"):
-        folder = shutil.copytree(tiny_model, tmp_path / "models" / name)
-        (folder / "own.py").write_text(f"open({str(tmp_path / name)!r}, 'w')\n")
-        config = (folder / "config.json").read_text()
-        (folder / "config.json").write_text(config.replace("{", '{"model_file": "own.py",', 1))
-    with serving(tmp_path, log_level="error", trust_remote_code=["named"]) as server:
-        call(server, "POST", CHAT, json=BODY | {"model": "named"})
-        assert (tmp_path / "named").exists()
-        answer = call(server, "POST", CHAT, json=BODY | {"model": "unnamed"})
-        assert_refused(answer, 503)
-        assert not (tmp_path / "unnamed").exists()
+def test_a_models_own_code_runs_only_where_the_operator_named_the_model(keyed: Server) -> None:
+    home, key = keyed.log.parent, bearer(ALICE)
+    call(keyed, "POST", CHAT, json=BODY | {"model": "named"}, headers=key)
+    assert (home / "named").exists()
+    answer = call(keyed, "POST", CHAT, json=BODY | {"model": "unnamed"}, headers=key)
+    assert_refused(answer, 503)
+    assert not (home / "unnamed").exists()
