@@ -17,7 +17,7 @@ from tests.support.server import CHAT, Answer, Server, ask, logged, serving, unt
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
-CHATS = 9
+CHATS = 6
 PATIENCE = 60.0
 
 
@@ -75,7 +75,7 @@ async def test_the_end_of_a_machine_loses_nothing_and_it_comes_back(
     server: Server, three: Three
 ) -> None:
     before = await replicas_of(server)
-    asked = [turn(100 + i, tokens=300) for i in range(CHATS)]
+    asked = [turn(100 + i, tokens=150) for i in range(CHATS)]
     async with server.client(timeout=60) as client:
         expected = await asyncio.gather(*(ask(client, CHAT, body) for body in asked))
         streams = [asyncio.create_task(ask(client, CHAT, body)) for body in asked]

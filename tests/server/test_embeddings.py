@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.support.bert import build_tiny_bert, wordpiece
-from tests.support.server import CHAT, TEXT, Server, chat, serving, until
+from tests.support.server import CHAT, PLAIN, TEXT, Server, chat, serving, until
 from tests.support.tiny import build_tiny_model
 
 PATH = "/v1/embeddings"
@@ -44,7 +44,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def client(embedder: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=embedder.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=embedder.url, timeout=60, **PLAIN) as client:
         yield client
 
 
@@ -205,7 +205,7 @@ def test_tokens_are_charged_and_counted(client: httpx.Client) -> None:
 
 
 def many_texts() -> list[str]:
-    return [f"{i} {'the quick fox ' * (i % 12)}" for i in range(2048)]
+    return [f"{i} {'the quick fox ' * (i % 12)}" for i in range(1024)]
 
 
 async def working(server: Server, model: str) -> None:

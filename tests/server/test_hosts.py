@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,32 +15,24 @@ from typing import Any
 
 import pytest
 
-from tests.server.test_ranks import SETTINGS, all_of, asked, ranks_of
+from tests.server.test_ranks import MANY, SETTINGS, all_of, asked, ranks_of
+from tests.support.command import environment, refusal
 from tests.support.hosts import SECRET, Worker, free_port, over, working
 from tests.support.server import CHAT, Answer, Server, ask, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
+__all__ = ["environment"]
+
 PATIENCE = 60.0
 ENDS_SECONDS = 2.0
-TOKENS = 100
+TOKENS = 40
+ALONE = "alone"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", context=4096)
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[Answer]:
-    """What one process answers."""
-
-    async def answers(server: Server) -> list[Answer]:
-        async with server.client(timeout=300) as client:
-            return await all_of(client, asked(TOKENS))
-
-    with serving(tmp_path_factory.mktemp("alone"), "--model", str(model), **SETTINGS) as server:
-        return asyncio.run(answers(server))
 
 
 class Second:
@@ -63,12 +56,45 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Second]:
         yield made
 
 
+class First:
+    """This machine, whose server may end and come back. It has the model to itself as well."""
+
+    def __init__(self, home: Path, model: Path, port: int, stack: contextlib.ExitStack) -> None:
+        self.server: Server
+        self._home = home
+        self._flags = ("--model", str(model), "--worker", "second")
+        self._settings = ours(port) | {"workers_by_model": {ALONE: []}, "hang_timeout": 2}
+        self._stack = stack
+        shutil.copytree(model, home / "models" / ALONE)
+
+    def come(self) -> None:
+        may = {"may_hang": True, "steps_may_fail": True}
+        made = serving(self._home, *self._flags, **may, **self._settings)
+        self.server = self._stack.enter_context(made)
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, model: Path, second: Second) -> Iterator[Server]:
-    home = tmp_path_factory.mktemp("home")
-    flags = ("--model", str(model), "--worker", "second")
-    with serving(home, *flags, may_hang=True, steps_may_fail=True, **ours(second.port)) as server:
-        yield server
+def first(tmp_path_factory: pytest.TempPathFactory, model: Path, second: Second) -> Iterator[First]:
+    with contextlib.ExitStack() as stack:
+        made = First(tmp_path_factory.mktemp("home"), model, second.port, stack)
+        made.come()
+        yield made
+
+
+@pytest.fixture
+def pair(first: First) -> Server:
+    return first.server
+
+
+@pytest.fixture(scope="module")
+async def expected(first: First) -> list[Answer]:
+    """What one process answers."""
+    async with first.server.client(timeout=300) as client:
+        answers = await all_of(client, asked(TOKENS, ALONE))
+        [engine] = (await first.server.models())[ALONE]["replicas"]
+        assert len(engine["ranks"]) <= 1
+        await client.post(f"/admin/models/{ALONE}/unload")
+    return answers
 
 
 def ours(port: int) -> dict[str, Any]:
@@ -147,7 +173,7 @@ async def test_whatever_ends_no_stream_notices(pair: Server, second: Second) -> 
     rng = random.Random(6)
     ends = [rng.choice(["engine", "rank", "worker"]) for _ in range(20)] + ["stopped"]
     async with pair.client(timeout=600) as client:
-        bodies = asked(400)
+        bodies = asked(400, streams=MANY)
         expected = await all_of(client, bodies)
         answers = ties = 0
         done = asyncio.Event()
@@ -188,22 +214,19 @@ async def counts_as_lost(server: Server) -> bool:
     return "silent" in lost[-1]["reason"] if lost else False
 
 
-async def test_all_ends_with_the_server(model: Path, tmp_path: Path) -> None:
+async def test_all_ends_with_the_server(first: First, second: Second) -> None:
     """Even one that is killed; the worker waits for the next."""
-    port = free_port()
-    with working(tmp_path / "second", port) as worker:
-        flags = ("--model", str(model), "--worker", "second")
-        with serving(tmp_path / "home", *flags, **ours(port)) as server:
-            processes = [one.pid for one in (*worker.ranks(), *server.engines())]
-            assert len(processes) == 2
-            server.process.kill()
+    await ranks_of(first.server)
+    processes = [one.pid for one in (*second.worker.ranks(), *first.server.engines())]
+    assert len(processes) == 2
+    first.server.process.kill()
 
-            async def all_over() -> bool:
-                return all(map(over, processes))
+    async def all_over() -> bool:
+        return all(map(over, processes))
 
-            await until(all_over, ENDS_SECONDS)
-        with serving(tmp_path / "home", *flags, **ours(port)):
-            assert len(worker.ranks()) == 1
+    await until(all_over, ENDS_SECONDS)
+    first.come()
+    assert len(second.worker.ranks()) == 1
 
 
 # what ends the command in one line
@@ -254,11 +277,13 @@ def test_a_server_whose_only_model_lacks_a_machine_ends(model: Path, home: Path)
     assert away in lines[0]
 
 
-def test_a_file_of_hosts_that_is_wrong_is_one_line(home: Path, tmp_path: Path) -> None:
+def test_a_file_of_hosts_that_is_wrong_is_one_line(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
     file = tmp_path / "hosts.json"
     file.write_text('[{"ssh": "first", "ips": ["127.0.0.1"]}]')
-    code, lines = ended(home, "serve", "--port", "0", "--hosts", str(file))
-    assert (code, lines) == (1, [f"mlx-server: hosts file {file}: it names fewer than two hosts"])
+    line = refusal(environment, "serve", "--port", "0", "--hosts", str(file))
+    assert line == f"mlx-server: hosts file {file}: it names fewer than two hosts"
 
 
 def test_a_port_for_workers_that_is_in_use_is_one_line(home: Path) -> None:

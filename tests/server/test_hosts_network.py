@@ -69,7 +69,7 @@ def expected(server: Server) -> list[Answer]:
     return asyncio.run(answers())
 
 
-TOKENS = 100
+TOKENS = 50
 
 
 async def test_machines_say_what_they_always_say(

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +45,32 @@ def path_with(folder: Path, script: str) -> str:
     return os.pathsep.join([str(folder), os.environ["PATH"]])
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("hosts")
-    model = build_tiny_model(folder / "models" / "tiny", context=4096)
-    flags = ("--model", str(model), "--hosts", str(hosts_file(folder, "first", "second")))
-    own: dict[str, Any] = {"worker_port": 0}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", path_with(folder / "bin", SSH))
-        with serving(folder / "home", *flags, steps_may_fail=True, **SETTINGS | own) as made:
-            yield made
-
-
 def worker_of(server: Server) -> psutil.Process:
     [worker] = [one for one in server.children() if "worker" in one.cmdline()]
     return worker
 
 
-async def test_a_worker_is_started_and_takes_its_rank(server: Server) -> None:
+async def test_a_worker_is_started_takes_its_rank_comes_back_and_ends_with_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even with a server that is killed."""
+    monkeypatch.setenv("PATH", path_with(tmp_path / "bin", SSH))
+    model = build_tiny_model(tmp_path / "models" / "tiny", context=4096)
+    flags = ("--model", str(model), "--hosts", str(hosts_file(tmp_path, "first", "second")))
+    own: dict[str, Any] = {"worker_port": 0}
+    with serving(tmp_path / "home", *flags, steps_may_fail=True, **SETTINGS | own) as server:
+        await takes_its_rank(server)
+        await comes_back(server)
+        others = [one.pid for one in server.children()]
+        server.process.kill()
+
+        async def all_over() -> bool:
+            return all(map(over, others))
+
+        await until(all_over, 3.0)
+
+
+async def takes_its_rank(server: Server) -> None:
     async with server.client() as client:
         assert (await ask(client, CHAT, chat("tiny", max_tokens=5))).text
     [engine] = (await server.models())["tiny"]["replicas"]
@@ -78,28 +85,13 @@ async def test_a_worker_is_started_and_takes_its_rank(server: Server) -> None:
     assert "MLX_SERVER_WORKER_SECRET" not in worker.environ()
 
 
-async def test_a_worker_that_ends_is_started_again(server: Server) -> None:
+async def comes_back(server: Server) -> None:
     ranks = await ranks_of(server)
     worker_of(server).send_signal(signal.SIGKILL)
     async with server.client() as client:
         assert (await ask(client, CHAT, chat("tiny", max_tokens=5))).text
     await ranks_of(server, other_than=ranks)
     assert logged(server.log.read_text(), "host_left")[-1]["host"] == "second"
-
-
-async def test_all_ends_with_a_server_that_is_killed(tmp_path: Path) -> None:
-    model = build_tiny_model(tmp_path / "models" / "tiny", context=4096)
-    flags = ("--model", str(model), "--hosts", str(hosts_file(tmp_path, "first", "second")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", path_with(tmp_path / "bin", SSH))
-        with serving(tmp_path / "home", *flags, **SETTINGS | {"worker_port": 0}) as server:
-            others = [one.pid for one in server.children()]
-            server.process.kill()
-
-            async def all_over() -> bool:
-                return all(map(over, others))
-
-            await until(all_over, 3.0)
 
 
 def test_a_machine_that_ssh_does_not_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.server.conftest import MODEL
-from tests.support.server import CHAT, Server, chat
+from tests.support.server import CHAT, PLAIN, Server, chat
 
 LAUNCH = [sys.executable, "-P", "-m", "mlx_server", "launch", "llm"]
 SECONDS = 60.0
@@ -109,7 +109,7 @@ def test_a_program_gets_a_server_of_its_own_and_leaves_nothing_even_when_it_is_k
         [entry] = models_told(given)
         assert entry["model_id"] == given["environment"]["LLM_MODEL"] == MODEL
         base = entry["api_base"].removesuffix("/v1")
-        answer = httpx.post(base + CHAT, json=chat(MODEL, max_tokens=2), trust_env=False)
+        answer = httpx.post(base + CHAT, json=chat(MODEL, max_tokens=2), **PLAIN)
         assert answer.status_code == 200
         process.kill()
         process.wait(SECONDS)
@@ -127,7 +127,7 @@ def test_a_server_that_runs_is_used_and_left_running_and_signals_are_the_program
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 23
         assert_clean(environment)
-    assert httpx.get(f"{server.url}/ready", trust_env=False).status_code == 200
+    assert httpx.get(f"{server.url}/ready", **PLAIN).status_code == 200
 
 
 def test_a_server_that_cannot_start_is_one_line_and_leaves_nothing(

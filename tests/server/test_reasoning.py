@@ -86,7 +86,13 @@ async def test_thinking_and_answer_separate_whole_and_streamed(
     assert len(pieces) > 1
 
 
-@pytest.mark.parametrize("model", THINKERS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(one, marks=pytest.mark.soak) if one in ("gemma-opened", "phi") else one
+        for one in THINKERS
+    ],
+)
 async def test_an_answer_that_never_closes_its_thinking_is_all_thinking(
     client: httpx.AsyncClient, model: str
 ) -> None:

@@ -11,7 +11,7 @@ from tests.support.server import CHAT, Answer, Server, ask, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
-CHATS = 16
+CHATS = 8
 SUBJECT = "Tell me what the weather will be like in the mountains near place {}, in detail. "
 
 
@@ -71,7 +71,7 @@ async def test_turns_of_chats_go_where_their_prefix_is(two: Server) -> None:
 
 
 async def test_the_end_of_one_engine_loses_nothing(two: Server) -> None:
-    asked = [turn(100 + i, tokens=150) for i in range(CHATS)]
+    asked = [turn(100 + i, tokens=100) for i in range(CHATS)]
     async with two.client(timeout=60) as client:
         expected = await asyncio.gather(*(ask(client, CHAT, body) for body in asked))
         before = (await two.idle("tiny"))["restarts"]

@@ -1,8 +1,7 @@
 """Keys and what they permit, pages of other origins, paths and addresses in the place of names."""
 
 import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 
 from tests.server.conftest import MODEL
 from tests.server.test_errors import assert_refused
-from tests.support.server import CHAT, HELLO, Server, chat, serving
+from tests.support.command import refusal
+from tests.support.server import CHAT, HELLO, PLAIN, Server, chat, serving
 
 ALICE, OPS, WRONG = "alice-secret-1f0c", "ops-secret-77aa", "guessed-secret-0000"
 BODY = {"model": MODEL, "messages": HELLO, "max_tokens": 1}
@@ -35,8 +35,14 @@ def write_keys(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
-    """A server with a file of keys and one origin that may call it, which logs all it can."""
+    """A server with a file of keys and one origin that may call it, which logs all it can. It has
+    two models with code of their own, of which it may run one's."""
     home = tmp_path_factory.mktemp("keyed")
+    for name in ("named", "unnamed"):
+        folder = shutil.copytree(tiny_model, home / "models" / name)
+        (folder / "own.py").write_text(f"open({str(home / name)!r}, 'w')\n")
+        config = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(config.replace("{", '{"model_file": "own.py",', 1))
     with serving(
         home,
         "--model",
@@ -44,12 +50,13 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         keys_file=str(write_keys(home)),
         cors_origins=[FRIEND],
         log_level="debug",
+        trust_remote_code=["named"],
     ) as server:
         yield server
 
 
 def call(server: Server, method: str, path: str, **options: object) -> httpx.Response:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=60, **PLAIN) as client:
         return client.request(method, path, **options)  # type: ignore[arg-type]
 
 
@@ -108,15 +115,8 @@ def test_a_bad_file_of_keys_is_one_line_that_shows_no_key(tmp_path: Path) -> Non
 
 def startup_complaint(home: Path, *flags: str, **environment: str) -> str:
     """The one line that `serve` says before it gives up."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_server", "serve", "--port", "0", *flags],
-        env=os.environ | {"MLX_SERVER_HOME": str(home)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode not in (0, None)
-    [line] = done.stderr.strip().splitlines()
+    own = os.environ | {"MLX_SERVER_HOME": str(home), "HF_HUB_CACHE": str(home / "cache")}
+    line = refusal(own | environment, "serve", "--port", "0", *flags)
     assert line.startswith("mlx-server: ")
     return line
 
@@ -215,21 +215,10 @@ def test_no_picture_is_fetched_or_read(client: httpx.Client, url: str) -> None:
     assert_refused(client.post(CHAT, json=BODY | {"messages": messages}), 400)
 
 
-def test_a_models_own_code_runs_only_where_the_operator_named_the_model(
-    tmp_path: Path, tiny_model: Path
-) -> None:
-    folder = tmp_path / "models" / "with-code"
-    folder.mkdir(parents=True)
-    for file in tiny_model.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    trace = tmp_path / "it-ran"
-    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w')\n")
-    config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace("{", '{"model_file": "own.py",', 1))
-    with serving(tmp_path, log_level="error") as server:
-        answer = call(server, "POST", CHAT, json=BODY | {"model": "with-code"})
-        assert_refused(answer, 503)
-        assert not trace.exists()
-    with serving(tmp_path, trust_remote_code=["with-code"]) as server:
-        call(server, "POST", CHAT, json=BODY | {"model": "with-code"})
-        assert trace.exists()
+def test_a_models_own_code_runs_only_where_the_operator_named_the_model(keyed: Server) -> None:
+    home, key = keyed.log.parent, bearer(ALICE)
+    call(keyed, "POST", CHAT, json=BODY | {"model": "named"}, headers=key)
+    assert (home / "named").exists()
+    answer = call(keyed, "POST", CHAT, json=BODY | {"model": "unnamed"}, headers=key)
+    assert_refused(answer, 503)
+    assert not (home / "unnamed").exists()

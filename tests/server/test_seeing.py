@@ -21,7 +21,7 @@ import yaml
 from tests.server.test_errors import assert_refused
 from tests.server.test_tools import TOOLS
 from tests.support.otlp import Node, Receiver, receiving
-from tests.support.server import CHAT, Server, ask, chat, serving, until
+from tests.support.server import CHAT, PLAIN, Server, ask, chat, serving, until
 from tests.support.tiny import build_tiny_model
 
 MODEL = "tiny"
@@ -139,7 +139,7 @@ async def test_a_streamed_chat_with_a_call_is_one_trace_of_its_stages(
 async def test_the_trace_of_a_request_whose_engine_dies_shows_both_engines(
     server: Server, receiver: Receiver, client: httpx.AsyncClient
 ) -> None:
-    body = chat(MODEL, max_tokens=1800, ignore_eos=True)
+    body = chat(MODEL, max_tokens=600, ignore_eos=True)
     asking = asyncio.create_task(traced(client, receiver, body))
 
     async def decoding() -> bool:
@@ -180,6 +180,14 @@ async def test_the_traces_of_refused_requests_say_why(
 
 
 # the admin routes
+
+
+async def test_any_key_is_an_admin_key_when_there_are_no_others(
+    server: Server, client: httpx.AsyncClient
+) -> None:
+    async with server.client() as stranger:
+        assert_refused(await stranger.get("/admin/models"), 401)
+    assert (await client.get("/admin/models")).status_code == 200
 
 
 async def test_requests_in_work_are_listed_and_asking_is_no_request(
@@ -317,7 +325,7 @@ async def scraped(server: Server, folder: Path) -> AsyncIterator[httpx.AsyncClie
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        async with httpx.AsyncClient(base_url=f"http://{place}", trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://{place}", **PLAIN) as client:
 
             async def ready() -> bool:
                 try:
@@ -338,7 +346,7 @@ async def scraped(server: Server, folder: Path) -> AsyncIterator[httpx.AsyncClie
 async def test_keys_limits_and_names_change_while_a_stream_goes_on(
     server: Server, client: httpx.AsyncClient, config: Path
 ) -> None:
-    body = chat(MODEL, stream=True, max_tokens=800, ignore_eos=True)
+    body = chat(MODEL, stream=True, max_tokens=400, ignore_eos=True)
     streaming = asyncio.create_task(ask(client, CHAT, body))
     configure(
         config,

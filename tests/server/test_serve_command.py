@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.command import COMMAND, environment
+from tests.support.command import COMMAND, environment, refusal
+from tests.support.server import PLAIN
 from tests.support.store import make_model
 
 __all__ = ["environment"]
@@ -46,8 +47,9 @@ def greeted_address(process: "subprocess.Popen[str]") -> tuple[str, int]:
     return found[1], int(found[2])
 
 
-def test_the_server_starts_without_a_model_and_lists_the_catalog(
-    environment: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_server_starts_without_a_model_lists_the_catalog_and_a_signal_ends_it_with_success(
+    environment: dict[str, str], tmp_path: Path, number: int
 ) -> None:
     make_model(tmp_path / "home" / "models" / "mine")
     with server(environment, "--port", "0") as process:
@@ -55,7 +57,11 @@ def test_the_server_starts_without_a_model_and_lists_the_catalog(
         with urllib.request.urlopen(f"http://{host}:{port}/v1/models", timeout=30) as answer:
             models = json.load(answer)["data"]
             assert answer.headers["Server"] is None
-    assert [model["id"] for model in models] == ["mine"]
+        assert [model["id"] for model in models] == ["mine"]
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0
+        assert time.monotonic() - begun < 10
 
 
 def test_a_second_port_answers_programs_that_look_for_ollama(environment: dict[str, str]) -> None:
@@ -73,25 +79,9 @@ def test_a_second_port_answers_programs_that_look_for_ollama(environment: dict[s
             ({"Authorization": "Bearer a-key"}, 200),
             ({"Authorization": "Bearer a-key", "Host": "evil.example"}, 400),
         ):
-            assert httpx.get(f"{address}/api/tags", headers=headers).status_code == status
-        taken = subprocess.run(
-            [*COMMAND, "serve", "--port", "0", "--ollama-port", found[3]],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-    assert taken.returncode == 1
-    assert f"port {found[3]}" in taken.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_with_success(environment: dict[str, str], number: int) -> None:
-    with server(environment, "--port", "0") as process:
-        greeted_address(process)
-        begun = time.monotonic()
-        process.send_signal(number)
-        assert process.wait(timeout=30) == 0
-        assert time.monotonic() - begun < 10
+            assert httpx.get(f"{address}/api/tags", headers=headers, **PLAIN).status_code == status
+        taken = refusal(environment, "serve", "--port", "0", "--ollama-port", found[3])
+    assert f"port {found[3]}" in taken
 
 
 def test_without_a_home_to_write_a_model_is_served(

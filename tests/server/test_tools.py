@@ -87,7 +87,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         # The prompt must not end in a token of the script.
         template = FAMILIES["qwen"].template + "{{- 'A' }}"
         build_scripted_model(home / "models" / name, script, family="qwen", template=template)
-    with serving(home, max_models=3) as server:
+    with serving(home, max_models=6) as server:
         yield server
 
 
@@ -190,10 +190,17 @@ def wild(model: str, **more: Any) -> dict[str, Any]:
     return asking(model, **wilder) | more
 
 
+def each_style(*names: str) -> pytest.MarkDecorator:
+    """Tests of each syntax, those beyond `names` only in long runs; all tests of one come together,
+    for a model's sake."""
+    often = [one if one in names else pytest.param(one, marks=pytest.mark.soak) for one in STYLES]
+    return pytest.mark.parametrize("model", often, scope="module")
+
+
 # forced calls
 
 
-@pytest.mark.parametrize("model", STYLES)
+@each_style(*STYLES)
 @pytest.mark.parametrize(
     ("named", "rounds"),
     [
@@ -209,7 +216,7 @@ async def test_a_forced_call_validates_in_each_familys_syntax_whole_and_streamed
     choice = {"type": "function", "function": {"name": "forecast"}} if named else "required"
     count = 4 if rounds > 1 else 2
     replies = [
-        await both(client, wild(model, tool_choice=choice, seed=5 + i, n=count))
+        await both(client, wild(model, tool_choice=choice, seed=12 + i, n=count))
         for i in range(rounds)
     ]
     for one in (one for reply in replies for one in reply.choices):
@@ -221,7 +228,7 @@ async def test_a_forced_call_validates_in_each_familys_syntax_whole_and_streamed
             assert [call["name"] for call in one.calls] == ["forecast"]
 
 
-@pytest.mark.parametrize("model", ["hermes", "mistral", "qwen-coder"])
+@each_style("hermes", "mistral", "qwen-coder")
 async def test_one_call_alone_is_forced_where_there_may_be_one(
     client: httpx.AsyncClient, model: str
 ) -> None:
@@ -294,15 +301,7 @@ def custom(name: str, syntax: str, definition: str) -> dict[str, Any]:
     return {"type": "custom", "custom": {"name": name, "format": form}}
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        one
-        if one in ("hermes", "qwen-coder", "gemma", "pythonic")
-        else pytest.param(one, marks=pytest.mark.soak)
-        for one in STYLES
-    ],
-)
+@each_style("hermes", "qwen-coder", "gemma", "pythonic")
 async def test_a_custom_tools_grammar_is_kept_in_each_familys_syntax(
     client: httpx.AsyncClient, model: str
 ) -> None:
@@ -347,7 +346,7 @@ async def test_a_custom_tools_grammar_that_is_none_is_refused(
 ODD = ["catalog.get-entity", f"mcp__{'a' * 70}", 'φ"}</tool_call>']
 
 
-@pytest.mark.parametrize("model", STYLES)
+@each_style(*STYLES)
 async def test_tools_keep_their_names_in_syntaxes_that_cannot_spell_them(
     client: httpx.AsyncClient, model: str
 ) -> None:
