@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.server import Server, serving
+from tests.support.server import PLAIN, Server, serving
 from tests.support.tiny import build_tiny_model
 
 MODEL = "tiny-llama"
@@ -29,5 +29,5 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
 @pytest.fixture
 def client(server: Server) -> Iterator[httpx.Client]:
     """A blocking client of the shared server."""
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=60, **PLAIN) as client:
         yield client

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.support.bert import build_tiny_bert, wordpiece
-from tests.support.server import CHAT, TEXT, Server, chat, serving, until
+from tests.support.server import CHAT, PLAIN, TEXT, Server, chat, serving, until
 from tests.support.tiny import build_tiny_model
 
 PATH = "/v1/embeddings"
@@ -44,7 +44,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def client(embedder: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=embedder.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=embedder.url, timeout=60, **PLAIN) as client:
         yield client
 
 

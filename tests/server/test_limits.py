@@ -16,7 +16,7 @@ from mlx_server.api.http.limits import Window
 from tests.server.conftest import MODEL
 from tests.server.test_errors import assert_refused
 from tests.support.raw import Raw
-from tests.support.server import CHAT, Server, chat, serving, until
+from tests.support.server import CHAT, PLAIN, Server, chat, serving, until
 
 PATIENCE = 2.0
 CONNECTIONS = 8
@@ -106,7 +106,7 @@ def test_a_slow_body_that_keeps_its_pace_is_waited_for(bounded: Server) -> None:
             time.sleep(0.2)  # this client is slow
             yield body[start : start + 1000]
 
-    with httpx.Client(base_url=bounded.url, timeout=30, trust_env=False) as client:
+    with httpx.Client(base_url=bounded.url, timeout=30, **PLAIN) as client:
         answer = client.post(CHAT, content=slowly())
     assert answer.status_code == 200, answer.text
     assert answer.elapsed.total_seconds() > 1.5 * PATIENCE

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.bert import ReferenceEncoder, build_tiny_bert, wordpiece
 from tests.support.rerank import assert_refused
-from tests.support.server import Server, serving
+from tests.support.server import PLAIN, Server, serving
 from tests.support.tiny import build_tiny_model
 
 JUDGE, ROBERTA, EMBEDDER, WRITER = "judge", "judge-roberta", "embedder", "writer"
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[S
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=60, **PLAIN) as client:
         yield client
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.conftest import MODEL
 from tests.server.test_errors import assert_refused
-from tests.support.server import CHAT, HELLO, Server, chat, serving
+from tests.support.server import CHAT, HELLO, PLAIN, Server, chat, serving
 
 ALICE, OPS, WRONG = "alice-secret-1f0c", "ops-secret-77aa", "guessed-secret-0000"
 BODY = {"model": MODEL, "messages": HELLO, "max_tokens": 1}
@@ -49,7 +49,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
 
 
 def call(server: Server, method: str, path: str, **options: object) -> httpx.Response:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=60, **PLAIN) as client:
         return client.request(method, path, **options)  # type: ignore[arg-type]
 
 

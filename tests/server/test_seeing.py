@@ -21,7 +21,7 @@ import yaml
 from tests.server.test_errors import assert_refused
 from tests.server.test_tools import TOOLS
 from tests.support.otlp import Node, Receiver, receiving
-from tests.support.server import CHAT, Server, ask, chat, serving, until
+from tests.support.server import CHAT, PLAIN, Server, ask, chat, serving, until
 from tests.support.tiny import build_tiny_model
 
 MODEL = "tiny"
@@ -317,7 +317,7 @@ async def scraped(server: Server, folder: Path) -> AsyncIterator[httpx.AsyncClie
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        async with httpx.AsyncClient(base_url=f"http://{place}", trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://{place}", **PLAIN) as client:
 
             async def ready() -> bool:
                 try:

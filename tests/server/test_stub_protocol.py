@@ -29,6 +29,7 @@ from mlx_server.main import PROTOCOLS, create_app
 from mlx_server.schemas.objects import RequestObject, ResponseObject
 from mlx_server.server import Server
 from tests.server.test_errors import assert_refused
+from tests.support.server import PLAIN
 
 KEY = "a-key"
 PATIENCE = 0.5
@@ -121,7 +122,7 @@ class Running:
 
     def client(self, **headers: str) -> httpx.AsyncClient:
         url = f"http://{self.host}:{self.port}"
-        return httpx.AsyncClient(base_url=url, headers=headers, trust_env=False)
+        return httpx.AsyncClient(base_url=url, headers=headers, **PLAIN)
 
     def stop(self) -> None:
         if not self._server.should_exit:
