@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,6 +24,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # float32 in TF32, which keeps three digits.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+TOGETHER = ("tests/browser/", "tests/e2e/")
+
 # How long an example takes says how busy the machine is.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -39,3 +42,17 @@ def pytest_collection() -> Generator[None, object, object]:
     gc.freeze()
     gc.enable()
     return collected
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, one worker for all files of a folder whose server starts slowly."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next(filter(nodeid.startswith, TOGETHER), super()._split_scope(nodeid))
+
+    return Scheduling(config, log)
