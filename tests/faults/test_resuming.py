@@ -206,16 +206,16 @@ async def test_whole_answers_choices_and_requests_that_wait_survive(tmp_path: Pa
     said = "One two three four five six seven eight nine ten eleven twelve thirteen."
     path = build_scripted_model(tmp_path / "scripted", said, context=CONTEXT)
     asked: list[Asked] = [
-        (CHAT, chat(path.name, max_tokens=200, ignore_eos=True, n=3)),
-        (TEXT, {"model": path.name, "prompt": ["a", "b"], "max_tokens": 100, "echo": True}),
-        *((CHAT, chat(path.name, temperature=1, max_tokens=200 - i)) for i in range(6)),
+        (CHAT, chat(path.name, max_tokens=600, ignore_eos=True, n=3)),
+        (TEXT, {"model": path.name, "prompt": ["a", "b"], "max_tokens": 250, "echo": True}),
+        *((CHAT, chat(path.name, temperature=1, max_tokens=600 - i)) for i in range(6)),
     ]
     flags = ("--model", str(path))
     # With guesses, which would all come true, answers would be over before anything happens.
     slow: dict[str, Any] = {"max_batch": 2, "prefix_cache": "0", "speculation": "off"}
     with serving(tmp_path / "home", *flags, **slow) as server:
         async with server.client() as client:
-            expected = [await ask(client, *one) for one in asked]
+            expected = await asyncio.gather(*(ask(client, *one) for one in asked))
             tasks = [asyncio.create_task(ask(client, *one)) for one in asked]
             pid = None
             for _ in range(2):
