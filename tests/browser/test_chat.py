@@ -199,10 +199,11 @@ async def test_the_chat_works_by_keyboard(open_tab: OpenTab) -> None:
     )
 
 
-async def test_eight_tabs_answer_at_once(open_tab: OpenTab) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.soak)])
+async def test_several_tabs_answer_at_once(open_tab: OpenTab, count: int) -> None:
     tabs = [await open_tab()]
     await tabs[0].choose_model("rich")
-    tabs += [await open_tab() for _ in range(7)]
+    tabs += [await open_tab() for _ in range(1, count)]
     answers = [await tab.ask(f"Tab {number}") for number, tab in enumerate(tabs)]
     for tab, answer in zip(tabs, answers, strict=True):
         assert "Title" in await tab.ended(answer)

@@ -10,6 +10,8 @@ from tests.clients.test_agents import INSTALLS
 from tests.support.bert import build_tiny_bert
 from tests.support.rehearsal import Call, Play
 
+pytestmark = pytest.mark.soak
+
 SCRIPTS = Path(__file__).parent / "scripts"
 PROMPT = "Make greet say good morning, then run it."
 GOODBYE = "The greeting is changed, and I ran it."
@@ -63,7 +65,6 @@ def assert_played(stage: Stage, run: Run) -> None:
     print(run)
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 @pytest.mark.parametrize("library", PYTHON)
 def test_python(stage: Stage, library: str, provider: str) -> None:
@@ -75,7 +76,6 @@ def test_python(stage: Stage, library: str, provider: str) -> None:
     assert_played(stage, stage.run(command, commands, LITELLM_LOCAL_MODEL_COST_MAP="True"))
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("provider", FAMILIES)
 def test_ai_sdk(stage: Stage, provider: str) -> None:
     commands = stage.install("ai", AI_SDK)
@@ -91,7 +91,6 @@ def encoders(models: Path) -> None:
     build_tiny_bert(models / "judge", scores=True)
 
 
-@pytest.mark.soak
 @pytest.mark.usefixtures("encoders")
 def test_ollama_in_javascript(stage: Stage) -> None:
     commands = stage.install("js", JAVASCRIPT)
@@ -106,7 +105,6 @@ def test_ollama_in_javascript(stage: Stage) -> None:
     print(run)
 
 
-@pytest.mark.soak
 @pytest.mark.usefixtures("encoders")
 def test_cohere_in_javascript(stage: Stage) -> None:
     commands = stage.install("js", JAVASCRIPT)

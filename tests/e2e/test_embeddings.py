@@ -122,7 +122,7 @@ def test_the_sdk_is_told_which_text_is_too_long(client: openai.OpenAI) -> None:
     assert raised.value.param == "input.1"
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.soak)])
 async def test_many_texts_in_one_call_stay_within_the_memory_limit(
     client: openai.OpenAI, server: Server, count: int
 ) -> None:

@@ -49,7 +49,7 @@ async def answered(client: httpx.AsyncClient, schema: Any, seed: int) -> str:
 async def free(client: httpx.AsyncClient, stop: asyncio.Event) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me a story."}]}
     while not stop.is_set():
-        response = await client.post(CHAT, json=body | {"max_tokens": 64})
+        response = await client.post(CHAT, json=body | {"max_tokens": 16})
         assert response.status_code == 200
         assert response.json()["usage"]["completion_tokens"] > 0
 

@@ -184,7 +184,7 @@ async def test_a_prediction_that_comes_true_changes_speed_and_no_text(
 ) -> None:
     async def answer(**more: Any) -> tuple[str | None, int]:
         said = await async_client.chat.completions.create(
-            model=MODEL, messages=PARIS, temperature=0, max_tokens=40, **ON, **more
+            model=MODEL, messages=PARIS, temperature=0, max_tokens=24, **ON, **more
         )
         assert said.usage is not None
         assert said.usage.completion_tokens_details is not None

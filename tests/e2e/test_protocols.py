@@ -1,5 +1,6 @@
 """One request in each protocol: the same prompt, the same text, the same counts."""
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -59,7 +60,9 @@ async def by_ollama(http: httpx.AsyncClient) -> Told:
 async def test_a_request_has_the_same_text_and_usage_in_every_protocol(
     http: httpx.AsyncClient,
 ) -> None:
-    text, prompt, answer = told = await by_chat(http)
+    protocols = (by_chat, by_responses, by_messages, by_ollama)
+    told = await asyncio.gather(*(asked_by(http) for asked_by in protocols))
+    text, prompt, answer = told[0]
     assert "Paris" in text
     assert 0 < answer <= LIMIT < prompt
-    assert [await by_responses(http), await by_messages(http), await by_ollama(http)] == [told] * 3
+    assert told == [told[0]] * 4

@@ -31,7 +31,7 @@ async def test_streams_go_on_with_another_engine_when_the_device_is_gone(tmp_pat
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_file": "doomed.py"}))
     asked = [
-        (CHAT, chat("doomed", max_tokens=150, ignore_eos=True, seed=i, temperature=i % 2))
+        (CHAT, chat("doomed", max_tokens=60, ignore_eos=True, seed=i, temperature=i % 2))
         for i in range(2)
     ]
     with serving(

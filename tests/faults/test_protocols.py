@@ -24,7 +24,7 @@ Read = Callable[[httpx.AsyncClient, Events], Awaitable[object]]
 
 STREAMS = 8
 MODEL = "scripted"
-NUMBERS = " ".join(map(str, range(1000, 1060)))
+NUMBERS = " ".join(map(str, range(1000, 1030)))
 """No number's token comes twice, as a scripted model wants it."""
 CALL = '<tool_call>{"name": "%s", "arguments": {"%s": "%s"}}</tool_call>'
 SCRIPT = (
@@ -104,7 +104,7 @@ async def amid_kills(server: Server, kills: int, read: Read) -> list[object]:
         pid = None
         for _ in range(kills):
             pid = await engine_of(server, MODEL, pid)
-            enough = seen() + draw.randint(1, 400)
+            enough = seen() + draw.randint(1, 200)
 
             async def came(enough: int = enough) -> bool:
                 return seen() >= enough

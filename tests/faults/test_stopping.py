@@ -20,9 +20,11 @@ from tests.support.server import CHAT, Answer, Server, ask, chat, read_stream, s
 from tests.support.tiny import build_tiny_model
 
 CONTEXT = 16_384
-STREAMS = 8
+STREAMS = 4
 GRACE = 2.5
 ENDLESS = {"max_tokens": CONTEXT - 100, "ignore_eos": True}
+NUMBERS = [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)]
+"""Every server of a test ends by SIGTERM."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def assert_nothing_left(server: Server, home: Path) -> None:
     assert [path for path in home.rglob("*") if path.is_socket()] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", NUMBERS)
 async def test_an_idle_server_ends_with_success_in_no_time(
     tmp_path: Path, model: Path, number: int
 ) -> None:
@@ -72,7 +74,7 @@ async def test_an_idle_server_ends_with_success_in_no_time(
         assert_nothing_left(server, tmp_path)
 
 
-async def test_work_under_way_finishes_or_ends_with_a_word_within_the_grace_period(
+async def test_a_stopping_server_ends_its_work_in_time_with_a_word_and_takes_no_more(
     tmp_path: Path, model: Path
 ) -> None:
     with serving(tmp_path, "--model", str(model), grace_period=GRACE) as server:
@@ -84,6 +86,12 @@ async def test_work_under_way_finishes_or_ends_with_a_word_within_the_grace_peri
             await until(lambda: in_flight(server, STREAMS + 2), 10)
             server.process.terminate()
             started = time.monotonic()
+            assert await until(lambda: stopping(client), 1.0) < 0.5
+            for _ in range(5):  # each on a connection of its own
+                answer = await client.post(CHAT, json=chat("tiny", max_tokens=1))
+                assert assert_refused(answer, 503)["code"] == "server_stopping"
+                assert int(answer.headers["retry-after"]) >= 1
+            assert (await client.get("/health")).status_code == 200
             finished, refused = await finishing, await whole
         await ended(server, 10)
         took = time.monotonic() - started
@@ -99,24 +107,7 @@ async def test_work_under_way_finishes_or_ends_with_a_word_within_the_grace_peri
         assert answer.error["code"] == "server_stopping"
 
 
-async def test_new_requests_get_a_503_while_old_ones_finish(tmp_path: Path, model: Path) -> None:
-    with serving(tmp_path, "--model", str(model), grace_period=GRACE) as server:
-        async with running(server, 1), server.client() as client:
-            server.process.terminate()
-
-            async def not_ready() -> bool:
-                return (await client.get("/ready")).status_code == 503
-
-            assert await until(not_ready, 1.0) < 0.5
-            for _ in range(5):  # each on a connection of its own
-                answer = await client.post(CHAT, json=chat("tiny", max_tokens=1))
-                assert assert_refused(answer, 503)["code"] == "server_stopping"
-                assert int(answer.headers["retry-after"]) >= 1
-            assert (await client.get("/health")).status_code == 200
-        await ended(server, GRACE + 2.0)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", NUMBERS)
 async def test_a_second_signal_ends_everything_at_once(
     tmp_path: Path, model: Path, number: int
 ) -> None:
@@ -138,7 +129,7 @@ async def stopping(client: httpx.AsyncClient) -> bool:
 async def test_a_client_that_never_reads_does_not_hold_up_the_end(
     tmp_path: Path, model: Path
 ) -> None:
-    with serving(tmp_path, "--model", str(model), grace_period=1.0) as server:
+    with serving(tmp_path, "--model", str(model), grace_period=0.5) as server:
         with Raw(server, receive_buffer=4096) as client:
             client.send_chat(
                 chat("tiny", stream=True, n=8, logprobs=True, top_logprobs=20, **ENDLESS)
@@ -147,7 +138,7 @@ async def test_a_client_that_never_reads_does_not_hold_up_the_end(
             async with server.client() as another:
                 await ask(another, CHAT, chat("tiny", max_tokens=200, ignore_eos=True))
             server.process.terminate()
-            await ended(server, 1.0 + 3.0)
+            await ended(server, 0.5 + 3.0)
         assert server.process.returncode == 0
         assert_nothing_left(server, tmp_path)
 

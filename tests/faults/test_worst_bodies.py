@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.server.test_errors import assert_refused
-from tests.support.server import CHAT, HELLO, TEXT, Server, serving
+from tests.support.server import CHAT, HELLO, PLAIN, TEXT, Server, serving
 from tests.support.tiny import build_tiny_model
 
 MODEL = "sturdy"
@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[httpx.Client]:
     """A client that has no patience."""
-    with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=30, **PLAIN) as client:
         yield client
 
 

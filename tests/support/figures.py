@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from mlx_server.ui.app import build
+from mlx_server.ui.history import HistoryView
 
 INTERVAL = 5.0
 SAMPLES = 720
@@ -104,6 +105,7 @@ def main() -> None:
     page_place, page_url = listening()
     server = uvicorn.Server(uvicorn.Config(api, log_level="error"))
     threading.Thread(target=server.run, kwargs={"sockets": [api_place]}, daemon=True).start()
+    HistoryView.seconds = 0.5
     print(page_url, flush=True)
     uvicorn.Server(uvicorn.Config(build(api_url), log_level="error")).run(sockets=[page_place])
 

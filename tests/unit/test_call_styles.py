@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
 from mlx_server.models.text.adapters.base import Adapter
 from mlx_server.schemas.internal import ChatPrompt, ToolUse
 from mlx_server.services.output.completion import OutputReader
 from mlx_server.services.output.pieces import Kind
 from tests.support.calls import END, START, WRITTEN, calling_adapter
-from tests.unit.test_grammars import accepts, user
+from tests.unit.test_grammars import accepts, tokens_of, user
 
 FORECAST: dict[str, Any] = {
     "type": "object",
@@ -172,7 +172,7 @@ def said_at_random(adapter: Adapter, grammar: str | None, drawn: random.Random) 
     """After a while, ends texts and the answer as soon as they may."""
     assert grammar is not None
     assert adapter.style is not None
-    tokens = LLTokenizer(adapter.tokenizer.backend.to_str(), eos_token=sorted(adapter.stop_tokens))
+    tokens = tokens_of(adapter)
     matcher = LLMatcher(tokens, grammar)
     ends = [adapter.tokenizer.encode_bare(end) for end in ('"', *adapter.style.texts) if end]
     said: list[int] = []

@@ -1,6 +1,7 @@
 """Constraints at the boundary of the text side: what its grammars accept, and what is refused."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ def tiny_adapter(folder: Path, family: str, **extras: Any) -> Adapter:
     return load_adapter(build_tiny_model(folder, family, **extras), f"test/tiny-{family}")
 
 
+@lru_cache(maxsize=4)
+def tokens_of(adapter: Adapter) -> LLTokenizer:
+    """The adapter's tokens as grammars see them. They take long to make."""
+    return LLTokenizer(adapter.tokenizer.backend.to_str(), eos_token=sorted(adapter.stop_tokens))
+
+
 class Speaker:
     """Says things under a grammar, as an engine would let it."""
 
     def __init__(self, adapter: Adapter, grammar: str | None) -> None:
         assert grammar is not None
         self._adapter = adapter
-        self._tokens = LLTokenizer(
-            adapter.tokenizer.backend.to_str(), eos_token=sorted(adapter.stop_tokens)
-        )
+        self._tokens = tokens_of(adapter)
         self._matcher = LLMatcher(self._tokens, grammar)
         assert not self._matcher.is_error(), self._matcher.get_error()
 

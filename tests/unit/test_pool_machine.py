@@ -189,7 +189,7 @@ def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("room", [1.5, 2.2])
 def test_no_order_of_events_breaks_the_pool(models: Path, room: float) -> None:
-    play(models, room, games=60, moves=40)
+    play(models, room, games=30, moves=40)
 
 
 @pytest.mark.soak

@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from mlx_server.engine.client import EngineClient
 from mlx_server.engine.protocol import Generate, LoadOptions, Row, Sampling
 from mlx_server.errors import ModelLoadFailed
+from mlx_server.models.pool import supervisor
 from mlx_server.models.pool.resumable import ResumableEngine
 from mlx_server.models.pool.routing import MOST_MARKS, SentPrefixes, cheapest, marks
 from mlx_server.models.pool.stream import RowStream
@@ -140,7 +143,10 @@ async def test_an_engine_that_came_back_gets_requests_but_not_for_what_it_has_lo
         ]
 
 
-async def test_the_other_engine_serves_alone_when_one_can_not_be_loaded_again() -> None:
+async def test_the_other_engine_serves_alone_when_one_can_not_be_loaded_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "MIN_DELAY", 0.01)
     async with two(works=True) as both:
         both.fleet.outcomes["scripted"] = deque([CRASH] * MAX_LOAD_ATTEMPTS)
         both.of(0).crash()
