@@ -193,14 +193,18 @@ def answers(streams: int, tokens: int = DRAFTED) -> list[Generate]:
     ]
 
 
-def free(temperature: float) -> Callable[[int], list[Generate]]:
+def free(temperature: float, *, uneven: bool = False) -> Callable[[int], list[Generate]]:
+    """`uneven`: answers end one after the other, with and without guesses. Those of equal length end
+    together without, so that what it takes to let single ones go counts on one side only.
+    """
+
     def requests(streams: int) -> list[Generate]:
         return [
             Generate(
                 0,
                 [(stream * 7919 + 31 * i) % 40000 + 100 for i in range(64)],
                 Sampling(temperature=temperature, seed=stream),
-                100,
+                70 + 60 * stream // (streams - 1) if uneven else 100,
             )
             for stream in range(streams)
         ]
@@ -247,6 +251,11 @@ CELLS = [
     *(Cell("own head", "headed", answers, n, t) for n, t in ((1, 1.0), (4, 0.98), (8, 0.98))),
     *(Cell("free, greedy", "given", free(0.0), n, 0.98) for n in (1, 8, 16)),
     *(Cell("free, T 0.7", "given", free(0.7), n, 0.98) for n in (1, 8, 16)),
+    *(
+        Cell(f"free, uneven, {name}", "given", free(temperature, uneven=True), n, 0.98)
+        for name, temperature in (("greedy", 0.0), ("T 0.7", 0.7))
+        for n in (8, 16)
+    ),
     *(Cell("JSON by schema", "given", forms, n, t) for n, t in ((1, 1.5), (8, 1.2))),
 ]
 
