@@ -194,8 +194,8 @@ def answers(streams: int, tokens: int = DRAFTED) -> list[Generate]:
 
 
 def free(temperature: float, *, uneven: bool = False) -> Callable[[int], list[Generate]]:
-    """`uneven`: answers end one after the other, with and without guesses. Those of equal length end
-    together without, so that what it takes to let single ones go counts on one side only.
+    """`uneven`: answers end one after the other, with and without guesses. Those of equal length
+    end together without, so that what it takes to let single ones go counts on one side only.
     """
 
     def requests(streams: int) -> list[Generate]:
