@@ -72,7 +72,10 @@ HEADED: dict[str, str] = {
         r"((model\.)?language_model\.|model\.)?mtp\.",
     ),
     **dict.fromkeys(
-        ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+        (
+            *("bailing_hybrid", "bailing_moe", "bailing_moe_v3", "deepseek_v3", "deepseek_v32"),
+            *("glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+        ),
         r"model\.layers\.LAYERS\.",
     ),
     "ernie4_5_moe": r"model\.mtp_(?=(block|emb_norm|hidden_norm|linear_proj)\.)",
