@@ -79,6 +79,7 @@ HEADED: dict[str, str] = {
         r"model\.layers\.LAYERS\.",
     ),
     "ernie4_5_moe": r"model\.mtp_(?=(block|emb_norm|hidden_norm|linear_proj)\.)",
+    "exaone_moe": r"mtp\.",
     "mimo": r"model\.mtp_layers\.",
 }
 """Families with a head of their own that guesses further tokens, where the engine can use it: what

@@ -1,4 +1,4 @@
-"""Heads of tiny models, as those of `layer_heads`: Ling's."""
+"""Heads of tiny models, as those of `layer_heads`: Ling's and K-EXAONE's."""
 
 from typing import Any
 
@@ -7,11 +7,12 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_server.engine.run.heads.deepseek import DeepseekHead
+from mlx_server.engine.run.heads.qwen import QwenHead
 from tests.support.architectures import model_of, with_random_matrices
 from tests.support.layer_heads import EXPERTS, Weights, with_joined_values
 
 LING = ("bailing_moe", "bailing_hybrid", "bailing_moe_v3")
-FURTHER = LING
+FURTHER = (*LING, "exaone_moe")
 OF_LAYER = "layer."
 SHIPPED = {
     "step3p5": ((".shared_head.", ".transformer.shared_head."),),
@@ -44,6 +45,9 @@ def _head(config: dict[str, Any]) -> nn.Module:
     args, kind = whole.args, type(whole.layers[0])
     width, eps = args.hidden_size, config["rms_norm_eps"]
     match config["model_type"]:
+        case "exaone_moe":
+            args.layer_types, args.is_moe_layer = ["full_attention"], [False]
+            return QwenHead(kind(args, 0), width, eps)
         case _:
             return DeepseekHead(kind(args, args.num_hidden_layers), width, eps)
 

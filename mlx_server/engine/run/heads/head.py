@@ -23,6 +23,7 @@ from mlx_server.engine.run.batching import PADDED
 from mlx_server.engine.run.heads import (
     deepseek,
     ernie,
+    exaone,
     ling,
     mimo,
     nemotron,
@@ -65,6 +66,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), DEEPSEEK_SPARSE),
     **dict.fromkeys(("bailing_moe", "bailing_hybrid", "bailing_moe_v3"), LING),
     "ernie4_5_moe": Kind(ernie.build, trunk=BareTrunk),
+    "exaone_moe": Kind(exaone.build),
     "mimo": Kind(mimo.build, trunk=BareTrunk),
     "nemotron_h": Kind(nemotron.build, trunk=BackboneTrunk),
 }
