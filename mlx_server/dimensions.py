@@ -74,7 +74,7 @@ HEADED: dict[str, str] = {
     **dict.fromkeys(
         (
             *("bailing_hybrid", "bailing_moe", "bailing_moe_v3", "deepseek_v3", "deepseek_v32"),
-            *("glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+            *("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "step3p5"),
         ),
         r"model\.layers\.LAYERS\.",
     ),

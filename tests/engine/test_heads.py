@@ -108,7 +108,7 @@ def test_what_a_head_guesses_changes_no_text(tmp_path: Path, name: str, agreeing
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", families("step3p5"))  # with a window, too
 def test_a_head_reads_what_the_model_computed_and_nothing_that_it_guessed_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

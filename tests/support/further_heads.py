@@ -1,4 +1,6 @@
-"""Heads of tiny models, as those of `layer_heads`: Ling's and K-EXAONE's."""
+"""Heads of tiny models, as those of `layer_heads`: Ling's, K-EXAONE's and Step
+3.5's.
+"""
 
 from typing import Any
 
@@ -8,11 +10,12 @@ from mlx.utils import tree_flatten
 
 from mlx_server.engine.run.heads.deepseek import DeepseekHead
 from mlx_server.engine.run.heads.qwen import QwenHead
+from mlx_server.engine.run.heads.step import StepHead
 from tests.support.architectures import model_of, with_random_matrices
 from tests.support.layer_heads import EXPERTS, Weights, with_joined_values
 
 LING = ("bailing_moe", "bailing_hybrid", "bailing_moe_v3")
-FURTHER = (*LING, "exaone_moe")
+FURTHER = (*LING, "exaone_moe", "step3p5")
 OF_LAYER = "layer."
 SHIPPED = {
     "step3p5": ((".shared_head.", ".transformer.shared_head."),),
@@ -48,6 +51,9 @@ def _head(config: dict[str, Any]) -> nn.Module:
         case "exaone_moe":
             args.layer_types, args.is_moe_layer = ["full_attention"], [False]
             return QwenHead(kind(args, 0), width, eps)
+        case "step3p5":
+            args.moe_layers_enum = "1"  # a dense layer with a window
+            return StepHead(kind(args, 0), width, eps, args.sliding_window, args.vocab_size)
         case _:
             return DeepseekHead(kind(args, args.num_hidden_layers), width, eps)
 

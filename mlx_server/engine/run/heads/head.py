@@ -28,6 +28,7 @@ from mlx_server.engine.run.heads import (
     mimo,
     nemotron,
     qwen,
+    step,
 )
 from mlx_server.engine.run.heads.trunk import BackboneTrunk, BareTrunk, Trunk, WordTrunk
 from mlx_server.engine.run.heads.unread import HELD
@@ -69,6 +70,7 @@ KINDS: dict[str, Kind] = {
     "exaone_moe": Kind(exaone.build),
     "mimo": Kind(mimo.build, trunk=BareTrunk),
     "nemotron_h": Kind(nemotron.build, trunk=BackboneTrunk),
+    "step3p5": Kind(step.build, trunk=BareTrunk),
 }
 """By model_type; `dimensions.head_weights` knows the same ones."""
 
