@@ -81,6 +81,7 @@ HEADED: dict[str, str] = {
     "ernie4_5_moe": r"model\.mtp_(?=(block|emb_norm|hidden_norm|linear_proj)\.)",
     "exaone_moe": r"mtp\.",
     "mimo": r"model\.mtp_layers\.",
+    "mimo_v2_flash": r"model\.mtp\.layers\.",
 }
 """Families with a head of their own that guesses further tokens, where the engine can use it: what
 the names of its weights begin with. LAYERS stands for how many layers the model has.

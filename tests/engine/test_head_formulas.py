@@ -208,7 +208,7 @@ def test_a_head_computes_what_is_published(tmp_path: Path, name: str) -> None:
         assert mx.allclose(head.project(out), expected[:, start:end], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32", "mimo_v2_flash"])
 def test_a_head_in_float8_is_dequantized_as_its_model_is(tmp_path: Path, name: str) -> None:
     path = build_headed(tmp_path / name, name, agreeing=False, raw=True)
     whole, _ = head_of(path)

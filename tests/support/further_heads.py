@@ -1,5 +1,5 @@
-"""Heads of tiny models, as those of `layer_heads`: Ling's, K-EXAONE's and Step
-3.5's.
+"""Heads of tiny models, as those of `layer_heads`: Ling's, K-EXAONE's, MiMo-V2-Flash's
+and Step 3.5's.
 """
 
 from typing import Any
@@ -11,13 +11,16 @@ from mlx.utils import tree_flatten
 from mlx_server.engine.run.heads.deepseek import DeepseekHead
 from mlx_server.engine.run.heads.qwen import QwenHead
 from mlx_server.engine.run.heads.step import StepHead
+from mlx_server.engine.run.heads.windowed import WindowedHead
 from tests.support.architectures import model_of, with_random_matrices
 from tests.support.layer_heads import EXPERTS, Weights, with_joined_values
 
 LING = ("bailing_moe", "bailing_hybrid", "bailing_moe_v3")
-FURTHER = (*LING, "exaone_moe", "step3p5")
+WINDOWED = ("mimo_v2_flash", "step3p5")
+FURTHER = (*LING, "exaone_moe", *WINDOWED)
 OF_LAYER = "layer."
 SHIPPED = {
+    "mimo_v2_flash": ((".post_attention_layernorm.", ".pre_mlp_layernorm."),),
     "step3p5": ((".shared_head.", ".transformer.shared_head."),),
 }
 """What a head's weights are called in conversions, and by the makers."""
@@ -51,6 +54,9 @@ def _head(config: dict[str, Any]) -> nn.Module:
         case "exaone_moe":
             args.layer_types, args.is_moe_layer = ["full_attention"], [False]
             return QwenHead(kind(args, 0), width, eps)
+        case "mimo_v2_flash":
+            layer = kind(args, is_moe=False, is_sliding_window=True)
+            return WindowedHead(layer, width, eps, args.sliding_window_size)
         case "step3p5":
             args.moe_layers_enum = "1"  # a dense layer with a window
             return StepHead(kind(args, 0), width, eps, args.sliding_window, args.vocab_size)
@@ -68,7 +74,8 @@ def name_of(config: dict[str, Any], place: str) -> str:
         inner = "shared_head." + place if shared else inner
     elif place.startswith("norm."):
         inner = "final_layer" + place
-    return _before(config) + inner
+    before = "model.mtp.layers.0." if kind == "mimo_v2_flash" else _before(config)
+    return before + inner
 
 
 def _before(config: dict[str, Any]) -> str:

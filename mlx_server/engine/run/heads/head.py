@@ -26,6 +26,7 @@ from mlx_server.engine.run.heads import (
     exaone,
     ling,
     mimo,
+    mimo_v2,
     nemotron,
     qwen,
     step,
@@ -69,6 +70,7 @@ KINDS: dict[str, Kind] = {
     "ernie4_5_moe": Kind(ernie.build, trunk=BareTrunk),
     "exaone_moe": Kind(exaone.build),
     "mimo": Kind(mimo.build, trunk=BareTrunk),
+    "mimo_v2_flash": Kind(mimo_v2.build, trunk=BareTrunk),
     "nemotron_h": Kind(nemotron.build, trunk=BackboneTrunk),
     "step3p5": Kind(step.build, trunk=BareTrunk),
 }

@@ -1,4 +1,4 @@
-"""Heads with a window of keys: that of Step 3.5.
+"""Heads with a window of keys: those of MiMo-V2-Flash and Step 3.5.
 
 They read the states before the model's last norm, and go on from their own before their last norm.
 """
