@@ -80,6 +80,7 @@ HEADED: dict[str, str] = {
     ),
     "ernie4_5_moe": r"model\.mtp_(?=(block|emb_norm|hidden_norm|linear_proj)\.)",
     "exaone_moe": r"mtp\.",
+    "longcat_flash": r"model\.mtp\.",
     "mimo": r"model\.mtp_layers\.",
     "mimo_v2_flash": r"model\.mtp\.layers\.",
 }

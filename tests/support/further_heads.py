@@ -1,4 +1,4 @@
-"""Heads of tiny models, as those of `layer_heads`: Ling's, K-EXAONE's, MiMo-V2-Flash's
+"""Heads of tiny models, as those of `layer_heads`: Ling's, K-EXAONE's, LongCat's, MiMo-V2-Flash's
 and Step 3.5's.
 """
 
@@ -9,6 +9,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_server.engine.run.heads.deepseek import DeepseekHead
+from mlx_server.engine.run.heads.longcat import HalfLayer
 from mlx_server.engine.run.heads.qwen import QwenHead
 from mlx_server.engine.run.heads.step import StepHead
 from mlx_server.engine.run.heads.windowed import WindowedHead
@@ -17,9 +18,10 @@ from tests.support.layer_heads import EXPERTS, Weights, with_joined_values
 
 LING = ("bailing_moe", "bailing_hybrid", "bailing_moe_v3")
 WINDOWED = ("mimo_v2_flash", "step3p5")
-FURTHER = (*LING, "exaone_moe", *WINDOWED)
+FURTHER = (*LING, "exaone_moe", "longcat_flash", *WINDOWED)
 OF_LAYER = "layer."
 SHIPPED = {
+    "longcat_flash": (("enorm.", "enorm.m."), ("hnorm.", "hnorm.m.")),
     "mimo_v2_flash": ((".post_attention_layernorm.", ".pre_mlp_layernorm."),),
     "step3p5": ((".shared_head.", ".transformer.shared_head."),),
 }
@@ -54,6 +56,8 @@ def _head(config: dict[str, Any]) -> nn.Module:
         case "exaone_moe":
             args.layer_types, args.is_moe_layer = ["full_attention"], [False]
             return QwenHead(kind(args, 0), width, eps)
+        case "longcat_flash":
+            return DeepseekHead(HalfLayer(kind(args)), width, eps)
         case "mimo_v2_flash":
             layer = kind(args, is_moe=False, is_sliding_window=True)
             return WindowedHead(layer, width, eps, args.sliding_window_size)
@@ -69,6 +73,10 @@ def name_of(config: dict[str, Any], place: str) -> str:
     kind, inner = config["model_type"], place.removeprefix(OF_LAYER)
     if kind == "exaone_moe":
         return "mtp." + place
+    if kind == "longcat_flash":
+        if place.startswith("norm."):
+            return "model.mtp." + place
+        return "model.mtp.layers.0." + inner.replace("mlp.", "transformer_layer.mlp.")
     if kind == "step3p5":
         shared = place.startswith(("norm.", "output."))
         inner = "shared_head." + place if shared else inner
@@ -108,6 +116,8 @@ def as_shipped(weights: Weights, config: dict[str, Any]) -> Weights:
         if kind == "step3p5" and "norm" in key:
             weight = weight - 1
         raw[_shipped(kind, key, config)] = weight
+    if kind == "longcat_flash":
+        raw["model.mtp.embed_tokens.weight"] = weights["model.embed_tokens.weight"]
     return raw
 
 
