@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from tests.engine.test_head_formulas import head_of, normed, shipped, split
 from tests.support.architectures import WINDOW
@@ -202,3 +203,22 @@ def test_a_head_computes_what_is_published(tmp_path: Path, name: str) -> None:
         out = head(told[:, start:end], states[:, start:end], cache)
         assert mx.allclose(out, own[:, start:end], rtol=1e-3, atol=1e-4)
         assert mx.allclose(head.project(out), expected[:, start:end], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "number"), [("mimo_v2_flash", 0), ("step3p5", 4)])
+def test_of_several_layers_a_head_is_the_first(tmp_path: Path, name: str, number: int) -> None:
+    path = shipped(tmp_path / name, name)
+    alone, _ = head_of(path)
+    file = str(path / "model.safetensors")
+    weights = cast(dict[str, mx.array], mx.load(file))
+    mx.eval(weights)
+    first = Formula(path).before
+    second = first.replace(f".{number}.", f".{number + 1}.")
+    further = {k.replace(first, second): 2 * w for k, w in weights.items() if k.startswith(first)}
+    assert further.keys().isdisjoint(weights)
+    mx.save_safetensors(file, weights | further)
+    head, _ = head_of(path)
+    kept = dict(tree_flatten(head.model.parameters()))
+    one = dict(tree_flatten(alone.model.parameters()))
+    assert kept.keys() == one.keys()
+    assert all(mx.array_equal(kept[key], one[key]) for key in one)
