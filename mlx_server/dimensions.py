@@ -72,11 +72,17 @@ HEADED: dict[str, str] = {
         r"((model\.)?language_model\.|model\.)?mtp\.",
     ),
     **dict.fromkeys(
-        ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+        (
+            *("bailing_hybrid", "bailing_moe", "bailing_moe_v3", "deepseek_v3", "deepseek_v32"),
+            *("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "step3p5"),
+        ),
         r"model\.layers\.LAYERS\.",
     ),
     "ernie4_5_moe": r"model\.mtp_(?=(block|emb_norm|hidden_norm|linear_proj)\.)",
+    "exaone_moe": r"mtp\.",
+    "longcat_flash": r"model\.mtp\.",
     "mimo": r"model\.mtp_layers\.",
+    "mimo_v2_flash": r"model\.mtp\.layers\.",
 }
 """Families with a head of their own that guesses further tokens, where the engine can use it: what
 the names of its weights begin with. LAYERS stands for how many layers the model has.

@@ -208,7 +208,7 @@ def test_a_head_computes_what_is_published(tmp_path: Path, name: str) -> None:
         assert mx.allclose(head.project(out), expected[:, start:end], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32", "mimo_v2_flash"])
 def test_a_head_in_float8_is_dequantized_as_its_model_is(tmp_path: Path, name: str) -> None:
     path = build_headed(tmp_path / name, name, agreeing=False, raw=True)
     whole, _ = head_of(path)
@@ -216,7 +216,7 @@ def test_a_head_in_float8_is_dequantized_as_its_model_is(tmp_path: Path, name: s
     weights = cast(dict[str, mx.array], mx.load(file))
     mx.eval(weights)
     for key, one in list(weights.items()):
-        if one.ndim == 2 and ("self_attn.kv" in key or "experts" in key):
+        if one.ndim == 2 and any(x in key for x in ("self_attn.kv", "experts", "mlp.up_proj")):
             scale = mx.abs(one).max() / 448
             weights[key] = mx.to_fp8(one / scale)
             weights[f"{key}_scale_inv"] = mx.full((1, 1), scale)  # less than a block of 128 each
@@ -226,6 +226,7 @@ def test_a_head_in_float8_is_dequantized_as_its_model_is(tmp_path: Path, name: s
     for key, one in tree_flatten(whole.model.parameters()):
         assert mx.allclose(kept[key], one, rtol=0.08, atol=0.01 * mx.abs(one).max().item())
         changed = any(
-            part in key for part in ("kv_a_proj", "embed_q", "unembed_out", "experts", "switch_mlp")
+            part in key
+            for part in ("kv_a_proj", "embed_q", "unembed_out", "experts", "switch_mlp", "mlp.up")
         )
         assert changed == (not mx.array_equal(kept[key], one).item())

@@ -28,14 +28,16 @@ from tests.engine.test_guesses import requests_of
 from tests.engine.test_mixed import scheduler_of, tokens_of
 from tests.support.architectures import VOCAB_SIZE, build_architecture
 from tests.support.heads import HEADED, build_headed
+from tests.support.layer_heads import LAYERED
 
 FORGIVING = 1 << 30
 QUICK = ("deepseek_v3", "mimo", "qwen3_5", "qwen3_next")
 """With experts and without, of models that mix passes and that do not, and have states or not."""
 
 
-def families() -> list[Any]:
-    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.soak) for n in HEADED]
+def families(*further: str) -> list[Any]:
+    quick = (*QUICK, *further)
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.soak) for n in HEADED]
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def test_what_a_head_guesses_changes_no_text(tmp_path: Path, name: str, agreeing
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", families("step3p5"))  # with a window, too
 def test_a_head_reads_what_the_model_computed_and_nothing_that_it_guessed_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -237,7 +239,7 @@ def test_the_heads_caches_stay_within_the_limit(tmp_path: Path) -> None:
     assert 0.3 * limit < most <= limit
 
 
-@pytest.mark.parametrize("name", HEADED)
+@pytest.mark.parametrize("name", families(*LAYERED))
 def test_a_head_as_the_makers_ship_it_is_that_of_a_conversion(tmp_path: Path, name: str) -> None:
     converted = build_headed(tmp_path / "converted", name, agreeing=False)
     raw = build_headed(tmp_path / "raw", name, agreeing=False, raw=True)

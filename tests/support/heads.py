@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_5, qwen3_next
 
 from mlx_server.engine.run.heads.qwen import QwenHead
-from tests.support import layer_heads
+from tests.support import further_heads, layer_heads
 from tests.support.architectures import (
     ARCHITECTURES,
     VOCAB_SIZE,
@@ -19,12 +19,13 @@ from tests.support.architectures import (
     random_weights,
     with_random_matrices,
 )
+from tests.support.further_heads import FURTHER
 from tests.support.layer_heads import LAYERED
 
 QWEN = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
-HEADED = (*QWEN, *LAYERED)
+HEADED = (*QWEN, *LAYERED, *FURTHER)
 GROUP, BITS = 32, 8
-ADDING = ("o_proj", "out_proj", "down_proj", "fc2")
+ADDING = ("o_proj", "out_proj", "attention.dense", "down_proj", "fc2")
 """Names of products whose results are added to what a layer gets."""
 NORMS = re.compile(
     r"(layernorm|[qk]_norm|model\.norm|mtp\.norm|language_model\.norm|pre_fc_norm_\w+)\.weight$"
@@ -55,19 +56,15 @@ def build_headed(
     text["vocab_size"] = vocab_size
     if name == "qwen3_5":
         text["num_experts"] = 0
-    layered = name in LAYERED
-    head = layer_heads.random_head(config) if layered else _random_head(config)
-    weights = random_weights(config, 0) | head
+    weights = random_weights(config, 0) | _heads_weights(config, name)
     if agreeing:
         weights = {
             key: mx.zeros_like(one) if any(part in key for part in ADDING) else one
             for key, one in weights.items()
         }
-        weights |= layer_heads.joining(config) if layered else _joining(config)
-    if raw and layered:
-        weights = layer_heads.as_shipped(weights, config)
-    elif raw:
-        weights = raw_weights(weights, name)
+        weights |= _joining(config, name, weights)
+    if raw:
+        weights = _as_shipped(weights, config, name)
     if quantized:
         config["quantization"] = {"group_size": GROUP, "bits": 4}
         weights = _quantized(weights, quantized)
@@ -80,8 +77,26 @@ def _prefix(config: dict[str, Any]) -> str:
     return "language_model.mtp." if "text_config" in config else "mtp."
 
 
-def _joining(config: dict[str, Any]) -> Weights:
+def _heads_weights(config: dict[str, Any], name: str) -> Weights:
+    if name in FURTHER:
+        return further_heads.random_head(config)
+    return layer_heads.random_head(config) if name in LAYERED else _random_head(config)
+
+
+def _joining(config: dict[str, Any], name: str, weights: Weights) -> Weights:
+    if name in FURTHER:
+        return further_heads.joining(config, weights)
+    if name in LAYERED:
+        return layer_heads.joining(config)
     return {_prefix(config) + "fc.weight": mx.eye(32, 64)}
+
+
+def _as_shipped(weights: Weights, config: dict[str, Any], name: str) -> Weights:
+    if name in FURTHER:
+        return further_heads.as_shipped(weights, config)
+    if name in LAYERED:
+        return layer_heads.as_shipped(weights, config)
+    return raw_weights(weights, name)
 
 
 def _random_head(config: dict[str, Any]) -> Weights:

@@ -82,20 +82,29 @@ def as_shipped(weights: Weights, config: dict[str, Any]) -> Weights:
     shares with the model there twice.
     """
     raw: Weights = {}
-    for key, weight in weights.items():
+    for key, weight in with_joined_values(weights).items():
         experts = EXPERTS.fullmatch(key)
-        if experts is not None:
-            for number, one in enumerate(weight):
-                product = SHIPPED.get(experts["name"], experts["name"])
-                raw[f"{experts['before']}.experts.{number}.{product}.weight"] = one
-        elif key.endswith(KEYS):
+        if experts is None:
+            raw[key] = weight
+            continue
+        for number, one in enumerate(weight):
+            product = SHIPPED.get(experts["name"], experts["name"])
+            raw[f"{experts['before']}.experts.{number}.{product}.weight"] = one
+    if config["model_type"] in DEEPSEEK:
+        raw[name_of(config, "embed_tokens.weight")] = weights["model.embed_tokens.weight"]
+        raw[name_of(config, "shared_head.head.weight")] = weights["lm_head.weight"]
+    return raw
+
+
+def with_joined_values(weights: Weights) -> Weights:
+    """With the keys and values of latent attention in one product."""
+    raw: Weights = {}
+    for key, weight in weights.items():
+        if key.endswith(KEYS):
             base = key.removesuffix(KEYS)
             both = [weight.swapaxes(-1, -2), weights[base + VALUES]]
             joined = mx.concatenate(both, axis=1)
             raw[f"{base}.kv_b_proj.weight"] = joined.reshape(-1, joined.shape[-1])
         elif not key.endswith(VALUES):
             raw[key] = weight
-    if config["model_type"] in DEEPSEEK:
-        raw[name_of(config, "embed_tokens.weight")] = weights["model.embed_tokens.weight"]
-        raw[name_of(config, "shared_head.head.weight")] = weights["lm_head.weight"]
     return raw

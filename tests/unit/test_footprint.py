@@ -120,7 +120,8 @@ def test_quantized_caches_are_never_underestimated(tmp_path: Path, family: str, 
 
 
 NUMBERS_PER_TOKEN = {
-    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite"), 16 + 8),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "longcat_flash"), 16 + 8),
+    **dict.fromkeys(("bailing_hybrid", "bailing_moe_v3"), 16 + 8),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), 16 + 8 + 2 * 16),
 }
 """In the cache of a head, where that is not two heads' keys and values of eight numbers."""

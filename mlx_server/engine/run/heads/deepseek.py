@@ -32,12 +32,19 @@ class DeepseekHead(Module):
         self.norm = RMSNorm(width, eps=eps)
 
     def __call__(self, embedded: mx.array, states: mx.array, cache: Any) -> mx.array:
+        out: mx.array = self.norm(self.bare(embedded, states, cache))
+        return out
+
+    def bare(self, embedded: mx.array, states: mx.array, cache: Any) -> mx.array:
+        """Before its last norm."""
         both = [self.enorm(embedded), self.hnorm(states)]
         joined = self.eh_proj(mx.concatenate(both, axis=-1))
-        keys = cache[0] if isinstance(cache, CacheList) else cache
-        mask = create_attention_mask(joined, keys, return_array=True)
-        out: mx.array = self.norm(self.layer(joined, mask, cache))
+        out: mx.array = self.layer(joined, self.mask(joined, cache), cache)
         return out
+
+    def mask(self, joined: mx.array, cache: Any) -> Any:
+        keys = cache[0] if isinstance(cache, CacheList) else cache
+        return create_attention_mask(joined, keys, return_array=True)
 
     def project(self, states: mx.array, trunk: Trunk) -> mx.array:
         return trunk.output(states)

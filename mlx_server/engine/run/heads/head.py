@@ -20,8 +20,19 @@ from mlx_server.dimensions import Config, families, head_weights
 from mlx_server.engine.cache.layout import Cache
 from mlx_server.engine.protocol import Batching, Sharing
 from mlx_server.engine.run.batching import PADDED
-from mlx_server.engine.run.heads import deepseek, ernie, mimo, nemotron, qwen
-from mlx_server.engine.run.heads.trunk import BackboneTrunk, BareTrunk, Trunk
+from mlx_server.engine.run.heads import (
+    deepseek,
+    ernie,
+    exaone,
+    ling,
+    longcat,
+    mimo,
+    mimo_v2,
+    nemotron,
+    qwen,
+    step,
+)
+from mlx_server.engine.run.heads.trunk import BackboneTrunk, BareTrunk, Trunk, WordTrunk
 from mlx_server.engine.run.heads.unread import HELD
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.run.weights import read_weights
@@ -50,14 +61,20 @@ class Kind:
 QWEN = Kind(qwen.build)
 DEEPSEEK = Kind(deepseek.build)
 DEEPSEEK_SPARSE = Kind(deepseek.build, new_cache=deepseek.sparse_cache)
+LING = Kind(ling.build, trunk=WordTrunk)
 
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), QWEN),
     **dict.fromkeys(("deepseek_v3", "glm4_moe", "glm4_moe_lite"), DEEPSEEK),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), DEEPSEEK_SPARSE),
+    **dict.fromkeys(("bailing_moe", "bailing_hybrid", "bailing_moe_v3"), LING),
     "ernie4_5_moe": Kind(ernie.build, trunk=BareTrunk),
+    "exaone_moe": Kind(exaone.build),
+    "longcat_flash": Kind(longcat.build),
     "mimo": Kind(mimo.build, trunk=BareTrunk),
+    "mimo_v2_flash": Kind(mimo_v2.build, trunk=BareTrunk),
     "nemotron_h": Kind(nemotron.build, trunk=BackboneTrunk),
+    "step3p5": Kind(step.build, trunk=BareTrunk),
 }
 """By model_type; `dimensions.head_weights` knows the same ones."""
 

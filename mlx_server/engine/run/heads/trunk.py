@@ -50,14 +50,15 @@ class Trunk:
         return logits
 
     def converted(
-        self, weights: dict[str, mx.array], before: str, layers: int
+        self, weights: dict[str, mx.array], before: str, layers: int, **arguments: Any
     ) -> dict[str, mx.array]:
         """`weights` as mlx-lm converts those of a model of so many layers: dequantized, experts in
-        one array, and the like. `before` comes before their names in such a model.
+        one array, and the like. `before` comes before their names in such a model; `arguments` are
+        its own, where they differ.
         """
         small = copy.copy(self.text)
         small.args = copy.copy(small.args)
-        small.args.num_hidden_layers = layers
+        vars(small.args).update({"num_hidden_layers": layers} | arguments)
         sane = small.sanitize({before + name: one for name, one in weights.items()})
         return {name.removeprefix(before): one for name, one in sane.items()}
 
@@ -72,6 +73,14 @@ class BackboneTrunk(Trunk):
     @property
     def embeddings(self) -> Any:
         return self.body.embeddings
+
+
+class WordTrunk(Trunk):
+    """As `Trunk`, of a model that calls its embeddings so (Ling)."""
+
+    @property
+    def embeddings(self) -> Any:
+        return self.body.word_embeddings
 
 
 class BareTrunk(Trunk):
