@@ -62,10 +62,11 @@ def build(trunk: Trunk, weights: dict[str, mx.array]) -> tuple[DeepseekHead, dic
     head = DeepseekHead(layer, arguments.hidden_size, arguments.rms_norm_eps)
     weights = {name: one for name, one in weights.items() if not HEAD_REPEATS.match(name)}
     converted = trunk.converted(weights, "model.layers.0.", 1)
-    return head, {_place(name): one for name, one in converted.items()}
+    return head, {place(name, LAST_NORM): one for name, one in converted.items()}
 
 
-def _place(name: str) -> str:
-    if name.startswith(LAST_NORM):
-        return "norm." + name.removeprefix(LAST_NORM)
+def place(name: str, last_norm: str) -> str:
+    """In a `DeepseekHead`, of a weight whose last norm's names begin with `last_norm`."""
+    if name.startswith(last_norm):
+        return "norm." + name.removeprefix(last_norm)
     return name if name.startswith(OWN) else "layer." + name

@@ -9,7 +9,7 @@ goes on from its own after its last norm. In models with linear attention it has
 import mlx.core as mx
 
 from mlx_server.dimensions import HEAD_REPEATS
-from mlx_server.engine.run.heads.deepseek import OWN, DeepseekHead
+from mlx_server.engine.run.heads.deepseek import DeepseekHead, place
 from mlx_server.engine.run.heads.trunk import Trunk
 
 LAST_NORM = "final_layernorm."
@@ -22,10 +22,4 @@ def build(trunk: Trunk, weights: dict[str, mx.array]) -> tuple[DeepseekHead, dic
     head = DeepseekHead(layer, arguments.hidden_size, arguments.rms_norm_eps)
     weights = {name: one for name, one in weights.items() if not HEAD_REPEATS.match(name)}
     converted = trunk.converted(weights, "model.layers.0.", 1, first_k_dense_replace=0)
-    return head, {_place(name): one for name, one in converted.items()}
-
-
-def _place(name: str) -> str:
-    if name.startswith(LAST_NORM):
-        return "norm." + name.removeprefix(LAST_NORM)
-    return name if name.startswith(OWN) else "layer." + name
+    return head, {place(name, LAST_NORM): one for name, one in converted.items()}

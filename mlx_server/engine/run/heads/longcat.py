@@ -11,11 +11,12 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from mlx_server.dimensions import HEAD_REPEATS
-from mlx_server.engine.run.heads.deepseek import OWN, DeepseekHead
+from mlx_server.engine.run.heads.deepseek import DeepseekHead, place
 from mlx_server.engine.run.heads.trunk import Trunk
 
 SHIPPED = (("layers.0.", ""), ("norm.m.", "norm."), ("transformer_layer.mlp.", "mlp."))
 """What the makers call it, and its name here."""
+LAST_NORM = "norm."
 ATTENTION, FIRST_ATTENTION = "self_attn.", "self_attn.0."
 """Of half a layer, and of a whole one."""
 
@@ -45,7 +46,8 @@ def build(trunk: Trunk, weights: dict[str, mx.array]) -> tuple[DeepseekHead, dic
     whole = {name.replace(ATTENTION, FIRST_ATTENTION): one for name, one in named.items()}
     converted = trunk.converted(whole, "model.layers.0.", 1, num_layers=1)
     return head, {
-        _place(name.replace(FIRST_ATTENTION, ATTENTION)): one for name, one in converted.items()
+        place(name.replace(FIRST_ATTENTION, ATTENTION), LAST_NORM): one
+        for name, one in converted.items()
     }
 
 
@@ -53,7 +55,3 @@ def _named(name: str) -> str:
     for theirs, ours in SHIPPED:
         name = name.replace(theirs, ours, 1)
     return name
-
-
-def _place(name: str) -> str:
-    return name if name.startswith((*OWN, "norm.")) else "layer." + name

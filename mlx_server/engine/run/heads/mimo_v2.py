@@ -7,7 +7,7 @@ states is at odds among them: here it is as where SGLang uses several layers, an
 
 import mlx.core as mx
 
-from mlx_server.engine.run.heads.deepseek import OWN
+from mlx_server.engine.run.heads.deepseek import place
 from mlx_server.engine.run.heads.trunk import Trunk
 from mlx_server.engine.run.heads.windowed import WindowedHead
 
@@ -24,10 +24,6 @@ def build(trunk: Trunk, weights: dict[str, mx.array]) -> tuple[WindowedHead, dic
     head = WindowedHead(layer, width, eps, arguments.sliding_window_size)
     first = {name.removeprefix(FIRST): w for name, w in weights.items() if name.startswith(FIRST)}
     converted = trunk.converted(first, "model.layers.0.", 1)
-    return head, {_place(name.replace(SHIPPED, OURS)): one for name, one in converted.items()}
-
-
-def _place(name: str) -> str:
-    if name.startswith(LAST_NORM):
-        return "norm." + name.removeprefix(LAST_NORM)
-    return name if name.startswith(OWN) else "layer." + name
+    return head, {
+        place(name.replace(SHIPPED, OURS), LAST_NORM): one for name, one in converted.items()
+    }
