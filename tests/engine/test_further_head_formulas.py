@@ -3,7 +3,6 @@ bailing_moe_v3_mtp, exaone_moe_mtp, longcat_flash_mtp, mimo_v2_mtp and step3p5_m
 transformers' exaone_moe.
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from tests.engine.test_head_formulas import head_of, normed, shipped, split
+from tests.engine.test_head_formulas import Checkpoint, head_of, normed, shipped, split
 from tests.support.architectures import WINDOW
 from tests.support.further_heads import FURTHER, LING
 
@@ -40,23 +39,17 @@ SECOND_NORM = {"mimo_v2_flash": "pre_mlp_layernorm"}
 FEED_FORWARD = {"longcat_flash": "transformer_layer.mlp"}
 
 
-class Formula:
-    """Of the head in the checkpoint `folder`; names of its weights begin with `before`."""
+class Formula(Checkpoint):
+    """Of the head in the checkpoint `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        self.weights = cast(dict[str, mx.array], mx.load(str(folder / "model.safetensors")))
-        self.kind = self.config["model_type"]
-        self.before = BEFORE.get(self.kind, f"model.layers.{self.config['num_hidden_layers']}.")
+        super().__init__(folder, BEFORE)
         self.inner = self.before + LAYER.get(self.kind, "")
 
     def __getitem__(self, name: str) -> mx.array:
         """Of its layer, or of what is before and after it."""
         names = [f"{before}{name}.weight" for before in ("", self.inner, self.before)]
         return next(self.weights[one] for one in names if one in self.weights)
-
-    def number(self, name: str) -> int:
-        return cast(int, self.config[name])
 
     def times(self, x: mx.array, name: str) -> mx.array:
         return x @ self[name].T

@@ -40,21 +40,30 @@ LAST = {
 }
 
 
-class Formula:
-    """Of the head in the checkpoint `folder`; names of its layer's weights begin with `before`."""
+class Checkpoint:
+    """In `folder`. Names of its head's weights begin with what `before` has for its kind, or as
+    those of one layer more than the model counts.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, before: dict[str, str]) -> None:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.weights = cast(dict[str, mx.array], mx.load(str(folder / "model.safetensors")))
         self.kind = self.config["model_type"]
-        self.before = BEFORE.get(self.kind, f"model.layers.{self.config['num_hidden_layers']}.")
+        self.before = before.get(self.kind, f"model.layers.{self.config['num_hidden_layers']}.")
+
+    def number(self, name: str) -> int:
+        return cast(int, self.config[name])
+
+
+class Formula(Checkpoint):
+    """Of the head in the checkpoint `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, BEFORE)
 
     def __getitem__(self, name: str) -> mx.array:
         whole = name if name.startswith("model.") else self.before + name
         return self.weights[f"{whole}.weight"]
-
-    def number(self, name: str) -> int:
-        return cast(int, self.config[name])
 
     def times(self, x: mx.array, name: str) -> mx.array:
         product = x @ self[name].T
