@@ -21,10 +21,12 @@ import yaml
 from tests.server.test_errors import assert_refused
 from tests.server.test_tools import TOOLS
 from tests.support.otlp import Node, Receiver, receiving
-from tests.support.server import CHAT, PLAIN, Server, ask, chat, serving, until
+from tests.support.server import CHAT, PLAIN, Server, ask, chat, serving, stream_data, until
 from tests.support.tiny import build_tiny_model
 
 MODEL = "tiny"
+SPOKEN = 3
+"""Events of a stream after which it surely has tokens."""
 SOON = 30.0
 DOCS = Path(__file__).parents[2] / "docs" / "monitoring"
 MONITORING = {file.name: file.read_text() for file in DOCS.iterdir()}
@@ -75,10 +77,15 @@ async def traced(
     client: httpx.AsyncClient, receiver: Receiver, body: dict[str, Any]
 ) -> tuple[httpx.Response, Node]:
     """The answer, read to its end, and the tree of its spans, in a trace of the caller's."""
-    trace = secrets.token_hex(16)
-    parent = f"00-{trace}-{secrets.token_hex(8)}-01"
-    answer = await client.post(CHAT, json=body, headers={"traceparent": parent})
+    trace, header = _new_trace()
+    answer = await client.post(CHAT, json=body, headers=header)
     return answer, await _tree(receiver, trace)
+
+
+def _new_trace() -> tuple[str, dict[str, str]]:
+    """Its id, and the header by which a caller has a request be part of it."""
+    trace = secrets.token_hex(16)
+    return trace, {"traceparent": f"00-{trace}-{secrets.token_hex(8)}-01"}
 
 
 async def _tree(receiver: Receiver, trace: str) -> Node:
@@ -139,19 +146,17 @@ async def test_a_streamed_chat_with_a_call_is_one_trace_of_its_stages(
 async def test_the_trace_of_a_request_whose_engine_dies_shows_both_engines(
     server: Server, receiver: Receiver, client: httpx.AsyncClient
 ) -> None:
-    body = chat(MODEL, max_tokens=600, ignore_eos=True)
-    asking = asyncio.create_task(traced(client, receiver, body))
-
-    async def decoding() -> bool:
-        state = (await client.get("/admin/models")).json()["models"][0]
-        return bool(state["running"] and state["step_seconds"])
-
-    await until(decoding, SOON)
+    body = chat(MODEL, max_tokens=600, ignore_eos=True, stream=True)
+    trace, header = _new_trace()
     [engine] = server.engines()
-    os.kill(engine.pid, signal.SIGKILL)
-    answer, tree = await asking
-    assert answer.status_code == 200, answer.text
-    [generation] = tree.below
+    async with client.stream("POST", CHAT, json=body, headers=header) as answer:
+        said = 0
+        async for _ in stream_data(answer):
+            said += 1
+            if said == SPOKEN:
+                os.kill(engine.pid, signal.SIGKILL)
+    assert said > SPOKEN
+    [generation] = (await _tree(receiver, trace)).below
     assert not generation.failed
     restart = generation.names().index("restart")
     broken = generation.below[restart - 1]
