@@ -1,13 +1,15 @@
 """What all tests need when they run side by side."""
 
+import asyncio
 import gc
 import os
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import settings
 
 # jsonschema imports it for formats that no test has, and it builds dozens of grammars: 3 s.
@@ -56,3 +58,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return next(filter(nodeid.startswith, TOGETHER), super()._split_scope(nodeid))
 
     return Scheduling(config, log)
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The front's own loop. With that of asyncio, how a process ended may be lost if it is killed
+    while it ends.
+    """
+    return {"uvloop": uvloop.new_event_loop}

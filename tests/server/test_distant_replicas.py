@@ -13,7 +13,7 @@ import pytest
 from tests.server.test_hosts import ours
 from tests.server.test_replicas import assert_next_turns_find_their_prefix, turn
 from tests.support.hosts import Three, free_port, over, three_machines, working
-from tests.support.server import CHAT, Answer, Server, ask, logged, serving, until
+from tests.support.server import CHAT, Answer, Server, ask, ask_through, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
@@ -78,10 +78,11 @@ async def test_the_end_of_a_machine_loses_nothing_and_it_comes_back(
     asked = [turn(100 + i, tokens=150) for i in range(CHATS)]
     async with server.client(timeout=60) as client:
         expected = await asyncio.gather(*(ask(client, CHAT, body) for body in asked))
-        streams = [asyncio.create_task(ask(client, CHAT, body)) for body in asked]
-        await server.works("tiny", replica=2)
-        three.go("third")
-        answers = await asyncio.gather(*streams)
+
+        async def leave() -> None:
+            three.go("third")
+
+        answers = await ask_through(leave, client, asked)
         for answer, known in zip(answers, expected, strict=True):
             known.usage = answer.usage  # which tells what the second time was cached
             same(answer, known)
@@ -143,10 +144,11 @@ async def test_a_machine_that_falls_silent_loses_nothing(server: Server, three: 
     asked = [turn(200 + i, tokens=150) for i in range(CHATS)]
     async with server.client(timeout=60) as client:
         expected = await asyncio.gather(*(ask(client, CHAT, body) for body in asked))
-        streams = [asyncio.create_task(ask(client, CHAT, body)) for body in asked]
-        await server.works("tiny", replica=1)
-        three.signal("second", signal.SIGSTOP)
-        answers = await asyncio.gather(*streams)
+
+        async def fall_silent() -> None:
+            three.signal("second", signal.SIGSTOP)
+
+        answers = await ask_through(fall_silent, client, asked)
         for answer, known in zip(answers, expected, strict=True):
             known.usage = answer.usage
             same(answer, known)

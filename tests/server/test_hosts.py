@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from tests.server.test_ranks import MANY, SETTINGS, all_of, asked, ranks_of
 from tests.support.command import environment, refusal
 from tests.support.hosts import SECRET, Worker, free_port, over, working
-from tests.support.server import CHAT, Answer, Server, ask, logged, serving, until
+from tests.support.server import CHAT, Answer, Server, ask, ask_through, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
@@ -102,14 +102,14 @@ def ours(port: int) -> dict[str, Any]:
     return SETTINGS | own
 
 
-async def heals(pair: Server, expected: list[Answer], harm: Any) -> None:
+async def heals(
+    pair: Server, expected: list[Answer], harm: Callable[[list[int]], Awaitable[None]]
+) -> None:
     """Streams that run while `harm` is done get what one process answers."""
     ranks = await ranks_of(pair)
     async with pair.client(timeout=300) as client:
-        streams = asyncio.create_task(all_of(client, asked(TOKENS)))
-        await pair.works("tiny")
-        await harm(ranks)
-        for answer, known in zip(await streams, expected, strict=True):
+        answers = await ask_through(lambda: harm(ranks), client, asked(TOKENS))
+        for answer, known in zip(answers, expected, strict=True):
             same(answer, known)
     after = await ranks_of(pair, other_than=ranks)
     assert all(map(over, ranks)), (ranks, after)

@@ -10,7 +10,7 @@ import pytest
 from tests.server.test_ranks import SETTINGS, all_of, asked, ranks_of
 from tests.support.hosts import SECRET, Worker, over, working
 from tests.support.network import Machine, machines
-from tests.support.server import Answer, Server, serving, until
+from tests.support.server import Answer, Server, ask_through, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
@@ -88,13 +88,15 @@ async def test_a_cut_network_heals_when_the_link_is_back(
 ) -> None:
     ranks = await ranks_of(server)
     async with server.client(timeout=300) as client:
-        streams = asyncio.create_task(all_of(client, asked(TOKENS)))
-        await server.works("tiny")
-        two[1].link("down")
-        # Neither side hears that the other has gone.
-        await gone(ranks, NOTICED)
-        two[1].link("up")
-        for answer, known in zip(await streams, expected, strict=True):
+
+        async def cut() -> None:
+            two[1].link("down")
+            # Neither side hears that the other has gone.
+            await gone(ranks, NOTICED)
+            two[1].link("up")
+
+        answers = await ask_through(cut, client, asked(TOKENS))
+        for answer, known in zip(answers, expected, strict=True):
             same(answer, known)
     await ranks_of(server, other_than=ranks)
 

@@ -9,7 +9,7 @@ import pytest
 from tests.server.test_hosts import ours
 from tests.server.test_ranks import all_of, asked, ranks_of
 from tests.support.hosts import Three, three_machines
-from tests.support.server import CHAT, Server, logged, serving, until
+from tests.support.server import CHAT, Server, ask_through, logged, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_tiny_model
 
@@ -47,10 +47,12 @@ async def test_a_spare_takes_the_place_of_a_machine_that_goes(server: Server, th
     async with server.client(timeout=300) as client:
         bodies = asked(TOKENS)
         expected = await all_of(client, bodies)
-        streams = asyncio.create_task(all_of(client, bodies))
-        await server.works("tiny")
-        three.go("second")
-        for answer, known in zip(await streams, expected, strict=True):
+
+        async def leave() -> None:
+            three.go("second")
+
+        answers = await ask_through(leave, client, bodies)
+        for answer, known in zip(answers, expected, strict=True):
             same(answer, known)
     await ranks_of(server, other_than=ranks)
     assert await hosts_of(server) == ["", "third"]

@@ -65,12 +65,11 @@ class Server:
             assert answer.status_code == 200
             return {model["id"]: model for model in answer.json()["models"]}
 
-    async def works(self, model: str, replica: int = 0) -> None:
-        """Wait until that engine of the model has requests."""
+    async def works(self, model: str) -> None:
+        """Wait until the model has a request, which must be a long one for this to see it."""
 
         async def asked() -> bool:
-            engines = (await self.models())[model]["replicas"]
-            return bool(engines[replica]["in_flight"])
+            return bool((await self.models())[model]["in_flight"])
 
         await until(asked, 30.0)
 
@@ -265,6 +264,22 @@ class Answer:
                 self.logprobs.setdefault(index, []).append(choice["logprobs"])
 
 
+async def ask_through(
+    harm: Callable[[], Awaitable[None]], client: httpx.AsyncClient, bodies: list[dict[str, Any]]
+) -> list[Answer]:
+    """The answers to chats that are streamed; `harm` is done as soon as all have begun."""
+    begun = [asyncio.Event() for _ in bodies]
+    async with asyncio.TaskGroup() as group:
+        asking = [
+            group.create_task(read_stream(client, CHAT, body, event.set))
+            for body, event in zip(bodies, begun, strict=True)
+        ]
+        for event in begun:
+            await event.wait()
+        await harm()
+    return [task.result() for task in asking]
+
+
 async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Answer:
     """The answer to `body`, which must succeed: read as a stream if it asks for one."""
     if body.get("stream"):
@@ -276,8 +291,15 @@ async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Ans
     return folded
 
 
-async def read_stream(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Answer:
-    """Read a stream to its end, whether it ends well or with an error."""
+async def read_stream(
+    client: httpx.AsyncClient,
+    path: str,
+    body: dict[str, Any],
+    begun: Callable[[], None] = lambda: None,
+) -> Answer:
+    """Read a stream to its end, whether it ends well or with an error. `begun` is called whenever
+    there is more of it.
+    """
     folded = Answer()
     async with client.stream("POST", path, json=body) as response:
         assert response.status_code == 200, await response.aread()
@@ -287,6 +309,7 @@ async def read_stream(client: httpx.AsyncClient, path: str, body: dict[str, Any]
                 folded.done = True
             else:
                 folded.take(json.loads(data))
+            begun()
     return folded
 
 
