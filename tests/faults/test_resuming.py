@@ -34,7 +34,7 @@ from tests.faults.conftest import (
     running,
     state_of,
 )
-from tests.support.server import CHAT, TEXT, Answer, Server, ask, chat, serving, until
+from tests.support.server import CHAT, TEXT, Answer, Server, ask, chat, read_stream, serving, until
 from tests.support.ties import same
 from tests.support.tiny import build_scripted_model, build_tiny_model
 
@@ -205,6 +205,7 @@ async def test_usage_tells_of_the_cache_as_the_first_engine_did(tmp_path: Path, 
 async def test_whole_answers_choices_and_requests_that_wait_survive(tmp_path: Path) -> None:
     said = "One two three four five six seven eight nine ten eleven twelve thirteen."
     path = build_scripted_model(tmp_path / "scripted", said, context=CONTEXT)
+    seen = (CHAT, chat(path.name, max_tokens=1200, ignore_eos=True, stream=True))
     asked: list[Asked] = [
         (CHAT, chat(path.name, max_tokens=600, ignore_eos=True, n=3)),
         (TEXT, {"model": path.name, "prompt": ["a", "b"], "max_tokens": 250, "echo": True}),
@@ -215,22 +216,32 @@ async def test_whole_answers_choices_and_requests_that_wait_survive(tmp_path: Pa
     slow: dict[str, Any] = {"max_batch": 2, "prefix_cache": "0", "speculation": "off"}
     with serving(tmp_path / "home", *flags, **slow) as server:
         async with server.client() as client:
-            expected = await asyncio.gather(*(ask(client, *one) for one in asked))
-            tasks = [asyncio.create_task(ask(client, *one)) for one in asked]
+            expected = await asyncio.gather(*(ask(client, *one) for one in [seen, *asked]))
+            pieces = 0
+
+            def count() -> None:
+                nonlocal pieces
+                pieces += 1
+
+            async def goes_on(after: int) -> None:
+                async def more() -> bool:
+                    return pieces > after
+
+                await until(more, LIVELY)
+
+            # Two run at a time, this one among them, and all that come after it wait.
+            tasks = [asyncio.create_task(read_stream(client, *seen, count))]
+            await goes_on(0)
+            tasks += [asyncio.create_task(ask(client, *one)) for one in asked]
             pid = None
             for _ in range(2):
                 pid = await engine_of(server, path.name, other_than=pid)
-                await until(lambda: _works_and_waits(server, path.name), LIVELY)
+                await goes_on(pieces)
                 os.kill(pid, signal.SIGKILL)
             answers = await asyncio.gather(*tasks)
         assert [(one.texts, one.reasons, one.usage) for one in answers] == [
             (one.texts, one.reasons, one.usage) for one in expected
         ]
-
-
-async def _works_and_waits(server: Server, model: str) -> bool:
-    state = await state_of(server, model)
-    return bool(state["pid"] and state["running"] and state["waiting"])
 
 
 async def test_a_request_that_comes_while_the_engine_restarts_is_answered(mortal: Server) -> None:

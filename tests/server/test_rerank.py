@@ -109,7 +109,8 @@ def test_documents_may_be_objects(client: httpx.Client) -> None:
     assert by_index(ranked(client, asked(JUDGE, query={"text": QUERY}))) == by_index(plain)
     fields = [{"title": "fox", "body": text} for text in DOCUMENTS]
     told = ranked(client, asked(JUDGE, documents=fields, rank_fields=["title", "none"]))
-    assert len(set(by_index(told))) == 1
+    first, *others = by_index(told)
+    assert others == pytest.approx([first] * 3, abs=1e-5), "a row of a batch rounds as it lies"
 
 
 def test_what_exceeds_the_context_is_cut(client: httpx.Client) -> None:
