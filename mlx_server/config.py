@@ -300,6 +300,11 @@ class Settings(BaseSettings):
     division_by_model: dict[str, Division] = Field(
         default_factory=dict, description="`division` of single models: id to `tensor`, say."
     )
+    ranks_over: Literal["ring", "nccl"] = Field(
+        "ring",
+        description="What ranks talk over, where no `hosts_file` says: `ring`, TCP connections; "
+        "`nccl`, between NVIDIA GPUs, of which each rank takes one.",
+    )
     workers: list[str] = Field(
         default_factory=list,
         description="Other machines that each take one rank of every model, or one of its "
@@ -504,4 +509,5 @@ class Settings(BaseSettings):
             trust_remote_code=model_id in self.trust_remote_code,
             ranks=self.ranks_of(model_id),
             division=self.division_of(model_id),
+            ranks_over=self.ranks_over,
         )

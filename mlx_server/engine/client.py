@@ -15,6 +15,7 @@ from mlx_server.engine.protocol import (
     Begun,
     Embed,
     Embedding,
+    Fabric,
     Failed,
     FrameReader,
     Generate,
@@ -66,10 +67,11 @@ class Recipient(Protocol):
 
 class Elsewhere(Protocol):
     """What is on other machines, and has been started there: ranks of an engine, or all of it.
-    `hosts`: of all ranks; `sockets` lead to those elsewhere.
+    `hosts`: of all ranks, which talk over `fabric`; `sockets` lead to those elsewhere.
     """
 
     hosts: list[RankHost]
+    fabric: Fabric | None
     sockets: Sequence[socket.socket]
 
     @property
@@ -136,8 +138,8 @@ class EngineClient:
         """
         client = cls(model_id, await _spawned(spawn, elsewhere), elsewhere)
         adapter = str(adapter_path) if adapter_path else None
-        hosts = elsewhere.hosts if elsewhere else []
-        client._send(Load(str(path), options, adapter, embedding, hosts))
+        more = (elsewhere.hosts, elsewhere.fabric) if elsewhere else ()
+        client._send(Load(str(path), options, adapter, embedding, *more))
         await client._until_loaded()
         return client
 

@@ -109,8 +109,9 @@ def load(leader: LeaderConnection, begin: Begin) -> Rank:
     leader.tell(Prepared(os.getpid(), own))
     join = leader.command()
     assert isinstance(join, Join)
-    ranks = Following(ring.join(begin.rank, join.ranks, join.rdma), leader)
-    backend = Backend(Path(begin.load.path), options, memory, ranks=ranks)
+    ranks = Following(ring.join(begin.rank, join.ranks, join.fabric), leader)
+    adapter = Path(begin.load.adapter_path) if begin.load.adapter_path else None
+    backend = Backend(Path(begin.load.path), options, memory, adapter, ranks)
     leader.tell(Loaded(memory.limit - backend.weights_bytes, backend.kv_cost.own))
     settled = leader.command()
     assert isinstance(settled, Settled)

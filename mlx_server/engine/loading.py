@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import structs
 
 from mlx_server.engine.cpu.blas import ADVICE, load_openblas
-from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Ready
+from mlx_server.engine.protocol import Embedding, Load, LoadOptions, Nccl, Ready
 from mlx_server.engine.ranks.messages import Join, Loaded, Settled
 from mlx_server.engine.run.cuda import keep_prepared
 from mlx_server.engine.run.patches import leave_out_text_side
@@ -84,10 +84,10 @@ def load(
 
 def is_models_fault(error: Exception) -> bool:
     """Whether a failed load would fail again. Else it may come of another rank's end."""
-    from mlx_server.engine.ranks.ring import NoRdma
+    from mlx_server.engine.ranks.ring import NoFabric
     from mlx_server.engine.run.weights import ModelError
 
-    return isinstance(error, ModelError | NoRdma)
+    return isinstance(error, ModelError | NoFabric)
 
 
 def prepare(message: Load) -> "tuple[DeviceMemory, str | None]":
@@ -134,7 +134,7 @@ def _scheduler(message: Load, memory: "DeviceMemory", followers: "Followers | No
             draft = load_draft(Path(options.draft_path), backend, options, memory)
         kv_limit = _kv_limit(options, memory, backend, draft, [])
     else:
-        backend = Backend(path, options, memory, ranks=_ranks(message, followers))
+        backend = Backend(path, options, memory, adapter, _ranks(message, followers))
         others = followers.loaded()
         backend.kv_cost = backend.kv_cost.or_more(one.cost for one in others)
         kv_limit = _kv_limit(options, memory, backend, None, others)
@@ -184,20 +184,26 @@ def load_draft(
 
 def _ranks(message: Load, followers: "Followers") -> "Ranks":
     """Raises ModelError, RingError."""
+    import mlx.core as mx
+
     from mlx_server.engine.ranks import ring
     from mlx_server.engine.ranks.sharing import Leading
     from mlx_server.engine.run.weights import ModelError
 
-    if message.adapter_path is not None:
-        raise ModelError("LoRA adapters are not applied to models divided among ranks")
+    options, fabric = message.options, message.fabric
+    if fabric is None and options.ranks_over == "nccl":
+        fabric = Nccl()
+    here = 1 if message.hosts else options.ranks
+    if isinstance(fabric, Nccl) and (gpus := mx.device_count(mx.gpu)) < here:
+        raise ModelError(f"over NCCL each rank takes a GPU; {here} are here and GPUs: {gpus}")
     prepared = followers.ready()
     if message.hosts:
         own = ring.free_addresses(message.hosts[0].addresses)
         ranks = [own, *(one.addresses for one in prepared)]
     else:
-        ranks = [[one] for one in ring.free_addresses([ring.LOOPBACK] * message.options.ranks)]
-    join = Join(ranks, message.rdma)
-    group = ring.join(0, ranks, message.rdma, announce=lambda: followers.tell(join))
+        ranks = [[one] for one in ring.free_addresses([ring.LOOPBACK] * options.ranks)]
+    join = Join(ranks, fabric)
+    group = ring.join(0, ranks, fabric, announce=lambda: followers.tell(join))
     return Leading(group, followers)
 
 

@@ -86,6 +86,8 @@ class LoadOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     division: Division = "auto"
     """A part of each layer for each, or whole layers; `auto`: these where there is no way to the
     other."""
+    ranks_over: Literal["ring", "nccl"] = "ring"
+    """`nccl`: as `Nccl`, where `Load` names no other fabric."""
 
 
 class RankHost(msgspec.Struct, frozen=True):
@@ -99,11 +101,19 @@ RdmaDevices = list[str | list[str] | None]
 """Of a machine, its device or devices for RDMA with each machine, None for itself."""
 
 
-class Rdma(msgspec.Struct, frozen=True):
-    """How ranks reach each other by JACCL: `devices` by rank. With `around` only neighbours do."""
+class Rdma(msgspec.Struct, frozen=True, tag="jaccl"):
+    """JACCL, through `devices` by rank. With `around` only neighbours have any."""
 
     devices: list[RdmaDevices]
     around: bool
+
+
+class Nccl(msgspec.Struct, frozen=True, tag="nccl"):
+    """Between NVIDIA GPUs, of which each rank has one."""
+
+
+Fabric = Rdma | Nccl
+"""What ranks talk over, if not MLX's ring of TCP connections."""
 
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"]
@@ -133,8 +143,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """None for a model that generates."""
     hosts: list[RankHost] = []
     """Of each rank of a model on several machines; empty if all ranks are on this one."""
-    rdma: Rdma | None = None
-    """None where ranks talk over TCP."""
+    fabric: Fabric | None = None
 
 
 class Tokenizer(msgspec.Struct, frozen=True, tag="tokenizer"):

@@ -20,24 +20,30 @@ from mlx_server.engine.protocol import (
     Generate,
     LoadOptions,
     Logprobs,
+    Nccl,
     Rdma,
     RdmaDevices,
     Row,
     Sampling,
 )
 from mlx_server.engine.ranks import ring
+from mlx_server.engine.ranks.followers import gpus_of_ranks
 from mlx_server.errors import LoadCrashed, ModelLoadFailed
 from tests.engine.conftest import idle, request, rows_of, started, tokens_of, until
 from tests.engine.test_grammar import grammar_of
 from tests.support.architectures import VOCAB_SIZE, build_architecture
 from tests.support.engines import DirectEngine
-from tests.support.tiny import build_tiny_model
+from tests.support.tiny import build_tiny_adapter, build_tiny_model
 
 NEAR_TIE = 1e-3
 FAMILIES = (
     *("qwen2", "qwen3", "qwen3_moe", "qwen3_5", "gpt_oss"),
     *("deepseek_v3", "ministral3", "glm4_moe"),
 )
+ADAPTED_FAMILIES = [
+    pytest.param(name, marks=pytest.mark.soak)
+    for name in ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "ministral3", "glm4_moe")
+]
 
 FORM = grammar_of(
     {
@@ -229,6 +235,45 @@ async def test_families_compute_the_same(tmp_path: Path, name: str) -> None:
         assert_same(await rows_of(divided, *asked), expected)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", *ADAPTED_FAMILIES])
+async def test_an_adapted_model_says_what_one_process_says(tmp_path: Path, name: str) -> None:
+    await assert_adapted_says_the_same(tmp_path, name, "tensor")
+
+
+@pytest.mark.soak
+async def test_an_adapted_model_may_be_divided_by_layers(tmp_path: Path) -> None:
+    await assert_adapted_says_the_same(tmp_path, "qwen2", "pipeline")
+
+
+async def assert_adapted_says_the_same(tmp_path: Path, name: str, way: str) -> None:
+    folder = build_architecture(tmp_path / name, name)
+    adapter = build_tiny_adapter(folder, tmp_path / "adapter")
+    asked = mixed(6, VOCAB_SIZE, most=16)
+    async with started(folder) as plain:
+        unadapted = await rows_of(plain, *asked)
+    async with started(folder, adapter=adapter) as alone:
+        expected = await rows_of(alone, *asked)
+    assert [row.tokens for row in expected[0]] != [row.tokens for row in unadapted[0]]
+    async with started(folder, adapter=adapter, ranks=2, division=way) as divided:
+        assert_same(await rows_of(divided, *asked), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "why"),
+    [
+        ("llama", "dora", "DoRA needs all of a module's weights"),
+        pytest.param("gpt_oss", "lora", "reaches into adapted modules", marks=pytest.mark.soak),
+    ],
+)
+async def test_an_adapter_that_ranks_cannot_share_is_refused(
+    tmp_path: Path, name: str, kind: str, why: str
+) -> None:
+    folder = build_architecture(tmp_path / name, name)
+    adapter = build_tiny_adapter(folder, tmp_path / "adapter", kind=kind)
+    with pytest.raises(ModelLoadFailed, match=why):
+        await DirectEngine.start("tiny", folder, LoadOptions(ranks=2), adapter)
+
+
 @pytest.mark.soak
 async def test_three_ranks_and_quantized_caches(tmp_path: Path) -> None:
     folder = build_architecture(tmp_path / "llama", "llama", **THREE)
@@ -360,6 +405,46 @@ def is_rank(process: psutil.Process) -> bool:
         return False
 
 
+def test_nccl_is_asked_for_as_mlx_s_launcher_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("MLX_RANK", "MLX_WORLD_SIZE", "NCCL_HOST_IP", "NCCL_PORT")
+    asked = []
+    for name in names:
+        monkeypatch.setenv(name, "unset")
+    addresses = [["10.0.0.1:5000"], ["10.0.0.2:5000"]]
+    with pytest.raises(ring.NoFabric, match="over NCCL, which MLX does not have there"):
+        ring.join(1, addresses, Nccl())
+    monkeypatch.setattr(mx.distributed, "is_available", lambda backend: backend == "nccl")
+    monkeypatch.setattr(
+        mx.distributed,
+        "init",
+        lambda strict, backend: asked.append((backend, *map(os.environ.get, names))),
+    )
+    ring.join(1, addresses, Nccl())
+    assert asked == [("nccl", "1", "2", "10.0.0.1", "5000")]
+
+
+async def test_over_nccl_there_must_be_a_gpu_for_each_rank(model: Path) -> None:
+    others = ranks_here()
+    with pytest.raises(ModelLoadFailed, match="over NCCL each rank takes a GPU; 2 are here"):
+        await DirectEngine.start("tiny", model, LoadOptions(ranks=2, ranks_over="nccl"))
+    await until(lambda: ranks_here() == others)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [(None, [None, "1", "2"]), ("4,5,6", [None, "5", "6"]), ("3", [None, "", ""])],
+)
+def test_each_rank_sees_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: list[str | None]
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus_of_ranks(LoadOptions(ranks=3, ranks_over="nccl")) == gpus
+    assert gpus_of_ranks(LoadOptions(ranks=3)) == [None] * 3
+
+
 def test_rdma_is_asked_for_as_mlx_s_launcher_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """What MLX would read, where there is no such device to try it with."""
     devices: list[RdmaDevices] = [[None, "rdma_en2"], ["rdma_en3", None]]
@@ -373,7 +458,7 @@ def test_rdma_is_asked_for_as_mlx_s_launcher_does(monkeypatch: pytest.MonkeyPatc
 
     for name in ("MLX_RANK", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING", "MLX_IBV_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ring.NoRdma, match="which MLX does not have there"):
+    with pytest.raises(ring.NoFabric, match="which MLX does not have there"):
         ring.join(1, addresses, Rdma(devices, around=False))
     monkeypatch.setattr(mx.distributed, "is_available", lambda backend: backend == "jaccl")
     monkeypatch.setattr(mx.distributed, "init", init)

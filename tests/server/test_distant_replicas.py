@@ -15,7 +15,7 @@ from tests.server.test_replicas import assert_next_turns_find_their_prefix, turn
 from tests.support.hosts import Three, free_port, over, three_machines, working
 from tests.support.server import CHAT, Answer, Server, ask, ask_through, logged, serving, until
 from tests.support.ties import same
-from tests.support.tiny import build_tiny_model
+from tests.support.tiny import build_tiny_adapter, build_tiny_model
 
 CHATS = 6
 PATIENCE = 60.0
@@ -36,19 +36,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory, three: Three, model: Path) -> Iterator[Server]:
     flags = ("--model", str(model), "--replicas", "3", "--worker", "second", "--worker", "third")
     own: dict[str, Any] = {"disk_cache": "off", "prefix_cache": "100%", "hang_timeout": 120}
-    with serving(
-        tmp_path_factory.mktemp("home"), *flags, may_hang=True, **ours(three.port) | own
-    ) as made:
+    home = tmp_path_factory.mktemp("home")
+    build_tiny_adapter(model, home / "adapters" / "tiny" / "poet")
+    with serving(home, *flags, may_hang=True, **ours(three.port) | own) as made:
         yield made
 
 
-async def replicas_of(server: Server, restarts: int = 0) -> list[dict[str, Any]]:
+async def replicas_of(
+    server: Server, restarts: int = 0, model: str = "tiny"
+) -> list[dict[str, Any]]:
     """Once all are there, after so many restarts."""
     found: list[dict[str, Any]] = []
 
     async def whole() -> bool:
         nonlocal found
-        found = (await server.models())["tiny"]["replicas"]
+        found = (await server.models())[model]["replicas"]
         ready = all(one["state"] == "ready" for one in found)
         return ready and sum(one["restarts"] for one in found) >= restarts
 
@@ -134,6 +136,23 @@ async def test_a_machine_that_refuses_is_asked_again_when_it_comes_back(
     three.come("third")
     after = await replicas_of(server)
     assert [(one["host"], one["reason"]) for one in after][2] == ("third", None)
+
+
+@pytest.mark.soak
+async def test_an_adapter_is_applied_in_each_replica(server: Server) -> None:
+    await replicas_of(server)
+    bodies = [turn(500 + i, tokens=24) for i in range(CHATS)]
+    adapted = [body | {"model": "tiny@poet"} for body in bodies]
+    async with server.client(timeout=60) as client:
+        plain = await ask(client, CHAT, bodies[0])
+        alone = [await ask(client, CHAT, body) for body in adapted]
+        await replicas_of(server, model="tiny@poet")
+        together = await asyncio.gather(*(ask(client, CHAT, body) for body in adapted))
+        await client.post("/admin/models/tiny@poet/unload")
+    assert alone[0].text != plain.text
+    for answer, known in zip(together, alone, strict=True):
+        known.usage = answer.usage
+        same(answer, known)
 
 
 @pytest.mark.soak

@@ -20,7 +20,7 @@ from tests.support.command import environment, refusal
 from tests.support.hosts import SECRET, Worker, free_port, over, working
 from tests.support.server import CHAT, Answer, Server, ask, ask_through, logged, serving, until
 from tests.support.ties import same
-from tests.support.tiny import build_tiny_model
+from tests.support.tiny import build_tiny_adapter, build_tiny_model
 
 __all__ = ["environment"]
 
@@ -28,6 +28,7 @@ PATIENCE = 60.0
 ENDS_SECONDS = 2.0
 TOKENS = 40
 ALONE = "alone"
+ADAPTER = "poet"
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,12 @@ class First:
         self.server: Server
         self._home = home
         self._flags = ("--model", str(model), "--worker", "second")
-        self._settings = ours(port) | {"workers_by_model": {ALONE: []}, "hang_timeout": 2}
+        here = {ALONE: [], f"{ALONE}@{ADAPTER}": []}
+        self._settings = ours(port) | {"workers_by_model": here, "hang_timeout": 2}
         self._stack = stack
         shutil.copytree(model, home / "models" / ALONE)
+        for base in ("tiny", ALONE):
+            build_tiny_adapter(model, home / "adapters" / base / ADAPTER)
 
     def come(self) -> None:
         may = {"may_hang": True, "steps_may_fail": True}
@@ -127,6 +131,21 @@ async def test_the_text_is_that_of_one_process(
     assert [rank["pid"] for rank in ranks] == [state["pid"], second.worker.ranks()[0].pid]
     # What is reserved here is this machine's rank.
     assert state["need"] < sum(rank["memory"]["limit"] for rank in ranks)
+
+
+async def test_an_adapter_is_applied_on_each_machine(
+    pair: Server, second: Second, expected: list[Answer]
+) -> None:
+    adapted = [f"{base}@{ADAPTER}" for base in ("tiny", ALONE)]
+    async with pair.client(timeout=300) as client:
+        answers = [await all_of(client, asked(TOKENS, model)) for model in adapted]
+        for answer, known in zip(*answers, strict=True):
+            same(answer, known)
+        assert answers[0][0].text != expected[0].text
+        [engine] = (await pair.models())[adapted[0]]["replicas"]
+        assert [rank["host"] for rank in engine["ranks"]] == ["", "second"]
+        for model in adapted:
+            await client.post(f"/admin/models/{model}/unload")
 
 
 async def test_a_rank_elsewhere_that_is_killed_is_replaced(

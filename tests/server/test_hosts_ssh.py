@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import psutil
 import pytest
 
@@ -30,10 +31,17 @@ exit 255
 """
 
 
-def hosts_file(folder: Path, *names: str) -> Path:
+def hosts_file(folder: Path, *names: str, backend: str = "ring") -> Path:
     file = folder / "hosts.json"
-    hosts = [{"ssh": name, "ips": ["127.0.0.1"], "rdma": []} for name in names]
-    file.write_text(json.dumps({"backend": "ring", "envs": ["SAID=a b"], "hosts": hosts}))
+    hosts = [
+        {
+            "ssh": name,
+            "ips": ["127.0.0.1"],
+            "rdma": [None if name == other else f"rdma_{other}" for other in names],
+        }
+        for name in names
+    ]
+    file.write_text(json.dumps({"backend": backend, "envs": ["SAID=a b"], "hosts": hosts}))
     return file
 
 
@@ -104,6 +112,27 @@ def test_a_machine_that_ssh_does_not_reach(tmp_path: Path, monkeypatch: pytest.M
     assert len(lines) == 1, lines
     assert "host `second` is away: no worker of it has joined within 1 seconds" in lines[0]
     assert "(ssh: connect to host second port 22: Connection refused)" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [
+        ("jaccl", "are to talk over RDMA (jaccl), which MLX does not have there"),
+        ("nccl", "over NCCL each rank takes a GPU; 1 are here and GPUs: 0"),
+    ],
+)
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="there may be such a device here")
+def test_ranks_that_cannot_talk_as_the_file_says_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, why: str
+) -> None:
+    monkeypatch.setenv("PATH", path_with(tmp_path / "bin", SSH))
+    model = build_tiny_model(tmp_path / "models" / "tiny")
+    command = ("serve", "--port", "0", "--model", str(model))
+    hosts = ("--hosts", str(hosts_file(tmp_path, "first", "second", backend=backend)))
+    code, lines = ended(tmp_path / "home", *command, *hosts, worker_port="0")
+    assert code == 1
+    assert len(lines) == 1, lines
+    assert why in lines[0]
 
 
 def test_doctor_tells_of_machines_and_links(

@@ -160,12 +160,14 @@ def build_recurrent_model(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def build_tiny_adapter(base: Path, folder: Path, *, seed: int = 1) -> Path:
-    """Write random LoRA weights for the model in `base` to `folder`, as mlx-lm's trainer does."""
+def build_tiny_adapter(base: Path, folder: Path, *, seed: int = 1, kind: str = "lora") -> Path:
+    """Write random LoRA weights for the model in `base` to `folder`, as mlx-lm's trainer does.
+    `kind` may be `dora`.
+    """
     lora = {"rank": 4, "scale": 10.0, "dropout": 0.1}
     model, _ = load_model(base)
     model.freeze()
-    linear_to_lora_layers(model, len(model.layers), lora)
+    linear_to_lora_layers(model, len(model.layers), lora, use_dora=kind == "dora")
     shapes = {name: weight.shape for name, weight in tree_flatten(model.trainable_parameters())}
     keys = mx.random.split(mx.random.key(seed), len(shapes))
     weights = {
@@ -174,7 +176,7 @@ def build_tiny_adapter(base: Path, folder: Path, *, seed: int = 1) -> Path:
     }
     folder.mkdir(parents=True)
     mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
-    config = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": lora}
+    config = {"fine_tune_type": kind, "num_layers": len(model.layers), "lora_parameters": lora}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_server.cli.doctor.hosts import link_finding, seconds_of_sum
-from mlx_server.engine.protocol import Rdma
+from mlx_server.engine.protocol import Nccl, Rdma
 from mlx_server.models.hosts.hostfile import HostFile, HostsFileError, Machine, NoDevice
 from mlx_server.models.hosts.link import Link
 from mlx_server.models.hosts.ssh import Place, command
@@ -46,7 +46,8 @@ def test_both_forms_are_read(tmp_path: Path, content: Any) -> None:
         ([TWO[0], {"ssh": "mac2", "ips": ["fe80::1"]}], "'fe80::1' of mac2 is no IPv4"),
         ([TWO[0], {"ssh": "-oProxyCommand=x", "ips": ["10.0.0.2"]}], "matching regex"),
         ([TWO[0], {"ssh": "mac2; x", "ips": ["10.0.0.2"]}], "matching regex"),
-        ({"backend": "nccl", "hosts": TWO}, "the back end nccl is none of ring, jaccl, jaccl-ring"),
+        ({"backend": "gloo", "hosts": TWO}, "gloo is none of ring, jaccl, jaccl-ring, nccl"),
+        ({"backend": "mpi", "hosts": TWO}, "mpirun starts all ranks, and starts none again"),
         ({"backend": "jaccl", "hosts": TWO}, "`rdma` of mac1 has to list a device for each host"),
         ({"envs": ["A B=c"], "hosts": TWO}, "matching regex"),
     ],
@@ -76,7 +77,7 @@ def macs(around: bool) -> list[dict[str, Any]]:
 
 def test_devices_for_rdma_are_those_between_the_machines_that_take_ranks(tmp_path: Path) -> None:
     mesh = read(tmp_path, {"backend": "jaccl", "hosts": macs(around=False)})
-    assert mesh.rdma(["mac3", "mac1"]) == Rdma(
+    assert mesh.fabric(["mac3", "mac1"]) == Rdma(
         [
             [None, "rdma_en3", "rdma_en1"],
             ["rdma_en0", None, "rdma_en1"],
@@ -85,19 +86,20 @@ def test_devices_for_rdma_are_those_between_the_machines_that_take_ranks(tmp_pat
         around=False,
     )
     with pytest.raises(NoDevice, match="lists no RDMA devices of it") as caught:
-        mesh.rdma(["mac1", "elsewhere"])
+        mesh.fabric(["mac1", "elsewhere"])
     assert caught.value.host == "elsewhere"
-    assert read(tmp_path, {"backend": "ring", "hosts": macs(around=False)}).rdma(["mac1"]) is None
+    assert read(tmp_path, {"backend": "ring", "hosts": macs(around=False)}).fabric(["mac1"]) is None
+    assert read(tmp_path, {"backend": "nccl", "hosts": TWO}).fabric(["me@mac2"]) == Nccl()
 
 
 def test_in_a_ring_neighbours_alone_need_devices(tmp_path: Path) -> None:
     ring = read(tmp_path, {"backend": "jaccl-ring", "hosts": macs(around=True)})
-    found = ring.rdma(["mac1", "mac2", "mac3"])
+    found = ring.fabric(["mac1", "mac2", "mac3"])
     assert found is not None
     assert found.around
     assert found.devices[0] == [None, "rdma_en1", None, "rdma_en3"]
     with pytest.raises(NoDevice, match="lists no RDMA device from mac0 to mac2"):
-        ring.rdma(["mac2", "mac3"])
+        ring.fabric(["mac2", "mac3"])
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """What a model is promised of the budget, and what its engine is told."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -326,7 +325,11 @@ def test_what_cannot_be_divided_is_refused_before_an_engine_starts(path: Path) -
         ModelLoadFailed, match="3 ranks cannot share its 4 attention heads and 2 key"
     ):
         planner().plan(entry(path), options)
-    adapted = replace(entry(path), adapter_path=path)
+
+
+def test_ranks_with_a_gpu_each_count_as_one_that_has_this_one(path: Path) -> None:
     options = msgspec.structs.replace(OPTIONS, ranks=2)
-    with pytest.raises(ModelLoadFailed, match="LoRA adapters are not applied to models divided"):
-        planner().plan(adapted, options)
+    shared = planner().plan(entry(path), options)
+    apart = planner().plan(entry(path), msgspec.structs.replace(options, ranks_over="nccl"))
+    assert (shared.processes, apart.processes) == (2, 1)
+    assert apart.need.weights == shared.need.weights

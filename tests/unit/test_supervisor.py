@@ -468,6 +468,7 @@ class OneElsewhere:
 
     hosts = ()
     sockets = ()
+    fabric = None
 
     def __init__(self) -> None:
         self.lost_host: str | None = None

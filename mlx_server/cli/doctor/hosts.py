@@ -91,7 +91,7 @@ async def _files(
 
 
 async def _links(preflight: "Preflight", listed: "HostFile") -> AsyncIterator[Finding]:
-    rdma = listed.backend != "ring"
+    rdma = listed.over_rdma
     try:
         async for one, other, link in preflight.links():
             yield link_finding(one, other, link, len(listed.machines), rdma)

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import msgspec
 
-from mlx_server.engine.protocol import FrameReader, Load, Memory, RankStats, frame
+from mlx_server.engine.protocol import FrameReader, Load, LoadOptions, Memory, RankStats, frame
 from mlx_server.engine.ranks.messages import (
     Begin,
     Failing,
@@ -40,6 +40,7 @@ EXIT_SECONDS = 1.0
 """For a process to be over once its socket has closed."""
 REASON_SECONDS = 2.0
 """For another rank's end to be noticed, of which this one's failure may have come."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 GONE_CODE = 71
 """With which rank 0 ends after another has ended."""
 
@@ -67,14 +68,17 @@ class Follower:
         self._process = process
 
     @classmethod
-    def here(cls, rank: int) -> "Follower":
+    def here(cls, rank: int, gpu: str | None = None) -> "Follower":
+        """`gpu` is the only one that it sees."""
         own, its = socket_pair()
+        environment = None if gpu is None else os.environ | {VISIBLE: gpu}
         with its:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "mlx_server.engine.follower", str(its.fileno())],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                env=environment,
             )
         return cls(rank, own, process)
 
@@ -143,7 +147,8 @@ class Followers:
                 for rank, (host, connection) in enumerate(places, 1)
             ]
         else:
-            self._all = [Follower.here(rank) for rank in range(1, load.options.ranks)]
+            gpus = gpus_of_ranks(load.options)
+            self._all = [Follower.here(rank, gpus[rank]) for rank in range(1, load.options.ranks)]
         for one in self._all:
             one.tell(frame(Begin(one.rank, load)))
         self._readers = [
@@ -238,3 +243,14 @@ class Followers:
                 # By which the front knows that memory may have run out.
                 os.kill(os.getpid(), signal.SIGKILL)
             os._exit(GONE_CODE)
+
+
+def gpus_of_ranks(options: LoadOptions) -> list[str | None]:
+    """By rank the GPU of this machine that it has, None if that is not told: that of rank 0, and of
+    all of them unless they talk over NCCL. No name means that there are too few.
+    """
+    if options.ranks_over != "nccl":
+        return [None] * options.ranks
+    visible = os.environ.get(VISIBLE)
+    names = visible.split(",") if visible else [str(i) for i in range(options.ranks)]
+    return [None, *names[1 : options.ranks], *[""] * (options.ranks - max(1, len(names)))]

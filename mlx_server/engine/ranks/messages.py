@@ -3,7 +3,7 @@
 import msgspec
 
 from mlx_server.engine.plan import Plan
-from mlx_server.engine.protocol import Load, Memory, Rdma
+from mlx_server.engine.protocol import Fabric, Load, Memory
 
 Addresses = list[str]
 """Where a rank listens, each as `address:port`; it has as many links to each neighbour."""
@@ -32,7 +32,7 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     """All are ready: join the ring, and load."""
 
     ranks: list[Addresses]
-    rdma: Rdma | None = None
+    fabric: Fabric | None = None
 
 
 class Settled(msgspec.Struct, frozen=True, tag="settled"):

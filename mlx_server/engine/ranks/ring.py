@@ -1,6 +1,6 @@
-"""What MLX connects ranks by: a ring of TCP connections between neighbours, or RDMA (JACCL).
+"""What MLX connects ranks by: a ring of TCP connections between neighbours, RDMA (JACCL), or NCCL.
 
-Neither is encrypted, nor does it ask who connects. MLX stops listening once all have joined.
+None is encrypted, nor does it ask who connects. MLX stops listening once all have joined.
 """
 
 import faulthandler
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_server.engine.protocol import Rdma
+from mlx_server.engine.protocol import Fabric, Rdma
 from mlx_server.engine.ranks.messages import Addresses
 
 LOOPBACK = "127.0.0.1"
+NAMES = {"jaccl": "RDMA (jaccl)", "nccl": "NCCL"}
 JOIN_SECONDS = 20.0
 """For all ranks to join, after which this process ends: MLX waits for ever, and holds Python's lock
 meanwhile, so that nothing else would notice that a rank is gone."""
@@ -27,8 +28,8 @@ class RingError(Exception):
     """The ranks cannot be connected."""
 
 
-class NoRdma(RingError):
-    """MLX has no RDMA here."""
+class NoFabric(RingError):
+    """MLX cannot talk so here."""
 
 
 def free_addresses(hosts: Iterable[str]) -> Addresses:
@@ -50,7 +51,7 @@ def free_addresses(hosts: Iterable[str]) -> Addresses:
 def join(
     rank: int,
     ranks: list[Addresses],
-    rdma: Rdma | None = None,
+    fabric: Fabric | None = None,
     announce: Callable[[], None] = lambda: None,
 ) -> mx.distributed.Group:
     """Connect to the others, all of whom do the same now. Raises RingError.
@@ -58,25 +59,33 @@ def join(
     `announce` is called at the last moment: the last rank connects to rank 0 first, and if nobody
     listens there yet it tries again a second later.
     """
-    if rdma is not None and not mx.distributed.is_available("jaccl"):
-        raise NoRdma("the hosts file asks for RDMA (jaccl), which MLX does not have there")
+    backend = "ring" if fabric is None else "jaccl" if isinstance(fabric, Rdma) else "nccl"
+    if fabric is not None and not mx.distributed.is_available(backend):
+        name = NAMES[backend]
+        raise NoFabric(f"its ranks are to talk over {name}, which MLX does not have there")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "hosts.json")
-        os.environ["MLX_RANK"] = str(rank)
-        if rdma is None:
-            file.write_text(json.dumps(ranks))
-            os.environ["MLX_HOSTFILE"] = str(file)
-        else:
-            file.write_text(json.dumps(rdma.devices))
-            os.environ |= {"MLX_IBV_DEVICES": str(file), "MLX_JACCL_COORDINATOR": ranks[0][0]}
-            if rdma.around:
-                os.environ["MLX_JACCL_RING"] = "1"
+        os.environ |= _told(rank, ranks, fabric, Path(folder, "hosts.json"))
         faulthandler.dump_traceback_later(JOIN_SECONDS, exit=True)
         announce()
         try:
-            return mx.distributed.init(strict=True, backend="jaccl" if rdma else "ring")
+            return mx.distributed.init(strict=True, backend=backend)
         except RuntimeError as error:
-            where = "use RDMA" if rdma else f"listen on {', '.join(ranks[rank])}"
+            where = f"use {NAMES[backend]}" if fabric else f"listen on {', '.join(ranks[rank])}"
             raise RingError(f"rank {rank} cannot {where}: {error}") from error
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _told(rank: int, ranks: list[Addresses], fabric: Fabric | None, file: Path) -> dict[str, str]:
+    """Variables that MLX reads, which may name `file`."""
+    own = {"MLX_RANK": str(rank)}
+    if fabric is None:
+        file.write_text(json.dumps(ranks))
+        return own | {"MLX_HOSTFILE": str(file)}
+    first = ranks[0][0]
+    if isinstance(fabric, Rdma):
+        file.write_text(json.dumps(fabric.devices))
+        own |= {"MLX_IBV_DEVICES": str(file), "MLX_JACCL_COORDINATOR": first}
+        return own | ({"MLX_JACCL_RING": "1"} if fabric.around else {})
+    host, _, port = first.rpartition(":")
+    return own | {"MLX_WORLD_SIZE": str(len(ranks)), "NCCL_HOST_IP": host, "NCCL_PORT": port}

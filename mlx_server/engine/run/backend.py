@@ -19,13 +19,13 @@ from mlx_server.engine.memory import DeviceMemory, device_name
 from mlx_server.engine.protocol import LoadOptions, Sharing
 from mlx_server.engine.ranks.sharing import ALONE, Ranks
 from mlx_server.engine.run import batching, kv, mixed, patches, scores
+from mlx_server.engine.run.adapters import apply_adapter
 from mlx_server.engine.run.heads.head import Head, load_head
 from mlx_server.engine.run.kv import KvCost
 from mlx_server.engine.run.mixed import Part
 from mlx_server.engine.run.sharding import divide
 from mlx_server.engine.run.weights import (
     ModelError,
-    apply_adapter,
     as_computed,
     load_weights,
     read_weights,

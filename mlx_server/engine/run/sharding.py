@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_server.dimensions import Config, Division, division, uneven_layers
+from mlx_server.engine.run.adapters import dividing_adapters
 from mlx_server.engine.run.patches import keep_states_of_pipeline
 from mlx_server.engine.run.weights import ModelError
 
@@ -47,7 +48,8 @@ def divide(
     try:
         if way == "pipeline":
             return Layers(model, group)
-        model.shard(group)
+        with dividing_adapters(model):
+            model.shard(group)
     except ValueError as error:  # groups of quantized weights, say
         what = "layers" if way == "pipeline" else "weights"
         other = way == "tensor" and uneven_layers(config, ranks) is None

@@ -12,7 +12,6 @@ from mlx_lm.utils import (
     _get_classes,
     dequantize_model,
     get_total_parameters,
-    load_adapters,
     load_model,
 )
 
@@ -97,18 +96,6 @@ def _in_short(error: Exception) -> str:
         names = missing["names"].split(",\n")
         return f"its weights lack {len(names)} tensors, such as {', '.join(names[:SHOWN])}"
     return f"{type(error).__name__}: {error}"
-
-
-def apply_adapter(model: Any, path: Path) -> Any:
-    """LoRA. Raises ModelError."""
-    try:
-        adapted = load_adapters(model, str(path))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        raise ModelError(
-            f"the adapter in {path.name} cannot be applied: {type(error).__name__}: {error}"
-        ) from error
-    adapted.eval()
-    return adapted
 
 
 def as_computed(

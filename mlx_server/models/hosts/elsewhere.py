@@ -5,7 +5,7 @@ import signal
 import socket
 from collections.abc import Sequence
 
-from mlx_server.engine.protocol import RankHost
+from mlx_server.engine.protocol import Fabric, RankHost
 from mlx_server.models.hosts.host import Lease
 
 VERDICT_SECONDS = 1.0
@@ -13,12 +13,19 @@ VERDICT_SECONDS = 1.0
 
 
 class RanksElsewhere:
-    """`hosts`: of all ranks. `sockets` lead to the processes of those that are elsewhere."""
+    """`hosts`: of all ranks, which talk over `fabric`. `sockets` lead to the processes of those
+    that are elsewhere.
+    """
 
     def __init__(
-        self, hosts: list[RankHost], leases: Sequence[Lease], sockets: Sequence[socket.socket]
+        self,
+        hosts: list[RankHost],
+        leases: Sequence[Lease],
+        sockets: Sequence[socket.socket],
+        fabric: Fabric | None = None,
     ) -> None:
         self.hosts = hosts
+        self.fabric = fabric
         self.sockets = sockets
         self.leases = leases
 

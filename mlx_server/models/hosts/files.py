@@ -12,10 +12,13 @@ from pathlib import Path
 
 import msgspec
 
+from mlx_server.engine.protocol import Load
 from mlx_server.errors import reason
 from mlx_server.events import event
 from mlx_server.models.hosts.messages import Digests
 from mlx_server.models.store.folder import INDEX, WEIGHTS
+from mlx_server.models.store.lora import CONFIG
+from mlx_server.models.store.lora import WEIGHTS as ADAPTER_WEIGHTS
 
 NAMED = ("config.json", "tokenizer.json", INDEX)
 CODE = "*.py"
@@ -40,13 +43,19 @@ class ModelFiles:
         self._kept = home / "digests.json"
         self._lock = threading.Lock()
 
-    def digests(self, folder: Path) -> Digests:
+    def digests(self, folder: Path, adapter: Path | None = None) -> Digests:
         """Of all files that decide what an engine computes. Blocks. Raises OSError."""
+        files = {file.name: file for file in _files(folder)}
+        if adapter is not None:
+            files |= {f"adapter/{name}": adapter / name for name in (CONFIG, ADAPTER_WEIGHTS)}
         with self._lock:
             known = self._read()
-            found = {file.name: _digest(file, known) for file in _files(folder)}
+            found = {name: _digest(file, known) for name, file in files.items()}
             self._keep(known)
         return found
+
+    def of_load(self, load: Load) -> Digests:
+        return self.digests(Path(load.path), Path(load.adapter_path) if load.adapter_path else None)
 
     def _read(self) -> dict[str, Known]:
         try:

@@ -3,7 +3,7 @@
 A JSON list, or an object with the list under `hosts`, of objects with `ssh`, by which ssh reaches a
 machine, and `ips`, its addresses for the ring. `envs` of the object are variables for workers. With
 `backend` "jaccl" or "jaccl-ring" machines talk by RDMA, through the devices that `rdma` of each
-lists for all of them; in a ring only neighbours have any.
+lists for all of them; in a ring only neighbours have any. With "nccl" their NVIDIA GPUs talk.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,14 @@ from typing import Annotated, Self
 
 import msgspec
 
-from mlx_server.engine.protocol import Rdma, RdmaDevices
+from mlx_server.engine.protocol import Fabric, Nccl, Rdma, RdmaDevices
 from mlx_server.errors import Unavailable, reason
 
 Variable = Annotated[str, msgspec.Meta(pattern="^[A-Za-z_][A-Za-z0-9_]*=")]
 
 
-BACKENDS = ("ring", "jaccl", "jaccl-ring")
+BACKENDS = ("ring", "jaccl", "jaccl-ring", "nccl")
+OVER_RDMA = BACKENDS[1:3]
 
 
 class HostsFileError(Unavailable):
@@ -63,11 +64,15 @@ class HostFile:
     def others(self) -> tuple[Machine, ...]:
         return self.machines[1:]
 
-    def rdma(self, names: Sequence[str]) -> Rdma | None:
-        """Between this machine and these others; None where the file does not ask for RDMA. Raises
-        NoDevice.
-        """
-        if self.backend == "ring":
+    @property
+    def over_rdma(self) -> bool:
+        return self.backend in OVER_RDMA
+
+    def fabric(self, names: Sequence[str]) -> Fabric | None:
+        """Between this machine and these others; None for the ring. Raises NoDevice."""
+        if self.backend == "nccl":
+            return Nccl()
+        if not self.over_rdma:
             return None
         place = {machine.ssh: i for i, machine in enumerate(self.machines)}
         if unknown := [name for name in names if name not in place]:
@@ -107,6 +112,8 @@ def neighbours(place: int, size: int) -> set[int]:
 
 
 def _fault(file: _File) -> str | None:
+    if file.backend == "mpi":
+        return "with mpi, mpirun starts all ranks, and starts none again: take the back end ring"
     if file.backend not in ("", *BACKENDS):
         return f"the back end {file.backend} is none of {', '.join(BACKENDS)}"
     if len(file.hosts) < 2:
@@ -122,7 +129,7 @@ def _fault(file: _File) -> str | None:
                 IPv4Address(address)
             except AddressValueError:
                 return f"{address!r} of {host.ssh} is no IPv4 address, which the ring needs"
-    if file.backend in ("", "ring"):
+    if file.backend not in OVER_RDMA:
         return None
     for i, host in enumerate(file.hosts):
         if len(host.rdma) != len(file.hosts) or host.rdma[i] is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
-from mlx_server.engine.protocol import Device, RankHost, Rdma
+from mlx_server.engine.protocol import Device, Fabric, RankHost
 from mlx_server.errors import reason
 from mlx_server.events import event
 from mlx_server.models.hosts.connection import Connection, ConnectionLost
@@ -34,8 +34,8 @@ log = logging.getLogger("mlx_server.hosts")
 
 class Hub:
     """`names`: of the machines that may join. `own_addresses`: of this one, for MLX's ring; if
-    none, the one that workers see. `patience`: seconds that a machine may be away. `rdma`: how this
-    machine and others reach each other, as HostFile.rdma says.
+    none, the one that workers see. `patience`: seconds that a machine may be away. `fabric`: what
+    this machine and others talk over, as HostFile.fabric says.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Hub:
         versions: dict[str, str],
         patience: float,
         own_addresses: Sequence[str] = (),
-        rdma: Callable[[Sequence[str]], Rdma | None] = lambda names: None,
+        fabric: Callable[[Sequence[str]], Fabric | None] = lambda names: None,
     ) -> None:
         self.troubles: dict[str, str] = {}
         """Why a machine is not there, as far as somebody knows."""
@@ -54,7 +54,7 @@ class Hub:
         self._versions = versions
         self._patience = patience
         self._own_addresses = list(own_addresses)
-        self._rdma = rdma
+        self._fabric = fabric
         self._device: Device | None = None
         self._hosts: dict[str, Host] = {}
         self._unfit: dict[str, str] = {}
@@ -129,14 +129,14 @@ class Hub:
 
     async def _taken(self, part: Part, hosts: Sequence[Host]) -> RanksElsewhere:
         """Raises HostLost, RankRefused."""
-        load = part.load
+        load, fabric = part.load, None
         if part.is_rank:
-            ranks = self._rank_hosts(hosts)
-            load = msgspec.structs.replace(load, hosts=ranks, rdma=self._rdma_of(hosts))
+            ranks, fabric = self._rank_hosts(hosts), self._fabric_of(hosts)
+            load = msgspec.structs.replace(load, hosts=ranks)
         else:
             ranks = [RankHost(host.name, host.addresses) for host in hosts]
         leases = [host.lease(part.model, part.digests, part.need, load) for host in hosts]
-        return RanksElsewhere(ranks, leases, await _connections(leases))
+        return RanksElsewhere(ranks, leases, await _connections(leases), fabric)
 
     def _rank_hosts(self, hosts: Sequence[Host]) -> list[RankHost]:
         """Raises RankRefused."""
@@ -150,10 +150,10 @@ class Hub:
                 )
         return [RankHost("", own), *(RankHost(host.name, host.addresses) for host in hosts)]
 
-    def _rdma_of(self, hosts: Sequence[Host]) -> Rdma | None:
+    def _fabric_of(self, hosts: Sequence[Host]) -> Fabric | None:
         """Raises RankRefused."""
         try:
-            return self._rdma([host.name for host in hosts])
+            return self._fabric([host.name for host in hosts])
         except NoDevice as error:
             raise RankRefused(error.host, str(error)) from error
 

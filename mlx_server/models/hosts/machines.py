@@ -8,7 +8,6 @@ import socket
 import stat
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mlx_server.config import Settings
 from mlx_server.engine.protocol import Device, Load
@@ -67,7 +66,7 @@ class Machines:
         if names := self._names():
             self._secret = self._chosen_secret()
             secret, wait = self._secret.encode(), settings.host_wait
-            more = (self._file.here.ips, self._file.rdma) if self._file else ()
+            more = (self._file.here.ips, self._file.fabric) if self._file else ()
             self._hub = Hub(names, secret, own_versions(), wait, *more)
 
     def of_model(self, model_id: str) -> tuple[str, ...]:
@@ -116,7 +115,7 @@ class Machines:
         """
         assert self._hub is not None
         try:
-            digests = await asyncio.to_thread(self._files.digests, Path(load.path))
+            digests = await asyncio.to_thread(self._files.of_load, load)
         except OSError as error:
             raise ModelLoadFailed(f"its files cannot be read: {reason(error)}") from error
         return await self._hub.take(Part(tuple(names), count, model, digests, need, load))

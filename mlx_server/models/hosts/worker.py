@@ -202,10 +202,12 @@ class Worker:
         if options.trust_remote_code and take.model not in settings.trust_remote_code:
             raise Unfit("the model's own code may not run there (`trust_remote_code`)")
         self._check_addresses(take.load)
-        folder = self._folder(take.model, take.load.path)
+        folder, adapter = self._folder(take.model, take.load.path), None
         if folder is None:
             raise Unfit("the model is not there")
-        if (fault := difference(take.digests, self._files.digests(folder))) is not None:
+        if take.load.adapter_path is not None:
+            adapter = self._adapter(take.model, take.load.adapter_path)
+        if (fault := difference(take.digests, self._files.digests(folder, adapter))) is not None:
             raise Unfit(f"its files of the model are others: {fault}")
         own = settings.load_options(take.model)
         options = structs.replace(
@@ -217,7 +219,12 @@ class Worker:
             kernels_folder=own.kernels_folder,
             openblas=own.openblas,
         )
-        return structs.replace(take.load, path=str(folder), options=options)
+        return structs.replace(
+            take.load,
+            path=str(folder),
+            adapter_path=str(adapter) if adapter else None,
+            options=options,
+        )
 
     def _folder(self, model: str, folder: str) -> Path | None:
         """By the model's name, or where the server has it."""
@@ -226,6 +233,16 @@ class Worker:
         except ModelNotFound:
             path = Path(folder)
         return path if path is not None and path.is_dir() else None
+
+    def _adapter(self, model: str, folder: str) -> Path:
+        """Found in the same way. Raises Unfit."""
+        try:
+            path = self._catalog.find(model).adapter_path
+        except ModelNotFound:
+            path = Path(folder)
+        if path is None or not path.is_dir():
+            raise Unfit("the adapter is not there")
+        return path
 
     def _check_addresses(self, load: Load) -> None:
         """Raises Unfit."""

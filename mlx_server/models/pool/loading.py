@@ -181,7 +181,8 @@ class ModelLoader:
         kv_share: float,
     ) -> EngineClient:
         """Waits for one of `hosts` for as long as requests are served without."""
-        load = Load(str(plan.path), self._options(plan, kv_share), embedding=plan.embedding)
+        options = self._options(plan, kv_share)
+        load = Load(str(plan.path), options, _adapter(plan), plan.embedding)
         taken = None
         while taken is None:
             try:
@@ -204,7 +205,7 @@ class ModelLoader:
         async with asyncio.timeout(self.load_timeout):
             elsewhere = None
             if plan.hosts and options.ranks > 1:
-                load = Load(str(plan.path), options)
+                load = Load(str(plan.path), options, _adapter(plan))
                 elsewhere = await self._take(plan.hosts, options.ranks - 1, plan, load)
             return await self.start_engine(
                 entry.id, plan.path, options, entry.adapter_path, plan.embedding, elsewhere
@@ -223,6 +224,10 @@ class ModelLoader:
             kv_limit=plan.need.kv,
             kv_share=kv_share,
         )
+
+
+def _adapter(plan: LoadPlan) -> str | None:
+    return str(plan.entry.adapter_path) if plan.entry.adapter_path else None
 
 
 async def _stop_all(processes: Iterable[EngineClient]) -> None:

@@ -65,8 +65,8 @@ class LoadPlan:
 
     @property
     def processes(self) -> int:
-        """On this machine."""
-        return 1 if self.hosts else self.replicas * self.options.ranks
+        """Which share this machine's device."""
+        return 1 if self.hosts else self.replicas * _ranks_here(self.options)
 
     @property
     def bytes(self) -> int:
@@ -188,7 +188,7 @@ class MemoryPlanner:
             dequantize=format_,
             context_length=min(limits, default=None),
         )
-        here = (1, 1) if hosts else (replicas, options.ranks)
+        here = (1, 1) if hosts else (replicas, _ranks_here(options))
         need = self._need(footprint, options, *here)
         return LoadPlan(
             entry, path, footprint, need, options, embedding, replicas=replicas, hosts=hosts
@@ -213,6 +213,11 @@ class MemoryPlanner:
         largest = options.max_batch * footprint.kv(context)
         kv = min(largest, usual, self.budget // processes - fixed)
         return Need(weights, kv, working, self.overhead)
+
+
+def _ranks_here(options: LoadOptions) -> int:
+    """Those of one machine that share a device."""
+    return 1 if options.ranks_over == "nccl" else options.ranks
 
 
 def _draft_folder(draft: ModelEntry) -> Path:
@@ -246,8 +251,6 @@ def _check_replicas(entry: ModelEntry, options: LoadOptions, replicas: int, mach
         )
     if options.draft_path is not None:
         raise ModelLoadFailed("a draft model cannot guess for replicas on other machines")
-    if entry.adapter_path is not None:
-        raise ModelLoadFailed("LoRA adapters are not applied on other machines")
 
 
 def _division(entry: ModelEntry, path: Path, options: LoadOptions) -> Way:
@@ -258,8 +261,6 @@ def _division(entry: ModelEntry, path: Path, options: LoadOptions) -> Way:
         return "tensor"
     if options.draft_path is not None:
         raise ModelLoadFailed("a draft model cannot guess for one that is divided among ranks")
-    if entry.adapter_path is not None:
-        raise ModelLoadFailed("LoRA adapters are not applied to models divided among ranks")
     way, problem = division(read_config(path), options.ranks, options.division)
     if problem is not None:
         raise ModelLoadFailed(problem)
