@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import psutil
 
-from mlx_server.engine.cpu import cgroup, heap, packed
+from mlx_server.engine.cpu import cgroup, graph, heap
 from mlx_server.engine.protocol import Device, Memory
 from mlx_server.engine.wiring import Wiring
 
@@ -25,7 +25,7 @@ def read_device() -> Device:
     name = device_name()
     if name == "cpu":
         host = _host_memory()
-        return Device(name, memory=host, usable=host, packs=packed.available())
+        return Device(name, memory=host, usable=host, packs=graph.available())
     return describe(name, mx.device_info(), _host_memory())
 
 

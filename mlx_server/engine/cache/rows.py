@@ -12,8 +12,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models import cache as mlx_lm
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, dynamic_roll
+from numpy.typing import NDArray
 
 from mlx_server.engine.cache.layout import put_arrays, token_arrays
 from mlx_server.engine.memory import device_name
@@ -65,6 +67,7 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         self._idx = 0
         self._right_padding: tuple[int, ...] | None = None
         self._gaps: tuple[Gaps, ...] = ((),) * len(self.padding)
+        self._unshared: mx.array | None = None
 
     @property
     def offset(self) -> mx.array:
@@ -85,6 +88,35 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         self._idx += keys.shape[2]
         held: tuple[Any, Any] = self.keys_and_values()
         return held
+
+    @property
+    def held(self) -> int:
+        """Tokens of the longest row, its padding and gaps included."""
+        return self._idx
+
+    @property
+    def appends(self) -> bool:
+        """Whether `append` may be called, and each row holds nothing between its own tokens."""
+        plain = type(self) is BatchKVCache and isinstance(self.keys, mx.array)
+        return plain and self.keys.dtype == mx.float32 and not any(self._gaps)
+
+    def append(self, *token: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Add keys and values (rows, heads, width) of a token a row, on a CPU and without a graph.
+
+        Returns all keys and values, in MLX's memory, (rows, heads, tokens, width); past `held`
+        they mean nothing.
+        """
+        size = self.keys.shape[2]
+        if self._idx == size or self.keys is not self._unshared:
+            grown = rounded(self._idx + STEP) if self._idx == size else size
+            # Others may hold the same memory, where nothing is to be written.
+            self.keys, self.values = (_copy(x, self._idx, grown) for x in token_arrays(self))
+            self._unshared = self.keys
+        views = [np.array(x, copy=False) for x in (self.keys, self.values)]
+        for view, new in zip(views, token, strict=True):
+            view[:, :, self._idx] = new
+        self._idx += 1
+        return views
 
     def make_mask(
         self, tokens: int, window_size: int | None = None, return_array: bool = False
@@ -372,6 +404,14 @@ def _written(held: mx.array | None, new: mx.array, start: int) -> mx.array:
         held = space if held is None else mx.concatenate([held[:, :, :start], space], axis=2)
     held[:, :, start : start + tokens] = new
     return held
+
+
+def _copy(x: mx.array, tokens: int, size: int) -> mx.array:
+    """The first `tokens` of `x` (rows, heads, tokens, width), with room for `size`."""
+    made = mx.zeros((*x.shape[:2], size, x.shape[3]), x.dtype)
+    mx.eval(made, x)
+    np.array(made, copy=False)[:, :, :tokens] = np.array(x, copy=False)[:, :, :tokens]
+    return made
 
 
 def _moved(x: mx.array, by: int, size: int) -> mx.array:

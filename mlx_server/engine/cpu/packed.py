@@ -6,11 +6,9 @@ float32 weights, of which eight times as many bytes are read; for many it is slo
 """
 
 import itertools
-import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, cast
 
 import mlx.core as mx
@@ -21,26 +19,20 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from numpy.typing import NDArray
 
+from mlx_server.engine.cpu.blocks import FEW_ROWS as BLOCK_ROWS
+from mlx_server.engine.cpu.blocks import PARTS, Block, alike, is_layer, use_block
+from mlx_server.engine.cpu.graph import Graph, drop_weights, form
+
 BITS = (4, 8)
 GROUPS = (32, 64, 128)
 FEWEST_OUTPUTS = 64
 """Some models reach into narrower layers, which cost nothing."""
-LIBRARIES = ("onnxruntime", "onnx")
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of modules that are called one after the other with the same input."""
 FEW_ROWS = 4
 """Up to which products with packed weights are not slower, if there are many of these."""
 MANY_WEIGHTS = 1 << 21
 """Of fewer, products with several rows are as fast in float32."""
-OPERATORS = "com.microsoft"
-OPSET, FORMAT = 17, 8
-"""Versions of ONNX's operators and files that any ONNX Runtime of these years reads."""
-FLOAT32 = 1
-"""The operator's `accuracy_level` at which it computes in float32."""
-
-
-def available() -> bool:
-    return all(find_spec(library) is not None for library in LIBRARIES)
 
 
 def can_pack(module: Module) -> bool:
@@ -55,25 +47,40 @@ def can_pack(module: Module) -> bool:
     )
 
 
-def products(model: Any) -> "dict[str, Product | Share]":
+def products(model: Any) -> "dict[str, Product | Share | Block]":
     """What multiplies by the quantized weights of a model's modules, by their names. Reads these
     weights, one after the other.
     """
     modules = {name: module for name, module in model.named_modules() if can_pack(module)}
-    found: dict[str, Product | Share] = {}
+    found: dict[str, Product | Share | Block] = {}
+    for name, layer in model.named_modules():
+        parts = [f"{name}.{part}" for part in PARTS] if is_layer(layer) else []
+        if parts and all(part in modules for part in parts) and alike(layer):
+            found[name] = Block(layer)
+            for part in parts:
+                del modules[part]
+    # Threads of both libraries would wait for each other if they took turns.
+    few_rows = BLOCK_ROWS if found else None
     for name in modules:
         parent, _, own = name.rpartition(".")
         names = next((names for names in TOGETHER if own in names), (own,))
         together = [modules.get(f"{parent}.{other}") for other in names]
-        if None in together or len({_form(module) for module in together}) > 1:
-            found[name] = Product(modules[name])
+        if None in together or len({form(module) for module in together}) > 1:
+            found[name] = Product(modules[name], few_rows=few_rows)
         elif own == names[0]:
-            shared = Shared(together)
+            shared = Shared(together, few_rows)
             found |= {f"{parent}.{other}": Share(shared, i) for i, other in enumerate(names)}
     return found
 
 
-def use(model: Any, products: "Mapping[str, Product | Share]") -> None:
+def most_rows(products: "Mapping[str, Product | Share | Block]", *, narrow: bool) -> int:
+    """Up to which some of them are used: any if weights are `narrow` otherwise, too."""
+    blocks = any(isinstance(product, Block) for product in products.values())
+    most = sys.maxsize if narrow else BLOCK_ROWS if blocks else FEW_ROWS
+    return most if products else 0
+
+
+def use(model: Any, products: "Mapping[str, Product | Share | Block]") -> None:
     """Have modules multiply so: those that are quantized still, always, and those dequantized
     since then, for few rows. Calls evaluate, so they must not be traced (`mx.compile`,
     `mx.grad`).
@@ -81,58 +88,27 @@ def use(model: Any, products: "Mapping[str, Product | Share]") -> None:
     modules = dict(model.named_modules())
     for name, product in products.items():
         module = modules[name]
+        if isinstance(product, Block):
+            use_block(module, product)
+            continue
         module.product = product
         module.__class__ = REPLACED[type(module)]
         if isinstance(module, PackedLinear):
-            for part in ("weight", "scales", "biases"):
-                module.pop(part)
-
-
-def _form(module: Any) -> tuple[int, int, int]:
-    """Modules of one form and one input can be multiplied by at once."""
-    return module.bits, module.group_size, module.scales.shape[1]
+            drop_weights(module)
 
 
 class Product:
     """x @ w.T of affinely quantized modules' weights (outputs, inputs), one after the other."""
 
-    def __init__(self, *modules: Any) -> None:
-        import onnxruntime
-
-        weight, scales, biases = (
-            mx.concatenate([module[part] for module in modules])
-            for part in ("weight", "scales", "biases")
-        )
-        bits = modules[0].bits
-        outputs, groups = scales.shape
-        inputs = weight.shape[1] * 32 // bits
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        numbers = np.array(weight).view(np.uint8).reshape(outputs, groups, -1)
-        # The operator takes 8 off each number; that and MLX's biases are a product of their own.
-        if bits == 4:
-            parts = {"weight": numbers, "scales": _flat(scales)}
-            offsets = biases + 8 * scales
-        else:
-            parts = {
-                "weight": _nibbles(numbers & 15),
-                "scales": _flat(scales),
-                "high_weight": _nibbles(numbers >> 4),
-                "high_scales": _flat(16 * scales),
-            }
-            offsets = biases + (8 + 8 * 16) * scales
-        parts["offsets"] = np.ascontiguousarray(np.array(offsets.T))
-        self.bytes = sum(part.nbytes for part in parts.values())
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(part) for part in parts.values()]
-        options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False
-        options.enable_cpu_mem_arena = False
-        options.add_external_initializers(list(parts), values)
-        _share_threads()
-        self.outputs = outputs
-        self.few_rows = FEW_ROWS if outputs * inputs >= MANY_WEIGHTS else 1
-        self._session = onnxruntime.InferenceSession(
-            _graph(outputs, inputs, groups, bits), options, providers=["CPUExecutionProvider"]
-        )
+    def __init__(self, *modules: Any, few_rows: int | None = None) -> None:
+        graph = Graph()
+        y = graph.product("x", modules)
+        self.bytes = graph.bytes
+        self.outputs = sum(module.scales.shape[0] for module in modules)
+        inputs = modules[0].scales.shape[1] * modules[0].group_size
+        usual = FEW_ROWS if self.outputs * inputs >= MANY_WEIGHTS else 1
+        self.few_rows = few_rows or usual
+        self._session = graph.session({"x": inputs}, [y])
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., outputs) from `x` (..., inputs), in the dtype of `x`."""
@@ -149,8 +125,8 @@ class Product:
 class Shared:
     """The product of several modules' weights and an input that all of them are called with."""
 
-    def __init__(self, modules: Sequence[Any]) -> None:
-        self._product = Product(*modules)
+    def __init__(self, modules: Sequence[Any], few_rows: int | None) -> None:
+        self._product = Product(*modules, few_rows=few_rows)
         self._ends = list(itertools.accumulate(module.scales.shape[0] for module in modules))
         self._x: mx.array | None = None
         self._parts: list[NDArray[np.float32]] = []
@@ -188,15 +164,6 @@ class Share:
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.shared.part(self.index, x)
-
-
-def _flat(array: mx.array) -> NDArray[Any]:
-    return np.array(array).reshape(-1)
-
-
-def _nibbles(numbers: NDArray[Any]) -> NDArray[np.uint8]:
-    """Two numbers below 16 in a byte, the first of them low."""
-    return np.ascontiguousarray(numbers[..., ::2] | (numbers[..., 1::2] << 4))
 
 
 def _few(x: mx.array, product: "Product | Share") -> bool:
@@ -240,60 +207,3 @@ REPLACED: dict[type, type] = {
     Linear: FewRowsLinear,
     Embedding: FewRowsEmbedding,
 }
-
-
-@cache
-def _share_threads() -> None:
-    """One pool for all products of the process."""
-    import onnxruntime
-
-    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.cpu_count() or 1
-    onnxruntime.set_global_thread_pool_sizes(int(threads), 1)
-
-
-@cache
-def _graph(outputs: int, inputs: int, groups: int, bits: int) -> bytes:
-    """y (rows, outputs) of x (rows, inputs); the weights are given apart."""
-    from onnx import TensorProto, helper
-
-    size = inputs // groups
-    halves = ("", "high_")[: bits // 4]
-    weights, nodes = [], []
-    for half in halves:
-        names = f"{half}weight", f"{half}scales"
-        weights += [
-            _given(names[0], TensorProto.UINT8, (outputs, groups, size // 2)),
-            _given(names[1], TensorProto.FLOAT, (outputs * groups,)),
-        ]
-        nodes.append(
-            helper.make_node(
-                "MatMulNBits", ["x", *names], [f"{half}product"], domain=OPERATORS,
-                K=inputs, N=outputs, bits=4, block_size=size, accuracy_level=FLOAT32,
-            )
-        )  # fmt: skip
-    weights += [
-        _given("offsets", TensorProto.FLOAT, (groups, outputs)),
-        helper.make_tensor("by_group", TensorProto.INT64, (3,), [-1, groups, size]),
-        helper.make_tensor("last", TensorProto.INT64, (1,), [2]),
-    ]
-    nodes += [
-        helper.make_node("Reshape", ["x", "by_group"], ["grouped"]),
-        helper.make_node("ReduceSum", ["grouped", "last"], ["sums"], keepdims=0),
-        helper.make_node("MatMul", ["sums", "offsets"], ["shift"]),
-        helper.make_node("Sum", [*(f"{half}product" for half in halves), "shift"], ["y"]),
-    ]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", inputs])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", outputs])
-    operators = [helper.make_opsetid("", OPSET), helper.make_opsetid(OPERATORS, 1)]
-    graph = helper.make_graph(nodes, "product", [x], [y], weights)
-    model = helper.make_model(graph, opset_imports=operators, ir_version=FORMAT)
-    return cast(bytes, model.SerializeToString())
-
-
-def _given(name: str, kind: int, shape: Sequence[int]) -> Any:
-    """A tensor whose numbers are not in the graph."""
-    from onnx import TensorProto
-
-    tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
-    tensor.external_data.add(key="location", value=name)
-    return tensor

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,8 @@ from mlx_server.engine.run.weights import (
     read_weights,
 )
 
-PACKS = {"both": packed.FEW_ROWS, "packed": sys.maxsize}
-"""Rows up to which packed weights are used, by `LoadOptions.dequantize`."""
+PACKS = ("both", "packed")
+"""`LoadOptions.dequantize` by which packed weights are used."""
 
 log = logging.getLogger("mlx_server.engine")
 
@@ -89,7 +88,7 @@ class Backend:
         self.kv_bits = _usable_kv_bits(self.model, options)
         packed.use(self.model, products)
         taken = sum(product.bytes for product in products.values())
-        self.eager_rows = PACKS[options.dequantize] if products else 0
+        self.eager_rows = packed.most_rows(products, narrow=not self.dequantized)
         self.weights_bytes = taken + read_weights(self.model)
         self.largest_part = ranks.most(self.weights_bytes)
         # One token, never computed: only shapes are asked for. The output's width may differ from
