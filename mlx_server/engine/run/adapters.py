@@ -1,4 +1,5 @@
-"""LoRA adapters, and their division among ranks.
+"""LoRA adapters, and their division among ranks. mlx-lm's modules of them are imported late, since
+they import parts of models.
 
 An adapted module adds (x @ a) @ b, scaled, to what the module itself gives. A rank that has some of
 its outputs has those of b; one that has some of its inputs has those of a, and finds a part of a
@@ -14,9 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.distributed import shard_inplace, shard_linear
-from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
-from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_adapters
 
 from mlx_server.engine.run.weights import ModelError
 
@@ -41,6 +40,12 @@ def apply_adapter(model: Any, path: Path) -> Any:
 @contextmanager
 def dividing_adapters(model: Any) -> Iterator[None]:
     """Meanwhile `model.shard` divides adapted modules, too. Raises ValueError where it cannot."""
+    from mlx_lm.tuner.dora import DoRALinear
+    from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
+    if any(isinstance(module, DoRALinear) for module in model.modules()):
+        raise ValueError("DoRA needs all of a module's weights")
+    kinds = LoRALinear, LoRASwitchLinear
     scopes = {
         id(scope): scope
         for module in model.modules()
@@ -49,28 +54,31 @@ def dividing_adapters(model: Any) -> Iterator[None]:
     bound = [(scope, name) for scope in scopes.values() for name in DIVIDE if name in scope]
     try:
         for scope, name in bound:
-            scope[name] = partial(_divide, DIVIDE[name], name == "shard_inplace")
+            scope[name] = partial(_divide, DIVIDE[name], name == "shard_inplace", kinds)
         yield
     except AttributeError as error:
-        if not any(isinstance(one, LoRALinear | LoRASwitchLinear) for one in model.modules()):
-            raise
         raise ValueError(f"its family reaches into adapted modules: {error}") from error
     finally:
         for scope, name in bound:
             scope[name] = DIVIDE[name]
 
 
-class _Summed(LoRALinear):  # type: ignore[misc]
-    """Of a module that sums over the ranks, each of which has a part of its inputs."""
+def _summed(kind: type) -> type:
+    """`kind` for a module that sums over the ranks, each of which has a part of its inputs."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        part = mx.distributed.all_sum(x @ self.lora_a, group=self.linear.group)
-        return cast(mx.array, self.linear(x) + (self.scale * part @ self.lora_b).astype(x.dtype))
+    class Summed(kind):  # type: ignore[misc]
+        def __call__(self, x: mx.array) -> mx.array:
+            part = mx.distributed.all_sum(x @ self.lora_a, group=self.linear.group)
+            added = (self.scale * part @ self.lora_b).astype(x.dtype)
+            return cast(mx.array, self.linear(x) + added)
+
+    return Summed
 
 
 def _divide(
     original: Callable[..., Any],
     in_place: bool,
+    kinds: tuple[type, type],
     module: Module,
     sharding: Any,
     *,
@@ -78,9 +86,7 @@ def _divide(
     group: mx.distributed.Group | None = None,
 ) -> Any:
     divide = partial(original, segments=segments, group=group)
-    if isinstance(module, DoRALinear | DoRAEmbedding):
-        raise ValueError("DoRA needs all of a module's weights")
-    if not isinstance(module, LoRALinear | LoRASwitchLinear):
+    if not isinstance(module, kinds):
         return divide(module, sharding)
     if sharding not in (OUTPUTS, INPUTS):
         raise ValueError("an adapted module is divided in a way of its own")
@@ -88,13 +94,14 @@ def _divide(
     if sharding == OUTPUTS:  # (rank, outputs), or of experts (experts, outputs, rank)
         module.lora_b = _part(module.lora_b, 1, segments, own)
     else:  # (inputs, rank), or of experts (experts, rank, inputs)
-        axis = 0 if isinstance(module, LoRALinear) else 2
+        plain, _ = kinds
+        axis = 0 if isinstance(module, plain) else 2
         module.lora_a = _part(module.lora_a, axis, segments, own)
     divided = divide(module.linear, sharding)
     if not in_place:
         module.linear = divided
         if sharding == INPUTS:
-            module.__class__ = _Summed
+            module.__class__ = _summed(type(module))
     return module
 
 

@@ -83,7 +83,8 @@ class Backend:
         self.model, self.dequantized = as_computed(self.model, options, memory, ranks)
         layers = None
         if ranks.group is not None:
-            layers = divide(self.model, config, ranks.group, options.division)
+            adapted = adapter_path is not None
+            layers = divide(self.model, config, ranks.group, options.division, adapted=adapted)
         self.layered = layers is not None
         self.kv_bits = _usable_kv_bits(self.model, options)
         packed.use(self.model, products)

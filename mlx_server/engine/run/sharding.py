@@ -2,6 +2,7 @@
 (`shard`), or whole layers (`pipeline`).
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -34,10 +35,10 @@ class Layers:
 
 
 def divide(
-    model: Any, config: Config, group: mx.distributed.Group, wanted: Division
+    model: Any, config: Config, group: mx.distributed.Group, wanted: Division, *, adapted: bool
 ) -> Layers | None:
     """Leave `model`, whose weights have not been read, this rank's part: the layers returned, or a
-    part of each.
+    part of each. `adapted`: it has an adapter.
 
     Raises ModelError where there is no way.
     """
@@ -48,7 +49,7 @@ def divide(
     try:
         if way == "pipeline":
             return Layers(model, group)
-        with dividing_adapters(model):
+        with dividing_adapters(model) if adapted else nullcontext():
             model.shard(group)
     except ValueError as error:  # groups of quantized weights, say
         what = "layers" if way == "pipeline" else "weights"
