@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache
 
 from mlx_server.engine.cache.rows import STEP, BatchKVCache
 from mlx_server.engine.cpu.blocks import FEW_ROWS, Block
@@ -113,21 +114,26 @@ def token(value: float) -> np.ndarray:
 
 
 def test_what_is_written_in_place_shows_in_no_other_cache() -> None:
-    """Caches of one sequence and copies of rows may share MLX's memory."""
-    first = BatchKVCache([0])
-    start = mx.zeros((1, 2, 3, 4))
-    first.update_and_fetch(start, start)
-    second = kv.copy_of_rows([first], [0])[0]
-    second.keys, second.values = first.keys, first.values
-    later = mx.array(first.keys)
-    for cache, value in ((first, 1.0), (second, 2.0)):
-        cache.append(token(value), token(-value))
-    for cache, value in ((first, 1.0), (second, 2.0)):
-        assert cache.held == 4
-        assert (np.array(cache.keys)[:, :, 3] == value).all()
-        assert (np.array(cache.values)[:, :, 3] == -value).all()
-        assert not np.array(cache.keys)[:, :, :3].any()
-    assert not np.array(later).any()
+    """Batches that begin as one sequence share its memory, as views of what is held do."""
+    alone = KVCache()
+    start = mx.ones((1, 2, 3, 4))
+    alone.update_and_fetch(start, start)
+    batches = [BatchKVCache.merge([alone]) for _ in range(2)]
+    block = batches[0].keys[:, :, :3]
+    for number in range(1, 3):
+        for cache, value in zip(batches, (7 * number, 9 * number), strict=True):
+            cache.append(token(value), token(-value))
+    [copied] = kv.copy_of_rows([batches[0]], [0])
+    copied.append(token(50), token(-50))
+    batches[0].append(token(21), token(-21))
+    batches[1].append(token(27), token(-27))
+    ends = {7: [7, 14, 21], 9: [9, 18, 27]}
+    for cache, end in zip((*batches, copied), (*ends.values(), [7, 14, 50]), strict=True):
+        keys, values = (np.array(x)[0, 1, : cache.held, 2] for x in (cache.keys, cache.values))
+        assert keys.tolist() == [1, 1, 1, *end]
+        assert values.tolist() == [1, 1, 1, *(-one for one in end)]
+    assert (np.array(block) == 1).all()
+    assert alone.offset == 3
 
 
 def test_mlx_and_writing_in_place_may_take_turns() -> None:

@@ -6,6 +6,7 @@ padded, for which CUDA has no fused kernel.
 """
 
 import itertools
+import weakref
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from functools import lru_cache, partial
@@ -67,7 +68,7 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         self._idx = 0
         self._right_padding: tuple[int, ...] | None = None
         self._gaps: tuple[Gaps, ...] = ((),) * len(self.padding)
-        self._unshared: mx.array | None = None
+        self._unshared: weakref.ref[mx.array] | None = None
 
     @property
     def offset(self) -> mx.array:
@@ -86,6 +87,7 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         self.keys = _written(self.keys, keys, self._idx)
         self.values = _written(self.values, values, self._idx)
         self._idx += keys.shape[2]
+        self._own()
         held: tuple[Any, Any] = self.keys_and_values()
         return held
 
@@ -93,6 +95,11 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
     def held(self) -> int:
         """Tokens of the longest row, its padding and gaps included."""
         return self._idx
+
+    def _own(self) -> None:
+        """No other array has the memory of these, but for views of what is held now."""
+        if isinstance(self.keys, mx.array):
+            self._unshared = weakref.ref(self.keys)
 
     @property
     def appends(self) -> bool:
@@ -107,11 +114,12 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
         they mean nothing.
         """
         size = self.keys.shape[2]
-        if self._idx == size or self.keys is not self._unshared:
+        unshared = self._unshared is not None and self._unshared() is self.keys
+        if self._idx == size or not unshared:
             grown = rounded(self._idx + STEP) if self._idx == size else size
             # Others may hold the same memory, where nothing is to be written.
             self.keys, self.values = (_copy(x, self._idx, grown) for x in token_arrays(self))
-            self._unshared = self.keys
+            self._own()
         views = [np.array(x, copy=False) for x in (self.keys, self.values)]
         for view, new in zip(views, token, strict=True):
             view[:, :, self._idx] = new
@@ -177,6 +185,7 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
             chosen = mx.array(list(rows))
             arrays = [x[chosen] for x in token_arrays(self)]
         put_arrays(self, arrays)
+        self._own()
         self.padding = tuple(width - excess for width in widths)
         self._idx -= excess
         self._gaps = ((),) * len(padding)
@@ -204,6 +213,7 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
             )
             pairs = zip(mine, theirs, strict=True)
             put_arrays(self, [mx.concatenate(list(pair)) for pair in pairs])
+            self._own()
         self.padding = (*(p + left for p in self.padding), *(p + right for p in other.padding))
         self._gaps = ((),) * len(self.padding)
         self._idx = index
@@ -232,6 +242,7 @@ class BatchKVCache(mlx_lm.BatchKVCache):  # type: ignore[misc]
             for arrays, padding in zip(held, self.padding, strict=True)
         ]
         put_arrays(self, [mx.concatenate(list(column)) for column in zip(*rows, strict=True)])
+        self._own()
 
 
 class BatchRotatingKVCache(mlx_lm.BatchRotatingKVCache):  # type: ignore[misc]
