@@ -52,7 +52,8 @@ def load(
         own_head = work.model.head is not None
         models = [one for one in (work.model, work.draft, work.model.head) if one is not None]
         weights = [size for model in models for size in array_sizes_of(model.model)]
-        weights_bytes = work.model.largest_part if work.model.layered else sum(weights)
+        whole = sum(model.weights_bytes for model in models)
+        weights_bytes = work.model.largest_part if work.model.layered else whole
     else:
         work = _embedder(message, message.embedding, memory)
         width = work.model.width

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_server.engine.cache.rows import STEP, BatchKVCache
 from mlx_server.engine.cpu.blocks import FEW_ROWS, Block
 from mlx_server.engine.memory import DeviceMemory, device_name
-from mlx_server.engine.protocol import LoadOptions
+from mlx_server.engine.protocol import LoadOptions, Sharing
 from mlx_server.engine.run import kv
 from mlx_server.engine.run.backend import Backend
 from tests.support.architectures import build_architecture
@@ -96,6 +96,18 @@ def test_few_rows_say_what_they_say_in_float32(tmp_path: Path, kind: str) -> Non
     for each in found[1:]:
         for one, expected in zip(each, found[0], strict=True):
             np.testing.assert_allclose(one, expected, atol=2e-3 * scale)
+
+
+def test_weights_of_half_precision_are_the_same_in_both_forms(tmp_path: Path) -> None:
+    """Else rows would differ by how many of them share a pass, and could share fewer."""
+    plain = build_architecture(tmp_path / "plain", "llama", kind=mx.bfloat16, **SIZES)
+    path = build_quantized(plain, tmp_path / "quantized", bits=4, group_size=32)
+    models = [backend(path, mode) for mode in ("always", "packed", "both")]
+    assert {model.batching.prefill for model in models} == {Sharing.ANY}
+    token = mx.array([[5]])
+    first, *others = [np.array(model.forward(token, filled(model, (40,)))) for model in models]
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-4 * np.abs(first).max())
 
 
 def test_more_rows_than_few_are_computed_as_ever(tmp_path: Path) -> None:

@@ -107,9 +107,9 @@ def as_computed(
         return model, False
     if not ranks.agreed(_wants_float32(options, model, memory, ranks.size)):
         return model, False
-    model = dequantize_model(model)
+    # Scales first, so that weights are what products with packed ones multiply by.
     model.set_dtype(mx.float32)
-    return model, True
+    return dequantize_model(model), True
 
 
 def _wants_float32(options: LoadOptions, model: Any, memory: DeviceMemory, ranks: int) -> bool:
