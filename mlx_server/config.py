@@ -302,8 +302,8 @@ class Settings(BaseSettings):
     )
     ranks_over: Literal["ring", "nccl"] = Field(
         "ring",
-        description="What ranks talk over, where no `hosts_file` says: `ring`, TCP connections; "
-        "`nccl`, between NVIDIA GPUs, of which each rank takes one.",
+        description="What ranks talk over: `ring`, TCP connections; `nccl`, between NVIDIA GPUs, "
+        "of which each rank takes one. `jaccl` in `hosts_file` goes first.",
     )
     workers: list[str] = Field(
         default_factory=list,

@@ -196,7 +196,9 @@ def _ranks(message: Load, followers: "Followers") -> "Ranks":
         fabric = Nccl()
     here = 1 if message.hosts else options.ranks
     if isinstance(fabric, Nccl) and (gpus := mx.device_count(mx.gpu)) < here:
-        raise ModelError(f"over NCCL each rank takes a GPU; {here} are here and GPUs: {gpus}")
+        raise ModelError(
+            f"over NCCL each rank takes a GPU, and this machine has {gpus} for {here} of them"
+        )
     prepared = followers.ready()
     if message.hosts:
         own = ring.free_addresses(message.hosts[0].addresses)

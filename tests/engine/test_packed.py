@@ -112,8 +112,8 @@ def test_an_architecture_computes_the_same_with_packed_weights(tmp_path: Path, n
     plain = build_architecture(tmp_path / "plain", name)
     try:
         path = build_quantized(plain, tmp_path / "quantized", bits=4, group_size=32)
-    except ValueError:
-        pytest.skip("its tiny form has no whole groups")
+    except (ValueError, TypeError) as error:  # of afm7, whose layers know no `mode`
+        pytest.skip(f"mlx-lm does not quantize its tiny form: {error}")
     found = [logits(path, mode) for mode in ("always", "packed", "both")]
     scale = np.abs(found[0]).max()
     for each in found[1:]:

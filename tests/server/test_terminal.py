@@ -188,18 +188,8 @@ def test_a_question_waits_for_a_model_that_loads_longer_than_the_server_waits(
     options = {"load_wait": 0.01, "model_dirs": [folder]}
     with serving(tmp_path / "slow", **options) as slow:
         port = slow.url.rpartition(":")[2]
-        asked = (
-            "chat",
-            "--port",
-            port,
-            "-m",
-            MODEL,
-            "--max-tokens",
-            "8",
-            "--temperature",
-            "0",
-            "hi",
-        )
+        greedy = ("--max-tokens", "8", "--temperature", "0")
+        asked = ("chat", "--port", port, "-m", MODEL, *greedy, "hi")
         done = run(environment, *asked)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.strip()

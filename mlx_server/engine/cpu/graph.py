@@ -36,12 +36,8 @@ class Graph:
         self._given: list[Any] = []
         self._arrays: dict[str, NDArray[Any]] = {}
         self._names = 0
-        self._bytes = 0
-
-    @property
-    def bytes(self) -> int:
+        self.bytes = 0
         """Of what products multiply by."""
-        return self._bytes
 
     def node(
         self, operator: str, inputs: Sequence[str], domain: str = "", outputs: int = 1, **more: Any
@@ -53,7 +49,7 @@ class Graph:
         return names
 
     def given(self, array: NDArray[Any]) -> str:
-        """Weights, which are not copied."""
+        """Weights, which are not written into the graph."""
         from onnx import TensorProto, helper
 
         name = self._name()
@@ -153,7 +149,7 @@ class Graph:
         )
 
     def _weights(self, array: NDArray[Any]) -> str:
-        self._bytes += array.nbytes
+        self.bytes += array.nbytes
         return self.given(array)
 
     def _constant(self, numbers: Sequence[int]) -> str:

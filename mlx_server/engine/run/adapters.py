@@ -41,20 +41,15 @@ def apply_adapter(model: Any, path: Path) -> Any:
 def dividing_adapters(model: Any) -> Iterator[None]:
     """Meanwhile `model.shard` divides adapted modules, too. Raises ValueError where it cannot."""
     from mlx_lm.tuner.dora import DoRALinear
-    from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
     if any(isinstance(module, DoRALinear) for module in model.modules()):
         raise ValueError("DoRA needs all of a module's weights")
-    kinds = LoRALinear, LoRASwitchLinear
-    scopes = {
-        id(scope): scope
-        for module in model.modules()
-        if (scope := getattr(getattr(type(module), "shard", None), "__globals__", None))
-    }
-    bound = [(scope, name) for scope in scopes.values() for name in DIVIDE if name in scope]
+    dividing = [one for module in model.modules() if (one := getattr(type(module), "shard", None))]
+    scopes = [one.__globals__ for one in dividing]
+    bound = [(scope, name) for scope in scopes for name in DIVIDE if name in scope]
     try:
         for scope, name in bound:
-            scope[name] = partial(_divide, DIVIDE[name], name == "shard_inplace", kinds)
+            scope[name] = partial(_divide, DIVIDE[name])
         yield
     except AttributeError as error:
         raise ValueError(f"its family reaches into adapted modules: {error}") from error
@@ -77,16 +72,16 @@ def _summed(kind: type) -> type:
 
 def _divide(
     original: Callable[..., Any],
-    in_place: bool,
-    kinds: tuple[type, type],
     module: Module,
     sharding: Any,
     *,
     segments: Any = 1,
     group: mx.distributed.Group | None = None,
 ) -> Any:
+    from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
     divide = partial(original, segments=segments, group=group)
-    if not isinstance(module, kinds):
+    if not isinstance(module, LoRALinear | LoRASwitchLinear):
         return divide(module, sharding)
     if sharding not in (OUTPUTS, INPUTS):
         raise ValueError("an adapted module is divided in a way of its own")
@@ -94,11 +89,10 @@ def _divide(
     if sharding == OUTPUTS:  # (rank, outputs), or of experts (experts, outputs, rank)
         module.lora_b = _part(module.lora_b, 1, segments, own)
     else:  # (inputs, rank), or of experts (experts, rank, inputs)
-        plain, _ = kinds
-        axis = 0 if isinstance(module, plain) else 2
+        axis = 0 if isinstance(module, LoRALinear) else 2
         module.lora_a = _part(module.lora_a, axis, segments, own)
     divided = divide(module.linear, sharding)
-    if not in_place:
+    if divided is not None:  # else it was divided in place, and whoever calls it sums
         module.linear = divided
         if sharding == INPUTS:
             module.__class__ = _summed(type(module))
