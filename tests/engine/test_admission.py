@@ -21,7 +21,7 @@ from mlx_server.engine.run.kv import KvCost, cache_bytes, extend, keep_rows, mer
 from mlx_server.engine.schedule.scheduler import Scheduler
 from mlx_server.engine.sequence import Sequence
 from mlx_server.errors import EngineFailed, ModelLoadFailed
-from tests.engine.conftest import request, rows_of, started, tokens_of
+from tests.engine.conftest import idle, request, rows_of, started, tokens_of
 from tests.support.engines import DirectEngine
 from tests.support.tiny import build_tiny_model
 
@@ -46,7 +46,7 @@ def cost(model: Path) -> KvCost:
 
 @dataclass
 class Watch:
-    """Every report of an engine while the block runs."""
+    """The reports of an engine while the block runs; the last is of when all has ended."""
 
     reports: list[Stats] = field(default_factory=list)
 
@@ -68,6 +68,10 @@ async def watched(engine: DirectEngine) -> AsyncIterator[Watch]:
     watcher = asyncio.create_task(look())
     try:
         yield watch
+        # A last report comes when all has ended; one before it is up to a second old.
+        await idle(engine)
+        if engine.stats is not None:
+            watch.reports.append(engine.stats)
     finally:
         watcher.cancel()
         await asyncio.wait([watcher])
