@@ -73,7 +73,8 @@ class DeviceMemory:
         )
         self._trim_heap = heap.trimmer()
         mx.set_memory_limit(self.limit)
-        mx.set_cache_limit(self.cache_limit)
+        kept = self.device.name == "cpu" and heap.keep_freed(self.cache_limit)
+        mx.set_cache_limit(0 if kept else self.cache_limit)
         self.wiring = Wiring(min(wired_limit, self.device.wirable))
 
     def read(self) -> Memory:

@@ -1,5 +1,7 @@
 """How much of a device's memory models may have, on machines that are not here."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +79,31 @@ def test_models_get_a_share_of_all_memory_but_no_more_than_the_device_lets_them_
     memory = DeviceMemory(limit, None, device=device)
     assert memory.limit == budget == mx.get_memory_limit()
     assert memory.cache_limit == budget // 8
+
+
+SHRINKING = """
+import resource
+import mlx.core as mx
+from mlx_server.engine.memory import DeviceMemory
+
+memory = DeviceMemory("4GB", None)
+rows = mx.zeros((16, 1 << 20))
+mx.eval(rows)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for left in range(15, 2, -1):
+    rows = rows[mx.array(list(range(left)))]
+    mx.eval(rows)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(
+    read_device().name != "cpu" or not sys.platform.startswith("linux"), reason="about glibc's heap"
+)
+def test_on_a_cpu_arrays_that_lose_rows_take_the_memory_of_those_before() -> None:
+    command = [sys.executable, "-c", SHRINKING]
+    touched = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert touched < 2 * 16 * (4 << 20)  # twice the first array; the 13 have 7 times its size
 
 
 def test_this_machines_device_can_be_used() -> None:

@@ -4,16 +4,24 @@ import ctypes
 import sys
 from collections.abc import Callable
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_REUSED = 32 << 20
-"""The most that glibc takes for these."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+LARGEST_INT = 2**31 - 1
 
 
-def keep_freed() -> None:
-    """Reuse freed memory: a page given back costs 3 us when touched again."""
-    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, LARGEST_REUSED)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_REUSED)
+def keep_freed(most: int) -> bool:
+    """Have the heap reuse freed memory, of which it keeps up to `most` bytes at its end; returns
+    whether there is such a heap.
+
+    A page given back costs 2 to 10 us when touched again. MLX's own cache of freed buffers is of
+    no use for arrays that grow or lose rows: it gives a buffer to one of nearly the same size only,
+    where the heap cuts and joins.
+    """
+    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    trimmed = libc.mallopt(M_TRIM_THRESHOLD, min(most, LARGEST_INT))
+    # By default large buffers are no part of the heap, and are given back at once.
+    joined = libc.mallopt(M_MMAP_MAX, 0)
+    return bool(trimmed and joined)
 
 
 def trimmer() -> Callable[[int], int] | None:

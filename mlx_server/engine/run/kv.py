@@ -185,10 +185,6 @@ def roll_back(cache: Cache, rejected: list[int]) -> None:
         leaf.roll_back(rejected)
         if isinstance(leaf, BatchKVCache) and leaf.most_gaps > MOST_GAPS:
             leaf.close_gaps()
-            if device_name() == "cpu":
-                # Now, so that the next layer gets the memory of the old arrays: new memory costs
-                # more than moving.
-                mx.eval(leaf.keys, leaf.values)
 
 
 def loose_ends(cache: Cache) -> list[mx.array]:

@@ -126,9 +126,8 @@ def use_cpu_kernels() -> Callable[[], None]:
     import mlx.core as mx
     from mlx_lm.models import activations as originals
 
-    from mlx_server.engine.cpu import activations, attention, heap
+    from mlx_server.engine.cpu import activations, attention
 
-    heap.keep_freed()
     mx.fast.scaled_dot_product_attention = attention.attention
     originals.swiglu = activations.swiglu
     return attention.clear_masks
