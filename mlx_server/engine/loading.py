@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlx_server.engine.cache.blocks import Charge
     from mlx_server.engine.cache.disk import DiskCache
     from mlx_server.engine.cache.prefix import PrefixCache
+    from mlx_server.engine.cpu.threads import BlasThreads
     from mlx_server.engine.embedding.embedder import Embedder
     from mlx_server.engine.memory import DeviceMemory
     from mlx_server.engine.ranks.followers import Followers
@@ -114,6 +115,14 @@ def _memory(options: LoadOptions, blas: str | None) -> "DeviceMemory":
         if sys.platform.startswith("linux"):
             log.info("event=blas library=%s%s", blas, "" if blas else f' advice="{ADVICE}"')
     return memory
+
+
+def blas_threads() -> "BlasThreads | None":
+    """Of this process, where MLX computes on a CPU; for when it is loaded."""
+    from mlx_server.engine.cpu.threads import BlasThreads
+    from mlx_server.engine.memory import device_name
+
+    return BlasThreads() if device_name() == "cpu" else None
 
 
 def array_sizes_of(model: Any) -> list[int]:

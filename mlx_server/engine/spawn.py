@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import psutil
+
 NICENESS = 5
 BUFFER_BYTES = 1 << 20
 """Of a socket, each way: macOS gives 8 KiB, which a prompt fills many times over."""
@@ -109,8 +111,14 @@ def give_way() -> None:
     """Let the front's event loop go first when all processors are busy.
 
     A session of its own would undo that on Linux, which shares processors between sessions first.
+    There each thread has a niceness of its own, and those that BLAS has started by now would go
+    before the threads that they wait for.
     """
-    os.nice(NICENESS)
+    niceness = os.nice(NICENESS)
+    if sys.platform.startswith("linux"):
+        for thread in psutil.Process().threads():
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.setpriority(os.PRIO_PROCESS, thread.id, niceness)
 
 
 async def next_line(stream: asyncio.StreamReader) -> bytes:

@@ -21,7 +21,7 @@ import msgspec
 
 from mlx_server.engine.faults import DeviceGone
 from mlx_server.engine.idle import Chore, IdleTime
-from mlx_server.engine.loading import is_models_fault, load
+from mlx_server.engine.loading import blas_threads, is_models_fault, load
 from mlx_server.engine.protocol import (
     Abort,
     Begun,
@@ -44,6 +44,7 @@ from mlx_server.engine.schedule.pace import Pace
 from mlx_server.engine.spawn import leave_group
 
 if TYPE_CHECKING:
+    from mlx_server.engine.cpu.threads import BlasThreads
     from mlx_server.engine.ranks.followers import Followers
 
 STATS_INTERVAL = 1.0
@@ -146,12 +147,17 @@ class Work(Protocol):
 
 
 class Engine:
-    def __init__(self, connection: socket.socket, inbox: Inbox, work: Work) -> None:
+    """`blas`: its threads, where MLX computes on a CPU."""
+
+    def __init__(
+        self, connection: socket.socket, inbox: Inbox, work: Work, blas: "BlasThreads | None"
+    ) -> None:
         self.connection = connection
         self.inbox = inbox
         self.work = work
         self.idle = IdleTime(work.chores())
         self._stats_due = 0.0
+        self._blas = blas
 
     def run(self) -> None:
         while True:
@@ -160,6 +166,7 @@ class Engine:
                     self.work.close()
                     return
                 self._take(message)
+            self._share_processors()
             if self.work.busy:
                 self._turn()
                 self.work.release()
@@ -183,6 +190,10 @@ class Engine:
             self.work.abort(message.ids)
         elif isinstance(message, Tokenizer):
             self.work.take_tokenizer(message.content)
+
+    def _share_processors(self) -> None:
+        if self._blas is not None:
+            (self._blas.share if self.work.busy else self._blas.rest)()
 
     def _turn(self) -> None:
         try:
@@ -244,7 +255,7 @@ def main() -> None:
         raise SystemExit(1) from error
     connection.sendall(frame(ready))
     try:
-        Engine(connection, inbox, work).run()
+        Engine(connection, inbox, work, blas_threads()).run()
     except DeviceGone as gone:
         log.critical("event=device_gone reason=%r", str(gone))
         if followers is not None:

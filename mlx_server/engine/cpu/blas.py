@@ -19,6 +19,10 @@ from pathlib import Path
 BUNDLED = "scipy_openblas32"
 # All that MLX takes from BLAS; the package prefixes every name so that copies do not collide.
 SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+SPIN = "4"
+"""The binary logarithm of the clock cycles for which a thread that has nothing to do keeps its
+processor, waiting for the next product. OpenBLAS's own 26 are 25 ms and more.
+"""
 ADVICE = "install it with the `cpu` extra (pip) or libopenblas0 (Debian), openblas (Fedora)"
 
 
@@ -32,6 +36,7 @@ def load_openblas(choice: str) -> str | None:
     found = find_openblas() if choice == "auto" else choice
     if found is None:
         return None
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", SPIN)
     ctypes.CDLL(found, mode=ctypes.RTLD_GLOBAL)
     return found
 
@@ -52,7 +57,7 @@ def bundled_openblas() -> str | None:
     if spec is None or not spec.submodule_search_locations or patchelf is None:
         return None
     source = Path(spec.submodule_search_locations[0], "lib", "libscipy_openblas.so")
-    name = f"openblas-{version('scipy-openblas32')}.so"
+    name = f"libopenblas-{version('scipy-openblas32')}.so"
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         target = cache / "mlx-server" / name

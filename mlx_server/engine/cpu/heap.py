@@ -16,7 +16,10 @@ def keep_freed(most: int) -> bool:
     no use for arrays that grow or lose rows: it gives a buffer to one of nearly the same size only,
     where the heap cuts and joins.
     """
-    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # musl's, for one
         return False
     trimmed = libc.mallopt(M_TRIM_THRESHOLD, min(most, LARGEST_INT))
     # By default large buffers are no part of the heap, and are given back at once.
