@@ -20,6 +20,8 @@ from typing import Any
 import httpx
 import psutil
 
+from mlx_server.engine.idle import RELEASE_SECONDS
+
 READY_SECONDS = 90.0
 STOP_SECONDS = 15.0
 STRAGGLER_SECONDS = 2.0
@@ -86,10 +88,14 @@ class Server:
         return state
 
     async def rested(self, model: str) -> dict[str, Any]:
-        """Wait until `model` has been idle for long enough to give its freed buffers back."""
+        """Wait until `model` has been idle for long enough to give its freed buffers back, and a
+        CPU's heap, which no figure tells.
+        """
 
         async def has_given() -> bool:
-            return bool((await self.idle(model))["memory"]["cache"] == 0)
+            state = await self.idle(model)
+            idle = time.time() - state["last_used"]
+            return bool(state["memory"]["cache"] == 0 and idle > RELEASE_SECONDS + 1)
 
         await until(has_given, 30.0, every=0.25)
         return await self.idle(model)
