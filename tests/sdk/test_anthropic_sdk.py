@@ -73,7 +73,8 @@ def test_an_answer_can_be_begun_for_the_model(claude: Anthropic) -> None:
     begun: Any = [*PARIS, {"role": "assistant", "content": "It is"}]
     count = claude.messages.count_tokens
     assert count(model=MODEL, messages=begun).input_tokens > 0
-    assert text_of(claude.messages.create(model=MODEL, max_tokens=4, messages=begun))
+    answer = claude.messages.create(model=MODEL, max_tokens=4, messages=begun, extra_body=GREEDY)
+    assert text_of(answer)
 
 
 def test_beta_messages_with_any_beta_are_answered(claude: Anthropic) -> None:

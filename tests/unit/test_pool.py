@@ -610,6 +610,18 @@ async def test_an_engine_that_nobody_used_is_replaced_when_it_is_asked_for(
             assert (pool.loads, pool.fleet.running, pool.status("a").restarts) == (loads, [], 0)
 
 
+async def test_whoever_asks_while_an_unused_engine_is_being_given_up_gets_a_new_one(
+    tmp_path: Path, models: Path, need: int
+) -> None:
+    async with local_pool(tmp_path, models, 1.5 * need) as pool:
+        for turns in range(60):
+            await pool.ask("a")
+            pool.engine("a").crash()
+            for _ in range(turns):  # of the event loop
+                await asyncio.sleep(0)
+            assert await asyncio.wait_for(pool.ask("a"), 5) == [3, 4, 5]
+
+
 async def test_an_engine_of_the_start_is_replaced_by_itself(
     tmp_path: Path, models: Path, need: int
 ) -> None:
