@@ -51,6 +51,9 @@ def main() -> None:
         log_config=None,
         # The browser is mostly this machine's own.
         ws_per_message_deflate=False,
+        # Seconds, more than the 5 after which the front closes a connection that it does not use:
+        # whoever is asked on one must not be about to close it.
+        timeout_keep_alive=60,
     )
     PageServer(config, front).run()
 
