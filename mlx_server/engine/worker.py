@@ -192,8 +192,12 @@ class Engine:
             self.work.take_tokenizer(message.content)
 
     def _share_processors(self) -> None:
-        if self._blas is not None:
-            (self._blas.share if self.work.busy else self._blas.rest)()
+        if self._blas is None:
+            return
+        if self.work.busy:
+            self._blas.share()
+        else:
+            self._blas.rest()
 
     def _turn(self) -> None:
         try:

@@ -151,13 +151,8 @@ class Arranger:
         self.arrange()
 
     async def _supervise(self, slot: Slot, model: LoadedModel) -> None:
-        def wanted() -> bool:
-            if slot.in_use == 0:
-                slot.phase = "ending"  # at once: who came later would get what nobody restarts
-            return slot.in_use > 0
-
         try:
-            await model.supervisor.run(wanted)
+            await model.supervisor.run(slot.outlives_engine)
         except asyncio.CancelledError:  # by `end`
             await model.supervisor.stop()
             log.info(event("model_unloaded", model=model.id, pid=model.facts.pid))

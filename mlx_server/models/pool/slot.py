@@ -125,6 +125,15 @@ class Slot:
             self._begin_idling(keep_alive, now)
         self.changed.notify()
 
+    def outlives_engine(self) -> bool:
+        """Whether the engine, which has ended, is to be replaced. If not, nobody gets the model
+        from now on: who did would wait for an engine that does not come.
+        """
+        if self.in_use:
+            return True
+        self.phase = "ending"
+        return False
+
     def keep(self) -> None:
         self.draining = False
         self.changed.notify()
