@@ -257,9 +257,10 @@ def main() -> None:
             followers.hear_out()
         connection.sendall(frame(LoadFailed(str(error) or type(error).__name__)))
         raise SystemExit(1) from error
+    engine = Engine(connection, inbox, work, blas_threads())
     connection.sendall(frame(ready))
     try:
-        Engine(connection, inbox, work, blas_threads()).run()
+        engine.run()
     except DeviceGone as gone:
         log.critical("event=device_gone reason=%r", str(gone))
         if followers is not None:
